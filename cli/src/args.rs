@@ -1,0 +1,231 @@
+//! The command line. Flag names are a contract; `JobArgs` are also the keys of job.toml and `ELBO_*` variables.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use elbo_coordinator::MaxBad;
+
+use crate::job_args::JobArgs;
+
+/// Label image corpora with a text-to-image or class-conditional diffusion model, without training.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 120, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Label 360 handwritten digits with a small model; both are inside this program
+    Demo(DemoArgs),
+    /// Label images on this machine
+    Label(Box<LabelArgs>),
+    /// Coordinate a job for workers on other machines
+    Coordinator(Box<CoordinatorArgs>),
+    /// Work for a coordinator
+    Worker(WorkerArgs),
+    /// Show how far a running or finished job is
+    Status(StatusArgs),
+    /// Summarise a job's results: accuracy, confusion, uncertain and quarantined samples
+    Report(OutputArgs),
+    /// Check that every sample is exactly once in the predictions
+    Verify(OutputArgs),
+    /// Count what a job would evaluate, without running it
+    Plan(Box<PlanArgs>),
+}
+
+impl Command {
+    /// Whether this is a long-running process whose log an operator reads.
+    pub(crate) fn is_service(&self) -> bool {
+        matches!(self, Self::Coordinator(_) | Self::Worker(_))
+    }
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProgressMode {
+    /// A bar on a terminal, plain lines elsewhere
+    #[default]
+    Auto,
+    /// A line now and then
+    Plain,
+    /// One JSON object a second
+    Json,
+    /// Nothing
+    None,
+}
+
+/// Where to compute.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DeviceArgs {
+    /// Device to compute on: cpu
+    #[arg(long, env = "ELBO_DEVICE", default_value = "cpu")]
+    pub(crate) device: String,
+    /// CPU threads of each worker [default: all cores, divided among the workers]
+    #[arg(long, env = "ELBO_THREADS")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Evaluations in a batch [default: found by measuring]
+    #[arg(long, env = "ELBO_BATCH")]
+    pub(crate) batch: Option<NonZeroUsize>,
+}
+
+/// How a job is run; changes no result.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Discard what an earlier job left in --out
+    #[arg(long, conflicts_with = "resume")]
+    pub(crate) fresh: bool,
+    /// Resume the job in --out (the default)
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Quarantined samples to bear before the job is ended: a number or a share like 5%
+    #[arg(long, env = "ELBO_MAX_BAD", default_value = "10%")]
+    pub(crate) max_bad: MaxBad,
+    /// How to show progress
+    #[arg(long, value_enum, env = "ELBO_PROGRESS", default_value = "auto")]
+    pub(crate) progress: ProgressMode,
+}
+
+/// `elbo demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Directory for the results
+    #[arg(long, default_value = "elbo-demo")]
+    pub(crate) out: PathBuf,
+    /// Embedded workers
+    #[arg(long, default_value = "2")]
+    pub(crate) workers: NonZeroUsize,
+    /// Where to compute.
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+    /// How to run.
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// `elbo label`.
+#[derive(Debug, Args)]
+pub(crate) struct LabelArgs {
+    /// The job.
+    #[command(flatten)]
+    pub(crate) job: JobSource,
+    /// Where results go: a directory or a URL like s3://bucket/prefix
+    #[arg(long, env = "ELBO_OUT")]
+    pub(crate) out: Option<String>,
+    /// Embedded workers [default: one per device]
+    #[arg(long, env = "ELBO_WORKERS", default_value = "1")]
+    pub(crate) workers: NonZeroUsize,
+    /// Where to compute.
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+    /// How to run.
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// The job's flags, or a file with them.
+#[derive(Debug, Args)]
+pub(crate) struct JobSource {
+    /// TOML file with the job's flags as keys; flags override it
+    #[arg(long, env = "ELBO_JOB", value_name = "FILE")]
+    pub(crate) job: Option<PathBuf>,
+    /// The flags.
+    #[command(flatten)]
+    pub(crate) flags: JobArgs,
+}
+
+/// The shared secret of a coordinator and its workers.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct TokenArgs {
+    /// File with the token workers must bring (or set ELBO_TOKEN)
+    #[arg(long, env = "ELBO_TOKEN_FILE", value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+}
+
+/// `elbo coordinator`.
+#[derive(Debug, Args)]
+pub(crate) struct CoordinatorArgs {
+    /// The job.
+    #[command(flatten)]
+    pub(crate) job: JobSource,
+    /// Where results go: a directory or a URL like s3://bucket/prefix
+    #[arg(long, env = "ELBO_OUT")]
+    pub(crate) out: Option<String>,
+    /// Address to listen on
+    #[arg(long, env = "ELBO_LISTEN", default_value = "127.0.0.1:7600")]
+    pub(crate) listen: SocketAddr,
+    /// Listen beyond this machine without a token
+    #[arg(long)]
+    pub(crate) insecure: bool,
+    /// Seconds without a sign of life after which a worker's leases go to others
+    #[arg(long, env = "ELBO_LEASE_SECONDS", default_value = "30")]
+    pub(crate) lease_seconds: f64,
+    /// The token.
+    #[command(flatten)]
+    pub(crate) token: TokenArgs,
+    /// How to run.
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// `elbo worker`.
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// The coordinator's URL
+    #[arg(long, env = "ELBO_COORDINATOR")]
+    pub(crate) coordinator: String,
+    /// The model directory on this machine, if it is not where the job says
+    #[arg(long, env = "ELBO_MODEL")]
+    pub(crate) model: Option<String>,
+    /// Seconds to wait for a coordinator that can't be reached
+    #[arg(long, env = "ELBO_PATIENCE", default_value = "600")]
+    pub(crate) patience: u64,
+    /// The token.
+    #[command(flatten)]
+    pub(crate) token: TokenArgs,
+    /// Where to compute.
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
+}
+
+/// `elbo status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// A running coordinator's URL (http://host:7600), or an output
+    pub(crate) target: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The token.
+    #[command(flatten)]
+    pub(crate) token: TokenArgs,
+}
+
+/// `elbo report` and `elbo verify`.
+#[derive(Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// A job's output: a directory or a URL
+    pub(crate) out: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `elbo plan`.
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// The job.
+    #[command(flatten)]
+    pub(crate) job: JobSource,
+    /// Evaluations per second of the devices together, for the time it will take
+    #[arg(long)]
+    pub(crate) rate: Option<f64>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}

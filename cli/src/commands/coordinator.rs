@@ -1,0 +1,44 @@
+//! `elbo coordinator`: the same job as `elbo label`, for workers that connect.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use elbo_coordinator::brain::LeasePolicy;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::args::CoordinatorArgs;
+use crate::commands::output;
+use crate::failure::usage;
+use crate::{session, stop};
+
+/// Coordinates a job until it is done or stopped.
+pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
+    let flags = args.job.resolve()?;
+    let out = args.out.or(flags.out.clone()).ok_or_else(|| usage("--out is missing: say where the results go"))?;
+    let token = session::read_token(&args.token)?;
+    if token.is_none() && !args.listen.ip().is_loopback() && !args.insecure {
+        return Err(usage(format!(
+            "listening on {} lets anyone who can reach it take part: give --token-file (or ELBO_TOKEN), or --insecure to accept that",
+            args.listen
+        )));
+    }
+    let time_to_live = Duration::try_from_secs_f64(args.lease_seconds)
+        .ok()
+        .filter(|d| *d >= Duration::from_millis(500))
+        .ok_or_else(|| usage("--lease-seconds must be at least 0.5"))?;
+    let identity = session::identify(flags.to_spec()?)?;
+    let stop = stop::on_signal()?;
+    let listener = TcpListener::bind(args.listen)
+        .await
+        .with_context(|| format!("listening on {}: choose another address with --listen", args.listen))?;
+    let job = session::open(identity, &out, args.run.fresh).await?;
+    if job.is_done() {
+        let done = session::already_done(job).await?;
+        return output::summary(&out, done).await;
+    }
+    eprintln!("coordinating {} images on http://{}", job.manifest.len(), listener.local_addr()?);
+    let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
+    let done = session::coordinate(job, listener, token, leases, &args.run, stop, JoinSet::new()).await?;
+    output::summary(&out, done).await
+}

@@ -1,0 +1,58 @@
+//! `elbo demo`: a real job on a real, small model; model and images are inside the program.
+
+use std::path::Path;
+
+use anyhow::Context;
+use elbo_common::loss::Loss;
+use include_dir::{Dir, include_dir};
+
+use crate::args::DemoArgs;
+use crate::commands::output;
+use crate::job_args::JobArgs;
+use crate::session::{self, Workers};
+
+/// The model (0.77M parameters), 360 held-out digits of scikit-learn's load_digits, and their class file.
+static ASSETS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/demo");
+
+/// Labels the digits.
+pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
+    let source = args.out.join("source");
+    unpack(&ASSETS, &source)
+        .with_context(|| format!("unpacking the demo's model and images into {}", source.display()))?;
+    let path = |name: &str| source.join(name).to_string_lossy().into_owned();
+    let job = JobArgs {
+        images: Some(path("images")),
+        classes: Some(source.join("classes.csv")),
+        model: Some(path("model")),
+        keep: vec![5, 1],
+        samples: vec![20, 100],
+        loss: Some(Loss::L2),
+        label_from: Some("parent".into()),
+        ..JobArgs::default()
+    };
+    eprintln!(
+        "labelling 360 images of handwritten digits with a diffusion model, {} workers, results in {}",
+        args.workers,
+        args.out.display()
+    );
+    let identity = session::identify(job.to_spec()?)?;
+    let workers = Workers { count: args.workers, device: args.device };
+    let out = args.out.to_string_lossy();
+    let done = session::label(identity, &out, &workers, &args.run).await?;
+    output::summary(&out, done).await
+}
+
+/// Writes files that are missing or differ: a file that is touched would look like another image to a resumed job.
+fn unpack(assets: &Dir<'_>, target: &Path) -> std::io::Result<()> {
+    for file in assets.files() {
+        let path = target.join(file.path());
+        if std::fs::read(&path).is_ok_and(|there| there == file.contents()) {
+            continue;
+        }
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        std::fs::write(path, file.contents())?;
+    }
+    assets.dirs().try_for_each(|directory| unpack(directory, target))
+}

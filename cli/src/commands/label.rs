@@ -1,0 +1,16 @@
+//! `elbo label`: one machine, a coordinator and its workers in one process.
+
+use crate::args::LabelArgs;
+use crate::commands::output;
+use crate::failure::usage;
+use crate::session::{self, Workers};
+
+/// Labels images on this machine.
+pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
+    let flags = args.job.resolve()?;
+    let out = args.out.or(flags.out.clone()).ok_or_else(|| usage("--out is missing: say where the results go"))?;
+    let identity = session::identify(flags.to_spec()?)?;
+    let workers = Workers { count: args.workers, device: args.device };
+    let done = session::label(identity, &out, &workers, &args.run).await?;
+    output::summary(&out, done).await
+}

@@ -1,0 +1,25 @@
+//! The commands, a file each.
+
+mod coordinator;
+mod demo;
+mod label;
+mod output;
+mod plan;
+mod status;
+mod worker;
+
+use crate::args::Command;
+
+/// Runs a command.
+pub(crate) async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Demo(args) => demo::run(args).await,
+        Command::Label(args) => label::run(*args).await,
+        Command::Coordinator(args) => coordinator::run(*args).await,
+        Command::Worker(args) => worker::run(args).await,
+        Command::Status(args) => status::run(args).await,
+        Command::Report(args) => output::report(args).await,
+        Command::Verify(args) => output::verify(args).await,
+        Command::Plan(args) => plan::run(*args).await,
+    }
+}

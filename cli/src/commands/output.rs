@@ -1,0 +1,81 @@
+//! `elbo report` and `elbo verify`, and the summary after a run: what is in an output.
+
+use elbo_common::layout;
+use elbo_common::predictions::{Prediction, decode_predictions};
+use elbo_common::record::JobRecord;
+use elbo_common::report::Report;
+use elbo_common::store::{Location, Store};
+use elbo_common::verify;
+use indicatif::HumanCount;
+
+use crate::args::OutputArgs;
+use crate::session::Done;
+
+/// An output that holds a job.
+async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
+    let store = Store::open(&Location::parse(out)?)?;
+    let record = JobRecord::read(&store)
+        .await?
+        .ok_or_else(|| anyhow::anyhow!("{out} has no job.json: give the --out of a job"))?;
+    Ok((store, record))
+}
+
+async fn predictions(store: &Store) -> anyhow::Result<Vec<Prediction>> {
+    let mut rows = Vec::new();
+    for path in store.list(layout::PREDICTIONS).await? {
+        if let Some(bytes) = store.read(&path).await? {
+            rows.extend(decode_predictions(bytes)?);
+        }
+    }
+    Ok(rows)
+}
+
+/// `elbo report`.
+pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
+    let (store, record) = open(&args.out).await?;
+    let report = make_report(&store, &record).await?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(())
+}
+
+async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report> {
+    let recomputed = record.totals.map_or(0, |t| t.evaluations_recomputed);
+    Ok(Report::new(predictions(store).await?, &record.identity.spec.classes, recomputed))
+}
+
+/// `elbo verify`.
+pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
+    let (store, record) = open(&args.out).await?;
+    let verification = verify::verify(&store, record.fingerprint).await?;
+    if args.json {
+        println!("{}", serde_json::to_string(&verification)?);
+    } else {
+        print!("{verification}");
+    }
+    if verification.ok { Ok(()) } else { anyhow::bail!("{} is not complete and consistent", args.out) }
+}
+
+/// What a run says at its end.
+pub(crate) async fn summary(out: &str, done: Done) -> anyhow::Result<()> {
+    let (store, record) = open(out).await?;
+    let report = make_report(&store, &record).await?;
+    print!("{report}");
+    match done {
+        Done::Now(evaluations, time) => {
+            let rate = evaluations as f64 / time.as_secs_f64().max(1e-9);
+            println!(
+                "{} evaluations in {:.1} s ({} evaluations/s)",
+                HumanCount(evaluations),
+                time.as_secs_f64(),
+                HumanCount(rate as u64)
+            );
+        }
+        Done::Before => println!("the job was done before: nothing was computed (--fresh starts over)"),
+    }
+    println!("predictions: {out}/predictions/*.parquet");
+    Ok(())
+}

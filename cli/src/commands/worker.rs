@@ -1,0 +1,26 @@
+//! `elbo worker`: computes for a coordinator until its job is done.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use crate::args::WorkerArgs;
+use crate::{session, stop};
+
+/// Works for a coordinator.
+pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
+    let threads = session::threads(&args.device, NonZeroUsize::MIN)?;
+    let host = session::host();
+    let options = elbo_worker::Options {
+        coordinator: args.coordinator,
+        token: session::read_token(&args.token)?,
+        name: format!("{host}-{}", uuid::Uuid::new_v4()),
+        host,
+        threads,
+        batch: args.device.batch,
+        patience: Duration::from_secs(args.patience),
+        model: args.model,
+        problem: None,
+        stay: true,
+    };
+    Ok(elbo_worker::run(options, stop::on_signal()?).await?)
+}

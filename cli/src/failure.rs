@@ -1,0 +1,41 @@
+//! How a command can fail, and the exit code that says so: 1 failed, 2 bad usage, 3 interrupted but resumable.
+
+use std::process::ExitCode;
+
+/// Bad usage: the command line or job file asks for something impossible.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub String);
+
+/// Stopped on request with everything durable.
+#[derive(Debug, thiserror::Error)]
+#[error("interrupted: everything acknowledged is saved; run the same command again to resume")]
+pub(crate) struct Interrupted;
+
+/// An error as bad usage.
+pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
+    Usage(error.to_string()).into()
+}
+
+/// Tells the user and picks the exit code.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    if error.is::<Interrupted>() {
+        eprintln!("{error}");
+        return ExitCode::from(3);
+    }
+    eprintln!("error: {}", chain(error));
+    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+}
+
+/// The error and its causes on one line, leaving out causes an outer message repeats.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}

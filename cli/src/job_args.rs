@@ -1,0 +1,285 @@
+//! The job's flags: from the command line, `ELBO_*` variables and job.toml to a specification.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use elbo_common::class::{ClassError, Classes};
+use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, ModelDtype};
+use elbo_common::loss::Loss;
+use elbo_common::noise::NoiseScope;
+use elbo_common::policy::Policy;
+use elbo_common::preset::Preset;
+use elbo_common::store::Location;
+use serde::{Deserialize, Deserializer};
+
+use crate::args::JobSource;
+use crate::failure::usage;
+
+/// Which prompts are evaluated on what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum PolicyName {
+    /// The schedule of Li et al. (2023): --keep and --samples
+    Reference,
+    /// Every prompt on every slot: --samples N
+    Exhaustive,
+}
+
+/// Whether samples share the noise of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum NoiseScopeName {
+    /// Every sample draws its own noise
+    Sample,
+    /// All samples share one noise per slot
+    Shared,
+}
+
+/// The job's flags; keys of job.toml too, with `-` or `_`.
+#[derive(Clone, Debug, Default, Args, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Job")]
+pub(crate) struct JobArgs {
+    /// Images: a directory or a URL prefix like s3://bucket/images
+    #[arg(long, env = "ELBO_IMAGES", value_name = "SRC")]
+    pub(crate) images: Option<String>,
+    /// Classes: one per line, or CSV with the columns prompt,classname,classidx
+    #[arg(long, env = "ELBO_CLASSES", value_name = "FILE")]
+    pub(crate) classes: Option<PathBuf>,
+    /// Prompt for every class, with {} for its name (repeatable) [default: "a photo of a {}"]
+    #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) template: Vec<String>,
+    /// Model directory in diffusers layout
+    #[arg(long, env = "ELBO_MODEL", value_name = "DIR")]
+    pub(crate) model: Option<String>,
+    /// Who is evaluated on what [default: reference]
+    #[arg(long, value_enum, env = "ELBO_POLICY")]
+    pub(crate) policy: Option<PolicyName>,
+    /// Prompts that stay after each stage [default: 5,1]
+    #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) keep: Vec<u32>,
+    /// Timesteps evaluated in all by the end of each stage [default: 25,250; exhaustive: 100]
+    #[arg(long, env = "ELBO_SAMPLES", value_delimiter = ',', value_name = "N,N")]
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) samples: Vec<u32>,
+    /// Noises per timestep [default: 1]
+    #[arg(long, env = "ELBO_TRIALS", value_name = "N")]
+    pub(crate) trials: Option<u32>,
+    /// A published schedule: pets, cifar10, stl10, food, aircraft, flowers, objectnet or imagenet
+    #[arg(long, env = "ELBO_PRESET", value_name = "NAME", conflicts_with = "policy")]
+    #[serde(deserialize_with = "from_str")]
+    pub(crate) preset: Option<Preset>,
+    /// Error of an evaluation: l2, l1 or huber [default: l2]
+    #[arg(long, env = "ELBO_LOSS")]
+    #[serde(deserialize_with = "from_str")]
+    pub(crate) loss: Option<Loss>,
+    /// Element type of the network: f32, f16 or bf16 [default: f32]
+    #[arg(long, env = "ELBO_DTYPE")]
+    #[serde(deserialize_with = "from_str")]
+    pub(crate) dtype: Option<ModelDtype>,
+    /// Image side in pixels [default: the model's]
+    #[arg(long, env = "ELBO_SIZE", value_name = "PIXELS")]
+    pub(crate) size: Option<u32>,
+    /// Seed of the noise [default: 0]
+    #[arg(long, env = "ELBO_SEED")]
+    pub(crate) seed: Option<u64>,
+    /// Safetensors file whose tensor `noise` [N, C, H, W] replaces the seeded noise
+    #[arg(long, env = "ELBO_NOISE", value_name = "FILE")]
+    pub(crate) noise: Option<String>,
+    /// Whether samples share noise [default: sample]
+    #[arg(long, value_enum, env = "ELBO_NOISE_SCOPE")]
+    #[serde(alias = "noise-scope")]
+    pub(crate) noise_scope: Option<NoiseScopeName>,
+    /// Also write every single evaluation's error
+    #[arg(long, env = "ELBO_WRITE_ERRORS")]
+    #[serde(alias = "write-errors")]
+    pub(crate) write_errors: bool,
+    /// Labels for the report: `parent` (the image's directory) or a CSV file with the columns key,label
+    #[arg(long, env = "ELBO_LABEL_FROM", value_name = "parent|FILE")]
+    #[serde(alias = "label-from")]
+    pub(crate) label_from: Option<String>,
+    /// Only the first N images of the sorted listing
+    #[arg(long, env = "ELBO_LIMIT", value_name = "N")]
+    pub(crate) limit: Option<u64>,
+    /// Images per shard, the unit of output [default: 1000]
+    #[arg(long, env = "ELBO_SHARD_SIZE", value_name = "N")]
+    #[serde(alias = "shard-size")]
+    pub(crate) shard_size: Option<u32>,
+    /// Where results go; only in job.toml, on the command line it is `elbo label --out`.
+    #[arg(skip)]
+    pub(crate) out: Option<String>,
+}
+
+fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany<T> {
+        One(T),
+        Many(Vec<T>),
+    }
+    Ok(match OneOrMany::deserialize(from)? {
+        OneOrMany::One(one) => vec![one],
+        OneOrMany::Many(many) => many,
+    })
+}
+
+fn from_str<'de, D: Deserializer<'de>, T: std::str::FromStr<Err = String>>(from: D) -> Result<Option<T>, D::Error> {
+    String::deserialize(from)?.parse().map(Some).map_err(serde::de::Error::custom)
+}
+
+impl JobSource {
+    /// The flags over the job file's keys.
+    pub(crate) fn resolve(&self) -> anyhow::Result<JobArgs> {
+        let Some(path) = &self.job else { return Ok(self.flags.clone()) };
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| anyhow::anyhow!("reading the job file {}: {e}", path.display()))?;
+        let file: JobArgs =
+            toml::from_str(&text).map_err(|e| usage(format!("the job file {}: {e}", path.display())))?;
+        Ok(self.flags.clone().over(file))
+    }
+}
+
+impl JobArgs {
+    /// These flags, with what they leave open taken from a file.
+    fn over(self, file: Self) -> Self {
+        let many = |flags: Vec<u32>, file: Vec<u32>| if flags.is_empty() { file } else { flags };
+        Self {
+            images: self.images.or(file.images),
+            classes: self.classes.or(file.classes),
+            template: if self.template.is_empty() { file.template } else { self.template },
+            model: self.model.or(file.model),
+            policy: self.policy.or(file.policy),
+            keep: many(self.keep, file.keep),
+            samples: many(self.samples, file.samples),
+            trials: self.trials.or(file.trials),
+            preset: self.preset.or(file.preset),
+            loss: self.loss.or(file.loss),
+            dtype: self.dtype.or(file.dtype),
+            size: self.size.or(file.size),
+            seed: self.seed.or(file.seed),
+            noise: self.noise.or(file.noise),
+            noise_scope: self.noise_scope.or(file.noise_scope),
+            write_errors: self.write_errors || file.write_errors,
+            label_from: self.label_from.or(file.label_from),
+            limit: self.limit.or(file.limit),
+            shard_size: self.shard_size.or(file.shard_size),
+            out: self.out.or(file.out),
+        }
+    }
+
+    /// The classes, from their file.
+    pub(crate) fn read_classes(&self) -> anyhow::Result<Classes> {
+        let path = self.classes.as_deref().ok_or_else(|| usage("--classes is missing: give a file with the classes"))?;
+        Classes::read(path, &self.template).map_err(|error| match error {
+            ClassError::Template(_) => usage(error),
+            other => other.into(),
+        })
+    }
+
+    /// The policy for a job with `prompts` prompts.
+    pub(crate) fn to_policy(&self, prompts: usize) -> anyhow::Result<Policy> {
+        let trials = self.trials.unwrap_or(1);
+        let policy = match (self.policy, self.preset) {
+            (Some(PolicyName::Exhaustive), None) => {
+                if !self.keep.is_empty() {
+                    return Err(usage("--keep has no meaning with --policy exhaustive, which eliminates nobody: leave it out"));
+                }
+                Policy::exhaustive(if self.samples.is_empty() { &[100] } else { &self.samples }, trials)
+            }
+            (None | Some(PolicyName::Reference), preset) => {
+                // The default schedule fits few classes too; one that was asked for is taken by its word.
+                let few = (prompts as u32).clamp(1, 5);
+                let default_keep = preset.map_or(vec![few, 1], |p| p.keep().to_vec());
+                let default_samples = preset.map_or(vec![25, 250], |p| p.samples().to_vec());
+                let keep = if self.keep.is_empty() { default_keep } else { self.keep.clone() };
+                let samples = if self.samples.is_empty() { default_samples } else { self.samples.clone() };
+                Policy::reference(&keep, &samples, trials)
+            }
+            (Some(PolicyName::Exhaustive), Some(_)) => {
+                return Err(usage("--preset and --policy exclude each other: a preset names its policy"));
+            }
+        };
+        policy.map_err(usage)
+    }
+
+    /// The specification these flags give.
+    pub(crate) fn to_spec(&self) -> anyhow::Result<JobSpec> {
+        let images = self.images.as_deref().ok_or_else(|| usage("--images is missing: give a directory of images"))?;
+        let model = self.model.as_deref().ok_or_else(|| usage("--model is missing: give a model directory in diffusers layout"))?;
+        let classes = self.read_classes()?;
+        let policy = self.to_policy(classes.prompts.len())?;
+        // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
+        policy.rounds(u32::MAX, classes.prompts.len()).map_err(usage)?;
+        if self.limit == Some(0) {
+            return Err(usage("--limit 0 leaves no image: give at least 1"));
+        }
+        let shard_size = self.shard_size.unwrap_or(DEFAULT_SHARD_SIZE);
+        if shard_size == 0 {
+            return Err(usage("--shard-size must be at least 1"));
+        }
+        Ok(JobSpec {
+            images: Location::parse(images)?.to_string(),
+            model: absolute(Path::new(model))?,
+            classes,
+            policy,
+            loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
+            dtype: self.dtype.unwrap_or(ModelDtype::F32),
+            size: self.size,
+            seed: self.seed.unwrap_or(0),
+            noise_scope: match self.noise_scope {
+                Some(NoiseScopeName::Shared) => NoiseScope::Shared,
+                Some(NoiseScopeName::Sample) | None => NoiseScope::Sample,
+            },
+            noise: self.noise.as_deref().map(|path| absolute(Path::new(path))).transpose()?,
+            write_errors: self.write_errors,
+            label_from: match self.label_from.as_deref() {
+                None => None,
+                Some("parent") => Some("parent".into()),
+                Some(file) => Some(absolute(Path::new(file))?),
+            },
+            limit: self.limit,
+            shard_size,
+        })
+    }
+}
+
+fn absolute(path: &Path) -> anyhow::Result<String> {
+    Ok(std::path::absolute(path)?.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_file_takes_the_flags_names_with_either_separator() {
+        let file: JobArgs = toml::from_str(
+            "images = 'x'\nkeep = [3, 1]\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'",
+        )
+        .unwrap();
+        assert_eq!(file.keep, [3, 1]);
+        assert_eq!(file.label_from.as_deref(), Some("parent"));
+        assert_eq!(file.noise_scope, Some(NoiseScopeName::Shared));
+        assert_eq!(file.loss, Some(Loss::L1));
+        let error = toml::from_str::<JobArgs>("imags = 'x'").unwrap_err().to_string();
+        assert!(error.contains("unknown field `imags`"));
+    }
+
+    #[test]
+    fn flags_override_the_file() {
+        let file = JobArgs { seed: Some(1), limit: Some(9), ..JobArgs::default() };
+        let flags = JobArgs { seed: Some(2), ..JobArgs::default() };
+        let merged = flags.over(file);
+        assert_eq!((merged.seed, merged.limit), (Some(2), Some(9)));
+    }
+
+    #[test]
+    fn the_default_schedule_fits_few_classes_but_an_explicit_one_is_taken_by_its_word() {
+        let policy = JobArgs::default().to_policy(3).unwrap();
+        assert_eq!(policy, Policy::reference(&[3, 1], &[25, 250], 1).unwrap());
+        let explicit = JobArgs { keep: vec![5, 1], samples: vec![25, 250], ..JobArgs::default() };
+        assert!(explicit.to_policy(3).unwrap().rounds(1000, 3).is_err());
+    }
+}

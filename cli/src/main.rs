@@ -1,0 +1,33 @@
+//! `elbo`: labels image corpora with a diffusion model.
+
+mod args;
+mod commands;
+mod failure;
+mod job_args;
+mod logging;
+mod progress;
+mod session;
+mod stop;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = args::Cli::parse();
+    logging::start(cli.command.is_service());
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: starting the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let ended = runtime.block_on(commands::run(cli.command));
+    // What still runs in the background holds nothing that is not durable.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failure::report(&error),
+    }
+}

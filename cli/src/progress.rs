@@ -1,0 +1,106 @@
+//! Showing how far a job is: a bar on a terminal, lines or JSON elsewhere. Always on stderr.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use elbo_coordinator::Progress;
+use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressStyle};
+use tokio::sync::watch;
+
+use crate::args::ProgressMode;
+
+/// Shows progress until the job ends.
+pub(crate) async fn show(mode: ProgressMode, progress: watch::Receiver<Progress>) {
+    match mode {
+        ProgressMode::None => {}
+        ProgressMode::Auto if std::io::stderr().is_terminal() => bar(progress).await,
+        ProgressMode::Auto | ProgressMode::Plain => lines(progress, Duration::from_secs(5), plain).await,
+        ProgressMode::Json => lines(progress, Duration::from_secs(1), json).await,
+    }
+}
+
+async fn bar(mut progress: watch::Receiver<Progress>) {
+    let bar = ProgressBar::new(1);
+    // The template is a constant: were it wrong, the default style would do.
+    if let Ok(style) = ProgressStyle::with_template("{bar:30.cyan/dim} {percent:>3}%  {msg}") {
+        bar.set_style(style.progress_chars("━╸─"));
+    }
+    let _cleared = Cleared(bar.clone());
+    loop {
+        let now = progress.borrow_and_update().clone();
+        bar.set_length(now.evaluations_total.max(1));
+        bar.set_position(now.evaluations + now.unreported);
+        bar.set_message(message(&now));
+        if progress.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Removes the bar when the task that draws it ends in whatever way.
+struct Cleared(ProgressBar);
+
+impl Drop for Cleared {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
+async fn lines(progress: watch::Receiver<Progress>, every: Duration, line: impl Fn(&Progress) -> String) {
+    let mut tick = tokio::time::interval(every);
+    // The first tick is at once, when there is nothing to say.
+    tick.tick().await;
+    loop {
+        tick.tick().await;
+        if progress.has_changed().is_err() {
+            return;
+        }
+        eprintln!("{}", line(&progress.borrow()));
+    }
+}
+
+fn message(now: &Progress) -> String {
+    let mut parts = vec![format!("{}/{} images", HumanCount(now.samples_done), HumanCount(now.samples))];
+    if now.workers.is_empty() {
+        parts.push("waiting for workers".into());
+    } else if let Some(rate) = now.rate {
+        parts.push(format!("{} evaluations/s", HumanCount(rate as u64)));
+        if let Some(eta) = now.eta() {
+            parts.push(format!("{} left", HumanDuration(eta)));
+        }
+    }
+    if now.samples_quarantined > 0 {
+        parts.push(format!("{} quarantined", HumanCount(now.samples_quarantined)));
+    }
+    parts.join(", ")
+}
+
+fn plain(now: &Progress) -> String {
+    let share = 100.0 * (now.evaluations + now.unreported) as f64 / now.evaluations_total.max(1) as f64;
+    format!("{share:.1}%: {}", message(now))
+}
+
+fn json(now: &Progress) -> String {
+    serde_json::json!({
+        "samples": now.samples,
+        "samples_done": now.samples_done,
+        "samples_quarantined": now.samples_quarantined,
+        "evaluations": now.evaluations + now.unreported,
+        "evaluations_total": now.evaluations_total,
+        "evaluations_per_second": now.rate,
+        "eta_seconds": now.eta().map(|eta| eta.as_secs_f64()),
+        "workers": now.workers.len(),
+    })
+    .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_without_workers_says_that_it_waits() {
+        let waiting = Progress { samples: 1200, ..Progress::default() };
+        assert_eq!(message(&waiting), "0/1,200 images, waiting for workers");
+    }
+}

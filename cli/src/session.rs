@@ -1,0 +1,179 @@
+//! One run of a job on this machine: a coordinator, embedded workers if any, progress, and how it ended.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use elbo_common::fingerprint::JobIdentity;
+use elbo_common::store::{Location, Store};
+use elbo_coordinator::brain::LeasePolicy;
+use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, Options, Outcome};
+use elbo_worker::engine::Problem;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::{DeviceArgs, RunArgs, TokenArgs};
+use crate::failure::{Interrupted, usage};
+use crate::progress;
+use crate::stop;
+
+/// A job that is done.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Done {
+    /// By this run, which did so many evaluations in that time.
+    Now(u64, Duration),
+    /// By an earlier one.
+    Before,
+}
+
+/// Embedded workers.
+#[derive(Clone, Debug)]
+pub(crate) struct Workers {
+    /// How many.
+    pub(crate) count: NonZeroUsize,
+    /// What each computes on.
+    pub(crate) device: DeviceArgs,
+}
+
+/// Checks the device and gives the threads of one of `workers` workers.
+pub(crate) fn threads(device: &DeviceArgs, workers: NonZeroUsize) -> anyhow::Result<NonZeroUsize> {
+    if device.device != "cpu" {
+        return Err(usage(format!("--device {} is not available in this build: use --device cpu", device.device)));
+    }
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let share = NonZeroUsize::new(cores.get() / workers.get()).unwrap_or(NonZeroUsize::MIN);
+    Ok(device.threads.unwrap_or(share))
+}
+
+/// The content of a token file, or of ELBO_TOKEN.
+pub(crate) fn read_token(args: &TokenArgs) -> anyhow::Result<Option<String>> {
+    let token = match &args.token_file {
+        Some(path) => std::fs::read_to_string(path)
+            .map(Some)
+            .map_err(|e| anyhow::anyhow!("reading the token file {}: {e}", path.display()))?,
+        None => std::env::var("ELBO_TOKEN").ok(),
+    };
+    let token = token.map(|t| t.trim().to_owned());
+    if token.as_deref() == Some("") {
+        return Err(usage("the token is empty: write a secret into the token file, or unset ELBO_TOKEN"));
+    }
+    Ok(token)
+}
+
+/// The name of this host.
+pub(crate) fn host() -> String {
+    hostname::get().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Hashes the files of a job, after a look at what is commonly wrong with a model directory.
+pub(crate) fn identify(spec: elbo_common::job::JobSpec) -> anyhow::Result<JobIdentity> {
+    let model = Path::new(&spec.model);
+    if !model.is_dir() {
+        anyhow::bail!("there is no model directory {}: give --model a directory in diffusers layout", model.display());
+    }
+    if !model.join("model_index.json").is_file() {
+        anyhow::bail!("{} has no model_index.json: --model needs a directory in diffusers layout", model.display());
+    }
+    Ok(JobIdentity::new(spec)?)
+}
+
+/// Takes a job up in an output.
+pub(crate) async fn open(identity: JobIdentity, out: &str, fresh: bool) -> anyhow::Result<Job> {
+    let store = Store::create(&Location::parse(out)?)?;
+    match Job::open(identity, store, JobOptions { fresh }).await {
+        Err(JobError::Policy(error)) => Err(usage(error)),
+        opened => Ok(opened?),
+    }
+}
+
+/// Runs a job with embedded workers.
+pub(crate) async fn label(identity: JobIdentity, out: &str, workers: &Workers, run: &RunArgs) -> anyhow::Result<Done> {
+    let threads = threads(&workers.device, workers.count)?;
+    let stop = stop::on_signal()?;
+    // A model that can't be loaded is found out before anything is written. All workers share it.
+    let loading = identity.clone();
+    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading)).await?;
+    let problem = Arc::new(problem.map_err(|e| match e {
+        elbo_worker::problem::ProblemError::Dtype(_)
+        | elbo_worker::problem::ProblemError::Size { .. }
+        | elbo_worker::problem::ProblemError::Policy(_) => usage(e),
+        other => other.into(),
+    })?);
+    let job = open(identity, out, run.fresh).await?;
+    if job.is_done() {
+        return already_done(job).await;
+    }
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
+    let url = format!("http://{}", listener.local_addr()?);
+    // Other users of this machine can reach the loopback address too.
+    let token = uuid::Uuid::new_v4().to_string();
+    let mut tasks = JoinSet::new();
+    for i in 0..workers.count.get() {
+        let options = elbo_worker::Options {
+            coordinator: url.clone(),
+            token: Some(token.clone()),
+            name: format!("embedded-{i}"),
+            host: host(),
+            threads,
+            batch: workers.device.batch,
+            patience: Duration::from_secs(60),
+            model: None,
+            problem: Some(Arc::clone(&problem)),
+            stay: false,
+        };
+        tasks.spawn(elbo_worker::run(options, stop.clone()));
+    }
+    coordinate(job, listener, Some(token), LeasePolicy::default(), run, stop, tasks).await
+}
+
+/// Runs a job's coordinator until it is done or stopped; ends it when all of some embedded `workers` have failed.
+pub(crate) async fn coordinate(
+    job: Job,
+    listener: TcpListener,
+    token: Option<String>,
+    leases: LeasePolicy,
+    run: &RunArgs,
+    stop: CancellationToken,
+    mut workers: JoinSet<Result<(), elbo_worker::WorkerError>>,
+) -> anyhow::Result<Done> {
+    // The coordinator stops when asked to, and when there is nobody left to work.
+    let giving_up = stop.child_token();
+    let coordinator = Coordinator::new(job, Options { leases, max_bad: run.max_bad, token }, giving_up.clone())?;
+    let started = Instant::now();
+    let before = coordinator.progress().borrow().evaluations;
+    let watching = coordinator.progress();
+    let bar = tokio::spawn(progress::show(run.progress, coordinator.progress()));
+    let running = coordinator.run(listener);
+    let following = async {
+        let embedded = !workers.is_empty();
+        let mut failure = None;
+        while let Some(ended) = workers.join_next().await {
+            match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => failure = Some(anyhow::Error::from(error)),
+                Err(error) => failure = Some(error.into()),
+            }
+        }
+        if embedded {
+            giving_up.cancel();
+        }
+        failure
+    };
+    let (outcome, failure) = tokio::join!(running, following);
+    bar.abort();
+    let _ = bar.await;
+    match outcome? {
+        Outcome::Done(_) => {
+            Ok(Done::Now(watching.borrow().evaluations.saturating_sub(before), started.elapsed()))
+        }
+        Outcome::Interrupted => Err(failure.unwrap_or_else(|| Interrupted.into())),
+    }
+}
+
+/// A job that needs no more work.
+pub(crate) async fn already_done(job: Job) -> anyhow::Result<Done> {
+    job.close().await?;
+    Ok(Done::Before)
+}

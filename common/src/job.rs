@@ -1,0 +1,86 @@
+//! What a job is: everything that decides its predictions, and nothing that doesn't.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::class::Classes;
+use crate::loss::Loss;
+use crate::noise::NoiseScope;
+use crate::policy::Policy;
+
+/// Samples in a shard unless the job says otherwise.
+pub const DEFAULT_SHARD_SIZE: u32 = 1000;
+
+/// The element type the network runs in. Errors are always reduced in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelDtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FromStr for ModelDtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
+            other => Err(format!("unknown dtype '{other}': use f32, f16 or bf16")),
+        }
+    }
+}
+
+impl fmt::Display for ModelDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+/// The whole specification of a job.
+///
+/// Paths (`images`, `model`, `noise`) say where things were found; what they hold enters the fingerprint by content. How
+/// the job is carried out (devices, workers, batch sizes) is not part of it, since it changes no result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobSpec {
+    /// The dataset's location.
+    pub images: String,
+    /// The model directory.
+    pub model: String,
+    /// Classes and prompts.
+    pub classes: Classes,
+    /// Rounds and eliminations.
+    pub policy: Policy,
+    /// The error of an evaluation.
+    pub loss: Loss,
+    /// Element type of the network.
+    pub dtype: ModelDtype,
+    /// Image side in pixels; the model's native size where absent.
+    pub size: Option<u32>,
+    /// Seed of the counter-based noise.
+    pub seed: u64,
+    /// Whether samples share noise.
+    pub noise_scope: NoiseScope,
+    /// The noise file, where one replaces the counter-based noise.
+    pub noise: Option<String>,
+    /// Whether every single evaluation's error is kept.
+    pub write_errors: bool,
+    /// Where labels come from.
+    pub label_from: Option<String>,
+    /// Only the first so many samples of the sorted listing.
+    pub limit: Option<u64>,
+    /// Samples in a shard.
+    pub shard_size: u32,
+}

@@ -1,0 +1,37 @@
+//! Where things lie under `--out`. These paths are a contract: other programs read them.
+
+use object_store::path::Path;
+
+use crate::ids::ShardId;
+
+/// Spec, fingerprint, versions, totals and timings.
+pub const JOB: &str = "job.json";
+/// The dataset as listed.
+pub const MANIFEST: &str = "manifest/part-00000.parquet";
+/// Directory of the predictions.
+pub const PREDICTIONS: &str = "predictions";
+/// Directory of single evaluations' errors (`--write-errors`).
+pub const ERRORS: &str = "errors";
+/// Directory of quarantined samples.
+pub const QUARANTINE: &str = "quarantine";
+/// Directory of the ledger.
+pub const LEDGER: &str = "ledger";
+
+/// The predictions of a shard.
+pub fn predictions(shard: ShardId) -> Path {
+    shard_file(PREDICTIONS, shard)
+}
+
+/// The errors of a shard.
+pub fn errors(shard: ShardId) -> Path {
+    shard_file(ERRORS, shard)
+}
+
+/// The quarantined samples of a shard.
+pub fn quarantine(shard: ShardId) -> Path {
+    shard_file(QUARANTINE, shard)
+}
+
+fn shard_file(directory: &str, shard: ShardId) -> Path {
+    Path::from(format!("{directory}/shard-{:05}.parquet", shard.0))
+}

@@ -1,0 +1,27 @@
+//! The vocabulary both sides of `elbo` speak: what a job is, which evaluations it consists of, and how their errors become
+//! predictions.
+//!
+//! The numeric core ([`schedule`], [`noise`], [`sums`], [`policy`], [`unit`]) is synchronous, does no IO and reads no clock, so that a
+//! result is a pure function of the job. [`store`], [`dataset`], [`manifest`] and [`predictions`] are the rim: what is read
+//! from and written to object storage.
+
+pub mod class;
+pub mod dataset;
+pub mod fingerprint;
+pub mod ids;
+pub mod job;
+pub mod layout;
+pub mod loss;
+pub mod manifest;
+pub mod noise;
+pub mod policy;
+pub mod predictions;
+pub mod preset;
+pub mod record;
+pub mod report;
+pub mod schedule;
+pub mod store;
+pub mod sums;
+pub mod table;
+pub mod unit;
+pub mod verify;

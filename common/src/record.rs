@@ -1,0 +1,154 @@
+//! `job.json`: what a job is and how far it got, for people and for the next start.
+
+use bytes::Bytes;
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+
+use crate::fingerprint::JobIdentity;
+use crate::layout;
+use crate::store::{Store, StoreError};
+
+/// Whether all shards are committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// Some work is left.
+    Unfinished,
+    /// Every sample is in predictions or quarantine.
+    Done,
+}
+
+/// The manifest's size and hash.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestRecord {
+    /// Samples listed.
+    pub samples: u64,
+    /// Hash over their identities.
+    pub digest: String,
+}
+
+/// Versions of what wrote the output.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versions {
+    /// `elbo` itself.
+    pub elbo: String,
+    /// The contract between coordinator and workers.
+    pub protocol: u32,
+}
+
+/// What a done job amounts to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Samples in the manifest.
+    pub samples: u64,
+    /// Samples given up.
+    pub quarantined: u64,
+    /// Evaluations the predictions rest on.
+    pub evaluations: u64,
+    /// Evaluations that were reported more than once.
+    pub evaluations_recomputed: u64,
+}
+
+/// How long it took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// How many coordinators worked on the job, one after the other.
+    pub starts: u64,
+    /// Wall time of the last of them, in seconds.
+    pub seconds: f64,
+}
+
+/// The content of `job.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// How far the job got.
+    pub state: JobState,
+    /// Hash of specification, model files and manifest.
+    pub fingerprint: String,
+    /// The specification and the hashes of the files it names.
+    #[serde(flatten)]
+    pub identity: JobIdentity,
+    /// The dataset.
+    pub manifest: ManifestRecord,
+    /// Versions.
+    pub versions: Versions,
+    /// Totals of a done job.
+    pub totals: Option<Totals>,
+    /// Timings of a done job.
+    pub timings: Option<Timings>,
+}
+
+/// A `job.json` that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// Reading or writing failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its content is not a job's.
+    #[error("{location}/job.json can't be understood ({source}): it was written by another version of elbo or damaged; use another --out, or start over with --fresh")]
+    Format {
+        /// The output's location.
+        location: String,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+}
+
+impl JobRecord {
+    /// Reads an output's `job.json`; `None` where there is none.
+    pub async fn read(out: &Store) -> Result<Option<Self>, RecordError> {
+        let Some(bytes) = out.read(&Path::from(layout::JOB)).await? else { return Ok(None) };
+        serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|source| RecordError::Format { location: out.location().to_string(), source })
+    }
+
+    /// Writes an output's `job.json`.
+    pub async fn write(&self, out: &Store) -> Result<(), RecordError> {
+        let json = serde_json::to_vec_pretty(self)
+            .map_err(|source| RecordError::Format { location: out.location().to_string(), source })?;
+        Ok(out.write(&Path::from(layout::JOB), Bytes::from(json)).await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::class::Classes;
+    use crate::job::{JobSpec, ModelDtype};
+    use crate::loss::Loss;
+    use crate::noise::NoiseScope;
+    use crate::policy::Policy;
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let spec = JobSpec {
+            images: "/images".into(),
+            model: "/model".into(),
+            classes: Classes::parse("prompt,classname,classidx\na cat,cat,7\na dog,dog,-1\n", &[]).unwrap(),
+            policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
+            loss: Loss::Huber,
+            dtype: ModelDtype::F32,
+            size: None,
+            seed: u64::MAX,
+            noise_scope: NoiseScope::Sample,
+            noise: None,
+            write_errors: true,
+            label_from: Some("parent".into()),
+            limit: None,
+            shard_size: 10,
+        };
+        let identity = JobIdentity { spec, model_files: [("a".into(), "b".into())].into(), noise_file: None };
+        let record = JobRecord {
+            state: JobState::Unfinished,
+            fingerprint: identity.fingerprint("m"),
+            identity,
+            manifest: ManifestRecord { samples: 3, digest: "m".into() },
+            versions: Versions { elbo: "1".into(), protocol: 1 },
+            totals: None,
+            timings: None,
+        };
+        let json = serde_json::to_string(&record).unwrap();
+        assert_eq!(serde_json::from_str::<JobRecord>(&json).unwrap(), record);
+    }
+}

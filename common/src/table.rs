@@ -1,0 +1,167 @@
+//! Rows to Parquet and back, the same way for every table of a job.
+//!
+//! Parquet is what DuckDB, Polars, pandas and Hugging Face datasets read without being told how. A table is written from
+//! its rows alone: no clock, no host and no thread order reaches its bytes, so writing it twice is harmless.
+
+use arrow_array::{Array, ArrayRef, RecordBatch};
+use arrow_schema::{Schema, SchemaRef};
+use bytes::Bytes;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::errors::ParquetError;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::WriterProperties;
+
+/// A table that can't be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// Encoding failed.
+    #[error("encoding the {table} as parquet: {source}; this is a defect, please report it")]
+    Encode {
+        /// Which table.
+        table: &'static str,
+        /// Why.
+        source: ParquetError,
+    },
+    /// The bytes are not a Parquet file, or damaged.
+    #[error(
+        "reading the {table}: {source}; the file is damaged or was written by another program: delete it and run the job \
+         again, which writes it anew"
+    )]
+    Decode {
+        /// Which table.
+        table: &'static str,
+        /// Why.
+        source: ParquetError,
+    },
+    /// A column is missing or holds something else.
+    #[error("reading the {table}: column '{column}' {problem}; the file was written by another program or version")]
+    Column {
+        /// Which table.
+        table: &'static str,
+        /// The column.
+        column: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The rows contradict what the table says of itself.
+    #[error("reading the {table}: {problem}; the output belongs to another job: use another --out, or --fresh")]
+    Rows {
+        /// Which table.
+        table: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// A row of a table.
+pub(crate) trait Row: Sized {
+    /// What the table is called in errors.
+    const TABLE: &'static str;
+
+    /// Its columns.
+    fn schema() -> Schema;
+
+    /// The rows as columns, in the order of the schema.
+    fn columns(rows: &[Self]) -> Result<Vec<ArrayRef>, ParquetError>;
+
+    /// Appends the rows of a batch.
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError>;
+}
+
+/// Access to a batch's columns by name and type.
+#[derive(Debug)]
+pub(crate) struct Columns<'a> {
+    table: &'static str,
+    batch: &'a RecordBatch,
+}
+
+impl<'a> Columns<'a> {
+    /// How many rows there are.
+    pub(crate) fn len(&self) -> usize {
+        self.batch.num_rows()
+    }
+
+    /// A column that may hold nulls.
+    pub(crate) fn nullable<T: Array + 'static>(&self, name: &str) -> Result<&'a T, TableError> {
+        let column = self.batch.column_by_name(name).ok_or_else(|| self.wrong(name, "is missing"))?;
+        self.typed(name, column)
+    }
+
+    /// A column without nulls.
+    pub(crate) fn required<T: Array + 'static>(&self, name: &str) -> Result<&'a T, TableError> {
+        self.full(name, self.nullable::<T>(name)?)
+    }
+
+    /// An array inside a column, of the type expected and without nulls.
+    pub(crate) fn inner<'b, T: Array + 'static>(&self, name: &str, array: &'b ArrayRef) -> Result<&'b T, TableError> {
+        self.full(name, self.typed(name, array)?)
+    }
+
+    /// An array of the type expected.
+    pub(crate) fn typed<'b, T: Array + 'static>(&self, name: &str, array: &'b ArrayRef) -> Result<&'b T, TableError> {
+        let problem = || format!("has the type {}", array.data_type());
+        array.as_any().downcast_ref().ok_or_else(|| self.wrong(name, problem()))
+    }
+
+    /// An error about a column.
+    pub(crate) fn wrong(&self, column: &str, problem: impl Into<String>) -> TableError {
+        TableError::Column { table: self.table, column: column.to_owned(), problem: problem.into() }
+    }
+
+    fn full<'b, T: Array>(&self, name: &str, array: &'b T) -> Result<&'b T, TableError> {
+        if array.null_count() == 0 { Ok(array) } else { Err(self.wrong(name, "has nulls")) }
+    }
+}
+
+/// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata.
+pub(crate) fn encode<R: Row>(rows: &[R], group: usize, meta: &[(String, String)]) -> Result<Bytes, TableError> {
+    let fail = |source| TableError::Encode { table: R::TABLE, source };
+    let schema = SchemaRef::new(R::schema());
+    let meta = meta.iter().map(|(key, value)| KeyValue::new(key.clone(), value.clone())).collect();
+    let group = group.max(1);
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_max_row_group_row_count(Some(group))
+        .set_key_value_metadata(Some(meta))
+        .build();
+    let mut writer = ArrowWriter::try_new(Vec::new(), SchemaRef::clone(&schema), Some(properties)).map_err(fail)?;
+    for rows in rows.chunks(group) {
+        let columns = R::columns(rows).map_err(fail)?;
+        let batch = RecordBatch::try_new(SchemaRef::clone(&schema), columns).map_err(|e| fail(e.into()))?;
+        writer.write(&batch).and_then(|()| writer.flush()).map_err(fail)?;
+    }
+    writer.into_inner().map(Bytes::from).map_err(fail)
+}
+
+/// Decodes all rows.
+pub(crate) fn decode<R: Row>(bytes: Bytes) -> Result<Vec<R>, TableError> {
+    let metadata = metadata::<R>(&bytes)?;
+    decode_groups(&bytes, &metadata, (0..metadata.metadata().num_row_groups()).collect())
+}
+
+/// Reads the footer.
+pub(crate) fn metadata<R: Row>(bytes: &Bytes) -> Result<ArrowReaderMetadata, TableError> {
+    ArrowReaderMetadata::load(bytes, ArrowReaderOptions::new())
+        .map_err(|source| TableError::Decode { table: R::TABLE, source })
+}
+
+/// Decodes the rows of some row groups.
+pub(crate) fn decode_groups<R: Row>(
+    bytes: &Bytes,
+    metadata: &ArrowReaderMetadata,
+    groups: Vec<usize>,
+) -> Result<Vec<R>, TableError> {
+    let fail = |source| TableError::Decode { table: R::TABLE, source };
+    let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(bytes.clone(), metadata.clone())
+        .with_row_groups(groups)
+        .build()
+        .map_err(fail)?;
+    let mut rows = Vec::new();
+    for batch in reader {
+        let batch = batch.map_err(|e| fail(e.into()))?;
+        R::read(&Columns { table: R::TABLE, batch: &batch }, &mut rows)?;
+    }
+    Ok(rows)
+}

@@ -1,0 +1,181 @@
+//! Writing a finished shard: final sums become Parquet files at fixed paths.
+//!
+//! The content is a pure function of the job, so that writing a shard twice, as after a crash between the put and the
+//! ledger's mark, is harmless.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use elbo_common::class::Classes;
+use elbo_common::ids::{ClassIndex, ShardId};
+use elbo_common::layout;
+use elbo_common::manifest::Sample;
+use elbo_common::policy::RoundSlots;
+use elbo_common::predictions::{self, ErrorRow, Labelled, Outcome as RowOutcome, Prediction, Quarantined, Score};
+use elbo_common::record::JobRecord;
+use elbo_common::table::TableError;
+use object_store::path::Path;
+
+use crate::brain::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError};
+
+/// A finished shard on its way out.
+#[derive(Debug)]
+pub struct Finishing {
+    /// The shard.
+    pub shard: ShardId,
+    /// Its samples.
+    pub manifest: Vec<Sample>,
+    /// How they ended, in the same order.
+    pub outcomes: Vec<Finished>,
+}
+
+/// How often a sample is tried before it is given up, by where it failed.
+fn attempts(stage: &str) -> u32 {
+    if stage == "evaluate" { 2 } else { 1 }
+}
+
+/// The files of a finished shard, predictions last: where they are, so is all else.
+pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> Result<Vec<(Path, Bytes)>, TableError> {
+    let spec = &job.identity.spec;
+    let meta = [
+        ("elbo.job".to_owned(), job.identity.digest()),
+        ("elbo.version".to_owned(), job.versions.elbo.clone()),
+    ];
+    let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
+        rows.push(match &finished.outcome {
+            Outcome::Scored { prompts, errors: single } => {
+                errors.extend(single.iter().map(|e| error_row(sample, e, &spec.classes, rounds)));
+                scored(sample, prompts, &spec.classes)
+            }
+            Outcome::Quarantined(failure) => {
+                quarantined.push(quarantine_row(sample, failure));
+                given_up(sample, failure)
+            }
+        });
+    }
+    let mut files = Vec::new();
+    if spec.write_errors {
+        files.push((layout::errors(finishing.shard), predictions::encode_errors(&errors, &meta)?));
+    }
+    if !quarantined.is_empty() {
+        files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &meta)?));
+    }
+    files.push((layout::predictions(finishing.shard), predictions::encode_predictions(&rows, &meta)?));
+    Ok(files)
+}
+
+fn scored(sample: &Sample, prompts: &[ScoredPrompt], classes: &Classes) -> Prediction {
+    let scores = class_scores(prompts, classes);
+    let evaluations = prompts.iter().map(|p| p.sums.n).sum();
+    let margin = match &scores[..] {
+        // Classes that left earlier have means over other slots, which don't compare.
+        [best, second, ..] if best.round == second.round => Some(second.mean_error - best.mean_error),
+        _ => None,
+    };
+    let class = scores.first().map_or(ClassIndex(0), |s| s.class);
+    let labelled = Labelled { class, class_name: classes.name(class).to_owned(), confidence: None, margin, scores };
+    Prediction {
+        sample: sample.id,
+        key: sample.key.clone(),
+        label: sample.label.clone(),
+        evaluations,
+        outcome: RowOutcome::Labelled(labelled),
+    }
+}
+
+/// A class scores as its best prompt does. Best first: by the last round a class was in, then by mean error; ties by the
+/// lower prompt, as in the policy.
+fn class_scores(prompts: &[ScoredPrompt], classes: &Classes) -> Vec<Score> {
+    let mut ranked: Vec<&ScoredPrompt> = prompts.iter().filter(|p| p.sums.n > 0).collect();
+    ranked.sort_by(|a, b| {
+        b.round.cmp(&a.round).then(a.sums.mean().total_cmp(&b.sums.mean())).then(a.prompt.cmp(&b.prompt))
+    });
+    let mut seen = BTreeMap::new();
+    ranked
+        .into_iter()
+        .filter(|p| seen.insert(classes.class_of(p.prompt), ()).is_none())
+        .map(|p| Score {
+            class: classes.class_of(p.prompt),
+            mean_error: p.sums.mean() as f32,
+            std_error: p.sums.std_error().map(|e| e as f32),
+            n: p.sums.n,
+            round: p.round,
+        })
+        .collect()
+}
+
+fn given_up(sample: &Sample, failure: &SampleFailure) -> Prediction {
+    let error = format!("{}: {}", failure.stage, failure.error);
+    Prediction {
+        sample: sample.id,
+        key: sample.key.clone(),
+        label: sample.label.clone(),
+        evaluations: 0,
+        outcome: RowOutcome::Quarantined { error },
+    }
+}
+
+fn quarantine_row(sample: &Sample, failure: &SampleFailure) -> Quarantined {
+    Quarantined {
+        sample: sample.id,
+        key: sample.key.clone(),
+        stage: failure.stage.clone(),
+        error: failure.error.clone(),
+        attempts: attempts(&failure.stage),
+    }
+}
+
+fn error_row(sample: &Sample, error: &SlotError, classes: &Classes, rounds: &[RoundSlots]) -> ErrorRow {
+    let slot = rounds[error.round.at()].slots[error.slot];
+    ErrorRow {
+        sample: sample.id,
+        class: classes.class_of(error.prompt),
+        prompt: error.prompt,
+        timestep: slot.timestep,
+        noise: slot.noise,
+        error: error.error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use elbo_common::ids::{PromptIndex, Round};
+    use elbo_common::sums::Sums;
+
+    fn prompt(index: u32, round: u16, n: u32, mean: f64) -> ScoredPrompt {
+        let sums = Sums { n, sum: mean * f64::from(n), sum_sq: mean * mean * f64::from(n) };
+        ScoredPrompt { prompt: PromptIndex(index), sums, round: Round(round) }
+    }
+
+    fn classes() -> Classes {
+        let csv = "prompt,classname,classidx\na,cat,3\nb,cat,3\nc,dog,5\nd,owl,9\n";
+        Classes::parse(csv, &[]).unwrap()
+    }
+
+    #[test]
+    fn a_class_that_stayed_longer_beats_one_with_a_lower_mean_over_fewer_slots() {
+        let scores = class_scores(&[prompt(0, 0, 2, 0.9), prompt(1, 1, 5, 0.8), prompt(2, 1, 5, 0.7), prompt(3, 0, 2, 0.1)], &classes());
+        let order: Vec<_> = scores.iter().map(|s| (s.class.0, s.n)).collect();
+        assert_eq!(order, [(5, 5), (3, 5), (9, 2)]);
+    }
+
+    #[test]
+    fn the_margin_is_left_out_where_the_runner_up_saw_other_slots() {
+        let sample = Sample {
+            id: elbo_common::ids::SampleId(0),
+            key: "k".into(),
+            location: "/k".into(),
+            size: 1,
+            etag: None,
+            label: None,
+        };
+        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes());
+        assert_eq!(same.labelled().unwrap().margin, Some(0.25));
+        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes());
+        assert_eq!(other.labelled().unwrap().margin, None);
+        assert_eq!(other.labelled().unwrap().class_name, "cat");
+        assert_eq!(other.evaluations, 7);
+    }
+}

@@ -1,0 +1,296 @@
+//! Running a job: the server workers talk to, and the steward that opens, commits and ends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use elbo_common::ids::ShardId;
+use elbo_common::manifest::Manifest;
+use elbo_common::policy::RoundSlots;
+use elbo_common::table::TableError;
+use elbo_common::record::{JobState, RecordError, Timings, Totals};
+use elbo_common::store::{Store, StoreError};
+use elbo_proto::{MAX_MESSAGE_BYTES, v1};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::brain::{Brain, JobShape, LeasePolicy};
+use crate::commit::{self, Finishing};
+use crate::job::Job;
+use crate::ledger::LedgerError;
+use crate::progress::Progress;
+use crate::service::{Service, Shared, Token};
+
+/// A job that could not be finished.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The ledger failed.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// The output failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// `job.json` could not be written.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// A table could not be read or written.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The job could not be described to workers.
+    #[error("describing the job: {0}")]
+    Json(#[from] serde_json::Error),
+    /// The server failed.
+    #[error("serving on {address}: {source}")]
+    Serve {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: tonic::transport::Error,
+    },
+    /// Too many samples had to be given up.
+    #[error("{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report`, mend the cause, or raise --max-bad and run the same command again")]
+    TooManyBad {
+        /// Samples given up.
+        quarantined: u64,
+        /// Samples in all.
+        samples: u64,
+        /// The limit.
+        limit: MaxBad,
+    },
+    /// A background task ended by a panic, which is a defect.
+    #[error("the coordinator's {0} ended unexpectedly: run the same command again to resume, and report this")]
+    Task(&'static str),
+}
+
+/// How many samples may be quarantined before the job is ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MaxBad {
+    /// So many samples.
+    Count(u64),
+    /// So large a share of the dataset, in percent.
+    Percent(f64),
+}
+
+impl MaxBad {
+    fn allows(self, quarantined: u64, samples: u64) -> bool {
+        match self {
+            Self::Count(limit) => quarantined <= limit,
+            Self::Percent(limit) => quarantined as f64 * 100.0 <= limit * samples as f64,
+        }
+    }
+}
+
+impl std::fmt::Display for MaxBad {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Count(limit) => limit.fmt(f),
+            Self::Percent(limit) => write!(f, "{limit}%"),
+        }
+    }
+}
+
+impl std::str::FromStr for MaxBad {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("'{text}' is neither a number of samples nor a share like 5%");
+        match text.strip_suffix('%') {
+            Some(share) => {
+                share.trim().parse().ok().filter(|p| (0.0..=100.0).contains(p)).map(Self::Percent).ok_or_else(wrong)
+            }
+            None => text.parse().map(Self::Count).map_err(|_| wrong()),
+        }
+    }
+}
+
+/// How a coordinator runs; nothing here changes a result.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How leases are sized and when they end.
+    pub leases: LeasePolicy,
+    /// How many bad samples are borne.
+    pub max_bad: MaxBad,
+    /// The token every call must bring; without one, anyone who can connect is served.
+    pub token: Option<String>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// Every sample is in predictions or quarantine.
+    Done(Totals),
+    /// Stopped on request; the same command resumes.
+    Interrupted,
+}
+
+/// A coordinator for one job.
+#[derive(Debug)]
+pub struct Coordinator {
+    shared: Arc<Shared>,
+    out: Store,
+    manifest: Manifest,
+    rounds: Vec<RoundSlots>,
+    options: Options,
+    stop: CancellationToken,
+}
+
+impl Coordinator {
+    /// A coordinator for an opened job; cancelling `stop` interrupts it.
+    pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
+        let Job { out, record, manifest, rounds, ledger, done } = job;
+        let spec = &record.identity.spec;
+        let prompts = spec.classes.prompts.len();
+        let shape = JobShape::new(rounds.clone(), prompts, manifest.len(), spec.shard_size, spec.write_errors);
+        let brain = Brain::new(shape, ledger.epoch(), options.leases, done);
+        let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
+        let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
+        shared.publish();
+        Ok(Self { shared, out, manifest, rounds, options, stop })
+    }
+
+    /// Follows the job's progress.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.shared.progress.subscribe()
+    }
+
+    /// Serves workers until the job is done, fails or is stopped.
+    pub async fn run(self, listener: TcpListener) -> Result<Outcome, RunError> {
+        let started = Instant::now();
+        let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+        let hang_up = CancellationToken::new();
+        let token = Token::new(self.options.token.as_deref());
+        let server = tokio::spawn(serve(Arc::clone(&self.shared), token, listener, hang_up.clone()));
+        let ended = self.steward().await;
+        // Waiting workers are told to leave; those in the middle of a block get a moment to hand over what they have.
+        self.shared.closing.cancel();
+        self.shared.changed.notify_waiters();
+        if !matches!(ended, Err(RunError::Ledger(_))) {
+            self.await_departures().await;
+        }
+        hang_up.cancel();
+        let served = server.await.map_err(|_| RunError::Task("server"))?;
+        let ended = match self.shared.take_failure() {
+            Some(error) => Err(error.into()),
+            None => ended,
+        };
+        let outcome = match ended? {
+            true => Outcome::Done(self.finish(started).await?),
+            false => Outcome::Interrupted,
+        };
+        self.shared.ledger.close().await?;
+        self.shared.publish();
+        served.map_err(|source| RunError::Serve { address, source })?;
+        Ok(outcome)
+    }
+
+    /// Opens shards as work runs low, commits finished ones, takes silent workers' leases back. `true` when all is done.
+    async fn steward(&self) -> Result<bool, RunError> {
+        let shared = &self.shared;
+        let mut tick = tokio::time::interval(Duration::from_millis(200));
+        loop {
+            let changed = shared.changed.notified();
+            self.open_shards().await?;
+            self.commit_shards().await?;
+            self.check_quarantine()?;
+            if shared.brain().is_done() {
+                return Ok(true);
+            }
+            if shared.closing.is_cancelled() {
+                return Ok(false);
+            }
+            tokio::select! {
+                () = changed => {}
+                () = self.stop.cancelled() => return Ok(false),
+                _ = tick.tick() => {
+                    let silent = shared.brain().expire(shared.now());
+                    for worker in silent {
+                        tracing::warn!(worker, "worker gave no sign of life: its leases go to others");
+                        shared.changed.notify_waiters();
+                    }
+                    shared.publish();
+                }
+            }
+        }
+    }
+
+    async fn open_shards(&self) -> Result<(), RunError> {
+        loop {
+            let Some(shard) = self.shared.brain().wants_shard() else { return Ok(()) };
+            let samples = self.manifest.shard(shard)?;
+            let records = self.shared.ledger.records(shard).await?;
+            tracing::debug!(%shard, samples = samples.len(), records = records.len(), "shard opened");
+            self.shared.brain().open_shard(shard, samples, records);
+            self.shared.changed.notify_waiters();
+        }
+    }
+
+    async fn commit_shards(&self) -> Result<(), RunError> {
+        let finished = self.shared.brain().finished_shards();
+        for shard in finished {
+            self.commit_shard(shard).await?;
+        }
+        Ok(())
+    }
+
+    /// The commit rule: files first, by atomic puts of content that is a pure function of the job; then the ledger's mark.
+    async fn commit_shard(&self, shard: ShardId) -> Result<(), RunError> {
+        let Some((manifest, outcomes, totals)) = self.shared.brain().finished(shard) else { return Ok(()) };
+        let (shared, rounds) = (Arc::clone(&self.shared), self.rounds.clone());
+        let encode = move || commit::files(&Finishing { shard, manifest, outcomes }, &shared.record, &rounds);
+        let files = tokio::task::spawn_blocking(encode).await.map_err(|_| RunError::Task("encoder"))??;
+        for (path, bytes) in files {
+            self.out.write(&path, bytes).await?;
+        }
+        self.shared.ledger.commit(shard, totals).await?;
+        self.shared.brain().close_shard(shard, totals);
+        tracing::info!(%shard, samples = totals.samples, quarantined = totals.quarantined, "shard committed");
+        Ok(())
+    }
+
+    fn check_quarantine(&self) -> Result<(), RunError> {
+        let (quarantined, samples) = (self.shared.brain().totals().quarantined, self.manifest.len());
+        let limit = self.options.max_bad;
+        if limit.allows(quarantined, samples) {
+            Ok(())
+        } else {
+            Err(RunError::TooManyBad { quarantined, samples, limit })
+        }
+    }
+
+    /// Waits, but not for long, until workers have left.
+    async fn await_departures(&self) {
+        let patience = tokio::time::Instant::now() + Duration::from_secs(5);
+        while !self.shared.brain().workers().is_empty() && tokio::time::Instant::now() < patience {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn finish(&self, started: Instant) -> Result<Totals, RunError> {
+        let totals = Totals::from(self.shared.brain().totals());
+        let mut record = self.shared.record.clone();
+        record.state = JobState::Done;
+        record.totals = Some(totals);
+        record.timings =
+            Some(Timings { starts: self.shared.ledger.epoch().0, seconds: started.elapsed().as_secs_f64() });
+        record.write(&self.out).await?;
+        Ok(totals)
+    }
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    token: Token,
+    listener: TcpListener,
+    hang_up: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let service = v1::coordinator_server::CoordinatorServer::new(Service { shared })
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .add_service(tonic::service::interceptor::InterceptedService::new(service, token))
+        .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(listener), hang_up.cancelled())
+        .await
+}

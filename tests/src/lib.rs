@@ -1,0 +1,197 @@
+//! What the end-to-end tests share: the real binary, real processes, and the digits they label.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// The repository's root.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The digits model.
+pub fn model() -> PathBuf {
+    root().join("cli/demo/model")
+}
+
+/// The digits' images, one directory per class.
+pub fn images() -> PathBuf {
+    root().join("cli/demo/images")
+}
+
+/// The digits' class file.
+pub fn classes() -> PathBuf {
+    root().join("cli/demo/classes.csv")
+}
+
+/// The `elbo` program, built as these tests are.
+pub fn elbo() -> Command {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let path = BINARY.get_or_init(|| {
+        let build = escargot::CargoBuild::new().package("elbo").bin("elbo").manifest_path(root().join("Cargo.toml"));
+        let build = if cfg!(debug_assertions) { build } else { build.release() };
+        build.run().expect("building elbo").path().to_owned()
+    });
+    let mut command = Command::new(path);
+    command.env_remove("ELBO_TOKEN").stdin(Stdio::null());
+    command
+}
+
+/// A directory with the first `per_class` images of every class.
+pub fn some_images(per_class: usize) -> TempDir {
+    let target = TempDir::new().expect("a directory");
+    for class in sorted(&images()) {
+        let to = target.path().join(class.file_name().expect("a name"));
+        std::fs::create_dir(&to).expect("a directory");
+        for image in sorted(&class).into_iter().take(per_class) {
+            std::fs::copy(&image, to.join(image.file_name().expect("a name"))).expect("copying");
+        }
+    }
+    target
+}
+
+/// The entries of a directory, sorted.
+pub fn sorted(directory: &Path) -> Vec<PathBuf> {
+    let mut entries: Vec<_> = std::fs::read_dir(directory)
+        .unwrap_or_else(|e| panic!("{}: {e}", directory.display()))
+        .map(|e| e.expect("an entry").path())
+        .collect();
+    entries.sort();
+    entries
+}
+
+/// The flags of a job on `images` with a schedule of 3 prompts on 8, then 1 on 20 slots: 116 evaluations an image.
+pub fn job_flags(images: &Path, out: &Path) -> Vec<String> {
+    let text = |p: &Path| p.to_string_lossy().into_owned();
+    let flags = [
+        ("--images", text(images)),
+        ("--classes", text(&classes())),
+        ("--model", text(&model())),
+        ("--out", text(out)),
+        ("--keep", "3,1".into()),
+        ("--samples", "8,20".into()),
+        ("--label-from", "parent".into()),
+        ("--shard-size", "25".into()),
+        ("--batch", "16".into()),
+        ("--progress", "none".into()),
+    ];
+    // Batch sizes change no result; measuring one takes time in every start.
+    flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
+}
+
+/// The flags of [`job_flags`] a coordinator takes, which computes nothing itself.
+pub fn coordinator_flags(images: &Path, out: &Path) -> Vec<String> {
+    let flags = job_flags(images, out);
+    let batch = flags.iter().position(|f| f == "--batch").expect("the flag");
+    [&flags[..batch], &flags[batch + 2..]].concat()
+}
+
+/// Every file below an output's `predictions`, `errors` and `quarantine`, with its bytes.
+pub fn results(out: &Path) -> Vec<(String, Vec<u8>)> {
+    ["predictions", "errors", "quarantine"]
+        .iter()
+        .map(|d| out.join(d))
+        .filter(|d| d.is_dir())
+        .flat_map(|d| sorted(&d))
+        .map(|f| {
+            let name = f.strip_prefix(out).expect("below").to_string_lossy().into_owned();
+            (name, std::fs::read(&f).expect("reading"))
+        })
+        .collect()
+}
+
+/// Runs a command to its end, with what it printed.
+pub fn run(command: &mut Command) -> Output {
+    command.output().expect("running elbo")
+}
+
+/// What a command printed to stderr.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs a command that must succeed.
+pub fn run_ok(command: &mut Command) -> Output {
+    let output = run(command);
+    assert!(output.status.success(), "{command:?}\n{}", stderr(&output));
+    output
+}
+
+/// The JSON object a command prints.
+pub fn json(command: &mut Command) -> serde_json::Value {
+    let output = run_ok(command);
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stdout)))
+}
+
+/// A process that is killed when dropped.
+#[derive(Debug)]
+pub struct Process(pub Child);
+
+impl Process {
+    /// Starts a command in the background, silently.
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starting elbo"))
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.0.kill().expect("killing");
+        self.0.wait().expect("waiting");
+    }
+
+    /// Sends a signal by name, like `TERM`.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.0.id().to_string()).status();
+        assert!(sent.expect("kill").success());
+    }
+
+    /// Waits for the end, but not for ever; the exit code.
+    pub fn wait(&mut self, patience: Duration) -> Option<i32> {
+        let end = Instant::now() + patience;
+        loop {
+            if let Some(status) = self.0.try_wait().expect("waiting") {
+                return status.code();
+            }
+            assert!(Instant::now() < end, "the process did not end within {patience:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.0.try_wait().expect("waiting").is_none()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A free loopback address.
+pub fn free_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    listener.local_addr().expect("an address").to_string()
+}
+
+/// A Python with the packages of a requirements file below `tests/`, in a virtual environment kept under `target/`.
+pub fn python(requirements: &str) -> PathBuf {
+    let file = root().join("tests").join(requirements);
+    let name = requirements.replace(['/', '.'], "-");
+    let venv = root().join("target/python").join(name);
+    let (python, stamp) = (venv.join("bin/python"), venv.join("installed.txt"));
+    let wanted = std::fs::read(&file).expect("the requirements");
+    if std::fs::read(&stamp).ok().as_ref() != Some(&wanted) {
+        let mut make = Command::new("python3");
+        run_ok(make.args(["-m", "venv"]).arg(&venv));
+        let mut install = Command::new(&python);
+        run_ok(install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r"]).arg(&file));
+        std::fs::write(&stamp, wanted).expect("the stamp");
+    }
+    python
+}

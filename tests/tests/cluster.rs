@@ -1,0 +1,159 @@
+//! A coordinator and workers as separate processes: any of them may be killed.
+
+use std::path::Path;
+use std::time::Duration;
+
+use elbo_tests::{
+    Process, coordinator_flags, elbo, free_address, images, job_flags, json, results, run, run_ok, some_images, stderr,
+};
+use tempfile::TempDir;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+struct Cluster {
+    address: String,
+    images: TempDir,
+    outs: TempDir,
+}
+
+impl Cluster {
+    fn new(per_class: usize) -> Self {
+        Self { address: free_address(), images: some_images(per_class), outs: TempDir::new().unwrap() }
+    }
+
+    fn out(&self) -> std::path::PathBuf {
+        self.outs.path().join("cluster")
+    }
+
+    fn coordinator(&self) -> Process {
+        let mut command = elbo();
+        command.arg("coordinator").args(coordinator_flags(self.images.path(), &self.out()));
+        Process::start(command.args(["--listen", &self.address, "--lease-seconds", "2"]))
+    }
+
+    fn worker_command(&self) -> std::process::Command {
+        let mut command = elbo();
+        command.args(["worker", "--threads", "1", "--batch", "16"]);
+        command.args(["--coordinator", &format!("http://{}", self.address)]);
+        command
+    }
+
+    fn worker(&self) -> Process {
+        Process::start(&mut self.worker_command())
+    }
+
+    /// The status, once the coordinator answers.
+    fn status(&self) -> Option<serde_json::Value> {
+        let output = run(elbo().args(["status", "--json", &format!("http://{}", self.address)]));
+        serde_json::from_slice(&output.stdout).ok()
+    }
+
+    fn wait_for(&self, what: &str, reached: impl Fn(&serde_json::Value) -> bool) {
+        let end = std::time::Instant::now() + PATIENCE;
+        while !self.status().is_some_and(|s| reached(&s)) {
+            assert!(std::time::Instant::now() < end, "waiting for {what}: {:?}", self.status());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// The bytes an undisturbed `elbo label` gives.
+    fn expected(&self) -> Vec<(String, Vec<u8>)> {
+        let out = self.outs.path().join("expected");
+        run_ok(elbo().arg("label").args(job_flags(self.images.path(), &out)));
+        results(&out)
+    }
+}
+
+fn recomputed(out: &Path) -> u64 {
+    json(elbo().args(["report", "--json"]).arg(out))["evaluations_recomputed"].as_u64().unwrap()
+}
+
+#[test]
+fn workers_and_coordinator_are_killed_and_the_job_ends_with_the_same_bytes() {
+    let cluster = Cluster::new(10);
+    let mut coordinator = cluster.coordinator();
+    let mut victim = cluster.worker();
+    cluster.wait_for("first results", |s| s["evaluations"].as_u64() > Some(0));
+    victim.kill();
+    let mut survivor = cluster.worker();
+    cluster.wait_for("the second worker's results", |s| s["evaluations"].as_u64() > Some(2_000));
+    // The coordinator dies; its worker keeps what is not acknowledged and goes on with the next one.
+    coordinator.kill();
+    assert!(survivor.is_running());
+    let mut coordinator = cluster.coordinator();
+    let mut late = cluster.worker();
+    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(survivor.wait(PATIENCE), Some(0));
+    assert_eq!(late.wait(PATIENCE), Some(0));
+    assert!(results(&cluster.out()) == cluster.expected());
+    let verified = json(elbo().args(["verify", "--json"]).arg(cluster.out()));
+    assert_eq!((verified["ok"].as_bool(), verified["missing"].as_u64()), (Some(true), Some(0)));
+    let _ = recomputed(&cluster.out());
+}
+
+#[test]
+fn a_worker_leaves_on_sigterm_and_hands_its_leases_back() {
+    let cluster = Cluster::new(10);
+    let mut coordinator = cluster.coordinator();
+    let mut worker = cluster.worker();
+    cluster.wait_for("a lease", |s| s["workers"][0]["leases"].as_u64() > Some(0));
+    worker.signal("TERM");
+    assert_eq!(worker.wait(Duration::from_secs(20)), Some(0));
+    let status = cluster.status().unwrap();
+    assert_eq!(status["workers"].as_array().map(Vec::len), Some(0));
+    assert_eq!(status["state"], "waiting for workers");
+    let _other = cluster.worker();
+    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(recomputed(&cluster.out()), 0);
+}
+
+#[test]
+fn a_second_coordinator_takes_over_and_the_first_says_so() {
+    let cluster = Cluster::new(10);
+    let mut first = elbo();
+    first.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
+    first.args(["--listen", &cluster.address]).stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+    let first = first.spawn().unwrap();
+    let mut worker = cluster.worker();
+    cluster.wait_for("first results", |s| s["evaluations"].as_u64() > Some(0));
+    let second = Cluster { address: free_address(), images: TempDir::new().unwrap(), outs: TempDir::new().unwrap() };
+    let mut command = elbo();
+    command.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
+    let mut second_coordinator = Process::start(command.args(["--listen", &second.address]));
+    let output = first.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("another coordinator has taken over"), "{}", stderr(&output));
+    worker.kill();
+    let _worker = second.worker();
+    assert_eq!(second_coordinator.wait(PATIENCE), Some(0));
+    assert!(results(&cluster.out()) == cluster.expected());
+}
+
+#[test]
+fn listening_beyond_this_machine_needs_a_token_and_a_wrong_one_is_refused() {
+    let outs = TempDir::new().unwrap();
+    let flags = coordinator_flags(&images(), &outs.path().join("out"));
+    let refused = run(elbo().arg("coordinator").args(&flags).args(["--listen", "0.0.0.0:0"]));
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("--token-file"), "{}", stderr(&refused));
+
+    let cluster = Cluster::new(1);
+    let token = outs.path().join("token");
+    std::fs::write(&token, "right\n").unwrap();
+    let mut command = elbo();
+    command.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
+    let mut coordinator =
+        Process::start(command.args(["--listen", &cluster.address]).arg("--token-file").arg(&token));
+    let end = std::time::Instant::now() + PATIENCE;
+    while std::net::TcpStream::connect(&cluster.address).is_err() {
+        assert!(std::time::Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let none = run(&mut cluster.worker_command());
+    assert_eq!(none.status.code(), Some(1));
+    assert!(stderr(&none).contains("a token is needed"), "{}", stderr(&none));
+    let wrong = run(cluster.worker_command().env("ELBO_TOKEN", "wrong"));
+    assert!(stderr(&wrong).contains("the token is wrong"), "{}", stderr(&wrong));
+    run_ok(cluster.worker_command().arg("--token-file").arg(&token));
+    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+}

@@ -1,0 +1,105 @@
+//! `kill -9` at any moment, then the same command again: the same bytes, and nothing acknowledged computed twice.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use elbo_tests::{Process, elbo, job_flags, json, results, run, run_ok, some_images, stderr};
+use tempfile::TempDir;
+
+const PER_CLASS: usize = 10;
+
+fn label(images: &Path, out: &Path, workers: usize) -> std::process::Command {
+    let mut command = elbo();
+    command.arg("label").args(job_flags(images, out)).args(["--workers", &workers.to_string(), "--write-errors"]);
+    command
+}
+
+/// Evaluations in the ledger and the predictions, as the finished job counts them.
+fn totals(out: &Path) -> serde_json::Value {
+    let record: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("job.json")).unwrap()).unwrap();
+    record["totals"].clone()
+}
+
+#[test]
+fn killed_at_any_moment_it_resumes_to_the_bytes_of_an_undisturbed_run() {
+    let images = some_images(PER_CLASS);
+    let outs = TempDir::new().unwrap();
+    let undisturbed = outs.path().join("one");
+    let started = Instant::now();
+    run_ok(&mut label(images.path(), &undisturbed, 1));
+    let whole = started.elapsed();
+    let expected = results(&undisturbed);
+    // Four shards of 25 samples, with predictions and errors.
+    assert_eq!(expected.len(), 8);
+
+    let three = outs.path().join("three");
+    run_ok(&mut label(images.path(), &three, 3));
+    assert!(results(&three) == expected, "three workers must give the bytes of one");
+
+    // One run that is killed again and again, at moments that cover start, first round, commits and end.
+    let killed = outs.path().join("killed");
+    for percent in [5, 15, 25, 35, 45, 55, 65] {
+        let mut process = Process::start(&mut label(images.path(), &killed, 1 + percent % 3));
+        std::thread::sleep(whole * percent as u32 / 100);
+        process.kill();
+    }
+    run_ok(&mut label(images.path(), &killed, 2));
+    assert!(results(&killed) == expected, "an interrupted run must give the bytes of an undisturbed one");
+    let (interrupted, plain) = (totals(&killed), totals(&undisturbed));
+    assert_eq!(interrupted["evaluations"], plain["evaluations"]);
+    assert_eq!(interrupted["evaluations_recomputed"], 0, "acknowledged blocks must not be computed again");
+
+    let verified = json(elbo().args(["verify", "--json"]).arg(&killed));
+    assert_eq!(verified["ok"], true);
+    assert_eq!(verified["predictions"], PER_CLASS as u64 * 10);
+
+    // Done is done: the same command computes nothing and changes nothing.
+    let again = run_ok(&mut label(images.path(), &killed, 2));
+    assert!(String::from_utf8_lossy(&again.stdout).contains("nothing was computed"));
+    assert!(results(&killed) == expected);
+}
+
+#[test]
+fn signals_stop_cleanly_with_exit_code_3_and_say_how_to_resume() {
+    let images = some_images(PER_CLASS);
+    let outs = TempDir::new().unwrap();
+    for signal in ["INT", "TERM"] {
+        let out = outs.path().join(signal);
+        let mut command = label(images.path(), &out, 2);
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
+        let child = command.spawn().unwrap();
+        let id = child.id().to_string();
+        // Once there is something durable.
+        while !out.join("job.json").exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(std::process::Command::new("kill").arg(format!("-{signal}")).arg(&id).status().unwrap().success());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+        assert!(stderr(&output).contains("run the same command again to resume"), "{}", stderr(&output));
+    }
+    run_ok(&mut label(images.path(), &outs.path().join("INT"), 1));
+    run_ok(&mut label(images.path(), &outs.path().join("TERM"), 3));
+    assert!(results(&outs.path().join("INT")) == results(&outs.path().join("TERM")));
+}
+
+#[test]
+fn a_changed_job_over_an_old_output_is_refused_naming_what_differs() {
+    let images = some_images(1);
+    let outs = TempDir::new().unwrap();
+    let out = outs.path().join("out");
+    run_ok(&mut label(images.path(), &out, 1));
+    let before = results(&out);
+
+    let refused = run(label(images.path(), &out, 1).args(["--loss", "l1", "--seed", "7"]));
+    assert_eq!(refused.status.code(), Some(1));
+    let message = stderr(&refused);
+    assert!(message.contains(r#"loss: "l2" -> "l1""#), "{message}");
+    assert!(message.contains("seed: 0 -> 7"), "{message}");
+    assert!(message.contains("--fresh"), "{message}");
+    assert!(results(&out) == before, "a refused job must not touch the old results");
+
+    run_ok(label(images.path(), &out, 1).args(["--loss", "l1", "--fresh"]));
+    assert!(results(&out) != before);
+}

@@ -1,0 +1,38 @@
+//! Evaluations per second of the UNet on one thread, for the digits model with ten prompts per point.
+//!
+//! `cargo bench -p elbo-worker --bench unet`; the throughput column counts evaluations.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use divan::counter::ItemsCount;
+use elbo_worker::models::{StableDiffusion, UnetInput};
+
+const PROMPTS: u32 = 10;
+
+fn main() {
+    divan::main();
+}
+
+/// A forward pass of `points` points with every prompt.
+#[divan::bench(args = [1, 2, 4, 8])]
+fn forward(bencher: divan::Bencher<'_, '_>, points: usize) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/demo/model");
+    let Ok(model) = StableDiffusion::load(&dir) else {
+        panic!("no model in {}", dir.display());
+    };
+    let prompts: Vec<String> = (0..PROMPTS).map(|i| format!("a photo of the digit {i}")).collect();
+    let timesteps: Vec<u32> = (0..points as u32).map(|i| 25 + 100 * i).collect();
+    let shape = (points, 8, 8, 4);
+    let prepared = (|| {
+        let prompts = model.unet().prompt_cache(&model.encode_prompts(&prompts)?)?;
+        let latents = Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?;
+        Ok::<_, elbo_worker::models::ModelError>((prompts, model.unet().time_cache(&timesteps)?, latents))
+    })();
+    let Ok((prompts, times, latents)) = prepared else {
+        panic!("the model can not be prepared");
+    };
+    let evaluations: Vec<(u32, u32)> = (0..points as u32).flat_map(|p| (0..PROMPTS).map(move |c| (p, c))).collect();
+    let input = UnetInput { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };
+    bencher.counter(ItemsCount::new(evaluations.len())).bench(|| model.unet().forward(&input, &times, &prompts));
+}

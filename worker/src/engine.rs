@@ -1,0 +1,406 @@
+//! The engine of one device: turns (sample, slot, prompt) evaluations into errors.
+//!
+//! A CPU device runs one *lane* per core: a thread that evaluates whole batches by itself, so that activations stay in
+//! its cache and no thread waits for another inside a layer. Blocks are cut into batches that cross samples, slots and
+//! prompts; lanes take them from one short queue, so the next block's batches follow the last one's without a gap.
+//! An evaluation's error does not depend on the batch it is in (see [`crate::ops`]), so neither does any result.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use candle_core::{Device, Tensor};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use elbo_common::ids::{PromptIndex, Round, SampleId};
+use elbo_common::loss::Loss;
+use elbo_common::noise::NoiseSource;
+use elbo_common::policy::{RoundSlots, Slot};
+use elbo_common::schedule::NoiseSchedule;
+use elbo_common::sums::Sums;
+use elbo_common::unit::{Unit, UnitId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::latent::Latent;
+use crate::models::{ModelError, PromptCache, StableDiffusion, TimeCache, UnetInput};
+
+/// Everything an evaluation depends on beside its sample.
+#[derive(Debug)]
+pub struct Problem {
+    /// The model.
+    pub model: StableDiffusion,
+    /// `alphas_cumprod` and the prediction type.
+    pub schedule: NoiseSchedule,
+    /// The noise of every slot.
+    pub noise: NoiseSource,
+    /// The slots of every round.
+    pub rounds: Vec<RoundSlots>,
+    /// The error of an evaluation.
+    pub loss: Loss,
+    /// Cross-attention keys and values of every prompt.
+    pub prompts: PromptCache,
+    /// Time shifts of every timestep of the rounds.
+    pub times: TimeCache,
+    /// Whether single errors are reported.
+    pub keep_errors: bool,
+}
+
+/// A unit with its sample's latent.
+#[derive(Clone, Debug)]
+pub struct UnitWork {
+    /// The unit.
+    pub unit: Unit,
+    /// The sample's key, from which its noise is drawn.
+    pub key: Arc<str>,
+    /// The sample's latent.
+    pub latent: Latent,
+}
+
+/// The result of a finished unit: sums by prompt, and single errors where the job keeps them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnitErrors {
+    /// The unit.
+    pub unit: Unit,
+    /// Sums by prompt, slots added in order.
+    pub sums: Vec<Sums>,
+    /// Every error, prompt by prompt.
+    pub errors: Vec<f32>,
+}
+
+/// What an engine says of a block while it works on it.
+#[derive(Debug)]
+pub enum BlockEvent {
+    /// A unit is finished.
+    Unit(UnitErrors),
+    /// The block can't be finished: some batch of it failed.
+    Failed(String),
+    /// Nothing more of this block will come.
+    End,
+}
+
+/// One evaluation of a block: positions of the unit in the block, of the slot and of the prompt in the unit.
+#[derive(Clone, Copy, Debug)]
+struct Evaluation {
+    unit: u32,
+    slot: u32,
+    prompt: u32,
+}
+
+#[derive(Debug)]
+struct Block {
+    units: Vec<UnitWork>,
+    progress: Mutex<Vec<UnitProgress>>,
+    cancelled: Arc<AtomicBool>,
+    failed: AtomicBool,
+    batches_left: AtomicU64,
+    events: mpsc::UnboundedSender<BlockEvent>,
+}
+
+#[derive(Debug)]
+struct UnitProgress {
+    /// Prompt-major errors.
+    errors: Vec<f32>,
+    left: usize,
+}
+
+#[derive(Debug)]
+struct Batch {
+    block: Arc<Block>,
+    evaluations: Vec<Evaluation>,
+}
+
+struct Encode {
+    /// [size, size, 3] in [-1, 1].
+    pixels: Vec<f32>,
+    reply: oneshot::Sender<Result<Vec<f32>, ModelError>>,
+}
+
+/// The lanes of one device.
+#[derive(Debug)]
+pub struct Engine {
+    batches: Option<Sender<Batch>>,
+    encodes: Option<Sender<Encode>>,
+    lanes: Vec<JoinHandle<()>>,
+    batch: usize,
+    evaluated: Arc<AtomicU64>,
+    cancelled: Arc<AtomicBool>,
+}
+
+/// Work that could not be given to the engine because its lanes are gone, which is a defect.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the engine has stopped: restart the worker")]
+pub struct EngineStopped;
+
+impl Engine {
+    /// Starts `lanes` lanes that evaluate batches of `batch` evaluations.
+    pub fn start(problem: Arc<Problem>, lanes: usize, batch: usize) -> std::io::Result<Self> {
+        let (batches, batch_queue) = bounded(2 * lanes);
+        let (encodes, encode_queue) = unbounded();
+        let (evaluated, cancelled) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let lanes = (0..lanes)
+            .map(|i| {
+                let lane = Lane { problem: Arc::clone(&problem), evaluated: Arc::clone(&evaluated) };
+                let (batches, encodes) = (batch_queue.clone(), encode_queue.clone());
+                std::thread::Builder::new().name(format!("lane-{i}")).spawn(move || lane.run(&batches, &encodes))
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { batches: Some(batches), encodes: Some(encodes), lanes, batch: batch.max(1), evaluated, cancelled })
+    }
+
+    /// Evaluations finished since the start.
+    pub fn evaluated(&self) -> u64 {
+        self.evaluated.load(Ordering::Relaxed)
+    }
+
+    /// Encodes an image, [size, size, 3] in [-1, 1], into its latent, [h, w, C].
+    pub async fn encode(&self, pixels: Vec<f32>) -> Result<Result<Vec<f32>, ModelError>, EngineStopped> {
+        let (reply, answer) = oneshot::channel();
+        let sender = self.encodes.as_ref().ok_or(EngineStopped)?;
+        sender.send(Encode { pixels, reply }).map_err(|_| EngineStopped)?;
+        answer.await.map_err(|_| EngineStopped)
+    }
+
+    /// Gives a block to the lanes; blocks while their queue is full. Its events come out of the returned channel.
+    pub fn submit(&self, units: Vec<UnitWork>, events: mpsc::UnboundedSender<BlockEvent>) -> Result<(), EngineStopped> {
+        let progress = units
+            .iter()
+            .map(|w| {
+                let left = w.unit.slots.len() * w.unit.prompts.len();
+                UnitProgress { errors: vec![0.0; left], left }
+            })
+            .collect();
+        let evaluations = evaluations_of(&units);
+        let batches_left = AtomicU64::new(evaluations.len().div_ceil(self.batch) as u64);
+        let block = Arc::new(Block {
+            units,
+            progress: Mutex::new(progress),
+            cancelled: Arc::clone(&self.cancelled),
+            failed: AtomicBool::new(false),
+            batches_left,
+            events,
+        });
+        let sender = self.batches.as_ref().ok_or(EngineStopped)?;
+        for evaluations in evaluations.chunks(self.batch) {
+            let batch = Batch { block: Arc::clone(&block), evaluations: evaluations.to_vec() };
+            sender.send(batch).map_err(|_| EngineStopped)?;
+        }
+        if evaluations.is_empty() {
+            let _ = block.events.send(BlockEvent::End);
+        }
+        Ok(())
+    }
+
+    /// Makes the lanes pass over all batches they have not begun.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.cancel();
+        (self.batches, self.encodes) = (None, None);
+        for lane in self.lanes.drain(..) {
+            let _ = lane.join();
+        }
+    }
+}
+
+/// A block's evaluations, units in order, slots in order, all prompts of a slot together: neighbours share their noisy
+/// latent and the class-independent part of the network.
+fn evaluations_of(units: &[UnitWork]) -> Vec<Evaluation> {
+    let mut all = Vec::new();
+    for (unit, work) in (0u32..).zip(units) {
+        for slot in 0..work.unit.slots.len() as u32 {
+            all.extend((0..work.unit.prompts.len() as u32).map(|prompt| Evaluation { unit, slot, prompt }));
+        }
+    }
+    all
+}
+
+struct Lane {
+    problem: Arc<Problem>,
+    evaluated: Arc<AtomicU64>,
+}
+
+impl Lane {
+    fn run(&self, batches: &Receiver<Batch>, encodes: &Receiver<Encode>) {
+        loop {
+            // Encoding first: it is short, and a whole block may wait for it.
+            if let Ok(encode) = encodes.try_recv() {
+                self.encode(encode);
+                continue;
+            }
+            crossbeam_channel::select! {
+                recv(encodes) -> encode => match encode {
+                    Ok(encode) => self.encode(encode),
+                    Err(_) => return,
+                },
+                recv(batches) -> batch => match batch {
+                    Ok(batch) => self.evaluate(&batch),
+                    Err(_) => return,
+                },
+            }
+        }
+    }
+
+    fn encode(&self, encode: Encode) {
+        let Encode { pixels, reply } = encode;
+        let side = (pixels.len() / 3).isqrt();
+        let latent = Tensor::from_vec(pixels, (1, side, side, 3), &Device::Cpu)
+            .map_err(ModelError::from)
+            .and_then(|pixels| self.problem.model.encode_images(&pixels))
+            .and_then(|latent| Ok(latent.flatten_all()?.to_vec1::<f32>()?));
+        let _ = reply.send(latent);
+    }
+
+    fn evaluate(&self, batch: &Batch) {
+        let block = &batch.block;
+        if !block.cancelled.load(Ordering::Relaxed) && !block.failed.load(Ordering::Relaxed) {
+            match self.problem.errors(&block.units, &batch.evaluations) {
+                Ok(errors) => {
+                    self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
+                    block.take(&batch.evaluations, &errors, self.problem.keep_errors);
+                }
+                Err(error) => {
+                    if !block.failed.swap(true, Ordering::Relaxed) {
+                        let _ = block.events.send(BlockEvent::Failed(error.to_string()));
+                    }
+                }
+            }
+        }
+        if block.batches_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let _ = block.events.send(BlockEvent::End);
+        }
+    }
+}
+
+impl Block {
+    /// Notes a batch's errors and reports the units they complete.
+    fn take(&self, evaluations: &[Evaluation], errors: &[f32], keep_errors: bool) {
+        let mut finished = Vec::new();
+        {
+            let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+            for (evaluation, error) in evaluations.iter().zip(errors) {
+                let unit = &self.units[evaluation.unit as usize].unit;
+                let state = &mut progress[evaluation.unit as usize];
+                state.errors[evaluation.prompt as usize * unit.slots.len() + evaluation.slot as usize] = *error;
+                state.left -= 1;
+                if state.left == 0 {
+                    finished.push((unit.clone(), std::mem::take(&mut state.errors)));
+                }
+            }
+        }
+        for (unit, errors) in finished {
+            let sums = errors
+                .chunks(unit.slots.len().max(1))
+                .map(|of_prompt| {
+                    let mut sums = Sums::default();
+                    of_prompt.iter().for_each(|e| sums.add(*e));
+                    sums
+                })
+                .collect();
+            let errors = if keep_errors { errors } else { Vec::new() };
+            let _ = self.events.send(BlockEvent::Unit(UnitErrors { unit, sums, errors }));
+        }
+    }
+}
+
+impl Problem {
+    /// The errors of a batch of evaluations, in their order.
+    fn errors(&self, units: &[UnitWork], evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
+        // A point is a noisy latent: evaluations of one (unit, slot) are neighbours and share it.
+        let mut points: Vec<(u32, u32)> = Vec::new();
+        let mut pairs = Vec::with_capacity(evaluations.len());
+        for e in evaluations {
+            if points.last() != Some(&(e.unit, e.slot)) {
+                points.push((e.unit, e.slot));
+            }
+            let prompt = units[e.unit as usize].unit.prompts[e.prompt as usize];
+            pairs.push(((points.len() - 1) as u32, prompt.0));
+        }
+        let [c, h, w] = self.model.latent_shape();
+        let size = c * h * w;
+        let (mut noise, mut noisy) = (vec![0.0f32; points.len() * size], vec![0.0f32; points.len() * size]);
+        let (mut timesteps, mut drawn) = (Vec::with_capacity(points.len()), vec![0.0f32; size]);
+        for (i, (unit, slot)) in points.iter().enumerate() {
+            let work = &units[*unit as usize];
+            let slot = self.slot(work, *slot);
+            self.noise.fill(&work.key, slot.noise, &mut drawn);
+            let range = i * size..(i + 1) * size;
+            to_channels_last(&drawn, c, &mut noise[range.clone()]);
+            self.schedule.mix(slot.timestep).add_noise(&work.latent, &noise[range.clone()], &mut noisy[range]);
+            timesteps.push(slot.timestep);
+        }
+        let latents = Tensor::from_slice(&noisy, (points.len(), h, w, c), &Device::Cpu)?;
+        let input = UnetInput { latents: &latents, timesteps: &timesteps, evaluations: &pairs };
+        let output = self.model.unet().forward(&input, &self.times, &self.prompts)?;
+        let mut output = output.flatten_all()?.to_vec1::<f32>()?;
+        let errors = pairs.iter().zip(output.chunks_mut(size)).map(|((point, _), predicted)| {
+            let point = *point as usize;
+            let range = point * size..(point + 1) * size;
+            let mix = self.schedule.mix(timesteps[point]);
+            mix.epsilon(self.schedule.prediction(), &noisy[range.clone()], predicted);
+            self.loss.mean(predicted, &noise[range])
+        });
+        let errors: Vec<f32> = errors.collect();
+        if errors.iter().all(|e| e.is_finite()) { Ok(errors) } else { Err(ModelError::NotFinite) }
+    }
+
+    /// The batch size with the most evaluations per second on one lane, found by measuring. Changes no result.
+    pub fn measure_batch(&self) -> Result<usize, ModelError> {
+        /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
+        const LONGEST_BATCH: Duration = Duration::from_millis(500);
+        const LARGEST_BATCH: usize = 256;
+        let Some(slots) = self.rounds.first().map(|r| r.slots.len()).filter(|n| *n > 0) else { return Ok(1) };
+        let prompts: Vec<_> = (0..self.prompts.len() as u32).map(PromptIndex).collect();
+        let per_unit = slots * prompts.len();
+        let id = |sample| UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
+        let latent = Arc::new(vec![0.0; self.model.latent_shape().iter().product()]);
+        let units: Vec<_> = (0..LARGEST_BATCH.div_ceil(per_unit.max(1)) as u64)
+            .map(|sample| UnitWork {
+                unit: Unit { id: id(sample), slots: 0..slots, prompts: prompts.clone() },
+                key: Arc::from("batch size"),
+                latent: Arc::clone(&latent),
+            })
+            .collect();
+        let evaluations = evaluations_of(&units);
+        let (mut best, mut best_rate) = (1, 0.0);
+        let mut batch = 1;
+        while batch <= LARGEST_BATCH.min(evaluations.len()) {
+            // The first run warms up; of the others the fastest counts, since disturbances only ever slow one down.
+            let mut fastest = Duration::MAX;
+            for _ in 0..4 {
+                let started = Instant::now();
+                self.errors(&units, &evaluations[..batch])?;
+                fastest = fastest.min(started.elapsed());
+                if fastest > LONGEST_BATCH {
+                    break;
+                }
+            }
+            let rate = batch as f64 / fastest.as_secs_f64().max(1e-9);
+            if rate > 1.02 * best_rate {
+                (best, best_rate) = (batch, rate);
+            }
+            if fastest > LONGEST_BATCH {
+                break;
+            }
+            batch *= 2;
+        }
+        Ok(best)
+    }
+
+    fn slot(&self, work: &UnitWork, slot: u32) -> Slot {
+        self.rounds[work.unit.id.round.at()].slots[work.unit.slots.start + slot as usize]
+    }
+}
+
+/// [C, H, W] to [H, W, C].
+fn to_channels_last(planes: &[f32], channels: usize, out: &mut [f32]) {
+    let pixels = planes.len() / channels.max(1);
+    for (c, plane) in planes.chunks(pixels.max(1)).enumerate() {
+        for (pixel, value) in plane.iter().enumerate() {
+            out[pixel * channels + c] = *value;
+        }
+    }
+}

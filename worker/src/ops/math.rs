@@ -1,0 +1,152 @@
+//! Branch-free elementary functions that vectorise when inlined into a SIMD kernel.
+//!
+//! They are written on scalars with explicit fused multiply-adds, so every register width (and a loop's remainder) gives
+//! the same bits. libm's functions are calls and would serialise the loops around them.
+
+use pulp::{Arch, Simd, WithSimd};
+
+/// A body to run with the machine's widest vector instructions enabled.
+pub(crate) trait Kernel {
+    /// What the kernel returns.
+    type Output;
+    /// Runs it; implementations are marked `inline(always)` so that they compile with the dispatcher's features.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+struct Adapter<K>(K);
+
+impl<K: Kernel> WithSimd for Adapter<K> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> K::Output {
+        self.0.run(simd)
+    }
+}
+
+/// Runs a kernel with the best instruction set found at run time.
+pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
+    Arch::new().dispatch(Adapter(kernel))
+}
+
+/// Runs a kernel as a function of its own within a kernel, so that it gets its own register allocation.
+#[inline(always)]
+pub(crate) fn outline<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
+    simd.vectorize(Adapter(kernel))
+}
+
+/// Number of f32 lanes of the widest vectors used on this machine.
+pub(crate) fn lanes() -> usize {
+    struct Lanes;
+    impl Kernel for Lanes {
+        type Output = usize;
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) -> usize {
+            S::F32_LANES
+        }
+    }
+    dispatch(Lanes)
+}
+
+/// e^x with a relative error below 2e-7 on [-87, 88]; clamped outside, NaN stays NaN.
+///
+/// Cody and Waite's reduction by multiples of ln 2 in two parts, then Cephes' expf polynomial.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer kept in the low mantissa bits
+    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, x));
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_2e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 0.5);
+    let y = p.mul_add(r * r, r) + 1.0;
+    y * f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()))
+}
+
+/// x * sigmoid(x).
+#[inline(always)]
+pub(crate) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// x * sigmoid(1.702 x), CLIP's original approximation of GELU.
+#[inline(always)]
+pub(crate) fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
+/// x * Phi(x) with the exact normal distribution function (torch's default GELU).
+#[inline(always)]
+pub(crate) fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
+/// The error function, absolute error below 5e-7: the odd rational minimax approximation on [-4, 4] used by XLA and Eigen.
+#[inline(always)]
+pub(crate) fn erf(x: f32) -> f32 {
+    let x = if x < -4.0 { -4.0 } else { x };
+    let x = if x > 4.0 { 4.0 } else { x };
+    let s = x * x;
+    let mut a = -2.726_142_3e-10f32;
+    a = a.mul_add(s, 2.770_681_4e-8);
+    a = a.mul_add(s, -2.101_024e-6);
+    a = a.mul_add(s, -5.692_506_5e-5);
+    a = a.mul_add(s, -7.349_906e-4);
+    a = a.mul_add(s, -2.954_6e-3);
+    a = a.mul_add(s, -1.609_603_3e-2);
+    let mut b = -1.456_607_2e-5f32;
+    b = b.mul_add(s, -2.133_740_6e-4);
+    b = b.mul_add(s, -1.682_827e-3);
+    b = b.mul_add(s, -7.373_329e-3);
+    b = b.mul_add(s, -1.426_473_9e-2);
+    x * a / b
+}
+
+/// Sum of a slice in sixteen partial sums, the same order on every machine.
+#[inline(always)]
+pub(crate) fn sum(values: &[f32], map: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    let (chunks, rest) = values.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane += map(v);
+        }
+    }
+    for (lane, &v) in lanes.iter_mut().zip(rest) {
+        *lane += map(v);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// Largest value of a slice whose length is a multiple of sixteen.
+#[inline(always)]
+pub(crate) fn max(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in values.as_chunks::<16>().0 {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    fold(lanes, |a, b| if a > b { a } else { b })
+}
+
+/// Reduces sixteen lanes pairwise; the fixed loops become shuffles.
+#[inline(always)]
+pub(crate) fn fold(lanes: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let (mut eight, mut four) = ([0.0; 8], [0.0; 4]);
+    for i in 0..8 {
+        eight[i] = f(lanes[i], lanes[i + 8]);
+    }
+    for i in 0..4 {
+        four[i] = f(eight[i], eight[i + 4]);
+    }
+    f(f(four[0], four[2]), f(four[1], four[3]))
+}

@@ -1,0 +1,240 @@
+//! Every CPU kernel against the plain candle formulation of the same operation, and bit for bit across batches.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::*;
+
+/// Values in about [-2, 2], different for every seed.
+fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
+    let shape = shape.into();
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
+    let values: Vec<f32> = (0..shape.elem_count())
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+        })
+        .collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// Asserts equality up to `tolerance` times the largest magnitude.
+fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(found.dims(), expected.dims());
+    let (found, expected) = (&wide(found), &wide(expected));
+    let largest =
+        |t: &Tensor| -> Result<f64> { t.to_dtype(DType::F64)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>() };
+    let difference = largest(&(found - expected).unwrap()).unwrap();
+    let scale = largest(expected).unwrap();
+    assert!(difference <= tolerance * scale, "{difference} against a scale of {scale}");
+}
+
+/// In double precision, where operations take their plain path: the reference for the kernels' rounding.
+fn wide(t: &Tensor) -> Tensor {
+    t.to_dtype(DType::F64).unwrap()
+}
+
+fn bits(t: &Tensor) -> Vec<u32> {
+    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn elementary_functions_are_accurate() {
+    for i in -8700..=8800 {
+        let x = i as f32 / 100.0;
+        let expected = f64::from(x).exp();
+        assert!((f64::from(math::exp(x)) / expected - 1.0).abs() < 2e-7, "exp({x})");
+    }
+    let gaussian = |x: f64| (-x * x).exp() * std::f64::consts::FRAC_2_SQRT_PI;
+    let (mut integral, steps) = (0.0, 2000);
+    for i in 0..5 * steps {
+        let (a, h) = (f64::from(i) / f64::from(steps), 1.0 / f64::from(steps));
+        integral += h / 6.0 * (gaussian(a) + 4.0 * gaussian(a + h / 2.0) + gaussian(a + h));
+        let x = (a + h) as f32;
+        assert!((f64::from(math::erf(x)) - integral).abs() < 5e-7, "erf({x})");
+        assert_eq!(math::erf(-x), -math::erf(x));
+    }
+}
+
+#[test]
+fn linear_matches_plain() {
+    for (seed, (rows, inputs, outputs)) in
+        [(1, 1, 1), (7, 32, 96), (13, 48, 48), (64, 33, 50), (200, 1200, 17), (9, 5, 129)].into_iter().enumerate()
+    {
+        let seed = 10 * seed as u64;
+        let (x, w) = (random((3, rows, inputs), seed), random((outputs, inputs), seed + 1));
+        let (b, r) = (random(outputs, seed + 2), random((2, rows, outputs), seed + 3));
+        let layer = Linear::new(&w, Some(&b)).unwrap();
+        let index = [1, 0, 1];
+        let plain = Linear::new(&wide(&w), Some(&wide(&b))).unwrap();
+        let bare = layer.forward(&x, None).unwrap();
+        assert_close(&bare, &plain.forward(&wide(&x), None).unwrap(), 2e-6);
+        let found = layer.forward(&x, Some(Rows::indexed(&r, &index))).unwrap();
+        let expected = plain.forward(&wide(&x), Some(Rows::indexed(&wide(&r), &index))).unwrap();
+        assert_close(&found, &expected, 2e-6);
+    }
+}
+
+#[test]
+fn convolution_matches_plain() {
+    let cases = [
+        (8, 8, 32, 32, 1, Padding::Around),
+        (5, 7, 3, 18, 1, Padding::Around),
+        (8, 6, 8, 48, 2, Padding::Around),
+        (9, 8, 12, 5, 2, Padding::After),
+        (70, 65, 40, 4, 1, Padding::Around),
+        (66, 64, 48, 8, 2, Padding::After),
+    ];
+    for (seed, (h, w, inputs, outputs, stride, padding)) in cases.into_iter().enumerate() {
+        let seed = 10 * seed as u64;
+        let (x, k) = (random((3, h, w, inputs), seed), random((outputs, inputs, 3, 3), seed + 1));
+        let bias = random(outputs, seed + 2);
+        let conv = Conv2d::new(&k, Some(&bias), stride, padding).unwrap();
+        let plain = Conv2d::new(&wide(&k), Some(&wide(&bias)), stride, padding).unwrap();
+        let bare = conv.forward(&x, Fused::default()).unwrap();
+        assert_close(&bare, &plain.forward(&wide(&x), Fused::default()).unwrap(), 2e-6);
+
+        let fused = |cast: fn(&Tensor) -> Tensor| {
+            let (w, b) = (cast(&random(inputs, seed + 3)), cast(&random(inputs, seed + 4)));
+            let norm = GroupNorm::new(1, 1e-5, &w, &b).unwrap();
+            let (shift, residual) = (random((2, outputs), seed + 5), random(bare.dims(), seed + 6));
+            let (shift, residual) = (cast(&shift), cast(&residual));
+            let fused = Fused {
+                norm: Some(&norm),
+                shift: Some(Rows::indexed(&shift, &[1, 1, 0])),
+                residual: Some(Rows::indexed(&residual, &[2, 0, 1])),
+            };
+            let conv = if cast(&x).dtype() == DType::F32 { &conv } else { &plain };
+            conv.forward(&cast(&x), fused).unwrap()
+        };
+        assert_close(&fused(Tensor::clone), &fused(wide), 2e-6);
+    }
+}
+
+#[test]
+fn norms_match_plain() {
+    for (seed, (pixels, channels, groups)) in
+        [(64, 32, 8), (1, 8, 2), (131, 48, 4), (300, 18, 3)].into_iter().enumerate()
+    {
+        let seed = 10 * seed as u64;
+        let x = (random((2, pixels, channels), seed) + 3.0).unwrap();
+        let (w, b) = (random(channels, seed + 1), random(channels, seed + 2));
+        let norm = GroupNorm::new(groups, 1e-5, &w, &b).unwrap();
+        let plain = GroupNorm::new(groups, 1e-5, &wide(&w), &wide(&b)).unwrap();
+        for activate in [false, true] {
+            let expected = plain.forward(&wide(&x), activate).unwrap();
+            assert_close(&norm.forward(&x, activate).unwrap(), &expected, 2e-6);
+        }
+        let norm = LayerNorm::new(1e-5, &w, &b).unwrap();
+        let plain = LayerNorm::new(1e-5, &wide(&w), &wide(&b)).unwrap();
+        assert_close(&norm.forward(&x).unwrap(), &plain.forward(&wide(&x)).unwrap(), 2e-6);
+    }
+}
+
+#[test]
+fn group_norm_splits_only_between_groups() {
+    let norm = GroupNorm::new(4, 1e-5, &random(32, 1), &random(32, 2)).unwrap();
+    assert!(norm.split(12).unwrap().is_none());
+    let (left, right) = norm.split(8).unwrap().unwrap();
+    let x = random((2, 9, 32), 3);
+    let part = |start, len| x.narrow(2, start, len).unwrap();
+    let halves = [left.forward(&part(0, 8), false).unwrap(), right.forward(&part(8, 24), false).unwrap()];
+    assert_close(&Tensor::cat(&halves, 2).unwrap(), &norm.forward(&x, false).unwrap(), 1e-6);
+}
+
+#[test]
+fn activations_match_plain() {
+    let x = (random((5, 77, 26), 1) * 5.0).unwrap();
+    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+        assert_close(&activate(&x, activation).unwrap(), &activate(&wide(&x), activation).unwrap(), 5e-7);
+    }
+    assert_close(&geglu(&x).unwrap(), &geglu(&wide(&x)).unwrap(), 5e-7);
+}
+
+#[test]
+fn attention_matches_plain() {
+    for (seed, (heads, dim, queries, keys)) in [
+        (4, 8, 64, 77),
+        (4, 12, 16, 77),
+        (2, 40, 33, 5),
+        (1, 64, 7, 77),
+        (2, 80, 9, 16),
+        (1, 160, 5, 31),
+        (3, 5, 90, 100),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (seed, channels) = (10 * seed as u64, heads * dim);
+        let q = random((3, queries, channels), seed);
+        let (k, v) = (random((2, keys, channels), seed + 1), random((2, keys, channels), seed + 2));
+        let cache = KeyValues::new(&k, &v, heads).unwrap();
+        let found = cross_attention(&q, &cache, &[(0, 1), (0, 0), (2, 1), (1, 1)]).unwrap();
+        let pick = |x: &Tensor, i: &[u32]| gather(x, i).unwrap();
+        let (pq, ps) = ([0, 0, 2, 1], [1, 0, 1, 1]);
+        let expected = {
+            let (q, k, v) = (pick(&wide(&q), &pq), pick(&wide(&k), &ps), pick(&wide(&v), &ps));
+            attention::plain(&q, &k, &v, heads, false)
+        };
+        assert_close(&found, &expected.unwrap(), 2e-6);
+
+        let qkv = random((2, queries, 3 * channels), seed + 3);
+        for causal in [false, true] {
+            let found = self_attention(&qkv, heads, causal).unwrap();
+            assert_close(&found, &self_attention(&wide(&qkv), heads, causal).unwrap(), 2e-6);
+        }
+    }
+}
+
+#[test]
+fn feed_forward_matches_its_steps() {
+    for (seed, (positions, channels, inner)) in [(64, 32, 128), (3, 7, 5), (100, 48, 33)].into_iter().enumerate() {
+        let (seed, x) = (10 * seed as u64, random((2, positions, channels), seed as u64));
+        let weights = [(2 * inner, channels), (channels, inner)];
+        let layers = |cast: fn(&Tensor) -> Tensor| {
+            let at = |shape: (usize, usize), s| Linear::new(&cast(&random(shape, seed + s)), None).unwrap();
+            let (w, b) = (cast(&random(channels, seed + 3)), cast(&random(channels, seed + 4)));
+            FeedForward::new(LayerNorm::new(1e-5, &w, &b).unwrap(), at(weights[0], 1), at(weights[1], 2))
+        };
+        let fused = layers(Tensor::clone);
+        assert_eq!(bits(&fused.forward(&x).unwrap()), bits(&fused.plain(&x).unwrap()));
+        assert_close(&fused.forward(&x).unwrap(), &layers(wide).forward(&wide(&x)).unwrap(), 2e-6);
+    }
+}
+
+#[test]
+fn copies_match_plain() {
+    let (x, y) = (random((3, 4, 5, 6), 1), random((2, 4, 5, 3), 2));
+    assert_eq!(bits(&upsample_nearest2x(&x).unwrap()), bits(&shape::plain_upsample(&x).unwrap()));
+    let rows = Rows::indexed(&y, &[1, 0, 1]);
+    assert_eq!(bits(&concat_channels(&x, rows).unwrap()), bits(&shape::plain_concat(&x, rows).unwrap()));
+}
+
+#[test]
+fn an_image_alone_gives_the_bits_it_gives_in_a_batch() {
+    let x = random((7, 5, 9, 48), 1);
+    let conv = Conv2d::new(&random((50, 48, 3, 3), 2), None, 1, Padding::Around).unwrap();
+    let norm = GroupNorm::new(8, 1e-5, &random(48, 3), &random(48, 4)).unwrap();
+    let fused = Fused { norm: Some(&norm), ..Fused::default() };
+    let layer = Linear::new(&random((33, 48), 5), None).unwrap();
+    let attend = |x: &Tensor| self_attention(&x.flatten(1, 2).unwrap(), 2, false);
+    let whole = [conv.forward(&x, fused).unwrap(), layer.forward(&x, None).unwrap(), attend(&x).unwrap()];
+    for b in 0..7 {
+        let one = gather(&x, &[b]).unwrap();
+        let alone = [conv.forward(&one, fused).unwrap(), layer.forward(&one, None).unwrap(), attend(&one).unwrap()];
+        for (whole, alone) in whole.iter().zip(&alone) {
+            assert_eq!(bits(&gather(whole, &[b]).unwrap()), bits(alone));
+        }
+    }
+}
+
+#[test]
+fn misfits_are_errors() {
+    let layer = Linear::new(&random((4, 6), 1), None).unwrap();
+    assert!(layer.forward(&random((2, 5), 2), None).is_err());
+    let wrong = random((2, 3), 3);
+    assert!(layer.forward(&random((2, 6), 2), Some(Rows::direct(&wrong))).is_err());
+    let conv = Conv2d::new(&random((4, 6, 3, 3), 1), None, 1, Padding::Around).unwrap();
+    assert!(conv.forward(&random((1, 4, 4, 5), 2), Fused::default()).is_err());
+    assert!(GroupNorm::new(3, 1e-5, &random(8, 1), &random(8, 2)).is_err());
+    assert!(self_attention(&random((1, 4, 10), 1), 2, false).is_err());
+}

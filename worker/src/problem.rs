@@ -1,0 +1,120 @@
+//! Getting a worker ready for a job: the model is checked and loaded, the prompts are encoded, once per worker.
+
+use std::path::{Path, PathBuf};
+
+use elbo_common::fingerprint::{HashError, JobIdentity};
+use elbo_common::job::ModelDtype;
+use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
+use elbo_common::policy::PolicyError;
+use elbo_common::schedule::{NoiseSchedule, ScheduleError};
+
+use crate::engine::Problem;
+use crate::models::{ModelError, StableDiffusion};
+
+/// A job this worker can't work on.
+#[derive(Debug, thiserror::Error)]
+pub enum ProblemError {
+    /// The job's description can't be understood.
+    #[error("the coordinator's job can't be understood ({0}): run the same version of elbo everywhere")]
+    Job(#[from] serde_json::Error),
+    /// The model's files can't be read.
+    #[error("{0}; --model must name the model's directory on every worker")]
+    Hash(#[from] HashError),
+    /// The model is not the job's.
+    #[error("the model in {path} is not the one the job was started with: {file} differs; give every worker the same files")]
+    OtherModel {
+        /// The directory.
+        path: PathBuf,
+        /// The first file that differs.
+        file: String,
+    },
+    /// The noise file is not the job's.
+    #[error("the noise file {0} is not the one the job was started with: give every worker the same file")]
+    OtherNoise(String),
+    /// The element type is not there on this device.
+    #[error("--dtype {0} is not available on the CPU: use --dtype f32")]
+    Dtype(ModelDtype),
+    /// The scheduler's configuration is missing.
+    #[error("reading {path}: {source}; --model needs a directory in diffusers layout")]
+    Scheduler {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The scheduler's configuration can't be used.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The policy does not fit.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The noise does not fit.
+    #[error(transparent)]
+    Noise(#[from] NoiseError),
+    /// The image size does not fit.
+    #[error("--size {size} does not fit the model: it must be a multiple of {factor} pixels")]
+    Size {
+        /// As asked for.
+        size: u32,
+        /// What it must be a multiple of.
+        factor: usize,
+    },
+    /// The model can't be loaded.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+impl Problem {
+    /// Loads what the job needs from its model directory and encodes its prompts.
+    pub fn load(identity: &JobIdentity) -> Result<Self, ProblemError> {
+        check_files(identity)?;
+        let spec = &identity.spec;
+        if spec.dtype != ModelDtype::F32 {
+            return Err(ProblemError::Dtype(spec.dtype));
+        }
+        let directory = Path::new(&spec.model);
+        let path = directory.join("scheduler/scheduler_config.json");
+        let json = std::fs::read_to_string(&path).map_err(|source| ProblemError::Scheduler { path, source })?;
+        let schedule = NoiseSchedule::from_json(&json)?;
+        let rounds = spec.policy.rounds(schedule.timesteps(), spec.classes.prompts.len())?;
+        let mut model = StableDiffusion::load(directory)?;
+        if let Some(size) = spec.size {
+            let factor = model.size_factor();
+            if size == 0 || size as usize % factor != 0 {
+                return Err(ProblemError::Size { size, factor });
+            }
+            model.set_size(size as usize);
+        }
+        let slots = rounds.iter().flat_map(|r| &r.slots);
+        let noise = match &spec.noise {
+            None => NoiseSource::Counter { seed: spec.seed, scope: spec.noise_scope },
+            Some(path) => {
+                let table = NoiseTable::read(Path::new(path))?;
+                table.check(model.latent_shape(), slots.clone().map(|s| s.noise as usize + 1).max().unwrap_or(0))?;
+                NoiseSource::Table(table)
+            }
+        };
+        let mut timesteps: Vec<u32> = slots.map(|s| s.timestep).collect();
+        timesteps.sort_unstable();
+        timesteps.dedup();
+        let texts: Vec<String> = spec.classes.prompts.iter().map(|p| p.text.clone()).collect();
+        let prompts = model.unet().prompt_cache(&model.encode_prompts(&texts)?)?;
+        let times = model.unet().time_cache(&timesteps)?;
+        model.drop_text_encoder();
+        Ok(Self { schedule, noise, rounds, loss: spec.loss, prompts, times, keep_errors: spec.write_errors, model })
+    }
+}
+
+/// Refuses to compute with other files than the job was started with.
+fn check_files(identity: &JobIdentity) -> Result<(), ProblemError> {
+    let here = JobIdentity::new(identity.spec.clone())?;
+    for (file, hash) in &identity.model_files {
+        if here.model_files.get(file) != Some(hash) {
+            return Err(ProblemError::OtherModel { path: identity.spec.model.clone().into(), file: file.clone() });
+        }
+    }
+    if here.noise_file != identity.noise_file {
+        return Err(ProblemError::OtherNoise(identity.spec.noise.clone().unwrap_or_default()));
+    }
+    Ok(())
+}
