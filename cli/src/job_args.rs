@@ -171,7 +171,8 @@ impl JobArgs {
 
     /// The classes, from their file.
     pub(crate) fn read_classes(&self) -> anyhow::Result<Classes> {
-        let path = self.classes.as_deref().ok_or_else(|| usage("--classes is missing: give a file with the classes"))?;
+        let path =
+            self.classes.as_deref().ok_or_else(|| usage("--classes is missing: give a file with the classes"))?;
         Classes::read(path, &self.template).map_err(|error| match error {
             ClassError::Template(_) => usage(error),
             other => other.into(),
@@ -184,7 +185,9 @@ impl JobArgs {
         let policy = match (self.policy, self.preset) {
             (Some(PolicyName::Exhaustive), None) => {
                 if !self.keep.is_empty() {
-                    return Err(usage("--keep has no meaning with --policy exhaustive, which eliminates nobody: leave it out"));
+                    return Err(usage(
+                        "--keep has no meaning with --policy exhaustive, which eliminates nobody: leave it out",
+                    ));
                 }
                 Policy::exhaustive(if self.samples.is_empty() { &[100] } else { &self.samples }, trials)
             }
@@ -207,7 +210,10 @@ impl JobArgs {
     /// The specification these flags give.
     pub(crate) fn to_spec(&self) -> anyhow::Result<JobSpec> {
         let images = self.images.as_deref().ok_or_else(|| usage("--images is missing: give a directory of images"))?;
-        let model = self.model.as_deref().ok_or_else(|| usage("--model is missing: give a model directory in diffusers layout"))?;
+        let model = self
+            .model
+            .as_deref()
+            .ok_or_else(|| usage("--model is missing: give a model directory in diffusers layout"))?;
         let classes = self.read_classes()?;
         let policy = self.to_policy(classes.prompts.len())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.

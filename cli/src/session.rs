@@ -165,9 +165,7 @@ pub(crate) async fn coordinate(
     bar.abort();
     let _ = bar.await;
     match outcome? {
-        Outcome::Done(_) => {
-            Ok(Done::Now(watching.borrow().evaluations.saturating_sub(before), started.elapsed()))
-        }
+        Outcome::Done(_) => Ok(Done::Now(watching.borrow().evaluations.saturating_sub(before), started.elapsed())),
         Outcome::Interrupted => Err(failure.unwrap_or_else(|| Interrupted.into())),
     }
 }

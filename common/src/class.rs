@@ -65,7 +65,9 @@ pub enum ClassError {
         problem: String,
     },
     /// The file holds no class.
-    #[error("the class file holds no class: write one class per line, or CSV with the columns prompt,classname,classidx")]
+    #[error(
+        "the class file holds no class: write one class per line, or CSV with the columns prompt,classname,classidx"
+    )]
     Empty,
     /// A template without a place for the class name.
     #[error("the template '{0}' has no {{}}: put {{}} where the class name belongs")]
@@ -140,7 +142,8 @@ impl Classes {
         }
         match self.names.get(&index) {
             Some(other) if other != name => {
-                let problem = format!("class {index} is '{name}' here and '{other}' above: give each class its own classidx");
+                let problem =
+                    format!("class {index} is '{name}' here and '{other}' above: give each class its own classidx");
                 return Err(ClassError::Row { line, problem });
             }
             _ => self.names.insert(index, name.to_owned()),

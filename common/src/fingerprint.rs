@@ -68,7 +68,8 @@ impl JobIdentity {
                 lines.push(describe(key, before, value));
             }
         }
-        for name in earlier.model_files.keys().chain(self.model_files.keys()).collect::<std::collections::BTreeSet<_>>() {
+        for name in earlier.model_files.keys().chain(self.model_files.keys()).collect::<std::collections::BTreeSet<_>>()
+        {
             match (earlier.model_files.get(name), self.model_files.get(name)) {
                 (Some(a), Some(b)) if a == b => {}
                 (Some(_), Some(_)) => lines.push(format!("model file {name}: content changed")),

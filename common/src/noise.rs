@@ -71,7 +71,9 @@ pub enum NoiseError {
         source: std::io::Error,
     },
     /// The file is not a safetensors file with the tensor expected.
-    #[error("the noise file {path} {problem}: it must be a safetensors file with a float32 tensor 'noise' of shape [N, C, H, W]")]
+    #[error(
+        "the noise file {path} {problem}: it must be a safetensors file with a float32 tensor 'noise' of shape [N, C, H, W]"
+    )]
     Format {
         /// The file.
         path: PathBuf,
@@ -79,7 +81,9 @@ pub enum NoiseError {
         problem: String,
     },
     /// The tensor does not fit the model's latents.
-    #[error("the noise file's rows are {found:?}, but the model's latents are {expected:?} [C, H, W]: make it with the model's latent shape")]
+    #[error(
+        "the noise file's rows are {found:?}, but the model's latents are {expected:?} [C, H, W]: make it with the model's latent shape"
+    )]
     Shape {
         /// Shape of a row.
         found: [usize; 3],
@@ -166,7 +170,9 @@ fn stream_key(seed: u64, sample_key: Option<&str>) -> [u32; 2] {
         None => hasher.update(b"shared"),
     };
     let hash = hasher.finalize();
-    let word = |i: usize| u32::from_le_bytes([hash.as_bytes()[i], hash.as_bytes()[i + 1], hash.as_bytes()[i + 2], hash.as_bytes()[i + 3]]);
+    let word = |i: usize| {
+        u32::from_le_bytes([hash.as_bytes()[i], hash.as_bytes()[i + 1], hash.as_bytes()[i + 2], hash.as_bytes()[i + 3]])
+    };
     [word(0), word(4)]
 }
 

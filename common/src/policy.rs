@@ -175,12 +175,7 @@ fn new_timesteps(timesteps: u32, most: u32, samples: u32, done: &[u32]) -> Vec<u
     let spacing = timesteps / most;
     let grid: Vec<u32> = (0..most).map(|i| spacing / 2 + i * spacing).collect();
     let step = (most / samples) as usize;
-    grid.into_iter()
-        .skip(step / 2)
-        .step_by(step)
-        .take(samples as usize)
-        .filter(|t| !done.contains(t))
-        .collect()
+    grid.into_iter().skip(step / 2).step_by(step).take(samples as usize).filter(|t| !done.contains(t)).collect()
 }
 
 /// Slots of a stage's new timesteps: the noise index follows the rank of evaluation, not the timestep.

@@ -85,7 +85,9 @@ pub enum RecordError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// Its content is not a job's.
-    #[error("{location}/job.json can't be understood ({source}): it was written by another version of elbo or damaged; use another --out, or start over with --fresh")]
+    #[error(
+        "{location}/job.json can't be understood ({source}): it was written by another version of elbo or damaged; use another --out, or start over with --fresh"
+    )]
     Format {
         /// The output's location.
         location: String,

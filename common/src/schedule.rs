@@ -167,9 +167,7 @@ fn linspace(start: f32, end: f32, n: u32) -> Vec<f32> {
         return vec![start];
     }
     let step = (end - start) / (n - 1) as f32;
-    (0..n)
-        .map(|i| if i < n / 2 { start + step * i as f32 } else { end - step * (n - 1 - i) as f32 })
-        .collect()
+    (0..n).map(|i| if i < n / 2 { start + step * i as f32 } else { end - step * (n - 1 - i) as f32 }).collect()
 }
 
 #[cfg(test)]

@@ -105,8 +105,11 @@ impl Store {
         let inner: Arc<dyn ObjectStore> = match location {
             Location::Local(path) => {
                 // object_store accepts a missing root and fails only at the first access.
-                std::fs::read_dir(path)
-                    .map_err(|source| StoreError::Directory { action: "opening", path: path.clone(), source })?;
+                std::fs::read_dir(path).map_err(|source| StoreError::Directory {
+                    action: "opening",
+                    path: path.clone(),
+                    source,
+                })?;
                 Arc::new(local(path)?)
             }
             Location::Remote(url) => remote(url)?,
@@ -117,8 +120,11 @@ impl Store {
     /// Opens a location for writing, making a local directory where there is none.
     pub fn create(location: &Location) -> Result<Self, StoreError> {
         if let Location::Local(path) = location {
-            std::fs::create_dir_all(path)
-                .map_err(|source| StoreError::Directory { action: "creating", path: path.clone(), source })?;
+            std::fs::create_dir_all(path).map_err(|source| StoreError::Directory {
+                action: "creating",
+                path: path.clone(),
+                source,
+            })?;
         }
         Self::open(location)
     }
@@ -150,11 +156,11 @@ impl Store {
 
     /// Writes a whole object by one atomic put.
     pub async fn write(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
-        self.inner
-            .put(path, bytes.into())
-            .await
-            .map(drop)
-            .map_err(|source| StoreError::Object { action: "writing", path: path.to_string(), source })
+        self.inner.put(path, bytes.into()).await.map(drop).map_err(|source| StoreError::Object {
+            action: "writing",
+            path: path.to_string(),
+            source,
+        })
     }
 
     /// The paths of all objects below a prefix, sorted.

@@ -76,7 +76,11 @@ mod tests {
     fn merging_keeps_count_and_sums() {
         let (mut a, mut b, mut all) = (Sums::default(), Sums::default(), Sums::default());
         for (i, e) in [0.5f32, 0.25, 0.125, 2.0].into_iter().enumerate() {
-            if i < 2 { a.add(e) } else { b.add(e) }
+            if i < 2 {
+                a.add(e)
+            } else {
+                b.add(e)
+            }
             all.add(e);
         }
         a.merge(&b);

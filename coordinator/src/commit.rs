@@ -37,10 +37,7 @@ fn attempts(stage: &str) -> u32 {
 /// The files of a finished shard, predictions last: where they are, so is all else.
 pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> Result<Vec<(Path, Bytes)>, TableError> {
     let spec = &job.identity.spec;
-    let meta = [
-        ("elbo.job".to_owned(), job.identity.digest()),
-        ("elbo.version".to_owned(), job.versions.elbo.clone()),
-    ];
+    let meta = [("elbo.job".to_owned(), job.identity.digest()), ("elbo.version".to_owned(), job.versions.elbo.clone())];
     let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
         rows.push(match &finished.outcome {
@@ -156,7 +153,10 @@ mod tests {
 
     #[test]
     fn a_class_that_stayed_longer_beats_one_with_a_lower_mean_over_fewer_slots() {
-        let scores = class_scores(&[prompt(0, 0, 2, 0.9), prompt(1, 1, 5, 0.8), prompt(2, 1, 5, 0.7), prompt(3, 0, 2, 0.1)], &classes());
+        let scores = class_scores(
+            &[prompt(0, 0, 2, 0.9), prompt(1, 1, 5, 0.8), prompt(2, 1, 5, 0.7), prompt(3, 0, 2, 0.1)],
+            &classes(),
+        );
         let order: Vec<_> = scores.iter().map(|s| (s.class.0, s.n)).collect();
         assert_eq!(order, [(5, 5), (3, 5), (9, 2)]);
     }

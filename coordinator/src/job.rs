@@ -210,9 +210,15 @@ fn new_record(identity: JobIdentity, manifest: &Manifest) -> JobRecord {
 
 /// Removes an earlier job from an output: `job.json` first, so that an interruption leaves no half-deleted job behind.
 async fn discard(out: &Store) -> Result<(), StoreError> {
-    for prefix in
-        [layout::JOB, layout::LEDGER, layout::PREDICTIONS, layout::ERRORS, layout::QUARANTINE, "manifest", "report.html"]
-    {
+    for prefix in [
+        layout::JOB,
+        layout::LEDGER,
+        layout::PREDICTIONS,
+        layout::ERRORS,
+        layout::QUARANTINE,
+        "manifest",
+        "report.html",
+    ] {
         if prefix.contains('.') {
             out.delete(&Path::from(prefix)).await?;
         } else {

@@ -25,7 +25,9 @@ use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult};
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
     /// Another coordinator has taken over.
-    #[error("another coordinator has taken over this job's ledger: this one stops; only one coordinator may work on an output at a time")]
+    #[error(
+        "another coordinator has taken over this job's ledger: this one stops; only one coordinator may work on an output at a time"
+    )]
     Fenced,
     /// The storage or the database failed.
     #[error("{action} the ledger: {source}; check the output's storage, then run the same command again to resume")]
@@ -36,7 +38,9 @@ pub enum LedgerError {
         source: slatedb::Error,
     },
     /// An entry can't be understood.
-    #[error("the ledger entry {key} can't be understood: {reason}; it was written by another version of elbo or damaged: start over with --fresh or another --out")]
+    #[error(
+        "the ledger entry {key} can't be understood: {reason}; it was written by another version of elbo or damaged: start over with --fresh or another --out"
+    )]
     Entry {
         /// The entry.
         key: String,
@@ -253,8 +257,14 @@ mod tests {
 
     fn record(sample: u64) -> Record {
         let id = UnitId { sample: SampleId(sample), round: Round(1), slots: 2, prompts: 0 };
-        let result =
-            UnitResult { id, prompts: vec![3, 5], slots: 2, sum: vec![0.5, 1.0], sum_sq: vec![0.25, 1.0], errors: vec![] };
+        let result = UnitResult {
+            id,
+            prompts: vec![3, 5],
+            slots: 2,
+            sum: vec![0.5, 1.0],
+            sum_sq: vec![0.25, 1.0],
+            errors: vec![],
+        };
         let failure = SampleFailure { sample: SampleId(sample + 1), stage: "decode".into(), error: "cut off".into() };
         Record { results: vec![result], failures: vec![failure] }
     }

@@ -109,8 +109,13 @@ mod tests {
 
     #[test]
     fn the_eta_is_what_is_left_at_the_current_rate() {
-        let progress =
-            Progress { evaluations: 50, unreported: 10, evaluations_total: 100, rate: Some(8.0), ..Progress::default() };
+        let progress = Progress {
+            evaluations: 50,
+            unreported: 10,
+            evaluations_total: 100,
+            rate: Some(8.0),
+            ..Progress::default()
+        };
         assert_eq!(progress.eta(), Some(Duration::from_secs(5)));
         assert_eq!(Progress::default().eta(), None);
     }

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use elbo_common::ids::ShardId;
 use elbo_common::manifest::Manifest;
 use elbo_common::policy::RoundSlots;
-use elbo_common::table::TableError;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
 use elbo_common::store::{Store, StoreError};
+use elbo_common::table::TableError;
 use elbo_proto::{MAX_MESSAGE_BYTES, v1};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -49,7 +49,9 @@ pub enum RunError {
         source: tonic::transport::Error,
     },
     /// Too many samples had to be given up.
-    #[error("{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report`, mend the cause, or raise --max-bad and run the same command again")]
+    #[error(
+        "{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report`, mend the cause, or raise --max-bad and run the same command again"
+    )]
     TooManyBad {
         /// Samples given up.
         quarantined: u64,

@@ -124,8 +124,12 @@ impl tonic::service::Interceptor for Token {
         match given.and_then(|v| v.strip_prefix("Bearer ")) {
             // Hashes compare in constant time.
             Some(token) if blake3::hash(token.as_bytes()) == expected => Ok(request),
-            Some(_) => Err(Status::unauthenticated("the token is wrong: use the coordinator's --token-file or ELBO_TOKEN")),
-            None => Err(Status::unauthenticated("a token is needed: give the coordinator's with --token-file or ELBO_TOKEN")),
+            Some(_) => {
+                Err(Status::unauthenticated("the token is wrong: use the coordinator's --token-file or ELBO_TOKEN"))
+            }
+            None => Err(Status::unauthenticated(
+                "a token is needed: give the coordinator's with --token-file or ELBO_TOKEN",
+            )),
         }
     }
 }
@@ -245,10 +249,7 @@ impl v1::coordinator_server::Coordinator for Service {
         Ok(Response::new(v1::ReportReply { accepted, duplicates }))
     }
 
-    async fn heartbeat(
-        &self,
-        request: Request<v1::HeartbeatRequest>,
-    ) -> Result<Response<v1::HeartbeatReply>, Status> {
+    async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
         let beat = request.into_inner();
         let mut brain = self.shared.brain();
         if !brain.heartbeat(&beat.worker, beat.unreported_evaluations, self.shared.now()) {

@@ -31,7 +31,8 @@ pub fn classes() -> PathBuf {
 pub fn elbo() -> Command {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     let path = BINARY.get_or_init(|| {
-        let build = escargot::CargoBuild::new().package("elbo").bin("elbo").manifest_path(root().join("Cargo.toml"));
+        // Of the whole workspace, so that dependencies have the features they were built with already.
+        let build = escargot::CargoBuild::new().bin("elbo").manifest_path(root().join("Cargo.toml"));
         let build = if cfg!(debug_assertions) { build } else { build.release() };
         build.run().expect("building elbo").path().to_owned()
     });
@@ -123,7 +124,8 @@ pub fn run_ok(command: &mut Command) -> Output {
 /// The JSON object a command prints.
 pub fn json(command: &mut Command) -> serde_json::Value {
     let output = run_ok(command);
-    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stdout)))
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&output.stdout)))
 }
 
 /// A process that is killed when dropped.

@@ -88,7 +88,6 @@ fn workers_and_coordinator_are_killed_and_the_job_ends_with_the_same_bytes() {
     assert!(results(&cluster.out()) == cluster.expected());
     let verified = json(elbo().args(["verify", "--json"]).arg(cluster.out()));
     assert_eq!((verified["ok"].as_bool(), verified["missing"].as_u64()), (Some(true), Some(0)));
-    let _ = recomputed(&cluster.out());
 }
 
 #[test]
@@ -142,8 +141,7 @@ fn listening_beyond_this_machine_needs_a_token_and_a_wrong_one_is_refused() {
     std::fs::write(&token, "right\n").unwrap();
     let mut command = elbo();
     command.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
-    let mut coordinator =
-        Process::start(command.args(["--listen", &cluster.address]).arg("--token-file").arg(&token));
+    let mut coordinator = Process::start(command.args(["--listen", &cluster.address]).arg("--token-file").arg(&token));
     let end = std::time::Instant::now() + PATIENCE;
     while std::net::TcpStream::connect(&cluster.address).is_err() {
         assert!(std::time::Instant::now() < end);

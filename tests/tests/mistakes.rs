@@ -43,7 +43,11 @@ fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in elbo_tests::sorted(from) {
         let target = to.join(entry.file_name().unwrap());
-        if entry.is_dir() { copy_tree(&entry, &target) } else { drop(std::fs::copy(&entry, target).unwrap()) }
+        if entry.is_dir() {
+            copy_tree(&entry, &target);
+        } else {
+            std::fs::copy(&entry, target).unwrap();
+        }
     }
 }
 
@@ -136,7 +140,9 @@ fn noise_files_that_do_not_fit_are_refused() {
     let outs = TempDir::new().unwrap();
     let case = Case { flags: vec!["--noise", "/no/such/noise.safetensors"], ..Case::new(&outs) };
     case.fails(1, &["/no/such/noise.safetensors"]);
-    let vae = Box::leak(model().join("vae/diffusion_pytorch_model.safetensors").to_string_lossy().into_owned().into_boxed_str());
+    let vae = Box::leak(
+        model().join("vae/diffusion_pytorch_model.safetensors").to_string_lossy().into_owned().into_boxed_str(),
+    );
     Case { flags: vec!["--noise", vae], ..Case::new(&outs) }.fails(1, &["tensor 'noise'"]);
 }
 

@@ -2,6 +2,8 @@
 //!
 //! `cargo bench -p elbo-worker --bench unet`; the throughput column counts evaluations.
 
+#![allow(clippy::panic)] // a benchmark has nobody to return an error to
+
 use std::path::Path;
 
 use candle_core::{Device, Tensor};

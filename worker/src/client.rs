@@ -20,7 +20,9 @@ pub enum ClientError {
     #[error("the token holds characters that can't be sent: use printable ASCII")]
     Token,
     /// Nobody answers.
-    #[error("the coordinator at {address} has not answered for {seconds} s ({reason}): check that it runs and can be reached, then start this worker again")]
+    #[error(
+        "the coordinator at {address} has not answered for {seconds} s ({reason}): check that it runs and can be reached, then start this worker again"
+    )]
     Unreachable {
         /// Where.
         address: String,
@@ -97,7 +99,10 @@ impl Client {
     }
 
     /// Calls until answered, with growing pauses while the coordinator can't be reached.
-    async fn call<T, F>(&self, call: impl Fn(CoordinatorClient<InterceptedService<Channel, Bearer>>) -> F) -> Result<T, CallError>
+    async fn call<T, F>(
+        &self,
+        call: impl Fn(CoordinatorClient<InterceptedService<Channel, Bearer>>) -> F,
+    ) -> Result<T, CallError>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {

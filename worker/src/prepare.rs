@@ -41,7 +41,9 @@ pub struct Prepared {
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 pub enum BlockError {
     /// It speaks of samples, rounds or prompts that are not the job's.
-    #[error("the block speaks of a sample, round or prompt this job does not have: run the same version of elbo everywhere")]
+    #[error(
+        "the block speaks of a sample, round or prompt this job does not have: run the same version of elbo everywhere"
+    )]
     Foreign,
     /// The engine is gone.
     #[error(transparent)]
@@ -68,7 +70,8 @@ pub struct Preparer {
 impl Preparer {
     /// Reads, decodes and encodes what a block needs.
     pub async fn prepare(&self, block: v1::Block) -> Result<Prepared, BlockError> {
-        let units = block.units.into_iter().map(|u| self.unit(u)).collect::<Option<Vec<_>>>().ok_or(BlockError::Foreign)?;
+        let units =
+            block.units.into_iter().map(|u| self.unit(u)).collect::<Option<Vec<_>>>().ok_or(BlockError::Foreign)?;
         let mut keys: HashMap<SampleId, Arc<str>> = HashMap::new();
         let mut latents: HashMap<SampleId, Latent> = HashMap::new();
         let mut prepared = Prepared::default();

@@ -21,7 +21,9 @@ pub enum ProblemError {
     #[error("{0}; --model must name the model's directory on every worker")]
     Hash(#[from] HashError),
     /// The model is not the job's.
-    #[error("the model in {path} is not the one the job was started with: {file} differs; give every worker the same files")]
+    #[error(
+        "the model in {path} is not the one the job was started with: {file} differs; give every worker the same files"
+    )]
     OtherModel {
         /// The directory.
         path: PathBuf,

@@ -67,8 +67,7 @@ impl Reporter {
     }
 
     async fn deliver(&self, key: LeaseKey, report: v1::ReportRequest) -> Result<(), ClientError> {
-        let evaluations: u64 =
-            report.results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
+        let evaluations: u64 = report.results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
         loop {
             match self.client.report(&report).await {
                 Ok(reply) => {

@@ -88,7 +88,8 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
     // The coordinator hears from the worker while it loads the model, which may take minutes.
     let heartbeat = Duration::from_millis(u64::from(joined.heartbeat_ms.max(50)));
     let pulse = Arc::new(Pulse::default());
-    let beating = tokio::spawn(beat(client.clone(), options.host.clone(), device.clone(), heartbeat, Arc::clone(&pulse)));
+    let beating =
+        tokio::spawn(beat(client.clone(), options.host.clone(), device.clone(), heartbeat, Arc::clone(&pulse)));
     let worked = work(&options, &client, &device, &joined, &pulse, &stop).await;
     beating.abort();
     client.leave().await;
@@ -185,7 +186,9 @@ fn no_answer(error: CallError) -> WorkerError {
     match error {
         CallError::Fatal(error) => error.into(),
         CallError::Rejected(reason) => ClientError::Refused { address: "this address".into(), reason }.into(),
-        CallError::Rejoin => ClientError::Refused { address: "this address".into(), reason: "it forgot this worker".into() }.into(),
+        CallError::Rejoin => {
+            ClientError::Refused { address: "this address".into(), reason: "it forgot this worker".into() }.into()
+        }
     }
 }
 
@@ -246,7 +249,9 @@ impl Lessee {
                         done
                     });
                 }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !options.stay => break Ok(()),
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !options.stay => {
+                    break Ok(());
+                }
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(_)) }) => {
                     tracing::info!("the coordinator is stopping: waiting for it to come back");
                     tokio::select! {

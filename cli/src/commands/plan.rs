@@ -34,7 +34,8 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         None => USUAL_TIMESTEPS,
         Some(model) => {
             let path = Path::new(model).join("scheduler/scheduler_config.json");
-            let json = std::fs::read_to_string(&path).map_err(|e| anyhow::anyhow!("reading {}: {e}", path.display()))?;
+            let json =
+                std::fs::read_to_string(&path).map_err(|e| anyhow::anyhow!("reading {}: {e}", path.display()))?;
             NoiseSchedule::from_json(&json)?.timesteps()
         }
     };

@@ -55,11 +55,13 @@ pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
 
 async fn of_coordinator(args: &StatusArgs) -> anyhow::Result<Status> {
     let unreachable = |e: &dyn std::fmt::Display| {
-        anyhow::anyhow!("no coordinator answers at {} ({e}): check the address, or give the job's output instead", args.target)
+        anyhow::anyhow!(
+            "no coordinator answers at {} ({e}): check the address, or give the job's output instead",
+            args.target
+        )
     };
-    let mut client = v1::coordinator_client::CoordinatorClient::connect(args.target.clone())
-        .await
-        .map_err(|e| unreachable(&e))?;
+    let mut client =
+        v1::coordinator_client::CoordinatorClient::connect(args.target.clone()).await.map_err(|e| unreachable(&e))?;
     let mut request = Request::new(v1::StatusRequest {});
     if let Some(token) = session::read_token(&args.token)? {
         request.metadata_mut().insert("authorization", format!("Bearer {token}").parse()?);
@@ -97,9 +99,9 @@ async fn of_coordinator(args: &StatusArgs) -> anyhow::Result<Status> {
 /// coordinator.
 async fn of_output(target: &str) -> anyhow::Result<Status> {
     let out = Store::open(&Location::parse(target)?)?;
-    let record = JobRecord::read(&out)
-        .await?
-        .ok_or_else(|| anyhow::anyhow!("{target} has no job.json: give a job's output or a coordinator's http:// URL"))?;
+    let record = JobRecord::read(&out).await?.ok_or_else(|| {
+        anyhow::anyhow!("{target} has no job.json: give a job's output or a coordinator's http:// URL")
+    })?;
     let shards = record.manifest.samples.div_ceil(u64::from(record.identity.spec.shard_size));
     let (mut done, mut samples, mut quarantined, mut evaluations) = (0, 0, 0, 0);
     for path in out.list(layout::PREDICTIONS).await? {

@@ -348,7 +348,8 @@ impl Brain {
             }
         }
         for failure in report.failures {
-            let refusal = ReportError::Invalid { sample: failure.sample.0, round: 0, reason: "there is no such sample" };
+            let refusal =
+                ReportError::Invalid { sample: failure.sample.0, round: 0, reason: "there is no such sample" };
             match self.shard(failure.sample, refusal)? {
                 Some(shard) if shard.is_unfinished(failure.sample) => checked.record.failures.push(failure),
                 _ => checked.duplicates += 1,

@@ -177,7 +177,9 @@ impl SampleState {
         let cut = self.cut(job);
         let position = cut.position(result.id).ok_or("there is no such unit")?;
         let (slots, prompts) = (cut.slot_range(result.id).len(), &self.remaining[cut.prompt_range(result.id)]);
-        if result.slots as usize != slots || !result.prompts.iter().copied().map(PromptIndex).eq(prompts.iter().copied()) {
+        if result.slots as usize != slots
+            || !result.prompts.iter().copied().map(PromptIndex).eq(prompts.iter().copied())
+        {
             return Err("its slots or prompts are not the unit's");
         }
         if result.sum.len() != prompts.len() || result.sum_sq.len() != prompts.len() {
@@ -260,11 +262,7 @@ impl SampleState {
                 prompts: (0u32..)
                     .map(PromptIndex)
                     .zip(self.totals.iter().zip(&self.last_round))
-                    .map(|(prompt, (sums, round))| ScoredPrompt {
-                        prompt,
-                        sums: *sums,
-                        round: *round,
-                    })
+                    .map(|(prompt, (sums, round))| ScoredPrompt { prompt, sums: *sums, round: *round })
                     .collect(),
                 errors: self.errors.clone(),
             },
