@@ -1,5 +1,7 @@
 //! What the end-to-end tests share: the real binary, real processes, and the digits they label.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "a test that can't be set up must fail")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;

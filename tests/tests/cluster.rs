@@ -1,5 +1,7 @@
 //! A coordinator and workers as separate processes: any of them may be killed.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+
 use std::path::Path;
 use std::time::Duration;
 

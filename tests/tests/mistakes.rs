@@ -1,5 +1,7 @@
 //! What goes wrong gets a clear message and the right exit code, and nothing is lost.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

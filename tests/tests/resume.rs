@@ -1,5 +1,7 @@
 //! `kill -9` at any moment, then the same command again: the same bytes, and nothing acknowledged computed twice.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 

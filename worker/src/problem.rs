@@ -82,7 +82,7 @@ impl Problem {
         let mut model = StableDiffusion::load(directory)?;
         if let Some(size) = spec.size {
             let factor = model.size_factor();
-            if size == 0 || size as usize % factor != 0 {
+            if size == 0 || !(size as usize).is_multiple_of(factor) {
                 return Err(ProblemError::Size { size, factor });
             }
             model.set_size(size as usize);
