@@ -379,12 +379,10 @@ impl Brain {
         let mut evaluations = 0;
         for result in record.results {
             let shard = self.shard_of(result.id.sample);
-            if let Some(shard) = self.open.get_mut(&shard) {
-                if let Some(applied) = shard.apply(result, worker) {
-                    evaluations += applied.evaluations;
-                    if let Some(lease) = applied.lease {
-                        self.settle(lease, applied.unit);
-                    }
+            if let Some(applied) = self.open.get_mut(&shard).and_then(|s| s.apply(result, worker)) {
+                evaluations += applied.evaluations;
+                if let Some(lease) = applied.lease {
+                    self.settle(lease, applied.unit);
                 }
             }
         }
