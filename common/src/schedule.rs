@@ -1,5 +1,7 @@
 //! The noise schedule: how much of a latent is left at each timestep.
 
+use std::path::{Path, PathBuf};
+
 use serde::Deserialize;
 
 /// What the network's output means.
@@ -48,6 +50,14 @@ fn default_prediction() -> String {
 /// A scheduler configuration that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
+    /// The file can't be read.
+    #[error("reading {path}: {source}; --model needs a directory in diffusers layout")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// Not the JSON expected.
     #[error("scheduler_config.json can't be read: {0}")]
     Json(#[from] serde_json::Error),
@@ -80,7 +90,14 @@ pub struct Mix {
 }
 
 impl NoiseSchedule {
-    /// Reads a diffusers `scheduler_config.json`.
+    /// Reads the schedule of a model directory in diffusers layout.
+    pub fn of_model(directory: &Path) -> Result<Self, ScheduleError> {
+        let path = directory.join("scheduler/scheduler_config.json");
+        let json = std::fs::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
+        Self::from_json(&json)
+    }
+
+    /// Parses a diffusers `scheduler_config.json`.
     pub fn from_json(json: &str) -> Result<Self, ScheduleError> {
         let config: SchedulerConfig = serde_json::from_str(json)?;
         let prediction = match config.prediction_type.as_str() {

@@ -39,15 +39,7 @@ pub enum JobError {
     /// Labels that are not classes.
     #[error("{}; add the classes, remove those images, or leave out --label-from", describe_unknown(.0))]
     UnknownLabels(Vec<(String, usize, String)>),
-    /// The scheduler's configuration is missing.
-    #[error("reading {path}: {source}; --model needs a directory in diffusers layout")]
-    Scheduler {
-        /// The file.
-        path: std::path::PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// The scheduler's configuration can't be used.
+    /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
     /// The policy does not fit model and classes.
@@ -174,9 +166,7 @@ impl Job {
 
 /// The rounds of a job, from its policy and its model's schedule.
 pub fn rounds_of(identity: &JobIdentity) -> Result<Vec<RoundSlots>, JobError> {
-    let path = std::path::Path::new(&identity.spec.model).join("scheduler/scheduler_config.json");
-    let json = std::fs::read_to_string(&path).map_err(|source| JobError::Scheduler { path, source })?;
-    let schedule = NoiseSchedule::from_json(&json)?;
+    let schedule = NoiseSchedule::of_model(std::path::Path::new(&identity.spec.model))?;
     Ok(identity.spec.policy.rounds(schedule.timesteps(), identity.spec.classes.prompts.len())?)
 }
 

@@ -122,6 +122,14 @@ impl Ledger {
         Ok(ledger)
     }
 
+    /// Fails once another coordinator has taken over, for a coordinator that has nothing to write.
+    pub fn check(&self) -> Result<(), LedgerError> {
+        match self.db.status().close_reason {
+            Some(CloseReason::Fenced) => Err(LedgerError::Fenced),
+            _ => Ok(()),
+        }
+    }
+
     /// This coordinator's incarnation.
     pub fn epoch(&self) -> Epoch {
         self.epoch

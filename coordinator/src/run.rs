@@ -205,6 +205,7 @@ impl Coordinator {
                 () = changed => {}
                 () = self.stop.cancelled() => return Ok(false),
                 _ = tick.tick() => {
+                    shared.ledger.check()?;
                     let silent = shared.brain().expire(shared.now());
                     for worker in silent {
                         tracing::warn!(worker, "worker gave no sign of life: its leases go to others");

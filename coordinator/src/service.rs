@@ -193,8 +193,14 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseReply>, Status> {
         use v1::lease_reply::Outcome;
-        let v1::LeaseRequest { worker, evaluations_per_second, wait_ms } = request.into_inner();
+        let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held } = request.into_inner();
         let shared = &self.shared;
+        {
+            let mut brain = shared.brain();
+            let epoch = brain.epoch().0;
+            let held: Vec<_> = held.iter().filter(|h| h.epoch == epoch).map(|h| LeaseId(h.lease)).collect();
+            brain.keep_only(&worker, &held);
+        }
         let wait = Duration::from_millis(u64::from(wait_ms)).min(LONGEST_POLL);
         let deadline = tokio::time::Instant::now() + wait;
         loop {

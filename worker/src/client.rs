@@ -149,9 +149,14 @@ impl Client {
         .await
     }
 
-    /// Asks for a block.
-    pub async fn lease(&self, evaluations_per_second: f64) -> Result<v1::LeaseReply, CallError> {
-        let request = v1::LeaseRequest { worker: self.worker.clone(), evaluations_per_second, wait_ms: 10_000 };
+    /// Asks for a block, telling which leases are held already.
+    pub async fn lease(
+        &self,
+        evaluations_per_second: f64,
+        held: Vec<v1::HeldLease>,
+    ) -> Result<v1::LeaseReply, CallError> {
+        let worker = self.worker.clone();
+        let request = v1::LeaseRequest { worker, evaluations_per_second, wait_ms: 10_000, held };
         self.call(|mut c| {
             let request = request.clone();
             async move { c.lease(request).await }

@@ -169,8 +169,8 @@ impl Engine {
                 UnitProgress { errors: vec![0.0; left], left }
             })
             .collect();
-        let evaluations = evaluations_of(&units);
-        let batches_left = AtomicU64::new(evaluations.len().div_ceil(self.batch) as u64);
+        let batches = batches_of(&units, self.batch);
+        let batches_left = AtomicU64::new(batches.len() as u64);
         let block = Arc::new(Block {
             units,
             progress: Mutex::new(progress),
@@ -180,12 +180,12 @@ impl Engine {
             events,
         });
         let sender = self.batches.as_ref().ok_or(EngineStopped)?;
-        for evaluations in evaluations.chunks(self.batch) {
-            let batch = Batch { block: Arc::clone(&block), evaluations: evaluations.to_vec() };
-            sender.send(batch).map_err(|_| EngineStopped)?;
-        }
-        if evaluations.is_empty() {
+        if batches.is_empty() {
             let _ = block.events.send(BlockEvent::End);
+        }
+        for evaluations in batches {
+            let batch = Batch { block: Arc::clone(&block), evaluations };
+            sender.send(batch).map_err(|_| EngineStopped)?;
         }
         Ok(())
     }
@@ -206,16 +206,23 @@ impl Drop for Engine {
     }
 }
 
-/// A block's evaluations, units in order, slots in order, all prompts of a slot together: neighbours share their noisy
-/// latent and the class-independent part of the network.
-fn evaluations_of(units: &[UnitWork]) -> Vec<Evaluation> {
-    let mut all = Vec::new();
+/// A block's evaluations in batches of at most `size`: units in order, slots in order, all prompts of a slot together.
+///
+/// Evaluations of one slot share their noisy latent and the class-independent part of the network, so a batch ends between
+/// slots where it can.
+fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>> {
+    let mut batches: Vec<Vec<Evaluation>> = Vec::new();
     for (unit, work) in (0u32..).zip(units) {
         for slot in 0..work.unit.slots.len() as u32 {
-            all.extend((0..work.unit.prompts.len() as u32).map(|prompt| Evaluation { unit, slot, prompt }));
+            let prompts = work.unit.prompts.len();
+            let evaluations = (0..prompts as u32).map(|prompt| Evaluation { unit, slot, prompt });
+            match batches.last_mut() {
+                Some(last) if last.len() + prompts <= size => last.extend(evaluations),
+                _ => batches.extend(evaluations.collect::<Vec<_>>().chunks(size).map(<[_]>::to_vec)),
+            }
         }
     }
-    all
+    batches
 }
 
 struct Lane {
@@ -351,41 +358,34 @@ impl Problem {
     pub fn measure_batch(&self) -> Result<usize, ModelError> {
         /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
-        const LARGEST_BATCH: usize = 256;
+        const LARGEST_BATCH: usize = 64;
         let Some(slots) = self.rounds.first().map(|r| r.slots.len()).filter(|n| *n > 0) else { return Ok(1) };
         let prompts: Vec<_> = (0..self.prompts.len() as u32).map(PromptIndex).collect();
-        let per_unit = slots * prompts.len();
-        let id = |sample| UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
         let latent = Arc::new(vec![0.0; self.model.latent_shape().iter().product()]);
-        let units: Vec<_> = (0..LARGEST_BATCH.div_ceil(per_unit.max(1)) as u64)
-            .map(|sample| UnitWork {
-                unit: Unit { id: id(sample), slots: 0..slots, prompts: prompts.clone() },
-                key: Arc::from("batch size"),
-                latent: Arc::clone(&latent),
+        let units: Vec<_> = (0..LARGEST_BATCH.div_ceil((slots * prompts.len()).max(1)) as u64)
+            .map(|sample| {
+                let id = UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
+                let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
+                UnitWork { unit, key: Arc::from("batch size"), latent: Arc::clone(&latent) }
             })
             .collect();
-        let evaluations = evaluations_of(&units);
         let (mut best, mut best_rate) = (1, 0.0);
-        let mut batch = 1;
-        while batch <= LARGEST_BATCH.min(evaluations.len()) {
-            // The first run warms up; of the others the fastest counts, since disturbances only ever slow one down.
+        for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= LARGEST_BATCH) {
+            let evaluations = batches_of(&units, batch).swap_remove(0);
+            // The fastest of a few runs counts, since disturbances only ever slow one down.
             let mut fastest = Duration::MAX;
-            for _ in 0..4 {
+            for _ in 0..3 {
                 let started = Instant::now();
-                self.errors(&units, &evaluations[..batch])?;
+                self.errors(&units, &evaluations)?;
                 fastest = fastest.min(started.elapsed());
                 if fastest > LONGEST_BATCH {
-                    break;
+                    return Ok(best);
                 }
             }
-            let rate = batch as f64 / fastest.as_secs_f64().max(1e-9);
+            let rate = evaluations.len() as f64 / fastest.as_secs_f64().max(1e-9);
             if rate > 1.02 * best_rate {
                 (best, best_rate) = (batch, rate);
             }
-            if fastest > LONGEST_BATCH {
-                break;
-            }
-            batch *= 2;
         }
         Ok(best)
     }
@@ -402,5 +402,34 @@ fn to_channels_last(planes: &[f32], channels: usize, out: &mut [f32]) {
         for (pixel, value) in plane.iter().enumerate() {
             out[pixel * channels + c] = *value;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn work(sample: u64, slots: usize, prompts: u32) -> UnitWork {
+        let id = UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
+        let unit = Unit { id, slots: 0..slots, prompts: (0..prompts).map(PromptIndex).collect() };
+        UnitWork { unit, key: Arc::from("k"), latent: Arc::new(Vec::new()) }
+    }
+
+    #[test]
+    fn batches_hold_every_evaluation_once_in_order_and_end_between_slots() {
+        let units = [work(0, 3, 10), work(1, 2, 5), work(2, 1, 40)];
+        let batches = batches_of(&units, 16);
+        let sizes: Vec<_> = batches.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [10, 10, 15, 5, 16, 16, 8]);
+        let flat: Vec<_> = batches.concat().iter().map(|e| (e.unit, e.slot, e.prompt)).collect();
+        assert_eq!(flat.len() as u64, units.iter().map(|w| w.unit.evaluations()).sum::<u64>());
+        assert!(flat.is_sorted());
+    }
+
+    #[test]
+    fn planes_become_channels_last() {
+        let mut out = [0.0; 6];
+        to_channels_last(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, &mut out);
+        assert_eq!(out, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
     }
 }

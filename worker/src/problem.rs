@@ -36,15 +36,7 @@ pub enum ProblemError {
     /// The element type is not there on this device.
     #[error("--dtype {0} is not available on the CPU: use --dtype f32")]
     Dtype(ModelDtype),
-    /// The scheduler's configuration is missing.
-    #[error("reading {path}: {source}; --model needs a directory in diffusers layout")]
-    Scheduler {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// The scheduler's configuration can't be used.
+    /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
     /// The policy does not fit.
@@ -75,9 +67,7 @@ impl Problem {
             return Err(ProblemError::Dtype(spec.dtype));
         }
         let directory = Path::new(&spec.model);
-        let path = directory.join("scheduler/scheduler_config.json");
-        let json = std::fs::read_to_string(&path).map_err(|source| ProblemError::Scheduler { path, source })?;
-        let schedule = NoiseSchedule::from_json(&json)?;
+        let schedule = NoiseSchedule::of_model(directory)?;
         let rounds = spec.policy.rounds(schedule.timesteps(), spec.classes.prompts.len())?;
         let mut model = StableDiffusion::load(directory)?;
         if let Some(size) = spec.size {

@@ -1,8 +1,8 @@
 //! Delivering results: what is not acknowledged is kept and sent again, to a restarted coordinator too.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use elbo_proto::v1;
@@ -22,6 +22,37 @@ pub struct LeaseKey {
     pub epoch: u64,
     /// Its id.
     pub lease: u64,
+}
+
+/// The leases a worker has not had fully acknowledged, with how much of each is outstanding.
+#[derive(Clone, Debug, Default)]
+pub struct Held(Arc<Mutex<BTreeMap<LeaseKey, usize>>>);
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<LeaseKey, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more thing of a lease is outstanding: its computation, or a finding.
+    pub fn add(&self, key: LeaseKey) {
+        *self.lock().entry(key).or_default() += 1;
+    }
+
+    /// So many things of a lease are done.
+    pub fn remove(&self, key: LeaseKey, count: usize) {
+        let mut held = self.lock();
+        if let Some(outstanding) = held.get_mut(&key) {
+            *outstanding = outstanding.saturating_sub(count);
+            if *outstanding == 0 {
+                held.remove(&key);
+            }
+        }
+    }
+
+    /// The leases as the coordinator wants to know them.
+    pub fn list(&self) -> Vec<v1::HeldLease> {
+        self.lock().keys().map(|k| v1::HeldLease { epoch: k.epoch, lease: k.lease }).collect()
+    }
 }
 
 /// Something to report.
@@ -48,6 +79,8 @@ pub struct Reporter {
     pub findings: mpsc::UnboundedReceiver<(LeaseKey, Finding)>,
     /// Evaluations acknowledged so far.
     pub acknowledged: Arc<AtomicU64>,
+    /// What is not acknowledged yet.
+    pub held: Held,
 }
 
 impl Reporter {
@@ -86,6 +119,7 @@ impl Reporter {
             }
         }
         self.acknowledged.fetch_add(evaluations, Ordering::Relaxed);
+        self.held.remove(key, report.results.len() + report.failures.len());
         Ok(())
     }
 }

@@ -17,7 +17,7 @@ use crate::engine::{BlockEvent, Engine, EngineStopped, Problem};
 use crate::latent::LatentCache;
 use crate::prepare::{BlockError, Preparer};
 use crate::problem::ProblemError;
-use crate::report::{Finding, LeaseKey, Reporter};
+use crate::report::{Finding, Held, LeaseKey, Reporter};
 
 /// Blocks a worker holds: one being computed, one being prepared.
 const BLOCKS: usize = 2;
@@ -160,15 +160,17 @@ async fn work(
         prompts: problem.prompts.len(),
     });
     let (findings, inbox) = mpsc::unbounded_channel();
+    let held = Held::default();
     let reporter = Reporter {
         client: client.clone(),
         host: options.host.clone(),
         device: device.to_owned(),
         findings: inbox,
         acknowledged: Arc::clone(&pulse.acknowledged),
+        held: held.clone(),
     };
     let mut reporting = tokio::spawn(reporter.run());
-    let lessee = Lessee { client: client.clone(), preparer, findings, rate: Rate::default() };
+    let lessee = Lessee { client: client.clone(), preparer, findings, held, rate: Rate::default() };
     let leased = tokio::select! {
         leased = lessee.run(options, device, stop) => leased,
         // The reporter ends first only when it can't report any more.
@@ -214,6 +216,7 @@ struct Lessee {
     client: Client,
     preparer: Arc<Preparer>,
     findings: mpsc::UnboundedSender<(LeaseKey, Finding)>,
+    held: Held,
     rate: Rate,
 }
 
@@ -236,15 +239,18 @@ impl Lessee {
                 () = stop.cancelled() => break Ok(()),
             };
             let reply = tokio::select! {
-                reply = this.client.lease(this.rate.get()) => reply,
+                reply = this.client.lease(this.rate.get(), this.held.list()) => reply,
                 () = stop.cancelled() => break Ok(()),
             };
             use v1::lease_reply::Outcome;
             match reply {
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }) => {
                     let (this, turn) = (Arc::clone(&this), Arc::clone(&turn));
+                    let key = LeaseKey { epoch: block.epoch, lease: block.lease };
+                    this.held.add(key);
                     blocks.spawn(async move {
-                        let done = this.compute(block, &turn).await;
+                        let done = this.compute(key, block, &turn).await;
+                        this.held.remove(key, 1);
                         drop(place);
                         done
                     });
@@ -274,13 +280,20 @@ impl Lessee {
         ended
     }
 
-    /// Prepares and computes one block; its lease ends with it.
-    async fn compute(&self, block: v1::Block, turn: &tokio::sync::Mutex<()>) -> Result<(), WorkerError> {
-        let key = LeaseKey { epoch: block.epoch, lease: block.lease };
+    /// Hands something to the reporter; the lease is held until it is acknowledged.
+    fn find(&self, key: LeaseKey, finding: Finding) {
+        self.held.add(key);
+        if self.findings.send((key, finding)).is_err() {
+            tracing::debug!(lease = key.lease, "the reporter has stopped");
+        }
+    }
+
+    /// Prepares and computes one block.
+    async fn compute(&self, key: LeaseKey, block: v1::Block, turn: &tokio::sync::Mutex<()>) -> Result<(), WorkerError> {
         let prepared = self.preparer.prepare(block).await?;
         for bad in prepared.bad {
             tracing::warn!(sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
-            let _ = self.findings.send((key, Finding::Bad(bad)));
+            self.find(key, Finding::Bad(bad));
         }
         // The turn ends when all batches are queued: the next block's then follow without a gap.
         let own_turn = turn.lock().await;
@@ -297,7 +310,7 @@ impl Lessee {
             let mut failure = None;
             while let Some(event) = inbox.recv().await {
                 match event {
-                    BlockEvent::Unit(unit) => drop(self.findings.send((key, Finding::Unit(unit)))),
+                    BlockEvent::Unit(unit) => self.find(key, Finding::Unit(unit)),
                     BlockEvent::Failed(error) => failure = Some(error),
                     BlockEvent::End => break,
                 }

@@ -32,12 +32,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let prompts = classes.prompts.len();
     let timesteps = match &flags.model {
         None => USUAL_TIMESTEPS,
-        Some(model) => {
-            let path = Path::new(model).join("scheduler/scheduler_config.json");
-            let json =
-                std::fs::read_to_string(&path).map_err(|e| anyhow::anyhow!("reading {}: {e}", path.display()))?;
-            NoiseSchedule::from_json(&json)?.timesteps()
-        }
+        Some(model) => NoiseSchedule::of_model(Path::new(model))?.timesteps(),
     };
     let rounds = flags.to_policy(prompts)?.rounds(timesteps, prompts).map_err(usage)?;
     let samples = match &flags.images {

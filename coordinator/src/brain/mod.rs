@@ -408,13 +408,21 @@ impl Brain {
         }
     }
 
-    /// A worker hands leases back. With an error, they are suspects: see [`Brain::fail`].
+    /// A worker hands leases back.
     pub fn release(&mut self, leases: &[LeaseId]) {
         for lease in leases {
             if let Some(lease) = self.leases.remove(lease) {
                 self.requeue(lease.units);
             }
         }
+    }
+
+    /// Takes back what `worker` was granted but does not hold: a grant whose reply was lost would else be waited for as
+    /// long as the worker lives.
+    pub fn keep_only(&mut self, worker: &str, held: &[LeaseId]) {
+        let lost: Vec<_> =
+            self.leases.iter().filter(|(id, l)| l.worker == worker && !held.contains(id)).map(|(id, _)| *id).collect();
+        self.release(&lost);
     }
 
     /// A lease whose evaluation failed. Returns the samples that are beyond help.

@@ -314,6 +314,20 @@ fn a_silent_worker_loses_its_leases_to_others() {
 }
 
 #[test]
+fn a_grant_whose_reply_was_lost_is_granted_again() {
+    let (mut brain, lost) = started();
+    let second = brain.grant("w", 0.0, Duration::ZERO).unwrap();
+    // The worker asks again, and knows of the second lease only.
+    brain.keep_only("w", &[second.lease]);
+    let mut again = Vec::new();
+    while let Some(next) = brain.grant("w", 0.0, Duration::ZERO) {
+        again.extend(next.units.into_iter().map(|u| u.id));
+    }
+    assert!(lost.units.iter().all(|u| again.contains(&u.id)));
+    assert!(second.units.iter().all(|u| !again.contains(&u.id)));
+}
+
+#[test]
 fn a_failing_sample_is_found_by_bisection_and_only_it_is_given_up() {
     let mut brain = brain(4, 1);
     brain.open_shard(ShardId(0), manifest(ShardId(0), 4), vec![]);
