@@ -6,10 +6,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use elbo_coordinator::MaxBad;
+use serde::Deserialize;
 
 use crate::job_args::JobArgs;
 
-/// Label image corpora with a text-to-image or class-conditional diffusion model, without training.
+/// Label image corpora with a text-to-image diffusion model, without training.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 120, subcommand_required = true, arg_required_else_help = true)]
 pub(crate) struct Cli {
@@ -47,7 +48,8 @@ impl Command {
 }
 
 /// How progress is shown.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum ProgressMode {
     /// A bar on a terminal, plain lines elsewhere
     #[default]
@@ -63,15 +65,30 @@ pub(crate) enum ProgressMode {
 /// Where to compute.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Device to compute on: cpu
-    #[arg(long, env = "ELBO_DEVICE", default_value = "cpu")]
-    pub(crate) device: String,
+    /// Device to compute on: cpu [default: cpu]
+    #[arg(long, env = "ELBO_DEVICE")]
+    pub(crate) device: Option<String>,
     /// CPU threads of each worker [default: all cores, divided among the workers]
     #[arg(long, env = "ELBO_THREADS")]
     pub(crate) threads: Option<NonZeroUsize>,
     /// Evaluations in a batch [default: found by measuring]
     #[arg(long, env = "ELBO_BATCH")]
     pub(crate) batch: Option<NonZeroUsize>,
+}
+
+impl DeviceArgs {
+    /// These flags, with what they leave open taken from a job file.
+    pub(crate) fn over(self, file: &JobArgs) -> Self {
+        let Self { device, threads, batch } = self;
+        Self { device: device.or_else(|| file.device.clone()), threads, batch: batch.or(file.batch) }
+    }
+}
+
+impl RunArgs {
+    /// These flags, with what they leave open taken from a job file.
+    pub(crate) fn over(self, file: &JobArgs) -> Self {
+        Self { max_bad: self.max_bad.or(file.max_bad), progress: self.progress.or(file.progress), ..self }
+    }
 }
 
 /// How a job is run; changes no result.
@@ -83,12 +100,12 @@ pub(crate) struct RunArgs {
     /// Resume the job in --out (the default)
     #[arg(long)]
     pub(crate) resume: bool,
-    /// Quarantined samples to bear before the job is ended: a number or a share like 5%
-    #[arg(long, env = "ELBO_MAX_BAD", default_value = "10%")]
-    pub(crate) max_bad: MaxBad,
-    /// How to show progress
-    #[arg(long, value_enum, env = "ELBO_PROGRESS", default_value = "auto")]
-    pub(crate) progress: ProgressMode,
+    /// Quarantined samples to bear before the job is ended: a number or a share like 5% [default: 10%]
+    #[arg(long, env = "ELBO_MAX_BAD")]
+    pub(crate) max_bad: Option<MaxBad>,
+    /// How to show progress [default: auto]
+    #[arg(long, value_enum, env = "ELBO_PROGRESS")]
+    pub(crate) progress: Option<ProgressMode>,
 }
 
 /// `elbo demo`.
@@ -118,8 +135,8 @@ pub(crate) struct LabelArgs {
     #[arg(long, env = "ELBO_OUT")]
     pub(crate) out: Option<String>,
     /// Embedded workers [default: one per device]
-    #[arg(long, env = "ELBO_WORKERS", default_value = "1")]
-    pub(crate) workers: NonZeroUsize,
+    #[arg(long, env = "ELBO_WORKERS")]
+    pub(crate) workers: Option<NonZeroUsize>,
     /// Where to compute.
     #[command(flatten)]
     pub(crate) device: DeviceArgs,

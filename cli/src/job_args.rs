@@ -1,5 +1,6 @@
 //! The job's flags: from the command line, `ELBO_*` variables and job.toml to a specification.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -10,9 +11,10 @@ use elbo_common::noise::NoiseScope;
 use elbo_common::policy::Policy;
 use elbo_common::preset::Preset;
 use elbo_common::store::Location;
+use elbo_coordinator::MaxBad;
 use serde::{Deserialize, Deserializer};
 
-use crate::args::JobSource;
+use crate::args::{JobSource, ProgressMode};
 use crate::failure::usage;
 
 /// Which prompts are evaluated on what.
@@ -107,9 +109,26 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_SHARD_SIZE", value_name = "N")]
     #[serde(alias = "shard-size")]
     pub(crate) shard_size: Option<u32>,
-    /// Where results go; only in job.toml, on the command line it is `elbo label --out`.
+    // Keys of job.toml alone: on the command line these belong to the commands that run a job.
+    /// Where results go.
     #[arg(skip)]
     pub(crate) out: Option<String>,
+    /// Device to compute on.
+    #[arg(skip)]
+    pub(crate) device: Option<String>,
+    /// Embedded workers.
+    #[arg(skip)]
+    pub(crate) workers: Option<NonZeroUsize>,
+    /// Evaluations in a batch.
+    #[arg(skip)]
+    pub(crate) batch: Option<NonZeroUsize>,
+    /// Quarantined samples to bear.
+    #[arg(skip)]
+    #[serde(alias = "max-bad", deserialize_with = "from_str")]
+    pub(crate) max_bad: Option<MaxBad>,
+    /// How to show progress.
+    #[arg(skip)]
+    pub(crate) progress: Option<ProgressMode>,
 }
 
 fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
@@ -166,6 +185,11 @@ impl JobArgs {
             limit: self.limit.or(file.limit),
             shard_size: self.shard_size.or(file.shard_size),
             out: self.out.or(file.out),
+            device: self.device.or(file.device),
+            workers: self.workers.or(file.workers),
+            batch: self.batch.or(file.batch),
+            max_bad: self.max_bad.or(file.max_bad),
+            progress: self.progress.or(file.progress),
         }
     }
 
@@ -262,15 +286,23 @@ mod tests {
     #[test]
     fn a_job_file_takes_the_flags_names_with_either_separator() {
         let file: JobArgs = toml::from_str(
-            "images = 'x'\nkeep = [3, 1]\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'",
+            "images = 'x'\nkeep = [3, 1]\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\nprogress = 'json'",
         )
         .unwrap();
         assert_eq!(file.keep, [3, 1]);
         assert_eq!(file.label_from.as_deref(), Some("parent"));
         assert_eq!(file.noise_scope, Some(NoiseScopeName::Shared));
         assert_eq!(file.loss, Some(Loss::L1));
+        assert_eq!(file.max_bad, Some(MaxBad::Percent(2.0)));
+        assert_eq!((file.batch.map(NonZeroUsize::get), file.progress), (Some(8), Some(ProgressMode::Json)));
         let error = toml::from_str::<JobArgs>("imags = 'x'").unwrap_err().to_string();
         assert!(error.contains("unknown field `imags`"));
+    }
+
+    #[test]
+    fn the_example_in_deploy_is_a_job_file() {
+        let file: JobArgs = toml::from_str(include_str!("../../deploy/job.toml")).unwrap();
+        assert_eq!((file.preset, file.out.as_deref()), (Some(Preset::Pets), Some("s3://bucket/labels")));
     }
 
     #[test]

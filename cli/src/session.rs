@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
-use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, Options, Outcome};
+use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, MaxBad, Options, Outcome};
 use elbo_worker::engine::Problem;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -39,8 +39,8 @@ pub(crate) struct Workers {
 
 /// Checks the device and gives the threads of one of `workers` workers.
 pub(crate) fn threads(device: &DeviceArgs, workers: NonZeroUsize) -> anyhow::Result<NonZeroUsize> {
-    if device.device != "cpu" {
-        return Err(usage(format!("--device {} is not available in this build: use --device cpu", device.device)));
+    if let Some(other) = device.device.as_deref().filter(|d| *d != "cpu") {
+        return Err(usage(format!("--device {other} is not available in this build: use --device cpu")));
     }
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let share = NonZeroUsize::new(cores.get() / workers.get()).unwrap_or(NonZeroUsize::MIN);
@@ -140,11 +140,15 @@ pub(crate) async fn coordinate(
 ) -> anyhow::Result<Done> {
     // The coordinator stops when asked to, and when there is nobody left to work.
     let giving_up = stop.child_token();
-    let coordinator = Coordinator::new(job, Options { leases, max_bad: run.max_bad, token }, giving_up.clone())?;
+    let coordinator = Coordinator::new(
+        job,
+        Options { leases, max_bad: run.max_bad.unwrap_or(MaxBad::Percent(10.0)), token },
+        giving_up.clone(),
+    )?;
     let started = Instant::now();
     let before = coordinator.progress().borrow().evaluations;
     let watching = coordinator.progress();
-    let bar = tokio::spawn(progress::show(run.progress, coordinator.progress()));
+    let bar = tokio::spawn(progress::show(run.progress.unwrap_or_default(), coordinator.progress()));
     let running = coordinator.run(listener);
     let following = async {
         let embedded = !workers.is_empty();

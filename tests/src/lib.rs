@@ -4,7 +4,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -29,15 +28,15 @@ pub fn classes() -> PathBuf {
     root().join("cli/demo/classes.csv")
 }
 
-/// The `elbo` program, built as these tests are.
+/// The `elbo` program that `cargo test` has built beside these tests.
 pub fn elbo() -> Command {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    let path = BINARY.get_or_init(|| {
-        // Of the whole workspace, so that dependencies have the features they were built with already.
-        let build = escargot::CargoBuild::new().bin("elbo").manifest_path(root().join("Cargo.toml"));
-        let build = if cfg!(debug_assertions) { build } else { build.release() };
-        build.run().expect("building elbo").path().to_owned()
-    });
+    let test = std::env::current_exe().expect("this test's path");
+    let path = test.ancestors().nth(2).expect("target directory").join("elbo");
+    assert!(
+        path.is_file(),
+        "{} is missing: run the tests of the whole workspace, `cargo test --release`",
+        path.display()
+    );
     let mut command = Command::new(path);
     command.env_remove("ELBO_TOKEN").stdin(Stdio::null());
     command

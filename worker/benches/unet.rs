@@ -1,6 +1,6 @@
 //! Evaluations per second of the UNet on one thread, for the digits model with ten prompts per point.
 //!
-//! `cargo bench -p elbo-worker --bench unet`; the throughput column counts evaluations.
+//! `cargo bench --bench unet`; the throughput column counts evaluations.
 
 #![allow(clippy::panic)] // a benchmark has nobody to return an error to
 

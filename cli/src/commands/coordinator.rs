@@ -32,13 +32,14 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("listening on {}: choose another address with --listen", args.listen))?;
-    let job = session::open(identity, &out, args.run.fresh).await?;
+    let run = args.run.over(&flags);
+    let job = session::open(identity, &out, run.fresh).await?;
     if job.is_done() {
         let done = session::already_done(job).await?;
         return output::summary(&out, done).await;
     }
     eprintln!("coordinating {} images on http://{}", job.manifest.len(), listener.local_addr()?);
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
-    let done = session::coordinate(job, listener, token, leases, &args.run, stop, JoinSet::new()).await?;
+    let done = session::coordinate(job, listener, token, leases, &run, stop, JoinSet::new()).await?;
     output::summary(&out, done).await
 }

@@ -1,5 +1,7 @@
 //! `elbo label`: one machine, a coordinator and its workers in one process.
 
+use std::num::NonZeroUsize;
+
 use crate::args::LabelArgs;
 use crate::commands::output;
 use crate::failure::usage;
@@ -10,7 +12,8 @@ pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
     let flags = args.job.resolve()?;
     let out = args.out.or(flags.out.clone()).ok_or_else(|| usage("--out is missing: say where the results go"))?;
     let identity = session::identify(flags.to_spec()?)?;
-    let workers = Workers { count: args.workers, device: args.device };
-    let done = session::label(identity, &out, &workers, &args.run).await?;
+    let count = args.workers.or(flags.workers).unwrap_or(NonZeroUsize::MIN);
+    let workers = Workers { count, device: args.device.over(&flags) };
+    let done = session::label(identity, &out, &workers, &args.run.over(&flags)).await?;
     output::summary(&out, done).await
 }
