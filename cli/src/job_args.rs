@@ -73,7 +73,7 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_PRESET", value_name = "NAME", conflicts_with = "policy")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) preset: Option<Preset>,
-    /// Error of an evaluation: l2, l1 or huber [default: l2]
+    /// Error of an evaluation: l2, l1 or huber; vlb or l2+vlb for models with a learned variance [default: l2]
     #[arg(long, env = "ELBO_LOSS")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) loss: Option<Loss>,
@@ -84,6 +84,10 @@ pub(crate) struct JobArgs {
     /// Image side in pixels [default: the model's]
     #[arg(long, env = "ELBO_SIZE", value_name = "PIXELS")]
     pub(crate) size: Option<u32>,
+    /// Shift of flow matching's timesteps towards the noise (Stable Diffusion 3) [default: none]
+    #[arg(long, env = "ELBO_TIMESTEP_SHIFT", value_name = "FACTOR")]
+    #[serde(alias = "timestep-shift")]
+    pub(crate) timestep_shift: Option<f32>,
     /// Seed of the noise [default: 0]
     #[arg(long, env = "ELBO_SEED")]
     pub(crate) seed: Option<u64>,
@@ -177,6 +181,7 @@ impl JobArgs {
             loss: self.loss.or(file.loss),
             dtype: self.dtype.or(file.dtype),
             size: self.size.or(file.size),
+            timestep_shift: self.timestep_shift.or(file.timestep_shift),
             seed: self.seed.or(file.seed),
             noise: self.noise.or(file.noise),
             noise_scope: self.noise_scope.or(file.noise_scope),
@@ -257,6 +262,7 @@ impl JobArgs {
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
             dtype: self.dtype.unwrap_or(ModelDtype::F32),
             size: self.size,
+            timestep_shift: self.timestep_shift,
             seed: self.seed.unwrap_or(0),
             noise_scope: match self.noise_scope {
                 Some(NoiseScopeName::Shared) => NoiseScope::Shared,

@@ -17,10 +17,13 @@ pub struct Prompt {
     pub text: String,
     /// The class it stands for.
     pub class: ClassIndex,
+    /// The label a class-conditional model knows it by, where that is not the class index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label: Option<i32>,
 }
 
 /// The classes of a job and their prompts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Classes {
     /// Class names by class index; pairs in JSON, whose keys can't be numbers.
     #[serde(with = "pairs")]
@@ -97,7 +100,7 @@ impl Classes {
         let text = text.trim_start_matches('\u{feff}');
         let header = text.lines().next().unwrap_or_default();
         let is_csv = header.split(',').any(|column| column.trim() == "classname");
-        let mut classes = Self { names: BTreeMap::new(), prompts: Vec::new() };
+        let mut classes = Self::default();
         if is_csv {
             classes.read_csv(text, templates)?;
         } else {
@@ -150,11 +153,11 @@ impl Classes {
         };
         if templates.is_empty() {
             let text = prompt.map_or_else(|| DEFAULT_TEMPLATE.replace("{}", name), str::to_owned);
-            self.prompts.push(Prompt { text, class: index });
+            self.prompts.push(Prompt { text, class: index, label: None });
         } else {
             // Templates speak about class names, so they replace the file's own prompts.
             for template in templates {
-                let prompt = Prompt { text: template.replace("{}", name), class: index };
+                let prompt = Prompt { text: template.replace("{}", name), class: index, label: None };
                 if !self.prompts.contains(&prompt) {
                     self.prompts.push(prompt);
                 }

@@ -69,6 +69,9 @@ pub struct JobSpec {
     pub dtype: ModelDtype,
     /// Image side in pixels; the model's native size where absent.
     pub size: Option<u32>,
+    /// Shift of flow matching's timesteps towards the noise; none where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timestep_shift: Option<f32>,
     /// Seed of the counter-based noise.
     pub seed: u64,
     /// Whether samples share noise.

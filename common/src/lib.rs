@@ -1,7 +1,7 @@
 //! The vocabulary both sides of `elbo` speak: what a job is, which evaluations it consists of, and how their errors become
 //! predictions.
 //!
-//! The numeric core ([`schedule`], [`noise`], [`sums`], [`policy`], [`unit`]) is synchronous, does no IO and reads no clock, so that a
+//! The numeric core ([`schedule`], [`noise`], [`score`], [`sums`], [`policy`], [`unit`]) is synchronous, does no IO and reads no clock, so that a
 //! result is a pure function of the job. [`store`], [`dataset`], [`manifest`] and [`predictions`] are the rim: what is read
 //! from and written to object storage.
 
@@ -20,6 +20,7 @@ pub mod preset;
 pub mod record;
 pub mod report;
 pub mod schedule;
+pub mod score;
 pub mod store;
 pub mod sums;
 pub mod table;

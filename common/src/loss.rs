@@ -5,24 +5,64 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Loss between the predicted and the true noise, averaged over channels and pixels.
+/// What the error of an evaluation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
 pub enum Loss {
     /// Mean squared error.
+    #[serde(rename = "l2")]
     L2,
     /// Mean absolute error.
+    #[serde(rename = "l1")]
     L1,
-    /// Huber loss with delta 1: `0.5 d^2` where `|d| < 1`, else `|d| - 0.5`.
+    /// Huber loss with delta 1.
+    #[serde(rename = "huber")]
+    Huber,
+    /// The term of the variational bound with the learned variance, in bits per dimension.
+    #[serde(rename = "vlb")]
+    Vlb,
+    /// The sum of the mean squared error and the variational bound's term.
+    #[serde(rename = "l2+vlb")]
+    L2Vlb,
+}
+
+/// A mean over channels and pixels of how far a prediction is from its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Distance {
+    /// `d^2`.
+    L2,
+    /// `|d|`.
+    L1,
+    /// `0.5 d^2` where `|d| < 1`, else `|d| - 0.5`.
     Huber,
 }
 
 impl Loss {
-    /// The mean loss between two slices of equal length.
+    /// Every loss, by its name on the command line.
+    pub const ALL: [(&'static str, Self); 5] =
+        [("l2", Self::L2), ("l1", Self::L1), ("huber", Self::Huber), ("vlb", Self::Vlb), ("l2+vlb", Self::L2Vlb)];
+
+    /// The distance that is part of it.
+    pub fn distance(self) -> Option<Distance> {
+        match self {
+            Self::L2 | Self::L2Vlb => Some(Distance::L2),
+            Self::L1 => Some(Distance::L1),
+            Self::Huber => Some(Distance::Huber),
+            Self::Vlb => None,
+        }
+    }
+
+    /// Whether the variational bound's term, which needs a learned variance, is part of it.
+    pub fn needs_variance(self) -> bool {
+        matches!(self, Self::Vlb | Self::L2Vlb)
+    }
+}
+
+impl Distance {
+    /// The mean distance between two slices of equal length.
     ///
     /// Differences are taken in f32, as the reference does; the mean is accumulated in f64 in index order, so that it
     /// does not depend on vector width.
-    pub fn mean(self, predicted: &[f32], target: &[f32]) -> f32 {
+    pub fn mean(self, predicted: &[f32], target: &[f32]) -> f64 {
         debug_assert_eq!(predicted.len(), target.len());
         let differences = predicted.iter().zip(target).map(|(p, t)| p - t);
         let sum: f64 = match self {
@@ -35,17 +75,13 @@ impl Loss {
                 })
                 .sum(),
         };
-        (sum / predicted.len().max(1) as f64) as f32
+        sum / predicted.len().max(1) as f64
     }
 }
 
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::L2 => "l2",
-            Self::L1 => "l1",
-            Self::Huber => "huber",
-        })
+        f.write_str(Self::ALL.iter().find(|(_, loss)| loss == self).map_or("", |(name, _)| name))
     }
 }
 
@@ -53,12 +89,8 @@ impl FromStr for Loss {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "l2" => Ok(Self::L2),
-            "l1" => Ok(Self::L1),
-            "huber" => Ok(Self::Huber),
-            other => Err(format!("unknown loss '{other}': use l2, l1 or huber")),
-        }
+        let named = Self::ALL.iter().find(|(name, _)| *name == text);
+        named.map(|(_, loss)| *loss).ok_or_else(|| format!("unknown loss '{text}': use l2, l1, huber, vlb or l2+vlb"))
     }
 }
 
@@ -67,10 +99,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_loss_follows_its_formula() {
+    fn each_distance_follows_its_formula() {
         let (p, t) = ([0.0, 2.0, -3.0, 1.5], [0.5, 0.0, -3.0, 1.0]);
-        assert_eq!(Loss::L2.mean(&p, &t), (0.25 + 4.0 + 0.0 + 0.25) / 4.0);
-        assert_eq!(Loss::L1.mean(&p, &t), (0.5 + 2.0 + 0.0 + 0.5) / 4.0);
-        assert_eq!(Loss::Huber.mean(&p, &t), (0.125 + 1.5 + 0.0 + 0.125) / 4.0);
+        assert_eq!(Distance::L2.mean(&p, &t), (0.25 + 4.0 + 0.0 + 0.25) / 4.0);
+        assert_eq!(Distance::L1.mean(&p, &t), (0.5 + 2.0 + 0.0 + 0.5) / 4.0);
+        assert_eq!(Distance::Huber.mean(&p, &t), (0.125 + 1.5 + 0.0 + 0.125) / 4.0);
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for (name, loss) in Loss::ALL {
+            assert_eq!((name.parse(), loss.to_string().as_str()), (Ok(loss), name));
+            assert_eq!(serde_json::to_string(&loss).unwrap(), format!("{name:?}"));
+        }
     }
 }

@@ -132,6 +132,7 @@ mod tests {
             loss: Loss::Huber,
             dtype: ModelDtype::F32,
             size: None,
+            timestep_shift: None,
             seed: u64::MAX,
             noise_scope: NoiseScope::Sample,
             noise: None,

@@ -12,11 +12,15 @@ pub enum PredictionType {
     Epsilon,
     /// `v = sqrt(abar) eps - sqrt(1 - abar) x0` (Salimans & Ho, 2022).
     VPrediction,
+    /// `v = eps - x0` of a straight path from latent to noise (Liu et al., 2023; Esser et al., 2024).
+    Flow,
 }
 
 /// `scheduler_config.json` as diffusers writes it; the sampler's class is irrelevant.
 #[derive(Clone, Debug, Deserialize)]
 struct SchedulerConfig {
+    #[serde(rename = "_class_name", default)]
+    class: String,
     #[serde(default = "default_timesteps")]
     num_train_timesteps: u32,
     #[serde(default = "default_beta_start")]
@@ -71,16 +75,30 @@ pub enum ScheduleError {
         /// What would work.
         supported: &'static str,
     },
+    /// A shift that is no positive number.
+    #[error("--timestep-shift {0} must be a positive number")]
+    Shift(f32),
+    /// A shift where there is nothing to shift.
+    #[error("--timestep-shift is for flow matching models like Stable Diffusion 3: leave it out")]
+    NoFlow,
 }
 
-/// `alphas_cumprod` of every training timestep and the prediction type.
+/// How latents become noise over the training timesteps, and what the network predicts of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NoiseSchedule {
-    alphas_cumprod: Vec<f32>,
+    process: Process,
     prediction: PredictionType,
 }
 
-/// `sqrt(abar)` and `sqrt(1 - abar)` of one timestep.
+#[derive(Clone, Debug, PartialEq)]
+enum Process {
+    /// `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps`.
+    Diffusion { alphas_cumprod: Vec<f32> },
+    /// `z_t = (1 - sigma) x0 + sigma eps`, with `sigma = shift s / (1 + (shift - 1) s)` for `s = t / timesteps`.
+    Flow { timesteps: u32, shift: f32 },
+}
+
+/// How much of latent and noise there is at one timestep: `sqrt(abar)` and `sqrt(1 - abar)`, or `1 - sigma` and `sigma`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mix {
     /// Weight of the latent.
@@ -100,6 +118,10 @@ impl NoiseSchedule {
     /// Parses a diffusers `scheduler_config.json`.
     pub fn from_json(json: &str) -> Result<Self, ScheduleError> {
         let config: SchedulerConfig = serde_json::from_str(json)?;
+        if config.class.starts_with("FlowMatch") {
+            let process = Process::Flow { timesteps: config.num_train_timesteps, shift: 1.0 };
+            return Ok(Self { process, prediction: PredictionType::Flow });
+        }
         let prediction = match config.prediction_type.as_str() {
             "epsilon" => PredictionType::Epsilon,
             "v_prediction" => PredictionType::VPrediction,
@@ -132,17 +154,33 @@ impl NoiseSchedule {
                 product
             })
             .collect();
-        Ok(Self { alphas_cumprod, prediction })
+        Ok(Self { process: Process::Diffusion { alphas_cumprod }, prediction })
+    }
+
+    /// The same with flow matching's timesteps shifted towards the noise; other schedules have no such shift.
+    pub fn with_shift(mut self, shift: f32) -> Result<Self, ScheduleError> {
+        match &mut self.process {
+            Process::Flow { shift: own, .. } if shift.is_finite() && shift > 0.0 => *own = shift,
+            Process::Flow { .. } => return Err(ScheduleError::Shift(shift)),
+            Process::Diffusion { .. } => return Err(ScheduleError::NoFlow),
+        }
+        Ok(self)
     }
 
     /// Training timesteps.
     pub fn timesteps(&self) -> u32 {
-        self.alphas_cumprod.len() as u32
+        match &self.process {
+            Process::Diffusion { alphas_cumprod } => alphas_cumprod.len() as u32,
+            Process::Flow { timesteps, .. } => *timesteps,
+        }
     }
 
-    /// `abar` of every timestep.
+    /// `abar` of every timestep; empty in flow matching.
     pub fn alphas_cumprod(&self) -> &[f32] {
-        &self.alphas_cumprod
+        match &self.process {
+            Process::Diffusion { alphas_cumprod } => alphas_cumprod,
+            Process::Flow { .. } => &[],
+        }
     }
 
     /// What the network's output means.
@@ -152,28 +190,62 @@ impl NoiseSchedule {
 
     /// The weights of latent and noise at timestep `t`; `t` must be below [`NoiseSchedule::timesteps`].
     pub fn mix(&self, t: u32) -> Mix {
-        let abar = self.alphas_cumprod[t as usize];
-        Mix { signal: abar.sqrt(), noise: (1.0 - abar).sqrt() }
+        match &self.process {
+            Process::Diffusion { alphas_cumprod } => {
+                let abar = alphas_cumprod[t as usize];
+                Mix { signal: abar.sqrt(), noise: (1.0 - abar).sqrt() }
+            }
+            Process::Flow { timesteps, shift } => {
+                let sigma = shifted(t, *timesteps, *shift);
+                Mix { signal: 1.0 - sigma, noise: sigma }
+            }
+        }
+    }
+
+    /// Timestep `t` as the network is given it: a whole number in diffusion, `sigma` times the timesteps in flow matching.
+    pub fn time(&self, t: u32) -> f32 {
+        match &self.process {
+            Process::Diffusion { .. } => t as f32,
+            Process::Flow { timesteps, shift } => shifted(t, *timesteps, *shift) * *timesteps as f32,
+        }
     }
 }
 
+/// `shift s / (1 + (shift - 1) s)` for `s = t / timesteps`.
+fn shifted(t: u32, timesteps: u32, shift: f32) -> f32 {
+    let s = f64::from(t) / f64::from(timesteps);
+    let shift = f64::from(shift);
+    (shift * s / (1.0 + (shift - 1.0) * s)) as f32
+}
+
 impl Mix {
-    /// `x_t = sqrt(abar) x0 + sqrt(1 - abar) eps` into `out`.
+    /// The noisy latent `signal x0 + noise eps` into `out`.
     pub fn add_noise(self, latent: &[f32], epsilon: &[f32], out: &mut [f32]) {
         for ((out, x0), eps) in out.iter_mut().zip(latent).zip(epsilon) {
             *out = self.signal * x0 + self.noise * eps;
         }
     }
 
-    /// The predicted noise in place of the network's `output`, given the noisy latent `x_t`.
-    pub fn epsilon(self, prediction: PredictionType, x_t: &[f32], output: &mut [f32]) {
+    /// Brings the network's `output` into the space it is scored in, given the noisy latent `x_t`: noise, except in flow
+    /// matching, where it is velocity (see [`PredictionType::target`]).
+    pub fn predicted(self, prediction: PredictionType, x_t: &[f32], output: &mut [f32]) {
         match prediction {
-            PredictionType::Epsilon => {}
+            PredictionType::Epsilon | PredictionType::Flow => {}
             PredictionType::VPrediction => {
                 for (v, x) in output.iter_mut().zip(x_t) {
                     *v = self.signal * *v + self.noise * x;
                 }
             }
+        }
+    }
+}
+
+impl PredictionType {
+    /// What a prediction is compared with: the noise, or the velocity `eps - x0`.
+    pub fn target(self, latent: &[f32], epsilon: &[f32], out: &mut [f32]) {
+        match self {
+            Self::Epsilon | Self::VPrediction => out.copy_from_slice(epsilon),
+            Self::Flow => out.iter_mut().zip(latent).zip(epsilon).for_each(|((out, x0), eps)| *out = eps - x0),
         }
     }
 }
@@ -207,7 +279,22 @@ mod tests {
         let mut x_t = [0.0; 2];
         mix.add_noise(&x0, &eps, &mut x_t);
         let mut v = [0, 1].map(|i| mix.signal * eps[i] - mix.noise * x0[i]);
-        mix.epsilon(schedule.prediction(), &x_t, &mut v);
+        mix.predicted(schedule.prediction(), &x_t, &mut v);
         assert!(v.iter().zip(eps).all(|(a, b)| (a - b).abs() < 1e-6));
+    }
+
+    #[test]
+    fn flow_matching_is_a_straight_path() {
+        let schedule = NoiseSchedule::from_json(r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}"#);
+        let schedule = schedule.unwrap();
+        assert_eq!(schedule.mix(250), Mix { signal: 0.75, noise: 0.25 });
+        assert_eq!((schedule.time(250), schedule.timesteps()), (250.0, 1000));
+        let shifted = schedule.with_shift(3.0).unwrap();
+        assert_eq!((shifted.mix(250).noise, shifted.time(250)), (0.5, 500.0));
+        let mut target = [0.0; 2];
+        shifted.prediction().target(&[0.5, -1.0], &[2.0, 1.0], &mut target);
+        assert_eq!(target, [1.5, 2.0]);
+        assert!(shifted.with_shift(0.0).is_err());
+        assert!(NoiseSchedule::from_json("{}").unwrap().with_shift(3.0).is_err());
     }
 }

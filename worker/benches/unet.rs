@@ -8,7 +8,8 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use divan::counter::ItemsCount;
-use elbo_worker::models::{StableDiffusion, UnetInput};
+use elbo_common::class::Classes;
+use elbo_worker::models::{DiffusionModel, Pass};
 
 const PROMPTS: u32 = 10;
 
@@ -20,21 +21,23 @@ fn main() {
 #[divan::bench(args = [1, 2, 4, 8])]
 fn forward(bencher: divan::Bencher<'_, '_>, points: usize) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/demo/model");
-    let Ok(model) = StableDiffusion::load(&dir) else {
+    let Ok(model) = DiffusionModel::load(&dir) else {
         panic!("no model in {}", dir.display());
     };
-    let prompts: Vec<String> = (0..PROMPTS).map(|i| format!("a photo of the digit {i}")).collect();
+    let names: Vec<String> = (0..PROMPTS).map(|i| i.to_string()).collect();
     let timesteps: Vec<u32> = (0..points as u32).map(|i| 25 + 100 * i).collect();
     let shape = (points, 8, 8, 4);
     let prepared = (|| {
-        let prompts = model.unet().prompt_cache(&model.encode_prompts(&prompts)?)?;
+        let classes = Classes::parse(&names.join("\n"), &["a photo of the digit {}".to_owned()]).unwrap_or_default();
+        let conditions = model.conditions(&classes.prompts)?;
         let latents = Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?;
-        Ok::<_, elbo_worker::models::ModelError>((prompts, model.unet().time_cache(&timesteps)?, latents))
+        let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
+        Ok::<_, elbo_worker::models::ModelError>((conditions, model.network().time_cache(&timesteps, &times)?, latents))
     })();
-    let Ok((prompts, times, latents)) = prepared else {
+    let Ok((conditions, times, latents)) = prepared else {
         panic!("the model can not be prepared");
     };
     let evaluations: Vec<(u32, u32)> = (0..points as u32).flat_map(|p| (0..PROMPTS).map(move |c| (p, c))).collect();
-    let input = UnetInput { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };
-    bencher.counter(ItemsCount::new(evaluations.len())).bench(|| model.unet().forward(&input, &times, &prompts));
+    let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };
+    bencher.counter(ItemsCount::new(evaluations.len())).bench(|| model.network().forward(&pass, &times, &conditions));
 }

@@ -13,33 +13,30 @@ use std::time::{Duration, Instant};
 use candle_core::{Device, Tensor};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use elbo_common::ids::{PromptIndex, Round, SampleId};
-use elbo_common::loss::Loss;
 use elbo_common::noise::NoiseSource;
 use elbo_common::policy::{RoundSlots, Slot};
-use elbo_common::schedule::NoiseSchedule;
+use elbo_common::score::{Point, Scorer};
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Unit, UnitId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
-use crate::models::{ModelError, PromptCache, StableDiffusion, TimeCache, UnetInput};
+use crate::models::{Conditions, DiffusionModel, ModelError, Pass, TimeCache};
 
 /// Everything an evaluation depends on beside its sample.
 #[derive(Debug)]
 pub struct Problem {
     /// The model.
-    pub model: StableDiffusion,
-    /// `alphas_cumprod` and the prediction type.
-    pub schedule: NoiseSchedule,
+    pub model: DiffusionModel,
+    /// From the network's outputs to errors.
+    pub scorer: Scorer,
     /// The noise of every slot.
     pub noise: NoiseSource,
     /// The slots of every round.
     pub rounds: Vec<RoundSlots>,
-    /// The error of an evaluation.
-    pub loss: Loss,
-    /// Cross-attention keys and values of every prompt.
-    pub prompts: PromptCache,
-    /// Time shifts of every timestep of the rounds.
+    /// What the network needs to know of every prompt of the job.
+    pub conditions: Arc<Conditions>,
+    /// What the network needs to know of every timestep of the rounds.
     pub times: TimeCache,
     /// Whether single errors are reported.
     pub keep_errors: bool,
@@ -54,6 +51,8 @@ pub struct UnitWork {
     pub key: Arc<str>,
     /// The sample's latent.
     pub latent: Latent,
+    /// Where the sample's prompts start among the block's conditions.
+    pub first_condition: u32,
 }
 
 /// The result of a finished unit: sums by prompt, and single errors where the job keeps them.
@@ -89,6 +88,7 @@ struct Evaluation {
 #[derive(Debug)]
 struct Block {
     units: Vec<UnitWork>,
+    conditions: Arc<Conditions>,
     progress: Mutex<Vec<UnitProgress>>,
     cancelled: Arc<AtomicBool>,
     failed: AtomicBool,
@@ -161,7 +161,12 @@ impl Engine {
     }
 
     /// Gives a block to the lanes; blocks while their queue is full. Its events come out of the returned channel.
-    pub fn submit(&self, units: Vec<UnitWork>, events: mpsc::UnboundedSender<BlockEvent>) -> Result<(), EngineStopped> {
+    pub fn submit(
+        &self,
+        units: Vec<UnitWork>,
+        conditions: Arc<Conditions>,
+        events: mpsc::UnboundedSender<BlockEvent>,
+    ) -> Result<(), EngineStopped> {
         let progress = units
             .iter()
             .map(|w| {
@@ -173,6 +178,7 @@ impl Engine {
         let batches_left = AtomicU64::new(batches.len() as u64);
         let block = Arc::new(Block {
             units,
+            conditions,
             progress: Mutex::new(progress),
             cancelled: Arc::clone(&self.cancelled),
             failed: AtomicBool::new(false),
@@ -264,7 +270,7 @@ impl Lane {
     fn evaluate(&self, batch: &Batch) {
         let block = &batch.block;
         if !block.cancelled.load(Ordering::Relaxed) && !block.failed.load(Ordering::Relaxed) {
-            match self.problem.errors(&block.units, &batch.evaluations) {
+            match self.problem.errors(&block.units, &block.conditions, &batch.evaluations) {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
                     block.take(&batch.evaluations, &errors, self.problem.keep_errors);
@@ -315,7 +321,12 @@ impl Block {
 
 impl Problem {
     /// The errors of a batch of evaluations, in their order.
-    fn errors(&self, units: &[UnitWork], evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
+    fn errors(
+        &self,
+        units: &[UnitWork],
+        conditions: &Conditions,
+        evaluations: &[Evaluation],
+    ) -> Result<Vec<f32>, ModelError> {
         // A point is a noisy latent: evaluations of one (unit, slot) are neighbours and share it.
         let mut points: Vec<(u32, u32)> = Vec::new();
         let mut pairs = Vec::with_capacity(evaluations.len());
@@ -323,10 +334,11 @@ impl Problem {
             if points.last() != Some(&(e.unit, e.slot)) {
                 points.push((e.unit, e.slot));
             }
-            let prompt = units[e.unit as usize].unit.prompts[e.prompt as usize];
-            pairs.push(((points.len() - 1) as u32, prompt.0));
+            let work = &units[e.unit as usize];
+            let prompt = work.unit.prompts[e.prompt as usize];
+            pairs.push(((points.len() - 1) as u32, work.first_condition + prompt.0));
         }
-        let [c, h, w] = self.model.latent_shape();
+        let ([c, h, w], schedule) = (self.model.latent_shape(), self.scorer.schedule());
         let size = c * h * w;
         let (mut noise, mut noisy) = (vec![0.0f32; points.len() * size], vec![0.0f32; points.len() * size]);
         let (mut timesteps, mut drawn) = (Vec::with_capacity(points.len()), vec![0.0f32; size]);
@@ -336,19 +348,19 @@ impl Problem {
             self.noise.fill(&work.key, slot.noise, &mut drawn);
             let range = i * size..(i + 1) * size;
             to_channels_last(&drawn, c, &mut noise[range.clone()]);
-            self.schedule.mix(slot.timestep).add_noise(&work.latent, &noise[range.clone()], &mut noisy[range]);
+            schedule.mix(slot.timestep).add_noise(&work.latent, &noise[range.clone()], &mut noisy[range]);
             timesteps.push(slot.timestep);
         }
         let latents = Tensor::from_slice(&noisy, (points.len(), h, w, c), &Device::Cpu)?;
-        let input = UnetInput { latents: &latents, timesteps: &timesteps, evaluations: &pairs };
-        let output = self.model.unet().forward(&input, &self.times, &self.prompts)?;
+        let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &pairs };
+        let output = self.model.network().forward(&pass, &self.times, conditions)?;
+        let values = output.elem_count() / pairs.len().max(1);
         let mut output = output.flatten_all()?.to_vec1::<f32>()?;
-        let errors = pairs.iter().zip(output.chunks_mut(size)).map(|((point, _), predicted)| {
-            let point = *point as usize;
-            let range = point * size..(point + 1) * size;
-            let mix = self.schedule.mix(timesteps[point]);
-            mix.epsilon(self.schedule.prediction(), &noisy[range.clone()], predicted);
-            self.loss.mean(predicted, &noise[range])
+        let errors = pairs.iter().zip(output.chunks_mut(values.max(1))).map(|((at, _), output)| {
+            let at = *at as usize;
+            let (unit, range) = (points[at].0 as usize, at * size..(at + 1) * size);
+            let (noise, noisy) = (&noise[range.clone()], &noisy[range]);
+            self.scorer.error(Point { latent: &units[unit].latent, noise, noisy, timestep: timesteps[at] }, output)
         });
         let errors: Vec<f32> = errors.collect();
         if errors.iter().all(|e| e.is_finite()) { Ok(errors) } else { Err(ModelError::NotFinite) }
@@ -360,13 +372,13 @@ impl Problem {
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
         const LARGEST_BATCH: usize = 64;
         let Some(slots) = self.rounds.first().map(|r| r.slots.len()).filter(|n| *n > 0) else { return Ok(1) };
-        let prompts: Vec<_> = (0..self.prompts.len() as u32).map(PromptIndex).collect();
+        let prompts: Vec<_> = (0..self.conditions.len() as u32).map(PromptIndex).collect();
         let latent = Arc::new(vec![0.0; self.model.latent_shape().iter().product()]);
         let units: Vec<_> = (0..LARGEST_BATCH.div_ceil((slots * prompts.len()).max(1)) as u64)
             .map(|sample| {
                 let id = UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
                 let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
-                UnitWork { unit, key: Arc::from("batch size"), latent: Arc::clone(&latent) }
+                UnitWork { unit, key: Arc::from("batch size"), latent: Arc::clone(&latent), first_condition: 0 }
             })
             .collect();
         let (mut best, mut best_rate) = (1, 0.0);
@@ -376,7 +388,7 @@ impl Problem {
             let mut fastest = Duration::MAX;
             for _ in 0..3 {
                 let started = Instant::now();
-                self.errors(&units, &evaluations)?;
+                self.errors(&units, &self.conditions, &evaluations)?;
                 fastest = fastest.min(started.elapsed());
                 if fastest > LONGEST_BATCH {
                     return Ok(best);
@@ -412,7 +424,7 @@ mod tests {
     fn work(sample: u64, slots: usize, prompts: u32) -> UnitWork {
         let id = UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
         let unit = Unit { id, slots: 0..slots, prompts: (0..prompts).map(PromptIndex).collect() };
-        UnitWork { unit, key: Arc::from("k"), latent: Arc::new(Vec::new()) }
+        UnitWork { unit, key: Arc::from("k"), latent: Arc::new(Vec::new()), first_condition: 0 }
     }
 
     #[test]

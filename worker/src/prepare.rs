@@ -12,6 +12,7 @@ use futures::StreamExt;
 
 use crate::engine::{Engine, EngineStopped, UnitWork};
 use crate::latent::{Latent, LatentCache};
+use crate::models::Conditions;
 use crate::preprocess;
 
 /// Images read and decoded at a time.
@@ -29,10 +30,12 @@ pub struct BadSample {
 }
 
 /// A block ready for the engine.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Prepared {
     /// Units of the samples that have a latent.
     pub units: Vec<UnitWork>,
+    /// What the network needs to know of their prompts.
+    pub conditions: Arc<Conditions>,
     /// Samples that have none.
     pub bad: Vec<BadSample>,
 }
@@ -63,8 +66,8 @@ pub struct Preparer {
     pub size: u32,
     /// Slots of every round, to check blocks against.
     pub slots: Vec<usize>,
-    /// Prompts of the job, likewise.
-    pub prompts: usize,
+    /// The job's prompts.
+    pub conditions: Arc<Conditions>,
 }
 
 impl Preparer {
@@ -74,7 +77,8 @@ impl Preparer {
             block.units.into_iter().map(|u| self.unit(u)).collect::<Option<Vec<_>>>().ok_or(BlockError::Foreign)?;
         let mut keys: HashMap<SampleId, Arc<str>> = HashMap::new();
         let mut latents: HashMap<SampleId, Latent> = HashMap::new();
-        let mut prepared = Prepared::default();
+        let conditions = Arc::clone(&self.conditions);
+        let mut prepared = Prepared { units: Vec::new(), conditions, bad: Vec::new() };
         let mut pending = futures::stream::iter(block.samples.into_iter().map(|sample| {
             keys.insert(SampleId(sample.id), Arc::from(sample.key.as_str()));
             self.latent(sample)
@@ -90,7 +94,8 @@ impl Preparer {
         for unit in units {
             let key = keys.get(&unit.id.sample).ok_or(BlockError::Foreign)?;
             if let Some(latent) = latents.get(&unit.id.sample) {
-                prepared.units.push(UnitWork { unit, key: Arc::clone(key), latent: Arc::clone(latent) });
+                let (key, latent) = (Arc::clone(key), Arc::clone(latent));
+                prepared.units.push(UnitWork { unit, key, latent, first_condition: 0 });
             }
         }
         Ok(prepared)
@@ -109,7 +114,7 @@ impl Preparer {
         let fits = slots.start < slots.end
             && slots.end <= *self.slots.get(id.round.at())?
             && !unit.prompts.is_empty()
-            && unit.prompts.iter().all(|&p| (p as usize) < self.prompts);
+            && unit.prompts.iter().all(|&p| (p as usize) < self.conditions.len());
         fits.then(|| Unit { id, slots, prompts: unit.prompts.into_iter().map(PromptIndex).collect() })
     }
 

@@ -1,15 +1,17 @@
 //! Getting a worker ready for a job: the model is checked and loaded, the prompts are encoded, once per worker.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use elbo_common::fingerprint::{HashError, JobIdentity};
 use elbo_common::job::ModelDtype;
 use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
 use elbo_common::policy::PolicyError;
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
+use elbo_common::score::{ScoreError, Scorer};
 
 use crate::engine::Problem;
-use crate::models::{ModelError, StableDiffusion};
+use crate::models::{DiffusionModel, ModelError};
 
 /// A job this worker can't work on.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +41,9 @@ pub enum ProblemError {
     /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// The loss can't be had of the model.
+    #[error(transparent)]
+    Score(#[from] ScoreError),
     /// The policy does not fit.
     #[error(transparent)]
     Policy(#[from] PolicyError),
@@ -67,9 +72,12 @@ impl Problem {
             return Err(ProblemError::Dtype(spec.dtype));
         }
         let directory = Path::new(&spec.model);
-        let schedule = NoiseSchedule::of_model(directory)?;
+        let mut schedule = NoiseSchedule::of_model(directory)?;
+        if let Some(shift) = spec.timestep_shift {
+            schedule = schedule.with_shift(shift)?;
+        }
         let rounds = spec.policy.rounds(schedule.timesteps(), spec.classes.prompts.len())?;
-        let mut model = StableDiffusion::load(directory)?;
+        let mut model = DiffusionModel::load(directory)?;
         if let Some(size) = spec.size {
             let factor = model.size_factor();
             if size == 0 || !(size as usize).is_multiple_of(factor) {
@@ -89,11 +97,14 @@ impl Problem {
         let mut timesteps: Vec<u32> = slots.map(|s| s.timestep).collect();
         timesteps.sort_unstable();
         timesteps.dedup();
-        let texts: Vec<String> = spec.classes.prompts.iter().map(|p| p.text.clone()).collect();
-        let prompts = model.unet().prompt_cache(&model.encode_prompts(&texts)?)?;
-        let times = model.unet().time_cache(&timesteps)?;
-        model.drop_text_encoder();
-        Ok(Self { schedule, noise, rounds, loss: spec.loss, prompts, times, keep_errors: spec.write_errors, model })
+        let network = model.network();
+        let learned_variance = network.out_channels() != network.in_channels();
+        let inputs: Vec<f32> = timesteps.iter().map(|t| schedule.time(*t)).collect();
+        let times = network.time_cache(&timesteps, &inputs)?;
+        let scorer = Scorer::new(schedule, spec.loss, network.in_channels(), learned_variance)?;
+        let conditions = Arc::new(model.conditions(&spec.classes.prompts)?);
+        model.drop_text_encoders();
+        Ok(Self { scorer, noise, rounds, conditions, times, keep_errors: spec.write_errors, model })
     }
 }
 

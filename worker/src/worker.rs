@@ -155,9 +155,9 @@ async fn work(
         engine: Arc::clone(&engine),
         cache: LatentCache::new(LATENT_BYTES, problem.model.latent_shape().iter().product()),
         reader: Reader::new(),
-        size: problem.model.native_size() as u32,
+        size: problem.model.size() as u32,
         slots: problem.rounds.iter().map(|r| r.slots.len()).collect(),
-        prompts: problem.prompts.len(),
+        conditions: Arc::clone(&problem.conditions),
     });
     let (findings, inbox) = mpsc::unbounded_channel();
     let held = Held::default();
@@ -302,7 +302,8 @@ impl Lessee {
         let (events, mut inbox) = mpsc::unbounded_channel();
         let engine = Arc::clone(&self.preparer.engine);
         let submitting = async {
-            let submitted = tokio::task::spawn_blocking(move || engine.submit(prepared.units, events)).await;
+            let submitted =
+                tokio::task::spawn_blocking(move || engine.submit(prepared.units, prepared.conditions, events)).await;
             drop(own_turn);
             submitted.map_err(|_| WorkerError::Task("block"))?.map_err(WorkerError::from)
         };

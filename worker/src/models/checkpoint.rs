@@ -92,6 +92,14 @@ pub enum ModelError {
     /// The text encoder was dropped already.
     #[error("the text encoder was dropped after the prompts had been encoded")]
     NoTextEncoder,
+    /// A class-conditional model was asked for a class it was not trained on.
+    #[error("the model has no class {label}: it was trained on {classes} classes, 0 to {}", .classes.saturating_sub(1))]
+    NoSuchClass {
+        /// As asked for.
+        label: i64,
+        /// How many classes there are.
+        classes: usize,
+    },
     /// A model was given inputs it has no meaning for.
     #[error("{0}")]
     Input(String),
@@ -172,16 +180,6 @@ impl Weights {
         Params { weights: self, prefix: name.to_owned() }
     }
 
-    /// Where layers get their weights.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// The type layers get their weights in.
-    pub(crate) fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     fn path(&self, shard: usize) -> PathBuf {
         self.shards.get(shard).map(|s| s.path.clone()).unwrap_or_default()
     }
@@ -217,6 +215,16 @@ impl Params<'_> {
     /// The weights one level below.
     pub fn at(&self, name: impl std::fmt::Display) -> Self {
         Self { weights: self.weights, prefix: self.name(name) }
+    }
+
+    /// Where layers get their weights.
+    pub(crate) fn device(&self) -> &Device {
+        &self.weights.device
+    }
+
+    /// The type layers get their weights in.
+    pub(crate) fn dtype(&self) -> DType {
+        self.weights.dtype
     }
 
     /// Whether a weight of this name exists.

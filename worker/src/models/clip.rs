@@ -1,15 +1,16 @@
-//! CLIP's text encoder (Radford et al., 2021), which turns prompts into the UNet's conditioning.
+//! CLIP's text encoder (Radford et al., 2021), which turns prompts into a network's conditioning.
 //!
-//! Stable Diffusion conditions on the last hidden state after the final layer norm, of all 77 positions: there is no
-//! attention mask, so padding tokens carry information too.
+//! Stable Diffusion conditions on the last hidden state after the final layer norm, its successors on the one before the
+//! last layer and on the pooled embedding. All 77 positions count: there is no attention mask, so padding tokens carry
+//! information too.
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
-use super::layers::{joined, layer_norm, linear};
+use super::layers::{joined, layer_norm, linear, linear_no_bias};
 use super::probe::Probe;
 use crate::ops::{Activation, LayerNorm, Linear, Rows, activate, self_attention};
 
@@ -25,6 +26,8 @@ struct ClipConfig {
     max_position_embeddings: usize,
     hidden_act: String,
     layer_norm_eps: f64,
+    projection_dim: usize,
+    eos_token_id: u32,
 }
 
 impl Default for ClipConfig {
@@ -38,6 +41,8 @@ impl Default for ClipConfig {
             max_position_embeddings: 77,
             hidden_act: "quick_gelu".to_owned(),
             layer_norm_eps: 1e-5,
+            projection_dim: 512,
+            eos_token_id: 49407,
         }
     }
 }
@@ -49,6 +54,19 @@ pub struct ClipTextModel {
     positions: Tensor,
     layers: Vec<Layer>,
     final_norm: LayerNorm,
+    projection: Option<Linear>,
+    eos: u32,
+}
+
+/// What the encoder says of `N` texts.
+#[derive(Debug)]
+pub struct ClipOutput {
+    /// The state after the last layer and the final layer norm, `[N, 77, C]`.
+    pub last_hidden_state: Tensor,
+    /// The state before the last layer, without a norm, `[N, 77, C]`.
+    pub penultimate: Tensor,
+    /// The last hidden state at the end of the text, projected, `[N, P]`; only of a `CLIPTextModelWithProjection`.
+    pub text_embeds: Option<Tensor>,
 }
 
 #[derive(Debug)]
@@ -86,6 +104,11 @@ impl ClipTextModel {
             positions: embeddings.at("position_embedding").get("weight", &[config.max_position_embeddings, width])?,
             layers: (0..config.num_hidden_layers).map(layer).collect::<Result<_, _>>()?,
             final_norm: layer_norm(&p.at("final_layer_norm"), width, config.layer_norm_eps)?,
+            projection: match weights.at("text_projection") {
+                p if p.has("weight") => Some(linear_no_bias(&p, width, config.projection_dim)?),
+                _ => None,
+            },
+            eos: config.eos_token_id,
         })
     }
 
@@ -94,8 +117,8 @@ impl ClipTextModel {
         self.positions.dims().first().copied().unwrap_or_default()
     }
 
-    /// The last hidden state `[N, 77, C]`, after the final layer norm, of `N` sequences of 77 ids.
-    pub fn forward(&self, ids: &[Vec<u32>], probe: &mut Probe<'_>) -> Result<Tensor, ModelError> {
+    /// Encodes `N` sequences of 77 ids.
+    pub fn forward(&self, ids: &[Vec<u32>], probe: &mut Probe<'_>) -> Result<ClipOutput, ModelError> {
         let len = self.positions();
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
         let flat = Tensor::from_vec(flat, ids.len() * len, self.tokens.device())?;
@@ -103,12 +126,39 @@ impl ClipTextModel {
         let width = embedded.dim(1)?;
         let mut h = embedded.reshape((ids.len(), len, width))?.broadcast_add(&self.positions)?;
         probe.see(|| "embeddings".to_owned(), &h);
+        let mut penultimate = h.clone();
         for (i, layer) in self.layers.iter().enumerate() {
-            h = layer.forward(&h)?;
+            penultimate = h;
+            h = layer.forward(&penultimate)?;
             probe.see(|| format!("layers.{i}"), &h);
         }
-        Ok(self.final_norm.forward(&h)?)
+        let last_hidden_state = self.final_norm.forward(&h)?;
+        let text_embeds = match &self.projection {
+            Some(projection) => {
+                let ends: Vec<Tensor> = ids
+                    .iter()
+                    .enumerate()
+                    .map(|(i, ids)| last_hidden_state.get(i)?.get(end_of_text(ids, self.eos)))
+                    .collect::<candle_core::Result<_>>()?;
+                Some(projection.forward(&Tensor::stack(&ends, 0)?, None)?)
+            }
+            None => None,
+        };
+        Ok(ClipOutput { last_hidden_state, penultimate, text_embeds })
     }
+
+    /// Width of a hidden state.
+    pub fn width(&self) -> usize {
+        self.tokens.dim(D::Minus1).unwrap_or_default()
+    }
+}
+
+/// The position whose state stands for the whole text: the first end token, as transformers finds it.
+///
+/// Configurations written before the token had its right id say 2; the end token is then the largest id.
+fn end_of_text(ids: &[u32], eos: u32) -> usize {
+    let eos = if eos == 2 { ids.iter().copied().max().unwrap_or_default() } else { eos };
+    ids.iter().position(|&id| id == eos).unwrap_or_default()
 }
 
 impl Layer {

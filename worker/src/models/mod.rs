@@ -3,11 +3,24 @@
 //! Everything is loaded from a model directory in diffusers' layout and checked on the way: a missing file or weight, a
 //! shape that does not fit or a setting that is not implemented is an error that names it. All models are plain values
 //! without interior mutability, so one copy serves any number of threads.
+//!
+//! A [`DiffusionModel`] is an autoencoder ([`vae`](VaeEncoder)), what turns prompts or labels into conditions
+//! ([`text`](TextEncoders)), and a [`Network`]. All networks evaluate a [`Pass`]; what depends on the timestep alone comes
+//! from a [`TimeCache`], what depends on the condition alone from [`Conditions`].
 
 mod checkpoint;
 mod clip;
+mod dit;
+mod family;
 mod layers;
+mod mmdit;
+mod network;
+mod pass;
+mod patch;
 mod probe;
+mod t5;
+mod text;
+mod timestep;
 mod tokenizer;
 mod unet;
 mod vae;
@@ -15,38 +28,40 @@ mod vae;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde::Deserialize;
+use elbo_common::class::Prompt;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
-pub use self::clip::ClipTextModel;
+pub use self::clip::{ClipOutput, ClipTextModel};
+pub use self::dit::{Dit, LabelCache};
+pub use self::family::Family;
+pub use self::mmdit::{ContextCache, Mmdit};
+pub use self::network::{Conditions, Network};
+pub use self::pass::Pass;
 pub use self::probe::Probe;
+pub use self::t5::{T5Encoder, T5Tokenizer};
+pub use self::text::{TextEmbeddings, TextEncoders};
+pub use self::timestep::TimeCache;
 pub use self::tokenizer::ClipTokenizer;
-pub use self::unet::{PromptCache, TimeCache, Unet, UnetInput};
+pub use self::unet::{PromptCache, Unet};
 pub use self::vae::VaeEncoder;
 
-use self::checkpoint::{read_json, unsupported};
+use self::checkpoint::unsupported;
 
-/// A Stable Diffusion 1.x or 2.x model.
+/// A diffusion model of any family.
 #[derive(Debug)]
-pub struct StableDiffusion {
-    tokenizer: ClipTokenizer,
-    /// `None` once dropped.
-    text_encoder: Option<ClipTextModel>,
+pub struct DiffusionModel {
+    family: Family,
+    /// `None` in class-conditional models, and once dropped.
+    text_encoders: Option<TextEncoders>,
     vae: VaeEncoder,
-    unet: Unet,
+    network: Network,
     /// Side of the images, in pixels.
     size: usize,
     device: Device,
     dtype: DType,
 }
 
-#[derive(Deserialize)]
-struct ModelIndex {
-    #[serde(rename = "_class_name")]
-    class: String,
-}
-
-impl StableDiffusion {
+impl DiffusionModel {
     /// Loads the model in `dir` for the CPU, in f32.
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
         Self::load_on(dir, &Device::Cpu, DType::F32)
@@ -54,37 +69,39 @@ impl StableDiffusion {
 
     /// Loads the model in `dir` onto a device, in a floating point type.
     pub fn load_on(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        let path = dir.join("model_index.json");
-        let index: ModelIndex = read_json(&path)?;
-        if index.class != "StableDiffusionPipeline" {
-            return Err(unsupported(&path, "_class_name", index.class));
-        }
-        let text_encoder = ClipTextModel::load(&dir.join("text_encoder"), device, dtype)?;
-        let unet = Unet::load(&dir.join("unet"), device, dtype)?;
+        let family = Family::of(dir)?;
+        let network_dir = dir.join(family.network());
+        let (network, text_encoders) = match family {
+            Family::StableDiffusion => {
+                let unet = Unet::load(&network_dir, device, dtype)?;
+                (Network::Unet(Box::new(unet)), Some(TextEncoders::stable_diffusion(dir, device, dtype)?))
+            }
+            Family::Sdxl => {
+                let unet = Unet::load(&network_dir, device, dtype)?;
+                (Network::Unet(Box::new(unet)), Some(TextEncoders::sdxl(dir, device, dtype)?))
+            }
+            Family::Sd3 => {
+                let mmdit = Mmdit::load(&network_dir, device, dtype)?;
+                let text_encoders = TextEncoders::sd3(dir, mmdit.text_width(), device, dtype)?;
+                (Network::Mmdit(Box::new(mmdit)), Some(text_encoders))
+            }
+            Family::Dit => (Network::Dit(Box::new(Dit::load(&network_dir, device, dtype)?)), None),
+        };
         let vae = VaeEncoder::load(&dir.join("vae"), device, dtype)?;
-        if unet.in_channels() != vae.latent_channels() {
-            let path = dir.join("unet").join("config.json");
-            return Err(unsupported(&path, "in_channels", unet.in_channels()));
+        let config = network_dir.join("config.json");
+        if network.in_channels() != vae.latent_channels() {
+            return Err(unsupported(&config, "in_channels", network.in_channels()));
         }
-        Ok(Self {
-            tokenizer: ClipTokenizer::open(&dir.join("tokenizer"), text_encoder.positions())?,
-            text_encoder: Some(text_encoder),
-            size: unet.sample_size() * vae.factor(),
-            vae,
-            unet,
-            device: device.clone(),
-            dtype,
-        })
+        if ![1, 2].map(|times| times * network.in_channels()).contains(&network.out_channels()) {
+            return Err(unsupported(&config, "out_channels", network.out_channels()));
+        }
+        let size = network.sample_size() * vae.factor();
+        Ok(Self { family, text_encoders, vae, network, size, device: device.clone(), dtype })
     }
 
-    /// Text to token ids.
-    pub fn tokenizer(&self) -> &ClipTokenizer {
-        &self.tokenizer
-    }
-
-    /// Prompts to text embeddings, until it is dropped.
-    pub fn text_encoder(&self) -> Option<&ClipTextModel> {
-        self.text_encoder.as_ref()
+    /// The family.
+    pub fn family(&self) -> Family {
+        self.family
     }
 
     /// Images to latents.
@@ -93,12 +110,12 @@ impl StableDiffusion {
     }
 
     /// The noise predictor.
-    pub fn unet(&self) -> &Unet {
-        &self.unet
+    pub fn network(&self) -> &Network {
+        &self.network
     }
 
     /// Side of the square images in pixels: what the model was trained on, unless set otherwise.
-    pub fn native_size(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.size
     }
 
@@ -109,7 +126,7 @@ impl StableDiffusion {
 
     /// What an image's side must be a multiple of, in pixels.
     pub fn size_factor(&self) -> usize {
-        self.vae.factor() * self.unet.multiple()
+        self.vae.factor() * self.network.multiple()
     }
 
     /// Channels, height and width of an image's latent.
@@ -118,11 +135,30 @@ impl StableDiffusion {
         [self.vae.latent_channels(), side, side]
     }
 
-    /// Text embeddings `[N, 77, C]` of prompts.
-    pub fn encode_prompts(&self, prompts: &[String]) -> Result<Tensor, ModelError> {
-        let encoder = self.text_encoder.as_ref().ok_or(ModelError::NoTextEncoder)?;
-        let ids: Vec<_> = prompts.iter().map(|prompt| self.tokenizer.encode(prompt)).collect::<Result<_, _>>()?;
-        encoder.forward(&ids, &mut Probe::none())
+    /// Embeddings of texts.
+    pub fn encode_texts(&self, texts: &[String]) -> Result<TextEmbeddings, ModelError> {
+        self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.encode(texts)
+    }
+
+    /// What the network needs to know of prompts: of their texts, or of their labels in a class-conditional model.
+    pub fn conditions(&self, prompts: &[Prompt]) -> Result<Conditions, ModelError> {
+        if let Network::Dit(dit) = &self.network {
+            let label = |prompt: &Prompt| {
+                let label = prompt.label.unwrap_or(prompt.class.0);
+                let classes = dit.classes();
+                let known = u32::try_from(label).ok().filter(|label| (*label as usize) < classes);
+                known.ok_or(ModelError::NoSuchClass { label: i64::from(label), classes })
+            };
+            let labels: Vec<u32> = prompts.iter().map(label).collect::<Result<_, _>>()?;
+            return Ok(Conditions::Labels(dit.label_cache(&labels)?));
+        }
+        let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
+        let embeddings = self.encode_texts(&texts)?;
+        match &self.network {
+            Network::Unet(unet) => Ok(Conditions::Prompts(unet.prompt_cache(&embeddings, self.size)?)),
+            Network::Mmdit(mmdit) => Ok(Conditions::Contexts(mmdit.context_cache(&embeddings)?)),
+            Network::Dit(_) => Err(ModelError::NoTextEncoder),
+        }
     }
 
     /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1].
@@ -131,8 +167,8 @@ impl StableDiffusion {
         self.vae.encode(&pixels, &mut Probe::none())
     }
 
-    /// Gives the text encoder's memory back once the prompts are encoded.
-    pub fn drop_text_encoder(&mut self) {
-        self.text_encoder = None;
+    /// Gives the text encoders' memory back once the prompts are encoded.
+    pub fn drop_text_encoders(&mut self) {
+        self.text_encoders = None;
     }
 }

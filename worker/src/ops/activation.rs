@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use pulp::Simd;
 
 use super::cpu::{is_cpu_f32, values};
-use super::math::{Kernel, dispatch, gelu, quick_gelu, silu};
+use super::math::{Kernel, dispatch, gelu, gelu_tanh, quick_gelu, silu};
 
 /// An elementwise activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,8 @@ pub enum Activation {
     Gelu,
     /// `x sigmoid(1.702 x)`.
     QuickGelu,
+    /// `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
+    GeluTanh,
 }
 
 /// Applies an activation to every element.
@@ -31,6 +33,7 @@ pub(crate) fn plain(x: &Tensor, activation: Activation) -> Result<Tensor> {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
         Activation::QuickGelu => x / ((x * -1.702)?.exp()? + 1.0)?,
+        Activation::GeluTanh => x.gelu(),
     }
 }
 
@@ -76,6 +79,7 @@ impl Kernel for InPlace<'_> {
             Activation::Silu => self.values.iter_mut().for_each(|v| *v = silu(*v)),
             Activation::Gelu => self.values.iter_mut().for_each(|v| *v = gelu(*v)),
             Activation::QuickGelu => self.values.iter_mut().for_each(|v| *v = quick_gelu(*v)),
+            Activation::GeluTanh => self.values.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
         }
     }
 }

@@ -7,7 +7,7 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 use pulp::Simd;
 
-use super::cpu::{is_cpu_f32, values, with_values};
+use super::cpu::{full_precision, is_cpu_f32, values, with_values};
 use super::gemm::{Gemm, PackedView, pack_rows, pack_transposed, packed_len};
 use super::math::{Kernel, dispatch, exp, fold, max};
 
@@ -107,7 +107,8 @@ pub(crate) fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bo
     let (batch, len, channels) = q.dims3()?;
     let dim = channels / heads;
     let split = |x: &Tensor| x.reshape((batch, x.dim(1)?, heads, dim))?.transpose(1, 2)?.contiguous();
-    let mut scores = (split(q)?.matmul(&split(k)?.t()?)? / (dim as f64).sqrt())?;
+    let scores = split(q)?.matmul(&split(k)?.t()?)?;
+    let mut scores = (full_precision(&scores)? / (dim as f64).sqrt())?;
     if causal {
         let hidden = (0..len * len).map(|i| if i % len > i / len { f32::NEG_INFINITY } else { 0.0 });
         let mask = Tensor::from_iter(hidden, q.device())?.reshape((len, len))?;
@@ -115,7 +116,7 @@ pub(crate) fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bo
     }
     let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
-    weights.matmul(&split(v)?)?.transpose(1, 2)?.reshape((batch, len, channels))
+    weights.to_dtype(v.dtype())?.matmul(&split(v)?)?.transpose(1, 2)?.reshape((batch, len, channels))
 }
 
 /// How one sequence's keys and values are packed: per head K^T `[d, keys]`, then V `[keys, d]`.

@@ -89,6 +89,13 @@ pub(crate) fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
+/// GELU's tanh approximation (Hendrycks & Gimpel, 2016), which is `x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))`.
+#[inline(always)]
+pub(crate) fn gelu_tanh(x: f32) -> f32 {
+    const TWICE_ROOT: f32 = 1.595_769_1;
+    x / (1.0 + exp(-TWICE_ROOT * x * (x * x).mul_add(0.044_715, 1.0)))
+}
+
 /// The error function, absolute error below 5e-7: the odd rational minimax approximation on [-4, 4] used by XLA and Eigen.
 #[inline(always)]
 pub(crate) fn erf(x: f32) -> f32 {

@@ -16,6 +16,7 @@
 //!   Scores are thus bit-identical however a job is cut into batches.
 
 mod activation;
+mod adaptive;
 mod attention;
 mod conv;
 mod cpu;
@@ -29,6 +30,7 @@ mod shape;
 mod tests;
 
 pub use activation::{Activation, activate, geglu};
+pub use adaptive::{Modulation, QueryKeyNorm};
 pub use attention::{KeyValues, cross_attention, self_attention};
 pub use conv::{Conv2d, Fused, Padding};
 pub use cpu::Rows;

@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use pulp::Simd;
 
-use super::cpu::{is_cpu_f32, values};
+use super::cpu::{full_precision, is_cpu_f32, values};
 use super::math::{Kernel, dispatch, silu, sum};
 
 /// Pixels summed in f32 before the sum is carried in f64.
@@ -63,11 +63,12 @@ impl GroupNorm {
     pub(crate) fn plain(&self, x: &Tensor) -> Result<Tensor> {
         let (dims, channels, batch) = (x.dims(), self.weight.dim(0)?, x.dim(0)?);
         let pixels = x.elem_count() / (batch * channels).max(1);
-        let x = x.reshape((batch, pixels, self.groups, channels / self.groups))?;
+        let dtype = x.dtype();
+        let x = full_precision(&x.reshape((batch, pixels, self.groups, channels / self.groups))?)?;
         let mean = x.mean_keepdim((1, 3))?;
         let x = x.broadcast_sub(&mean)?;
         let variance = x.sqr()?.mean_keepdim((1, 3))?;
-        let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?.reshape(dims)?;
+        let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?.reshape(dims)?.to_dtype(dtype)?;
         x.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)
     }
 
@@ -250,10 +251,11 @@ impl LayerNorm {
 
     /// The same in plain candle operations, for any device and data type.
     pub(crate) fn plain(&self, x: &Tensor) -> Result<Tensor> {
-        let last = x.rank() - 1;
+        let (last, dtype) = (x.rank() - 1, x.dtype());
+        let x = full_precision(x)?;
         let x = x.broadcast_sub(&x.mean_keepdim(last)?)?;
         let variance = x.sqr()?.mean_keepdim(last)?;
-        let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?;
+        let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?.to_dtype(dtype)?;
         x.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)
     }
 }
@@ -266,7 +268,12 @@ pub(crate) struct LayerOp<'a> {
     eps: f32,
 }
 
-impl LayerOp<'_> {
+impl<'a> LayerOp<'a> {
+    /// A norm with weight and bias of one length.
+    pub(crate) fn new(weight: &'a [f32], bias: &'a [f32], eps: f32) -> Self {
+        Self { weight, bias, eps }
+    }
+
     /// Width of a row.
     pub(crate) fn channels(&self) -> usize {
         self.weight.len()

@@ -144,7 +144,7 @@ fn group_norm_splits_only_between_groups() {
 #[test]
 fn activations_match_plain() {
     let x = (random((5, 77, 26), 1) * 5.0).unwrap();
-    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::GeluTanh] {
         assert_close(&activate(&x, activation).unwrap(), &activate(&wide(&x), activation).unwrap(), 5e-7);
     }
     assert_close(&geglu(&x).unwrap(), &geglu(&wide(&x)).unwrap(), 5e-7);
@@ -199,6 +199,21 @@ fn feed_forward_matches_its_steps() {
         assert_eq!(bits(&fused.forward(&x).unwrap()), bits(&fused.plain(&x).unwrap()));
         assert_close(&fused.forward(&x).unwrap(), &layers(wide).forward(&wide(&x)).unwrap(), 2e-6);
     }
+}
+
+#[test]
+fn adaptive_norms_and_gates_match_plain() {
+    let (x, h, rows) = (random((3, 17, 24), 1), random((3, 17, 24), 2), random((3, 4 * 24), 3));
+    let both = |f: &dyn Fn(&Tensor, &Tensor, &Tensor) -> Tensor| {
+        assert_close(&f(&x, &h, &rows), &f(&wide(&x), &wide(&h), &wide(&rows)), 2e-6);
+    };
+    both(&|x, _, rows| Modulation::new(rows, 24).normalise(x, 1e-6, 3, 1).unwrap());
+    both(&|x, h, rows| Modulation::new(rows, 24).gate(x, h, 2).unwrap());
+    assert!(Modulation::new(&rows, 24).gate(&x, &h, 4).is_err());
+
+    let (qkv, q, k) = (random((2, 9, 3 * 24), 4), random(8, 5), random(8, 6));
+    let found = QueryKeyNorm::new(1e-6, &q, &k).forward(&qkv).unwrap();
+    assert_close(&found, &QueryKeyNorm::new(1e-6, &wide(&q), &wide(&k)).forward(&wide(&qkv)).unwrap(), 2e-6);
 }
 
 #[test]

@@ -45,6 +45,9 @@ struct Raw {
     use_linear_projection: bool,
     flip_sin_to_cos: bool,
     freq_shift: f64,
+    addition_embed_type: Option<String>,
+    addition_time_embed_dim: Option<usize>,
+    projection_class_embeddings_input_dim: Option<usize>,
 }
 
 impl Default for Raw {
@@ -68,6 +71,9 @@ impl Default for Raw {
             use_linear_projection: false,
             flip_sin_to_cos: true,
             freq_shift: 0.0,
+            addition_embed_type: None,
+            addition_time_embed_dim: None,
+            projection_class_embeddings_input_dim: None,
         }
     }
 }
@@ -75,7 +81,6 @@ impl Default for Raw {
 /// Settings that must have one value (or be absent) for the forward pass to be the one implemented.
 const FIXED: &[(&str, &str)] = &[
     ("act_fn", "\"silu\""),
-    ("addition_embed_type", "null"),
     ("attention_type", "\"default\""),
     ("center_input_sample", "false"),
     ("class_embed_type", "null"),
@@ -121,6 +126,15 @@ pub(super) struct Level {
     pub(super) up_attention: bool,
 }
 
+/// SDXL's additional embedding of the pooled text and six sizes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TextTime {
+    /// Width of one size's sinusoid.
+    pub(super) width: usize,
+    /// Width of the pooled text and the six sinusoids together.
+    pub(super) inputs: usize,
+}
+
 /// A UNet2DConditionModel's settings, checked.
 ///
 /// `upcast_attention` and `resnet_out_scale_factor` have no effect on these blocks in f32, and `use_linear_projection`
@@ -141,6 +155,8 @@ pub(super) struct UnetConfig {
     pub(super) flip_sin_to_cos: bool,
     /// Subtracted from the number of frequencies in the time embedding's exponent.
     pub(super) freq_shift: f64,
+    /// Additional conditioning.
+    pub(super) text_time: Option<TextTime>,
     /// From the finest to the coarsest.
     pub(super) levels: Vec<Level>,
 }
@@ -210,6 +226,18 @@ impl Raw {
         if levels.iter().any(|l| l.heads == 0 || !l.channels.is_multiple_of(l.heads)) {
             return Err(unsupported(&path, "attention_head_dim", heads));
         }
+        let text_time = match (self.addition_embed_type.as_deref(), self.addition_time_embed_dim) {
+            (None, _) => None,
+            (Some("text_time"), Some(width)) => {
+                let inputs = self.projection_class_embeddings_input_dim.unwrap_or(0);
+                if inputs <= 6 * width {
+                    return Err(unsupported(&path, "projection_class_embeddings_input_dim", inputs));
+                }
+                Some(TextTime { width, inputs })
+            }
+            (Some("text_time"), None) => return Err(unsupported(&path, "addition_time_embed_dim", None::<usize>)),
+            (other, _) => return Err(unsupported(&path, "addition_embed_type", other)),
+        };
         let Some(sample_size) = self.sample_size.filter(|s| *s > 0) else {
             return Err(unsupported(&path, "sample_size", self.sample_size));
         };
@@ -221,6 +249,7 @@ impl Raw {
             eps: self.norm_eps,
             flip_sin_to_cos: self.flip_sin_to_cos,
             freq_shift: self.freq_shift,
+            text_time,
             levels,
         })
     }

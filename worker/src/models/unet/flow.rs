@@ -5,7 +5,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::time::TimeCache;
+use crate::models::pass::Indices;
 use crate::ops::{KeyValues, Rows};
 
 /// Activations with one image per point (shared) or one per evaluation.
@@ -20,20 +20,23 @@ pub(super) struct Flow {
 /// The evaluations of one forward pass.
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
+    indices: &'a Indices,
     /// Per evaluation its point and prompt.
-    pub(super) evaluations: &'a [(u32, u32)],
+    evaluations: &'a [(u32, u32)],
     /// Per evaluation itself and its prompt.
     own: Vec<(u32, u32)>,
-    /// Per evaluation its point.
-    points: Vec<u32>,
-    /// Per point the row in the time cache.
-    point_times: Vec<u32>,
-    /// Per evaluation the row in the time cache.
-    evaluation_times: Vec<u32>,
-    /// Time rows of every resnet.
-    pub(super) times: &'a TimeCache,
+    shifts: Shifts<'a>,
     /// Text keys and values of every cross-attention.
     pub(super) prompts: &'a PromptCache,
+}
+
+/// What every resnet adds to its activations, per timestep or per evaluation.
+#[derive(Debug)]
+pub(super) enum Shifts<'a> {
+    /// Per resnet a row for each timestep of the cache.
+    PerTimestep(&'a [Tensor]),
+    /// Per resnet a row for each evaluation: the embedding also depends on the prompt.
+    PerEvaluation(Vec<Tensor>),
 }
 
 /// Keys and values of a set of prompts for every cross-attention.
@@ -41,6 +44,8 @@ pub(super) struct Batch<'a> {
 pub struct PromptCache {
     /// Per cross-attention.
     pub(super) layers: Vec<KeyValues>,
+    /// What prompts add to the time embedding, `[N, 4 C]`.
+    pub(super) added: Option<Tensor>,
     /// Number of prompts.
     pub(super) count: usize,
 }
@@ -67,25 +72,13 @@ impl PromptCache {
 
 impl<'a> Batch<'a> {
     pub(super) fn new(
-        timesteps: &[u32],
+        indices: &'a Indices,
         evaluations: &'a [(u32, u32)],
-        times: &'a TimeCache,
+        shifts: Shifts<'a>,
         prompts: &'a PromptCache,
-    ) -> Result<Self> {
-        let point_times = times.rows(timesteps)?;
-        let (mut points, mut evaluation_times) = (Vec::new(), Vec::new());
-        for &(point, prompt) in evaluations {
-            let Some(&time) = point_times.get(point as usize) else {
-                bail!("an evaluation of point {point} among {}", timesteps.len());
-            };
-            if prompt as usize >= prompts.count {
-                bail!("an evaluation with prompt {prompt} among {}", prompts.count);
-            }
-            points.push(point);
-            evaluation_times.push(time);
-        }
+    ) -> Self {
         let own = (0..).zip(evaluations).map(|(i, &(_, prompt))| (i, prompt)).collect();
-        Ok(Self { evaluations, own, points, point_times, evaluation_times, times, prompts })
+        Self { indices, evaluations, own, shifts, prompts }
     }
 
     /// Per evaluation the row of `flow` that is its image, and its prompt.
@@ -96,14 +89,23 @@ impl<'a> Batch<'a> {
     /// The flow's images, one per evaluation.
     pub(super) fn rows<'f>(&'f self, flow: &'f Flow) -> Rows<'f> {
         match flow.shared {
-            true => Rows::indexed(&flow.tensor, &self.points),
+            true => Rows::indexed(&flow.tensor, &self.indices.points),
             false => Rows::direct(&flow.tensor),
         }
     }
 
     /// The time rows of a resnet, one per image of the flow.
     pub(super) fn shift(&self, resnet: usize, shared: bool) -> Result<Rows<'_>> {
-        let times = if shared { &self.point_times } else { &self.evaluation_times };
-        Ok(Rows::indexed(self.times.shift(resnet)?, times))
+        let layers = match &self.shifts {
+            Shifts::PerTimestep(layers) => layers,
+            Shifts::PerEvaluation(layers) => &layers[..],
+        };
+        let Some(layer) = layers.get(resnet) else { bail!("a time cache of another model") };
+        match (&self.shifts, shared) {
+            (Shifts::PerTimestep(_), true) => Ok(Rows::indexed(layer, &self.indices.point_times)),
+            (Shifts::PerTimestep(_), false) => Ok(Rows::indexed(layer, &self.indices.times)),
+            (Shifts::PerEvaluation(_), false) => Ok(Rows::direct(layer)),
+            (Shifts::PerEvaluation(_), true) => bail!("a resnet that depends on the prompt can't be shared"),
+        }
     }
 }

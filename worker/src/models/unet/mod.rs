@@ -1,50 +1,46 @@
-//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x (Rombach et al., CVPR 2022), for scoring many prompts.
+//! UNet2DConditionModel of Stable Diffusion 1.x, 2.x (Rombach et al., CVPR 2022) and SDXL, for scoring many prompts.
 //!
 //! A pass takes *points* (noisy latents at timesteps) and *evaluations* (a point with a prompt). What depends on the
 //! timestep alone comes from a [`TimeCache`], what depends on the prompt alone from a [`PromptCache`], and what depends on
 //! the point alone is computed once per point: everything before the first cross-attention, and the first convolution's
-//! part in the last resnet.
+//! part in the last resnet. In SDXL the prompt's pooled embedding is part of the time embedding, so only the first
+//! convolution is shared.
 
+mod addition;
 mod blocks;
 mod config;
 mod flow;
 mod resnet;
-mod time;
 mod transformer;
 
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
+use self::addition::TextTimeEmbedding;
 use self::blocks::{DownBlock, MidBlock, UpBlock};
 use self::config::UnetConfig;
-use self::flow::{Batch, Flow};
+use self::flow::{Batch, Flow, Shifts};
 use self::resnet::Slots;
-use self::time::TimeEmbedding;
 use super::checkpoint::{ModelError, Weights};
 use super::layers::{conv3x3, group_norm};
+use super::pass::{Indices, Pass};
 use super::probe::Probe;
-use crate::ops::{Activation, Conv2d, Fused, GroupNorm, KeyValues, Padding, activate};
+use super::text::TextEmbeddings;
+use super::timestep::{EmbeddingMlp, Sinusoid, TimeCache};
+use crate::ops::{Activation, Conv2d, Fused, GroupNorm, KeyValues, Linear, Padding, activate, gather};
 
 pub use self::flow::PromptCache;
-pub use self::time::TimeCache;
-
-/// What a forward pass evaluates.
-#[derive(Clone, Copy, Debug)]
-pub struct UnetInput<'a> {
-    /// Noisy latents x_t, one per point: `[P, H, W, C]`.
-    pub latents: &'a Tensor,
-    /// Each point's timestep, as a value (0 to 999) that the time cache holds: `P` of them.
-    pub timesteps: &'a [u32],
-    /// `B` pairs of point and prompt (as indices), points ascending. A point's evaluations share its common work.
-    pub evaluations: &'a [(u32, u32)],
-}
 
 /// The noise predictor.
 #[derive(Debug)]
 pub struct Unet {
     config: UnetConfig,
-    time: TimeEmbedding,
+    sinusoid: Sinusoid,
+    time: EmbeddingMlp,
+    addition: Option<TextTimeEmbedding>,
+    device: Device,
+    dtype: DType,
     slots: Slots,
     conv_in: Conv2d,
     down: Vec<DownBlock>,
@@ -72,8 +68,21 @@ impl Unet {
             up.push(UpBlock::load(&weights.at(&format!("up_blocks.{i}")), i, &config, &mut slots)?);
         }
         let (inputs, outputs) = (config.in_channels, config.out_channels);
+        let sinusoid =
+            Sinusoid { width: first, flip_sin_to_cos: config.flip_sin_to_cos, freq_shift: config.freq_shift };
+        let addition = match &config.text_time {
+            Some(text_time) => {
+                let sizes = Sinusoid { width: text_time.width, ..sinusoid };
+                Some(TextTimeEmbedding::load(&weights.at("add_embedding"), text_time, sizes, 4 * first)?)
+            }
+            None => None,
+        };
         Ok(Self {
-            time: TimeEmbedding::load(&weights, &config)?,
+            sinusoid,
+            time: EmbeddingMlp::load(&weights.at("time_embedding"), first, 4 * first)?,
+            addition,
+            device: device.clone(),
+            dtype,
             conv_in: conv3x3(&weights.at("conv_in"), inputs, first, 1, Padding::Around)?,
             down,
             mid,
@@ -105,62 +114,97 @@ impl Unet {
         self.config.out_channels
     }
 
+    /// Width of the text embeddings it attends to.
+    pub fn text_width(&self) -> usize {
+        self.config.levels.iter().map(|level| level.text).max().unwrap_or_default()
+    }
+
     /// Time embeddings `[T, 4 C]`.
-    pub fn time_embedding(&self, timesteps: &[u32]) -> Result<Tensor, ModelError> {
-        Ok(self.time.forward(timesteps)?)
+    pub fn time_embedding(&self, timesteps: &[f32]) -> Result<Tensor, ModelError> {
+        Ok(self.time.forward(&self.sinusoid.forward(timesteps, &self.device, self.dtype)?)?)
     }
 
-    /// Computes what depends on the timestep alone, for distinct timesteps.
-    pub fn time_cache(&self, timesteps: &[u32]) -> Result<TimeCache, ModelError> {
-        let embedding = activate(&self.time.forward(timesteps)?, Activation::Silu)?;
-        let shift = |projection: &crate::ops::Linear| projection.forward(&embedding, None);
-        let shifts = self.slots.time_projections.iter().map(shift).collect::<candle_core::Result<_>>()?;
-        Ok(TimeCache::new(timesteps, shifts))
+    /// What prompts add to the time embedding, `[N, 4 C]`, from their pooled embeddings `[N, P]` and the image's side in
+    /// pixels; `None` for models without additional conditioning.
+    pub fn added_embedding(&self, pooled: Option<&Tensor>, side: usize) -> Result<Option<Tensor>, ModelError> {
+        match (&self.addition, pooled) {
+            (None, _) => Ok(None),
+            (Some(addition), Some(pooled)) => Ok(Some(addition.forward(pooled, side)?)),
+            (Some(_), None) => {
+                Err(ModelError::Input("the UNet takes a pooled text embedding, and there is none".into()))
+            }
+        }
     }
 
-    /// Computes what depends on the prompt alone, from text embeddings `[N, 77, C]`.
-    pub fn prompt_cache(&self, embeds: &Tensor) -> Result<PromptCache, ModelError> {
-        let projections = self.slots.text_projections.iter();
-        let layers = projections.map(|(key, value, heads)| {
-            KeyValues::new(&key.forward(embeds, None)?, &value.forward(embeds, None)?, *heads)
+    /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
+    pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
+        let embedding = self.time_embedding(times)?;
+        let layers = if self.addition.is_some() { vec![embedding] } else { self.shifts(&embedding)? };
+        Ok(TimeCache::new(timesteps, layers))
+    }
+
+    /// What every resnet adds, from embeddings `[N, 4 C]`.
+    fn shifts(&self, embedding: &Tensor) -> Result<Vec<Tensor>, ModelError> {
+        let embedding = activate(embedding, Activation::Silu)?;
+        let shift = |projection: &Linear| projection.forward(&embedding, None);
+        Ok(self.slots.time_projections.iter().map(shift).collect::<candle_core::Result<_>>()?)
+    }
+
+    /// Computes what depends on the prompt alone, for images of `side` pixels.
+    pub fn prompt_cache(&self, texts: &TextEmbeddings, side: usize) -> Result<PromptCache, ModelError> {
+        let (count, _, width) = texts.tokens.dims3()?;
+        if width != self.text_width() {
+            let message = format!("text embeddings of width {width} for a UNet that takes {}", self.text_width());
+            return Err(ModelError::Input(message));
+        }
+        let layers = self.slots.text_projections.iter().map(|(key, value, heads)| {
+            KeyValues::new(&key.forward(&texts.tokens, None)?, &value.forward(&texts.tokens, None)?, *heads)
         });
-        Ok(PromptCache { layers: layers.collect::<candle_core::Result<_>>()?, count: embeds.dim(0)? })
+        let layers = layers.collect::<candle_core::Result<_>>()?;
+        Ok(PromptCache { layers, added: self.added_embedding(texts.pooled.as_ref(), side)?, count })
+    }
+
+    fn batch_shifts<'a>(
+        &self,
+        indices: &Indices,
+        times: &'a TimeCache,
+        prompts: &PromptCache,
+    ) -> Result<Shifts<'a>, ModelError> {
+        match &prompts.added {
+            None => Ok(Shifts::PerTimestep(times.layers())),
+            Some(added) => {
+                let time = gather(times.layer(0)?, &indices.times)?;
+                Ok(Shifts::PerEvaluation(self.shifts(&(time + gather(added, &indices.conditions)?)?)?))
+            }
+        }
     }
 
     /// The raw model output `[B, H, W, Cout]` of every evaluation.
     ///
     /// An evaluation's output has the same bits whatever else is in the pass.
-    pub fn forward(
-        &self,
-        input: &UnetInput<'_>,
-        times: &TimeCache,
-        prompts: &PromptCache,
-    ) -> Result<Tensor, ModelError> {
+    pub fn forward(&self, input: &Pass<'_>, times: &TimeCache, prompts: &PromptCache) -> Result<Tensor, ModelError> {
         self.forward_probed(input, times, prompts, &mut Probe::none())
     }
 
     /// Like [`Unet::forward`], showing every submodule's output to a probe.
     pub fn forward_probed(
         &self,
-        input: &UnetInput<'_>,
+        input: &Pass<'_>,
         times: &TimeCache,
         prompts: &PromptCache,
         probe: &mut Probe<'_>,
     ) -> Result<Tensor, ModelError> {
-        let (points, height, width, _) = input.latents.dims4()?;
-        let multiple = self.multiple();
-        if points != input.timesteps.len() {
-            return Err(ModelError::Input(format!("{points} points with {} timesteps", input.timesteps.len())));
-        }
-        if !height.is_multiple_of(multiple) || !width.is_multiple_of(multiple) {
-            let message = format!("latents of {height}x{width} pixels, whose sides are not multiples of {multiple}");
-            return Err(ModelError::Input(message));
-        }
-        let batch = Batch::new(input.timesteps, input.evaluations, times, prompts)?;
+        input.check(self.multiple())?;
+        let indices = input.indices(times, prompts.count)?;
+        let shifts = self.batch_shifts(&indices, times, prompts)?;
+        let batch = Batch::new(&indices, input.evaluations, shifts, prompts);
         let tensor = self.conv_in.forward(input.latents, Fused::default())?;
         probe.see(|| "conv_in".to_owned(), &tensor);
         let mut x = Flow { tensor, shared: true };
         let mut skips = vec![x.clone()];
+        if prompts.added.is_some() {
+            x = Flow { tensor: gather(&x.tensor, &indices.points)?, shared: false };
+        }
         for block in &self.down {
             x = block.forward(x, &mut skips, &batch, probe)?;
         }

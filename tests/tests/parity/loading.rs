@@ -1,0 +1,117 @@
+//! Model directories that are damaged, incomplete, sharded or in half precision.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_worker::models::{DiffusionModel, ModelError, Pass};
+
+use crate::reference::{Reference, assert_close, times};
+
+/// A copy of a model directory that a test may damage.
+pub(crate) fn copied(from: &Path) -> tempfile::TempDir {
+    let to = tempfile::tempdir().unwrap();
+    copy(from, to.path());
+    to
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target);
+        } else {
+            std::fs::write(target, std::fs::read(entry.path()).unwrap()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let weights = model.path().join("unet/diffusion_pytorch_model.safetensors");
+    std::fs::remove_file(&weights).unwrap();
+    match DiffusionModel::load(model.path()) {
+        Err(ModelError::MissingFile(path)) => assert_eq!(path, weights),
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}
+
+/// Rewrites a weights file with one of its tensors changed.
+fn rewrite(path: &Path, change: impl FnOnce(&mut HashMap<String, Tensor>)) {
+    let mut tensors = safetensors::load(path, &Device::Cpu).unwrap();
+    change(&mut tensors);
+    safetensors::save(&tensors, path).unwrap();
+}
+
+#[test]
+fn a_missing_weight_is_named() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let weights = model.path().join("vae/diffusion_pytorch_model.safetensors");
+    rewrite(&weights, |tensors| drop(tensors.remove("encoder.conv_out.bias")));
+    match DiffusionModel::load(model.path()) {
+        Err(ModelError::MissingKey { path, key }) => {
+            assert_eq!((path, key.as_str()), (weights, "encoder.conv_out.bias"));
+        }
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}
+
+#[test]
+fn a_weight_of_another_shape_is_named() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let weights = model.path().join("unet/diffusion_pytorch_model.safetensors");
+    let key = "mid_block.resnets.0.conv1.weight";
+    rewrite(&weights, |tensors| {
+        tensors.insert(key.to_owned(), Tensor::zeros((48, 47, 3, 3), DType::F32, &Device::Cpu).unwrap());
+    });
+    match DiffusionModel::load(model.path()) {
+        Err(ModelError::WrongShape { path, key: found, expected, found: shape }) => {
+            assert_eq!((path, found.as_str()), (weights, key));
+            assert_eq!((expected, shape), (vec![48, 48, 3, 3], vec![48, 47, 3, 3]));
+        }
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}
+
+#[test]
+fn an_unsupported_setting_is_named() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let config = model.path().join("unet/config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    json["class_embed_type"] = "timestep".into();
+    std::fs::write(&config, json.to_string()).unwrap();
+    let error = DiffusionModel::load(model.path()).unwrap_err().to_string();
+    assert!(error.contains("config.json") && error.contains("class_embed_type"), "{error}");
+}
+
+#[test]
+fn half_precision_shards_give_the_same_model() {
+    let reference = Reference::open("digits-sd");
+    let model = copied(&reference.model);
+    let dir = model.path().join("unet");
+    let whole = dir.join("diffusion_pytorch_model.safetensors");
+    let tensors = safetensors::load(&whole, &Device::Cpu).unwrap();
+    std::fs::remove_file(&whole).unwrap();
+    let mut shards = [HashMap::new(), HashMap::new()];
+    let mut map = serde_json::Map::new();
+    for (i, (key, tensor)) in tensors.iter().enumerate() {
+        shards[i % 2].insert(key.clone(), tensor.to_dtype(DType::F16).unwrap());
+        map.insert(key.clone(), format!("part-{}.fp16.safetensors", i % 2).into());
+    }
+    for (i, shard) in shards.iter().enumerate() {
+        safetensors::save(shard, dir.join(format!("part-{i}.fp16.safetensors"))).unwrap();
+    }
+    let index = serde_json::json!({ "weight_map": map }).to_string();
+    std::fs::write(dir.join("diffusion_pytorch_model.safetensors.index.fp16.json"), index).unwrap();
+
+    let rounded = DiffusionModel::load(model.path()).unwrap();
+    let (schedule, timesteps) = (reference.schedule(), [reference.timesteps()[9]]);
+    let latents = reference.noisy(&schedule, 0, 9);
+    let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &[(0, 7)] };
+    let cache = rounded.network().time_cache(&timesteps, &times(&schedule, &timesteps)).unwrap();
+    let output = rounded.network().forward(&pass, &cache, &reference.conditions(&rounded)).unwrap();
+    assert_close("rounded weights", &output, &reference.channels_last("unet.conv_out"), 5e-3);
+}

@@ -1,0 +1,130 @@
+//! Opening a fixture, and comparing with it.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_common::class::Prompt;
+use elbo_common::ids::ClassIndex;
+use elbo_common::schedule::NoiseSchedule;
+use elbo_worker::models::{Conditions, DiffusionModel};
+
+pub(crate) struct Reference {
+    pub(crate) tensors: HashMap<String, Tensor>,
+    json: serde_json::Value,
+    pub(crate) model: PathBuf,
+}
+
+impl Reference {
+    pub(crate) fn open(name: &str) -> Self {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let dir = manifest.join("fixtures").join(name);
+        let own = dir.join("model");
+        Self {
+            tensors: safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap(),
+            json: serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap(),
+            model: if own.is_dir() { own } else { manifest.join("../cli/demo/model") },
+        }
+    }
+
+    pub(crate) fn model(&self) -> DiffusionModel {
+        DiffusionModel::load(&self.model).unwrap()
+    }
+
+    pub(crate) fn schedule(&self) -> NoiseSchedule {
+        NoiseSchedule::of_model(&self.model).unwrap()
+    }
+
+    pub(crate) fn get(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// A tensor stored `[.., C, H, W]`, as `[.., H, W, C]`.
+    pub(crate) fn channels_last(&self, name: &str) -> Tensor {
+        channels_last(self.get(name))
+    }
+
+    pub(crate) fn strings(&self, name: &str) -> Vec<String> {
+        let strings = self.json[name].as_array();
+        strings.into_iter().flatten().map(|s| s.as_str().unwrap().to_owned()).collect()
+    }
+
+    pub(crate) fn integers(&self, name: &str) -> Vec<u32> {
+        let wide = self.get(name).to_dtype(DType::I64).unwrap().flatten_all().unwrap().to_vec1::<i64>().unwrap();
+        wide.into_iter().map(|v| v as u32).collect()
+    }
+
+    /// The timesteps of the table of errors.
+    pub(crate) fn timesteps(&self) -> Vec<u32> {
+        if self.has("timesteps") {
+            return self.integers("timesteps");
+        }
+        flat(self.get("sigmas")).iter().map(|sigma| (sigma * 1000.0).round() as u32).collect()
+    }
+
+    /// The prompts of the table of errors and the empty one, or the classes and the null class.
+    pub(crate) fn prompts(&self) -> Vec<Prompt> {
+        let texts = self.strings("prompts");
+        let texts = if texts.is_empty() { self.strings("classes") } else { texts };
+        let prompts = texts.into_iter().zip(0..);
+        prompts.map(|(text, class)| Prompt { text, class: ClassIndex(class), label: None }).collect()
+    }
+
+    pub(crate) fn conditions(&self, model: &DiffusionModel) -> Conditions {
+        model.conditions(&self.prompts()).unwrap()
+    }
+
+    /// Pixels `[B, H, W, 3]` in [-1, 1].
+    pub(crate) fn pixels(&self) -> Tensor {
+        let pixels = self.get("images_u8").to_dtype(DType::F64).unwrap();
+        let pixels = pixels.affine(2.0 / 255.0, -1.0).unwrap();
+        let upscale = self.json["image_upscale"].as_u64().unwrap() as usize;
+        let (b, h, w, c) = pixels.dims4().unwrap();
+        let repeated = pixels.reshape((b, h, 1, w, 1, c)).unwrap();
+        let repeated = repeated.broadcast_as((b, h, upscale, w, upscale, c)).unwrap().contiguous().unwrap();
+        repeated.reshape((b, h * upscale, w * upscale, c)).unwrap().to_dtype(DType::F32).unwrap()
+    }
+
+    /// x_t of image `i` at timestep `k`, `[1, H, W, C]`.
+    pub(crate) fn noisy(&self, schedule: &NoiseSchedule, i: usize, k: usize) -> Tensor {
+        let mix = schedule.mix(self.timesteps()[k]);
+        let part = |name: &str, at: usize, factor: f32| {
+            (self.channels_last(name).narrow(0, at, 1).unwrap() * f64::from(factor)).unwrap()
+        };
+        (part("latents_mean", i, mix.signal) + part("noise", k, mix.noise)).unwrap()
+    }
+}
+
+pub(crate) fn channels_last(tensor: &Tensor) -> Tensor {
+    let rank = tensor.rank();
+    let mut order: Vec<usize> = (0..rank).collect();
+    order[rank - 3..].rotate_left(1);
+    tensor.permute(order).unwrap().contiguous().unwrap()
+}
+
+pub(crate) fn flat(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Asserts that the largest difference is at most `tolerance` times the largest magnitude.
+pub(crate) fn assert_close(name: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(found.dims(), expected.dims(), "{name}");
+    let (found, expected) = (flat(found), flat(expected));
+    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    let difference = found.iter().zip(&expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+    println!("{name}: {:.2e}", difference / scale);
+    assert!(difference <= tolerance * scale, "{name}: {difference} against a scale of {scale}");
+}
+
+pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
+    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+/// A network's timesteps as it sees them.
+pub(crate) fn times(schedule: &NoiseSchedule, timesteps: &[u32]) -> Vec<f32> {
+    timesteps.iter().map(|t| schedule.time(*t)).collect()
+}

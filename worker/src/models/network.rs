@@ -1,0 +1,107 @@
+//! The network of a diffusion model, whichever family it is of.
+
+use candle_core::Tensor;
+
+use super::checkpoint::ModelError;
+use super::dit::{Dit, LabelCache};
+use super::mmdit::{ContextCache, Mmdit};
+use super::pass::Pass;
+use super::timestep::TimeCache;
+use super::unet::{PromptCache, Unet};
+
+/// What predicts the noise (or the velocity).
+#[derive(Debug)]
+pub enum Network {
+    /// Stable Diffusion 1.x, 2.x and SDXL.
+    Unet(Box<Unet>),
+    /// DiT.
+    Dit(Box<Dit>),
+    /// Stable Diffusion 3 and 3.5.
+    Mmdit(Box<Mmdit>),
+}
+
+/// What a network is conditioned on, prepared once: prompts, or classes it knows by label.
+#[derive(Debug)]
+pub enum Conditions {
+    /// For a UNet.
+    Prompts(PromptCache),
+    /// For a DiT.
+    Labels(LabelCache),
+    /// For an MMDiT.
+    Contexts(ContextCache),
+}
+
+impl Conditions {
+    /// Number of conditions.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Prompts(cache) => cache.len(),
+            Self::Labels(cache) => cache.len(),
+            Self::Contexts(cache) => cache.len(),
+        }
+    }
+
+    /// Whether there are no conditions.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Network {
+    /// Height and width of the latents the model was trained on.
+    pub fn sample_size(&self) -> usize {
+        match self {
+            Self::Unet(unet) => unet.sample_size(),
+            Self::Dit(dit) => dit.sample_size(),
+            Self::Mmdit(mmdit) => mmdit.sample_size(),
+        }
+    }
+
+    /// What the height and width of latents must be multiples of.
+    pub fn multiple(&self) -> usize {
+        match self {
+            Self::Unet(unet) => unet.multiple(),
+            Self::Dit(dit) => dit.multiple(),
+            Self::Mmdit(mmdit) => mmdit.multiple(),
+        }
+    }
+
+    /// Channels of the latents.
+    pub fn in_channels(&self) -> usize {
+        match self {
+            Self::Unet(unet) => unet.in_channels(),
+            Self::Dit(dit) => dit.in_channels(),
+            Self::Mmdit(mmdit) => mmdit.in_channels(),
+        }
+    }
+
+    /// Channels of the output: the latents', or twice as many where the variance is learned too.
+    pub fn out_channels(&self) -> usize {
+        match self {
+            Self::Unet(unet) => unet.out_channels(),
+            Self::Dit(dit) => dit.out_channels(),
+            Self::Mmdit(mmdit) => mmdit.in_channels(),
+        }
+    }
+
+    /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
+    pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
+        match self {
+            Self::Unet(unet) => unet.time_cache(timesteps, times),
+            Self::Dit(dit) => dit.time_cache(timesteps, times),
+            Self::Mmdit(mmdit) => mmdit.time_cache(timesteps, times),
+        }
+    }
+
+    /// The raw output `[B, H, W, Cout]` of every evaluation.
+    ///
+    /// An evaluation's output has the same bits whatever else is in the pass.
+    pub fn forward(&self, pass: &Pass<'_>, times: &TimeCache, conditions: &Conditions) -> Result<Tensor, ModelError> {
+        match (self, conditions) {
+            (Self::Unet(unet), Conditions::Prompts(cache)) => unet.forward(pass, times, cache),
+            (Self::Dit(dit), Conditions::Labels(cache)) => dit.forward(pass, times, cache),
+            (Self::Mmdit(mmdit), Conditions::Contexts(cache)) => mmdit.forward(pass, times, cache),
+            _ => Err(ModelError::Input("conditions of another family of models".into())),
+        }
+    }
+}
