@@ -65,6 +65,19 @@ pub fn sorted(directory: &Path) -> Vec<PathBuf> {
     entries
 }
 
+/// Copies a directory, for a test to damage.
+pub fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a directory");
+    for entry in sorted(from) {
+        let target = to.join(entry.file_name().expect("a name"));
+        if entry.is_dir() {
+            copy_tree(&entry, &target);
+        } else {
+            std::fs::copy(&entry, target).expect("copying");
+        }
+    }
+}
+
 /// The flags of a job on `images` with a schedule of 3 prompts on 8, then 1 on 20 slots: 116 evaluations an image.
 pub fn job_flags(images: &Path, out: &Path) -> Vec<String> {
     let text = |p: &Path| p.to_string_lossy().into_owned();

@@ -9,7 +9,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use elbo_worker::models::{ClipTextModel, ClipTokenizer, ModelError, Probe, StableDiffusion, UnetInput, VaeEncoder};
+use elbo_worker::models::{
+    ClipTextModel, ClipTokenizer, LoadOptions, ModelError, Probe, StableDiffusion, UnetInput, VaeEncoder,
+};
 
 /// Classes in the table of errors.
 const CLASSES: usize = 10;
@@ -141,7 +143,7 @@ fn prompts_become_the_reference_token_ids() {
 fn text_embeddings_match_transformers() {
     let reference = Reference::open();
     let tokenizer = ClipTokenizer::open(&reference.model.join("tokenizer"), 77).unwrap();
-    let encoder = ClipTextModel::load(&reference.model.join("text_encoder"), &Device::Cpu, DType::F32).unwrap();
+    let encoder = ClipTextModel::load(&reference.model.join("text_encoder"), &LoadOptions::default()).unwrap();
     let ids: Vec<_> = reference.strings("prompts").iter().map(|text| tokenizer.encode(text).unwrap()).collect();
     let mut states = Vec::new();
     let mut watch = |_: &str, state: &Tensor| states.push(state.get(0).unwrap());
@@ -155,7 +157,7 @@ fn text_embeddings_match_transformers() {
 #[test]
 fn latents_match_diffusers_stage_by_stage() {
     let reference = Reference::open();
-    let vae = VaeEncoder::load(&reference.model.join("vae"), &Device::Cpu, DType::F32).unwrap();
+    let vae = VaeEncoder::load(&reference.model.join("vae"), &LoadOptions::default()).unwrap();
     let mut seen = 0;
     let mut watch = |name: &str, tensor: &Tensor| {
         let name = format!("vae.{name}");

@@ -6,7 +6,11 @@
 
 mod checkpoint;
 mod clip;
+mod error;
+mod file;
 mod layers;
+mod lora;
+mod options;
 mod probe;
 mod tokenizer;
 mod unet;
@@ -14,11 +18,13 @@ mod vae;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use serde::Deserialize;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
 pub use self::clip::ClipTextModel;
+pub use self::lora::Lora;
+pub use self::options::{LoadOptions, Precision};
 pub use self::probe::Probe;
 pub use self::tokenizer::ClipTokenizer;
 pub use self::unet::{PromptCache, TimeCache, Unet, UnetInput};
@@ -36,8 +42,7 @@ pub struct StableDiffusion {
     unet: Unet,
     /// Side of the images, in pixels.
     size: usize,
-    device: Device,
-    dtype: DType,
+    options: LoadOptions,
 }
 
 #[derive(Deserialize)]
@@ -49,19 +54,19 @@ struct ModelIndex {
 impl StableDiffusion {
     /// Loads the model in `dir` for the CPU, in f32.
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
-        Self::load_on(dir, &Device::Cpu, DType::F32)
+        Self::load_with(dir, &LoadOptions::default())
     }
 
-    /// Loads the model in `dir` onto a device, in a floating point type.
-    pub fn load_on(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    /// Loads the model in `dir` onto a device, in a precision, with adapters.
+    pub fn load_with(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("model_index.json");
         let index: ModelIndex = read_json(&path)?;
         if index.class != "StableDiffusionPipeline" {
             return Err(unsupported(&path, "_class_name", index.class));
         }
-        let text_encoder = ClipTextModel::load(&dir.join("text_encoder"), device, dtype)?;
-        let unet = Unet::load(&dir.join("unet"), device, dtype)?;
-        let vae = VaeEncoder::load(&dir.join("vae"), device, dtype)?;
+        let text_encoder = ClipTextModel::load(&dir.join("text_encoder"), options)?;
+        let unet = Unet::load(&dir.join("unet"), options)?;
+        let vae = VaeEncoder::load(&dir.join("vae"), options)?;
         if unet.in_channels() != vae.latent_channels() {
             let path = dir.join("unet").join("config.json");
             return Err(unsupported(&path, "in_channels", unet.in_channels()));
@@ -72,8 +77,7 @@ impl StableDiffusion {
             size: unet.sample_size() * vae.factor(),
             vae,
             unet,
-            device: device.clone(),
-            dtype,
+            options: options.clone(),
         })
     }
 
@@ -127,7 +131,7 @@ impl StableDiffusion {
 
     /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1].
     pub fn encode_images(&self, pixels: &Tensor) -> Result<Tensor, ModelError> {
-        let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
+        let pixels = pixels.to_device(&self.options.device)?.to_dtype(self.options.precision.compute)?;
         self.vae.encode(&pixels, &mut Probe::none())
     }
 

@@ -14,7 +14,7 @@ mod transformer;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use self::blocks::{DownBlock, MidBlock, UpBlock};
 use self::config::UnetConfig;
@@ -23,6 +23,7 @@ use self::resnet::Slots;
 use self::time::TimeEmbedding;
 use super::checkpoint::{ModelError, Weights};
 use super::layers::{conv3x3, group_norm};
+use super::options::LoadOptions;
 use super::probe::Probe;
 use crate::ops::{Activation, Conv2d, Fused, GroupNorm, KeyValues, Padding, activate};
 
@@ -56,9 +57,9 @@ pub struct Unet {
 
 impl Unet {
     /// Loads the UNet in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let config = UnetConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", device, dtype)?;
+        let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let (first, count) = (config.levels[0].channels, config.levels.len());
         let mut slots = Slots::default();
         let mut down = Vec::new();
