@@ -196,7 +196,7 @@ pub(crate) struct WorkerArgs {
     /// The coordinator's URL
     #[arg(long, env = "ELBO_COORDINATOR")]
     pub(crate) coordinator: String,
-    /// The model directory on this machine, if it is not where the job says
+    /// The model for this machine, if it is not where the job says: as for `elbo label`
     #[arg(long, env = "ELBO_MODEL")]
     pub(crate) model: Option<String>,
     /// Seconds to wait for a coordinator that can't be reached

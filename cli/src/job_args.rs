@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use elbo_common::class::{ClassError, Classes};
-use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, ModelDtype};
+use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype};
 use elbo_common::loss::Loss;
+use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
 use elbo_common::policy::Policy;
 use elbo_common::preset::Preset;
@@ -52,9 +53,13 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) template: Vec<String>,
-    /// Model directory in diffusers layout
-    #[arg(long, env = "ELBO_MODEL", value_name = "DIR")]
+    /// Model in diffusers layout: a directory, hf://owner/name[@revision], or a URL like s3://bucket/model
+    #[arg(long, env = "ELBO_MODEL", value_name = "SRC")]
     pub(crate) model: Option<String>,
+    /// LoRA in peft's or diffusers' format to merge into the model, with a scale [default: 1] (repeatable)
+    #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) lora: Vec<String>,
     /// Who is evaluated on what [default: reference]
     #[arg(long, value_enum, env = "ELBO_POLICY")]
     pub(crate) policy: Option<PolicyName>,
@@ -77,7 +82,8 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_LOSS")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) loss: Option<Loss>,
-    /// Element type of the network: f32, f16 or bf16 [default: f32]
+    /// Element type of the network: f32, f16 or bf16; on the CPU weights are rounded to it and computed with in f32
+    /// [default: f32]
     #[arg(long, env = "ELBO_DTYPE")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) dtype: Option<ModelDtype>,
@@ -169,6 +175,7 @@ impl JobArgs {
             classes: self.classes.or(file.classes),
             template: if self.template.is_empty() { file.template } else { self.template },
             model: self.model.or(file.model),
+            lora: if self.lora.is_empty() { file.lora } else { self.lora },
             policy: self.policy.or(file.policy),
             keep: many(self.keep, file.keep),
             samples: many(self.samples, file.samples),
@@ -237,7 +244,7 @@ impl JobArgs {
         let model = self
             .model
             .as_deref()
-            .ok_or_else(|| usage("--model is missing: give a model directory in diffusers layout"))?;
+            .ok_or_else(|| usage("--model is missing: give a model in diffusers layout, or hf://owner/name"))?;
         let classes = self.read_classes()?;
         let policy = self.to_policy(classes.prompts.len())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
@@ -251,7 +258,8 @@ impl JobArgs {
         }
         Ok(JobSpec {
             images: Location::parse(images)?.to_string(),
-            model: absolute(Path::new(model))?,
+            model: ModelSource::parse(model).map_err(usage)?.to_string(),
+            lora: self.lora.iter().map(|text| lora(text)).collect::<anyhow::Result<_>>()?,
             classes,
             policy,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
@@ -273,6 +281,11 @@ impl JobArgs {
             shard_size,
         })
     }
+}
+
+fn lora(text: &str) -> anyhow::Result<Lora> {
+    let Lora { path, scale } = text.parse().map_err(usage)?;
+    Ok(Lora { path: absolute(Path::new(&path))?, scale })
 }
 
 fn absolute(path: &Path) -> anyhow::Result<String> {

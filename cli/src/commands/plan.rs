@@ -1,8 +1,7 @@
 //! `elbo plan`: what a job would evaluate, without running it.
 
-use std::path::Path;
-
 use elbo_common::dataset::{self, LabelSource};
+use elbo_common::model_source::Wanted;
 use elbo_common::policy::{RoundCost, costs};
 use elbo_common::schedule::NoiseSchedule;
 use indicatif::HumanCount;
@@ -10,6 +9,7 @@ use serde::Serialize;
 
 use crate::args::PlanArgs;
 use crate::failure::usage;
+use crate::session;
 
 /// Training timesteps of nearly every model, for plans without one.
 const USUAL_TIMESTEPS: u32 = 1000;
@@ -32,7 +32,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let prompts = classes.prompts.len();
     let timesteps = match &flags.model {
         None => USUAL_TIMESTEPS,
-        Some(model) => NoiseSchedule::of_model(Path::new(model))?.timesteps(),
+        Some(model) => NoiseSchedule::of_model(&session::resolve(model, Wanted::Schedule).await?)?.timesteps(),
     };
     let rounds = flags.to_policy(prompts)?.rounds(timesteps, prompts).map_err(usage)?;
     let samples = match &flags.images {
