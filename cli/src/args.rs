@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Verify(OutputArgs),
     /// Count what a job would evaluate, without running it
     Plan(Box<PlanArgs>),
+    /// Show what a model is, what it needs, and what would make it fail
+    Inspect(InspectArgs),
 }
 
 impl Command {
@@ -196,7 +198,7 @@ pub(crate) struct WorkerArgs {
     /// The coordinator's URL
     #[arg(long, env = "ELBO_COORDINATOR")]
     pub(crate) coordinator: String,
-    /// The model directory on this machine, if it is not where the job says
+    /// The model for this machine, if it is not where the job says: as for `elbo label`
     #[arg(long, env = "ELBO_MODEL")]
     pub(crate) model: Option<String>,
     /// Seconds to wait for a coordinator that can't be reached
@@ -242,6 +244,16 @@ pub(crate) struct PlanArgs {
     /// Evaluations per second of the devices together, for the time it will take
     #[arg(long)]
     pub(crate) rate: Option<f64>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `elbo inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A directory, hf://owner/name[@revision], or a URL like s3://bucket/model
+    pub(crate) model: String,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

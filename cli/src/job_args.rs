@@ -4,9 +4,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use elbo_common::class::{ClassError, Classes};
-use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, ModelDtype};
+use elbo_common::class::{ClassError, Classes, ModelLabels};
+use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype};
 use elbo_common::loss::Loss;
+use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
 use elbo_common::policy::Policy;
 use elbo_common::preset::Preset;
@@ -45,16 +46,26 @@ pub(crate) struct JobArgs {
     /// Images: a directory or a URL prefix like s3://bucket/images
     #[arg(long, env = "ELBO_IMAGES", value_name = "SRC")]
     pub(crate) images: Option<String>,
-    /// Classes: one per line, or CSV with the columns prompt,classname,classidx
+    /// Classes: one per line, or CSV with the columns prompt,classname,classidx; for class-conditional models classidx is
+    /// the model's label [default there: all of its classes]
     #[arg(long, env = "ELBO_CLASSES", value_name = "FILE")]
     pub(crate) classes: Option<PathBuf>,
+    /// For class-conditional models, which of their classes stand for which of yours: CSV with the columns
+    /// model_class,classname,classidx
+    #[arg(long, env = "ELBO_CLASS_MAP", value_name = "FILE", conflicts_with = "classes")]
+    #[serde(alias = "class-map")]
+    pub(crate) class_map: Option<PathBuf>,
     /// Prompt for every class, with {} for its name (repeatable) [default: "a photo of a {}"]
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) template: Vec<String>,
-    /// Model directory in diffusers layout
-    #[arg(long, env = "ELBO_MODEL", value_name = "DIR")]
+    /// Model in diffusers layout: a directory, hf://owner/name[@revision], or a URL like s3://bucket/model
+    #[arg(long, env = "ELBO_MODEL", value_name = "SRC")]
     pub(crate) model: Option<String>,
+    /// LoRA in peft's or diffusers' format to merge into the model, with a scale [default: 1] (repeatable)
+    #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
+    #[serde(deserialize_with = "one_or_many")]
+    pub(crate) lora: Vec<String>,
     /// Who is evaluated on what [default: reference]
     #[arg(long, value_enum, env = "ELBO_POLICY")]
     pub(crate) policy: Option<PolicyName>,
@@ -77,7 +88,8 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_LOSS")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) loss: Option<Loss>,
-    /// Element type of the network: f32, f16 or bf16 [default: f32]
+    /// Element type of the network: f32, f16 or bf16; on the CPU weights are rounded to it and computed with in f32
+    /// [default: f32]
     #[arg(long, env = "ELBO_DTYPE")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) dtype: Option<ModelDtype>,
@@ -171,8 +183,10 @@ impl JobArgs {
         Self {
             images: self.images.or(file.images),
             classes: self.classes.or(file.classes),
+            class_map: self.class_map.or(file.class_map),
             template: if self.template.is_empty() { file.template } else { self.template },
             model: self.model.or(file.model),
+            lora: if self.lora.is_empty() { file.lora } else { self.lora },
             policy: self.policy.or(file.policy),
             keep: many(self.keep, file.keep),
             samples: many(self.samples, file.samples),
@@ -198,14 +212,25 @@ impl JobArgs {
         }
     }
 
-    /// The classes, from their file.
-    pub(crate) fn read_classes(&self) -> anyhow::Result<Classes> {
-        let path =
-            self.classes.as_deref().ok_or_else(|| usage("--classes is missing: give a file with the classes"))?;
-        Classes::read(path, &self.template).map_err(|error| match error {
+    /// The classes, from their file or from a class-conditional model, whose `labels` they are.
+    pub(crate) fn read_classes(&self, labels: Option<&ModelLabels>) -> anyhow::Result<Classes> {
+        let template = |error| match error {
             ClassError::Template(_) => usage(error),
             other => other.into(),
-        })
+        };
+        match (labels, &self.classes, &self.class_map) {
+            (None, Some(path), None) => Classes::read(path, &self.template).map_err(template),
+            (None, None, None) => Err(usage("--classes is missing: give a file with the classes")),
+            (None, _, Some(_)) => {
+                Err(usage("--class-map is for class-conditional models: give this one --classes with prompts"))
+            }
+            (Some(_), Some(_), Some(_)) => Err(usage("--classes and --class-map exclude each other: give one of them")),
+            (Some(labels), None, Some(path)) => Ok(Classes::read_map(path, labels)?),
+            (Some(labels), Some(path), None) => {
+                Ok(Classes::read(path, &self.template).map_err(template)?.for_labels(labels)?)
+            }
+            (Some(labels), None, None) => Ok(Classes::of_model(labels)),
+        }
     }
 
     /// The policy for a job with `prompts` prompts.
@@ -236,14 +261,23 @@ impl JobArgs {
         policy.map_err(usage)
     }
 
-    /// The specification these flags give.
-    pub(crate) fn to_spec(&self) -> anyhow::Result<JobSpec> {
-        let images = self.images.as_deref().ok_or_else(|| usage("--images is missing: give a directory of images"))?;
+    /// The model, without which nothing else can be decided.
+    pub(crate) fn model_source(&self) -> anyhow::Result<ModelSource> {
+        if self.images.is_none() {
+            return Err(usage("--images is missing: give a directory of images"));
+        }
         let model = self
             .model
             .as_deref()
-            .ok_or_else(|| usage("--model is missing: give a model directory in diffusers layout"))?;
-        let classes = self.read_classes()?;
+            .ok_or_else(|| usage("--model is missing: give a model in diffusers layout, or hf://owner/name"))?;
+        ModelSource::parse(model).map_err(usage)
+    }
+
+    /// The specification these flags give, for a model that takes prompts or `labels`.
+    pub(crate) fn to_spec(&self, labels: Option<&ModelLabels>) -> anyhow::Result<JobSpec> {
+        let model = self.model_source()?;
+        let images = self.images.as_deref().unwrap_or_default();
+        let classes = self.read_classes(labels)?;
         let policy = self.to_policy(classes.prompts.len())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
         policy.rounds(u32::MAX, classes.prompts.len()).map_err(usage)?;
@@ -256,7 +290,8 @@ impl JobArgs {
         }
         Ok(JobSpec {
             images: Location::parse(images)?.to_string(),
-            model: absolute(Path::new(model))?,
+            model: model.to_string(),
+            lora: self.lora.iter().map(|text| lora(text)).collect::<anyhow::Result<_>>()?,
             classes,
             policy,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
@@ -279,6 +314,11 @@ impl JobArgs {
             shard_size,
         })
     }
+}
+
+fn lora(text: &str) -> anyhow::Result<Lora> {
+    let Lora { path, scale } = text.parse().map_err(usage)?;
+    Ok(Lora { path: absolute(Path::new(&path))?, scale })
 }
 
 fn absolute(path: &Path) -> anyhow::Result<String> {

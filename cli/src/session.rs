@@ -1,21 +1,25 @@
 //! One run of a job on this machine: a coordinator, embedded workers if any, progress, and how it ended.
 
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use elbo_common::class::ModelLabels;
 use elbo_common::fingerprint::JobIdentity;
+use elbo_common::model_source::{ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, MaxBad, Options, Outcome};
 use elbo_worker::engine::Problem;
+use elbo_worker::problem::ProblemError;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{DeviceArgs, RunArgs, TokenArgs};
 use crate::failure::{Interrupted, usage};
+use crate::job_args::JobArgs;
 use crate::progress;
 use crate::stop;
 
@@ -67,41 +71,50 @@ pub(crate) fn host() -> String {
     hostname::get().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Hashes the files of a job, after a look at what is commonly wrong with a model directory.
-pub(crate) fn identify(spec: elbo_common::job::JobSpec) -> anyhow::Result<JobIdentity> {
-    let model = Path::new(&spec.model);
-    if !model.is_dir() {
-        anyhow::bail!("there is no model directory {}: give --model a directory in diffusers layout", model.display());
-    }
-    if !model.join("model_index.json").is_file() {
-        anyhow::bail!("{} has no model_index.json: --model needs a directory in diffusers layout", model.display());
-    }
-    Ok(JobIdentity::new(spec)?)
+/// A job whose files are here.
+#[derive(Clone, Debug)]
+pub(crate) struct Identified {
+    /// The specification and the hashes of the files it names.
+    pub(crate) identity: JobIdentity,
+    /// The directory with the model's files.
+    pub(crate) model: PathBuf,
+}
+
+/// Finds or fetches the model of a job, completes its specification and hashes its files.
+pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
+    let model = resolve(&flags.model_source()?, Wanted::Everything).await?;
+    let spec = flags.to_spec(ModelLabels::of_model(&model)?.as_ref())?;
+    let directory = model.clone();
+    let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directory)).await??;
+    Ok(Identified { identity, model })
+}
+
+/// The directory of a model, fetched if need be.
+pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Result<PathBuf> {
+    Ok(model.resolve(wanted, |note| eprintln!("{note}")).await?)
 }
 
 /// Takes a job up in an output.
-pub(crate) async fn open(identity: JobIdentity, out: &str, fresh: bool) -> anyhow::Result<Job> {
+pub(crate) async fn open(job: Identified, out: &str, fresh: bool) -> anyhow::Result<Job> {
     let store = Store::create(&Location::parse(out)?)?;
-    match Job::open(identity, store, JobOptions { fresh }).await {
+    match Job::open(job.identity, &job.model, store, JobOptions { fresh }).await {
         Err(JobError::Policy(error)) => Err(usage(error)),
         opened => Ok(opened?),
     }
 }
 
 /// Runs a job with embedded workers.
-pub(crate) async fn label(identity: JobIdentity, out: &str, workers: &Workers, run: &RunArgs) -> anyhow::Result<Done> {
+pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &RunArgs) -> anyhow::Result<Done> {
     let threads = threads(&workers.device, workers.count)?;
     let stop = stop::on_signal()?;
     // A model that can't be loaded is found out before anything is written. All workers share it.
-    let loading = identity.clone();
-    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading)).await?;
+    let loading = job.clone();
+    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.model)).await?;
     let problem = Arc::new(problem.map_err(|e| match e {
-        elbo_worker::problem::ProblemError::Dtype(_)
-        | elbo_worker::problem::ProblemError::Size { .. }
-        | elbo_worker::problem::ProblemError::Policy(_) => usage(e),
+        ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) => usage(e),
         other => other.into(),
     })?);
-    let job = open(identity, out, run.fresh).await?;
+    let job = open(job, out, run.fresh).await?;
     if job.is_done() {
         return already_done(job).await;
     }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::job::JobSpec;
+use crate::job::{JobSpec, Lora};
+use crate::model_files;
 
 /// What a job's predictions are a function of, by content.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -15,6 +16,9 @@ pub struct JobIdentity {
     pub spec: JobSpec,
     /// BLAKE3 of every model file the job reads, by its path in the model directory.
     pub model_files: BTreeMap<String, String>,
+    /// BLAKE3 of every adapter, with peft's configuration beside it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lora_files: Vec<String>,
     /// BLAKE3 of the noise file.
     pub noise_file: Option<String>,
 }
@@ -30,11 +34,12 @@ pub struct HashError {
 }
 
 impl JobIdentity {
-    /// Hashes the files a specification names.
-    pub fn new(spec: JobSpec) -> Result<Self, HashError> {
-        let model_files = hash_directory(Path::new(&spec.model))?;
+    /// Hashes the files a specification names; `model` is the directory its model was found in or fetched to.
+    pub fn new(spec: JobSpec, model: &Path) -> Result<Self, HashError> {
+        let model_files = hash_model(model)?;
+        let lora_files = spec.lora.iter().map(hash_lora).collect::<Result<_, _>>()?;
         let noise_file = spec.noise.as_deref().map(|path| hash_file(Path::new(path))).transpose()?;
-        Ok(Self { spec, model_files, noise_file })
+        Ok(Self { spec, model_files, lora_files, noise_file })
     }
 
     /// The hash of everything but the dataset: equal for equal predictions of equal images, wherever files lie.
@@ -44,6 +49,7 @@ impl JobIdentity {
             path.clear();
         }
         identity.spec.noise = None;
+        identity.spec.lora.iter_mut().for_each(|lora| lora.path.clear());
         // Serialising plain data with string keys does not fail.
         let json = serde_json::to_vec(&identity).unwrap_or_default();
         blake3::hash(&json).to_hex().to_string()
@@ -63,8 +69,8 @@ impl JobIdentity {
         let (new, old) = (to_map(&self.spec), to_map(&earlier.spec));
         for (key, value) in &new {
             let before = old.get(key).unwrap_or(&serde_json::Value::Null);
-            // Where the model and noise lie may change; what they hold may not.
-            if value != before && key != "model" && key != "noise" {
+            // Where the model, adapters and noise lie may change; what they hold may not.
+            if value != before && !["model", "lora", "noise"].contains(&key.as_str()) {
                 lines.push(describe(key, before, value));
             }
         }
@@ -77,8 +83,28 @@ impl JobIdentity {
                 (None, _) => lines.push(format!("model file {name}: new")),
             }
         }
+        lines.extend(self.lora_differences(earlier));
         if self.noise_file != earlier.noise_file {
             lines.push("noise file: content changed".into());
+        }
+        lines
+    }
+
+    fn lora_differences(&self, earlier: &Self) -> Vec<String> {
+        let (new, old) = (self.spec.lora.len(), earlier.spec.lora.len());
+        if new != old {
+            return vec![format!("lora: {old} adapters -> {new}")];
+        }
+        let loras = self.spec.lora.iter().zip(&earlier.spec.lora);
+        let files = self.lora_files.iter().zip(&earlier.lora_files);
+        let mut lines = Vec::new();
+        for ((new, old), (hash, before)) in loras.zip(files) {
+            if hash != before {
+                lines.push(format!("lora {}: content changed", new.path));
+            }
+            if new.scale != old.scale {
+                lines.push(format!("lora {}: scale {} -> {}", new.path, old.scale, new.scale));
+            }
         }
         lines
     }
@@ -107,24 +133,53 @@ fn hash_file(path: &Path) -> Result<String, HashError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// Hashes the files of a model directory that decide its numbers: configurations, tokenizers and safetensors.
-fn hash_directory(root: &Path) -> Result<BTreeMap<String, String>, HashError> {
-    let mut files = BTreeMap::new();
-    let mut pending = vec![root.to_owned()];
-    while let Some(directory) = pending.pop() {
-        let failed = |source| HashError { path: directory.clone(), source };
-        for entry in std::fs::read_dir(&directory).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
-            let relative = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
-            let extension = path.extension().unwrap_or_default().to_string_lossy().into_owned();
-            if path.is_dir() {
-                if !relative.starts_with('.') {
-                    pending.push(path);
-                }
-            } else if ["json", "txt", "safetensors", "model"].contains(&extension.as_str()) {
-                files.insert(relative, hash_file(&path)?);
-            }
-        }
+/// Hashes an adapter, and the configuration that decides how strong it is.
+fn hash_lora(lora: &Lora) -> Result<String, HashError> {
+    let path = Path::new(&lora.path);
+    let (hash, config) = (hash_file(path)?, path.with_file_name("adapter_config.json"));
+    if !config.is_file() {
+        return Ok(hash);
     }
-    Ok(files)
+    Ok(blake3::hash(format!("{hash}{}", hash_file(&config)?).as_bytes()).to_hex().to_string())
+}
+
+/// Hashes the files of a model directory that decide its numbers.
+fn hash_model(root: &Path) -> Result<BTreeMap<String, String>, HashError> {
+    let failed = |(path, source)| HashError { path, source };
+    let files = model_files::of_directory(root).map_err(failed)?;
+    files.into_iter().map(|file| Ok((file.clone(), hash_file(&root.join(&file))?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(scale: f64, hash: &str) -> JobIdentity {
+        let spec = serde_json::json!({
+            "images": "i", "model": "m", "classes": {"names": [], "prompts": []},
+            "policy": {"name": "exhaustive", "samples": 1, "trials": 1},
+            "loss": "l2", "dtype": "f32", "size": null, "seed": 0, "noise_scope": "sample", "noise": null,
+            "write_errors": false, "label_from": null, "limit": null, "shard_size": 1,
+            "lora": [{"path": format!("/somewhere/{hash}"), "scale": scale}],
+        });
+        let spec = serde_json::from_value(spec).unwrap();
+        JobIdentity { spec, model_files: BTreeMap::new(), lora_files: vec![hash.into()], noise_file: None }
+    }
+
+    #[test]
+    fn an_adapter_counts_by_content_and_scale() {
+        let first = identity(1.0, "a");
+        let mut moved = first.clone();
+        moved.spec.lora[0].path = "/elsewhere".into();
+        assert_eq!(moved.digest(), first.digest());
+        assert!(moved.differences(&first).is_empty());
+        let (weaker, other) = (identity(0.5, "a"), identity(1.0, "b"));
+        assert!(weaker.differences(&first)[0].ends_with("scale 1 -> 0.5"));
+        assert!(other.differences(&first)[0].ends_with("content changed"));
+        let mut none = first.clone();
+        (none.spec.lora, none.lora_files) = (vec![], vec![]);
+        assert_eq!(none.differences(&first), ["lora: 1 adapters -> 0"]);
+        assert!(!serde_json::to_string(&none).unwrap().contains("lora"));
+        assert!([weaker, other, none].iter().all(|identity| identity.digest() != first.digest()));
+    }
 }

@@ -13,7 +13,7 @@ use crate::policy::Policy;
 /// Samples in a shard unless the job says otherwise.
 pub const DEFAULT_SHARD_SIZE: u32 = 1000;
 
-/// The element type the network runs in. Errors are always reduced in f32.
+/// The element type the network runs in: on the CPU its weights are rounded to it and the arithmetic is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelDtype {
@@ -48,17 +48,46 @@ impl fmt::Display for ModelDtype {
     }
 }
 
+/// An adapter that is merged into the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// The file.
+    pub path: String,
+    /// How strongly: 1 is as it was trained.
+    pub scale: f64,
+}
+
+impl FromStr for Lora {
+    type Err = String;
+
+    /// Reads `FILE[:SCALE]`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, scale) = match text.rsplit_once(':').map(|(path, scale)| (path, scale.parse::<f64>())) {
+            Some((path, Ok(scale))) => (path, scale),
+            _ => (text, 1.0),
+        };
+        if path.is_empty() || !scale.is_finite() {
+            return Err(format!("'{text}' is not an adapter: give FILE or FILE:SCALE, like style.safetensors:0.8"));
+        }
+        Ok(Self { path: path.to_owned(), scale })
+    }
+}
+
 /// The whole specification of a job.
 ///
-/// Paths (`images`, `model`, `noise`) say where things were found; what they hold enters the fingerprint by content. How
+/// Paths (`images`, `model`, `lora`, `noise`) say where things were found; what they hold enters the fingerprint by content. How
 /// the job is carried out (devices, workers, batch sizes) is not part of it, since it changes no result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobSpec {
     /// The dataset's location.
     pub images: String,
-    /// The model directory.
+    /// The model: a directory, a URL or `hf://owner/name`.
     pub model: String,
+    /// Adapters merged into the model, in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lora: Vec<Lora>,
     /// Classes and prompts.
     pub classes: Classes,
     /// Rounds and eliminations.

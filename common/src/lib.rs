@@ -13,6 +13,8 @@ pub mod job;
 pub mod layout;
 pub mod loss;
 pub mod manifest;
+pub mod model_files;
+pub mod model_source;
 pub mod noise;
 pub mod policy;
 pub mod predictions;

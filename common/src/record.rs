@@ -126,6 +126,7 @@ mod tests {
     fn what_is_written_is_read_back() {
         let spec = JobSpec {
             images: "/images".into(),
+            lora: vec![],
             model: "/model".into(),
             classes: Classes::parse("prompt,classname,classidx\na cat,cat,7\na dog,dog,-1\n", &[]).unwrap(),
             policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
@@ -141,7 +142,8 @@ mod tests {
             limit: None,
             shard_size: 10,
         };
-        let identity = JobIdentity { spec, model_files: [("a".into(), "b".into())].into(), noise_file: None };
+        let identity =
+            JobIdentity { spec, model_files: [("a".into(), "b".into())].into(), lora_files: vec![], noise_file: None };
         let record = JobRecord {
             state: JobState::Unfinished,
             fingerprint: identity.fingerprint("m"),

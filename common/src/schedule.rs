@@ -1,5 +1,6 @@
 //! The noise schedule: how much of a latent is left at each timestep.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -216,6 +217,28 @@ fn shifted(t: u32, timesteps: u32, shift: f32) -> f32 {
     let s = f64::from(t) / f64::from(timesteps);
     let shift = f64::from(shift);
     (shift * s / (1.0 + (shift - 1.0) * s)) as f32
+}
+
+impl fmt::Display for NoiseSchedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.process {
+            Process::Diffusion { alphas_cumprod } => {
+                let end = alphas_cumprod.last().copied().unwrap_or(1.0);
+                write!(f, "{} timesteps, signal down to {:.4}", alphas_cumprod.len(), end.sqrt())
+            }
+            Process::Flow { timesteps, .. } => write!(f, "{timesteps} timesteps of flow matching"),
+        }
+    }
+}
+
+impl fmt::Display for PredictionType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Epsilon => "epsilon",
+            Self::VPrediction => "v_prediction",
+            Self::Flow => "flow",
+        })
+    }
 }
 
 impl Mix {

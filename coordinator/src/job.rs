@@ -95,9 +95,14 @@ pub struct Job {
 }
 
 impl Job {
-    /// Takes up the job `identity` in `out`: lists and records a new one, resumes a known one, refuses a different one.
-    pub async fn open(identity: JobIdentity, out: Store, options: JobOptions) -> Result<Self, JobError> {
-        let rounds = rounds_of(&identity)?;
+    /// Takes up the job `identity`, whose model is in the directory `model`, in `out`: lists and records a new one, resumes a known one, refuses a different one.
+    pub async fn open(
+        identity: JobIdentity,
+        model: &std::path::Path,
+        out: Store,
+        options: JobOptions,
+    ) -> Result<Self, JobError> {
+        let rounds = rounds_of(&identity, model)?;
         if options.fresh {
             discard(&out).await?;
         }
@@ -164,9 +169,9 @@ impl Job {
     }
 }
 
-/// The rounds of a job, from its policy and its model's schedule.
-pub fn rounds_of(identity: &JobIdentity) -> Result<Vec<RoundSlots>, JobError> {
-    let schedule = NoiseSchedule::of_model(std::path::Path::new(&identity.spec.model))?;
+/// The rounds of a job, from its policy and the schedule in its model's directory.
+pub fn rounds_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Vec<RoundSlots>, JobError> {
+    let schedule = NoiseSchedule::of_model(model)?;
     Ok(identity.spec.policy.rounds(schedule.timesteps(), identity.spec.classes.prompts.len())?)
 }
 

@@ -2,6 +2,8 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
+pub mod web;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -63,6 +65,19 @@ pub fn sorted(directory: &Path) -> Vec<PathBuf> {
         .collect();
     entries.sort();
     entries
+}
+
+/// Copies a directory, for a test to damage.
+pub fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a directory");
+    for entry in sorted(from) {
+        let target = to.join(entry.file_name().expect("a name"));
+        if entry.is_dir() {
+            copy_tree(&entry, &target);
+        } else {
+            std::fs::copy(&entry, target).expect("copying");
+        }
+    }
 }
 
 /// The flags of a job on `images` with a schedule of 3 prompts on 8, then 1 on 20 slots: 116 evaluations an image.

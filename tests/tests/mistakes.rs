@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-use elbo_tests::{classes, elbo, images, job_flags, json, model, run, run_ok, some_images, stderr};
+use elbo_tests::{
+    classes, copy_tree, elbo, images, job_flags, json, model, results, root, run, run_ok, some_images, stderr,
+};
 use tempfile::TempDir;
 
 struct Case {
@@ -41,18 +43,6 @@ impl Case {
     }
 }
 
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in elbo_tests::sorted(from) {
-        let target = to.join(entry.file_name().unwrap());
-        if entry.is_dir() {
-            copy_tree(&entry, &target);
-        } else {
-            std::fs::copy(&entry, target).unwrap();
-        }
-    }
-}
-
 #[test]
 fn impossible_flags_are_bad_usage() {
     let outs = TempDir::new().unwrap();
@@ -65,7 +55,9 @@ fn impossible_flags_are_bad_usage() {
     with(vec!["--policy", "exhaustive", "--samples", "5,10"]).fails(2, &["one value"]);
     with(vec!["--preset", "cats"]).fails(2, &["unknown preset 'cats'", "pets"]);
     with(vec!["--loss", "l3"]).fails(2, &["unknown loss 'l3'"]);
-    with(vec!["--dtype", "f16"]).fails(2, &["--dtype f16", "f32"]);
+    with(vec!["--dtype", "f8"]).fails(2, &["unknown dtype 'f8'", "bf16"]);
+    Case { model: "hf://digits".into(), ..Case::new(&outs) }.fails(2, &["hf://owner/name"]);
+    with(vec!["--lora", "x.safetensors:nan"]).fails(2, &["FILE:SCALE"]);
     with(vec!["--size", "33"]).fails(2, &["--size 33", "multiple of"]);
     with(vec!["--device", "cuda"]).fails(2, &["--device cuda", "cpu"]);
     with(vec!["--template", "a photo"]).fails(2, &["has no {}"]);
@@ -172,6 +164,30 @@ fn unreadable_images_are_quarantined_and_the_rest_is_labelled() {
     let report = json(elbo().args(["report", "--json"]).arg(&out));
     assert_eq!((report["labelled"].as_u64(), report["quarantined"].as_u64()), (Some(20), Some(3)));
     assert_eq!(elbo_tests::sorted(&out.join("quarantine")).len(), 1);
+}
+
+#[test]
+fn an_adapter_is_part_of_the_job() {
+    let (images, outs) = (some_images(1), TempDir::new().unwrap());
+    let adapter = root().join("tests/fixtures/lora/diffusers.safetensors");
+    let label = |out: &str, lora: &[String]| {
+        let mut command = elbo();
+        command.arg("label").args(job_flags(images.path(), &outs.path().join(out))).args(["--dtype", "bf16"]);
+        command.args(lora.iter().flat_map(|lora| ["--lora", lora]));
+        command
+    };
+    let at = |scale: &str| vec![format!("{}{scale}", adapter.display())];
+    run_ok(&mut label("with", &at("")));
+    run_ok(&mut label("without", &[]));
+    assert_ne!(results(&outs.path().join("with")), results(&outs.path().join("without")));
+    let refused = run(&mut label("with", &at(":0.5")));
+    assert!(stderr(&refused).contains("scale 1 -> 0.5"), "{}", stderr(&refused));
+    let refused = run(&mut label("with", &[]));
+    assert!(stderr(&refused).contains("lora: 1 adapters -> 0"), "{}", stderr(&refused));
+    run_ok(&mut label("with", &at(":1")));
+    let missing = run(&mut label("missing", &["no.safetensors".into()]));
+    assert_eq!(missing.status.code(), Some(1));
+    assert!(stderr(&missing).contains("no.safetensors"), "{}", stderr(&missing));
 }
 
 #[test]

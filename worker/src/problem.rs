@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::Device;
 use elbo_common::fingerprint::{HashError, JobIdentity};
-use elbo_common::job::ModelDtype;
+use elbo_common::job::JobSpec;
+use elbo_common::model_source::SourceError;
 use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
 use elbo_common::policy::PolicyError;
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::score::{ScoreError, Scorer};
 
 use crate::engine::Problem;
-use crate::models::{DiffusionModel, ModelError};
+use crate::models::{DiffusionModel, LoadOptions, Lora, ModelError};
 
 /// A job this worker can't work on.
 #[derive(Debug, thiserror::Error)]
@@ -20,7 +22,7 @@ pub enum ProblemError {
     #[error("the coordinator's job can't be understood ({0}): run the same version of elbo everywhere")]
     Job(#[from] serde_json::Error),
     /// The model's files can't be read.
-    #[error("{0}; --model must name the model's directory on every worker")]
+    #[error("{0}; model, adapters and noise must lie at the same place on every worker (or give it --model)")]
     Hash(#[from] HashError),
     /// The model is not the job's.
     #[error(
@@ -35,9 +37,9 @@ pub enum ProblemError {
     /// The noise file is not the job's.
     #[error("the noise file {0} is not the one the job was started with: give every worker the same file")]
     OtherNoise(String),
-    /// The element type is not there on this device.
-    #[error("--dtype {0} is not available on the CPU: use --dtype f32")]
-    Dtype(ModelDtype),
+    /// An adapter is not the job's.
+    #[error("the adapter {0} is not the one the job was started with: give every worker the same file")]
+    OtherLora(String),
     /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
@@ -58,26 +60,25 @@ pub enum ProblemError {
         /// What it must be a multiple of.
         factor: usize,
     },
+    /// The model can't be found or fetched.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The model can't be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
 }
 
 impl Problem {
-    /// Loads what the job needs from its model directory and encodes its prompts.
-    pub fn load(identity: &JobIdentity) -> Result<Self, ProblemError> {
-        check_files(identity)?;
+    /// Loads what the job needs from the directory its model was found in or fetched to, and encodes its prompts.
+    pub fn load(identity: &JobIdentity, directory: &Path) -> Result<Self, ProblemError> {
+        check_files(identity, directory)?;
         let spec = &identity.spec;
-        if spec.dtype != ModelDtype::F32 {
-            return Err(ProblemError::Dtype(spec.dtype));
-        }
-        let directory = Path::new(&spec.model);
         let mut schedule = NoiseSchedule::of_model(directory)?;
         if let Some(shift) = spec.timestep_shift {
             schedule = schedule.with_shift(shift)?;
         }
         let rounds = spec.policy.rounds(schedule.timesteps(), spec.classes.prompts.len())?;
-        let mut model = DiffusionModel::load(directory)?;
+        let mut model = DiffusionModel::load_with(directory, &load_options(spec, directory)?)?;
         if let Some(size) = spec.size {
             let factor = model.size_factor();
             if size == 0 || !(size as usize).is_multiple_of(factor) {
@@ -108,12 +109,26 @@ impl Problem {
     }
 }
 
+/// How a job's model is loaded.
+fn load_options(spec: &JobSpec, directory: &Path) -> Result<LoadOptions, ModelError> {
+    let mut options = LoadOptions::new(Device::Cpu, spec.dtype);
+    for lora in &spec.lora {
+        options.loras.push(Arc::new(Lora::open(Path::new(&lora.path), lora.scale, directory)?));
+    }
+    Ok(options)
+}
+
 /// Refuses to compute with other files than the job was started with.
-fn check_files(identity: &JobIdentity) -> Result<(), ProblemError> {
-    let here = JobIdentity::new(identity.spec.clone())?;
+fn check_files(identity: &JobIdentity, directory: &Path) -> Result<(), ProblemError> {
+    let here = JobIdentity::new(identity.spec.clone(), directory)?;
     for (file, hash) in &identity.model_files {
         if here.model_files.get(file) != Some(hash) {
-            return Err(ProblemError::OtherModel { path: identity.spec.model.clone().into(), file: file.clone() });
+            return Err(ProblemError::OtherModel { path: directory.to_owned(), file: file.clone() });
+        }
+    }
+    for (lora, (hash, other)) in identity.spec.lora.iter().zip(identity.lora_files.iter().zip(&here.lora_files)) {
+        if hash != other {
+            return Err(ProblemError::OtherLora(lora.path.clone()));
         }
     }
     if here.noise_file != identity.noise_file {

@@ -1,12 +1,14 @@
 //! The life of a worker: join, load the model, lease, evaluate, report, leave.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
+use elbo_common::model_source::{ModelSource, Wanted};
 use elbo_proto::v1;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -68,7 +70,7 @@ pub struct Options {
     pub batch: Option<NonZeroUsize>,
     /// How long an unreachable coordinator is waited for.
     pub patience: Duration,
-    /// The model directory on this machine, where it is not the job's.
+    /// The model as this machine finds it, where it is not the job's.
     pub model: Option<String>,
     /// The job's model, where the process has loaded it already.
     pub problem: Option<Arc<Problem>>,
@@ -133,11 +135,15 @@ async fn work(
     if let Some(model) = &options.model {
         identity.spec.model.clone_from(model);
     }
+    let directory = match options.problem {
+        Some(_) => PathBuf::new(),
+        None => find_model(&identity.spec.model).await?,
+    };
     let (threads, batch, loaded) = (options.threads.get(), options.batch, options.problem.clone());
     let loading = tokio::task::spawn_blocking(move || {
         let problem = match loaded {
             Some(problem) => problem,
-            None => Arc::new(Problem::load(&identity)?),
+            None => Arc::new(Problem::load(&identity, &directory)?),
         };
         let batch = match batch {
             Some(batch) => batch.get(),
@@ -182,6 +188,11 @@ async fn work(
     let reported = reporting.await.map_err(|_| WorkerError::Task("reporter"))?;
     leased?;
     Ok(reported?)
+}
+
+/// The directory of a job's model on this machine, fetched if need be.
+async fn find_model(model: &str) -> Result<PathBuf, ProblemError> {
+    Ok(ModelSource::parse(model)?.resolve(Wanted::Everything, |note| tracing::info!("{note}")).await?)
 }
 
 fn no_answer(error: CallError) -> WorkerError {

@@ -35,10 +35,10 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
         args.workers,
         args.out.display()
     );
-    let identity = session::identify(job.to_spec()?)?;
+    let job = session::identify(&job).await?;
     let workers = Workers { count: args.workers, device: args.device };
     let out = args.out.to_string_lossy();
-    let done = session::label(identity, &out, &workers, &args.run).await?;
+    let done = session::label(job, &out, &workers, &args.run).await?;
     output::summary(&out, done).await
 }
 

@@ -2,6 +2,7 @@
 
 mod coordinator;
 mod demo;
+mod inspect;
 mod label;
 mod output;
 mod plan;
@@ -21,5 +22,6 @@ pub(crate) async fn run(command: Command) -> anyhow::Result<()> {
         Command::Report(args) => output::report(args).await,
         Command::Verify(args) => output::verify(args).await,
         Command::Plan(args) => plan::run(*args).await,
+        Command::Inspect(args) => inspect::run(args).await,
     }
 }

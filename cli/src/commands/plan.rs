@@ -1,8 +1,8 @@
 //! `elbo plan`: what a job would evaluate, without running it.
 
-use std::path::Path;
-
+use elbo_common::class::ModelLabels;
 use elbo_common::dataset::{self, LabelSource};
+use elbo_common::model_source::{ModelSource, Wanted};
 use elbo_common::policy::{RoundCost, costs};
 use elbo_common::schedule::NoiseSchedule;
 use indicatif::HumanCount;
@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::args::PlanArgs;
 use crate::failure::usage;
+use crate::session;
 
 /// Training timesteps of nearly every model, for plans without one.
 const USUAL_TIMESTEPS: u32 = 1000;
@@ -28,12 +29,16 @@ struct Plan {
 /// Counts samples, classes and evaluations.
 pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let flags = args.job.resolve()?;
-    let classes = flags.read_classes()?;
-    let prompts = classes.prompts.len();
-    let timesteps = match &flags.model {
-        None => USUAL_TIMESTEPS,
-        Some(model) => NoiseSchedule::of_model(Path::new(model))?.timesteps(),
+    let (timesteps, labels) = match &flags.model {
+        None => (USUAL_TIMESTEPS, None),
+        Some(model) => {
+            let model = ModelSource::parse(model).map_err(usage)?;
+            let directory = session::resolve(&model, Wanted::Configuration).await?;
+            (NoiseSchedule::of_model(&directory)?.timesteps(), ModelLabels::of_model(&directory)?)
+        }
     };
+    let classes = flags.read_classes(labels.as_ref())?;
+    let prompts = classes.prompts.len();
     let rounds = flags.to_policy(prompts)?.rounds(timesteps, prompts).map_err(usage)?;
     let samples = match &flags.images {
         None => None,

@@ -4,28 +4,16 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_tests::copy_tree;
 use elbo_worker::models::{DiffusionModel, ModelError, Pass};
 
 use crate::reference::{Reference, assert_close, times};
 
-/// A copy of a model directory that a test may damage.
+/// A copy of a directory that a test may damage.
 pub(crate) fn copied(from: &Path) -> tempfile::TempDir {
     let to = tempfile::tempdir().unwrap();
-    copy(from, to.path());
+    copy_tree(from, to.path());
     to
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target);
-        } else {
-            std::fs::write(target, std::fs::read(entry.path()).unwrap()).unwrap();
-        }
-    }
 }
 
 #[test]
@@ -114,4 +102,71 @@ fn half_precision_shards_give_the_same_model() {
     let cache = rounded.network().time_cache(&timesteps, &times(&schedule, &timesteps)).unwrap();
     let output = rounded.network().forward(&pass, &cache, &reference.conditions(&rounded)).unwrap();
     assert_close("rounded weights", &output, &reference.channels_last("unet.conv_out"), 5e-3);
+}
+
+fn load_error(model: &Path) -> ModelError {
+    DiffusionModel::load(model).map(|_| ()).unwrap_err()
+}
+
+const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
+
+#[test]
+fn a_truncated_file_is_named() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let path = model.path().join(UNET);
+    let bytes = std::fs::read(&path).unwrap();
+    for len in [0, 5, 1000, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..len]).unwrap();
+        let error = load_error(model.path()).to_string();
+        assert!(error.contains(UNET) && error.contains("truncated or damaged; download it again"), "{error}");
+    }
+}
+
+#[test]
+fn what_only_looks_like_weights_is_told_apart() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let path = model.path().join(UNET);
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+    for (content, remedy) in [(pointer, "git lfs pull"), ("\n<!DOCTYPE html><html></html>", "a web page")] {
+        std::fs::write(&path, content).unwrap();
+        let error = load_error(model.path()).to_string();
+        assert!(error.contains(UNET) && error.contains(remedy), "{error}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(path.with_extension("bin"), "PK").unwrap();
+    let error = load_error(model.path()).to_string();
+    assert!(error.contains("diffusion_pytorch_model.bin") && error.contains("safe_serialization=True"), "{error}");
+}
+
+#[test]
+fn an_index_that_does_not_fit_its_shards_is_named() {
+    let model = copied(&Reference::open("digits-sd").model);
+    let whole = model.path().join(UNET);
+    let dir = whole.parent().unwrap();
+    let tensors = safetensors::load(&whole, &Device::Cpu).unwrap();
+    std::fs::rename(&whole, dir.join("part-1.safetensors")).unwrap();
+    let write = |extra: (&str, &str)| {
+        let mut map: HashMap<&str, &str> = tensors.keys().map(|key| (key.as_str(), "part-1.safetensors")).collect();
+        map.insert(extra.0, extra.1);
+        let index = serde_json::json!({ "weight_map": map }).to_string();
+        std::fs::write(dir.join("diffusion_pytorch_model.safetensors.index.json"), index).unwrap();
+    };
+    write(("conv_in.weight", "part-2.safetensors"));
+    match load_error(model.path()) {
+        ModelError::MissingShard { index, shard, key } => {
+            assert!(index.ends_with("diffusion_pytorch_model.safetensors.index.json"));
+            assert_eq!((shard.as_str(), key.as_str()), ("part-2.safetensors", "conv_in.weight"));
+        }
+        other => panic!("{other}"),
+    }
+    write(("no.such.weight", "part-1.safetensors"));
+    match load_error(model.path()) {
+        ModelError::MissingKey { path, key } => {
+            assert!(path.ends_with("part-1.safetensors"));
+            assert_eq!(key, "no.such.weight");
+        }
+        other => panic!("{other}"),
+    }
+    write(("conv_in.weight", "part-1.safetensors"));
+    assert!(DiffusionModel::load(model.path()).is_ok());
 }

@@ -11,6 +11,7 @@ mod loading;
 mod reference;
 mod stages;
 mod text;
+mod weights;
 
 /// A test per fixture.
 macro_rules! for_each {

@@ -1,10 +1,12 @@
 //! Autoencoders and networks, submodule by submodule.
 
-use candle_core::{DType, Device, Tensor};
-use elbo_worker::models::{Conditions, ModelError, Network, Pass, Probe, VaeEncoder};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_worker::models::{Conditions, Dit, LoadOptions, ModelError, Network, Pass, Probe, VaeEncoder};
 
 use crate::for_each;
-use crate::reference::{Reference, assert_close, bits, times};
+use crate::reference::{Reference, assert_close, bits, channels_last, times};
 
 for_each!(check_latents:
     latents_of_digits_sd "digits-sd",
@@ -16,7 +18,7 @@ for_each!(check_latents:
 
 fn check_latents(fixture: &str) {
     let reference = Reference::open(fixture);
-    let vae = VaeEncoder::load(&reference.model.join("vae"), &Device::Cpu, DType::F32).unwrap();
+    let vae = VaeEncoder::load(&reference.model.join("vae"), &LoadOptions::default()).unwrap();
     let mut seen = 0;
     let mut watch = |name: &str, tensor: &Tensor| {
         let name = format!("vae.{name}");
@@ -169,4 +171,23 @@ fn latents_that_do_not_fit_are_refused() {
         let error = model.network().forward(&pass, &cache, &reference.conditions(&model)).unwrap_err();
         assert!(matches!(error, ModelError::Input(_)), "{error}");
     }
+}
+
+#[test]
+fn the_original_names_of_dit_are_understood() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-original");
+    let reference = safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap();
+    let dit = Dit::load(&dir.join("transformer"), &LoadOptions::default()).unwrap();
+    let integers = |name: &str| reference[name].to_vec1::<i64>().unwrap().into_iter().map(|v| v as u32);
+    let (timesteps, labels): (Vec<u32>, Vec<u32>) = (integers("timesteps").collect(), integers("labels").collect());
+    let inputs: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
+    let cache = dit.time_cache(&timesteps, &inputs).unwrap();
+    let pass = Pass {
+        latents: &channels_last(&reference["latents"]),
+        timesteps: &timesteps,
+        evaluations: &[(0, 0), (1, 1), (2, 2)],
+    };
+    let output = dit.forward(&pass, &cache, &dit.label_cache(&labels).unwrap()).unwrap();
+    assert_close("output", &output, &channels_last(&reference["output"]), 1e-5);
+    assert!(matches!(dit.label_cache(&[6]), Err(ModelError::NoSuchClass { .. })));
 }

@@ -1,7 +1,9 @@
 //! Tokenizers and text encoders.
 
-use candle_core::{DType, Device, Tensor};
-use elbo_worker::models::{ClipTextModel, ClipTokenizer, Probe, T5Encoder, T5Tokenizer, TextEmbeddings};
+use candle_core::Tensor;
+use elbo_worker::models::{
+    ClipTextModel, ClipTokenizer, DiffusionModel, LoadOptions, Probe, T5Encoder, T5Tokenizer, TextEmbeddings,
+};
 
 use crate::for_each;
 use crate::loading::copied;
@@ -33,7 +35,7 @@ fn check_clip(fixture: &str) {
         }
 
         let tokenizer = ClipTokenizer::open(&dir, 77).unwrap();
-        let encoder = ClipTextModel::load(&reference.model.join(&name), &Device::Cpu, DType::F32).unwrap();
+        let encoder = ClipTextModel::load(&reference.model.join(&name), &LoadOptions::default()).unwrap();
         let ids: Vec<_> = reference.strings("prompts").iter().map(|text| tokenizer.encode(text).unwrap()).collect();
         let mut states = Vec::new();
         let mut watch = |_: &str, state: &Tensor| states.push(state.get(0).unwrap());
@@ -58,7 +60,7 @@ fn check_t5(fixture: &str) {
     let reference = Reference::open(fixture);
     let tokenizer = T5Tokenizer::open(&reference.model.join("tokenizer_3"), 256).unwrap();
     check_ids(&reference, "text_encoder_3", |text| tokenizer.encode(text).unwrap());
-    let encoder = T5Encoder::load(&reference.model.join("text_encoder_3"), &Device::Cpu, DType::F32).unwrap();
+    let encoder = T5Encoder::load(&reference.model.join("text_encoder_3"), &LoadOptions::default()).unwrap();
     let ids: Vec<_> = reference.strings("prompts").iter().map(|text| tokenizer.encode(text).unwrap()).collect();
     let mut states = Vec::new();
     let mut watch = |_: &str, state: &Tensor| states.push(state.get(0).unwrap());
@@ -96,4 +98,19 @@ fn check_embeddings(fixture: &str) {
     if let Some(pooled) = pooled {
         assert_close("pooled prompt embeds", &pooled, reference.get("pooled_prompt_embeds"), 5e-6);
     }
+}
+
+#[test]
+fn without_t5_its_tokens_are_zeros() {
+    let reference = Reference::open("sd3");
+    let model = copied(&reference.model);
+    std::fs::remove_dir_all(model.path().join("text_encoder_3")).unwrap();
+    let texts = reference.strings("prompts");
+    let found = DiffusionModel::load(model.path()).unwrap().encode_texts(&texts).unwrap().tokens;
+    // As diffusers' pipeline has it: 256 tokens of zeros.
+    assert_eq!(found.dims(), [texts.len(), 77 + 256, 64]);
+    let expected = reference.get("prompt_embeds").narrow(1, 0, 77).unwrap();
+    assert_close("CLIP's tokens", &found.narrow(1, 0, 77).unwrap(), &expected, 5e-6);
+    let zeros = found.narrow(1, 77, 256).unwrap().abs().unwrap().sum_all().unwrap();
+    assert_eq!(zeros.to_scalar::<f32>().unwrap(), 0.0);
 }

@@ -1,115 +1,22 @@
 //! Reading a model directory in diffusers' layout: JSON configurations and safetensors weights.
 //!
-//! A component's weights are one file, several shards with an index, or either in the `fp16` variant. Files are read into
-//! memory and every tensor is converted when a layer takes it, so that a mistake names the file and the key.
+//! A component's weights are one file, several shards with an index, or either in the `fp16` variant. Files are mapped,
+//! not read, and every tensor is converted when a layer takes it: host memory holds one weight at a time beside the
+//! layers, and a mistake names the file and the key.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Dtype, SafeTensors, TensorInfo};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-/// Why a model could not be loaded or run.
-#[derive(Debug, thiserror::Error)]
-pub enum ModelError {
-    /// A file of the model directory is missing.
-    #[error("{} is missing: is this a model directory in diffusers' layout?", .0.display())]
-    MissingFile(PathBuf),
-    /// A file could not be read.
-    #[error("reading {}: {source}", .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: std::io::Error,
-    },
-    /// A configuration is not the JSON that was expected.
-    #[error("reading {}: {source}", .path.display())]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: serde_json::Error,
-    },
-    /// A weights file is damaged.
-    #[error("reading {}: {source}", .path.display())]
-    Weights {
-        /// The file.
-        path: PathBuf,
-        /// The cause.
-        source: safetensors::SafeTensorError,
-    },
-    /// A configuration asks for something this implementation does not do.
-    #[error("{}: {key} = {value} is not supported", .path.display())]
-    Unsupported {
-        /// The configuration.
-        path: PathBuf,
-        /// The setting.
-        key: String,
-        /// Its value.
-        value: String,
-    },
-    /// A weight is missing.
-    #[error("{}: no weight named {key}", .path.display())]
-    MissingKey {
-        /// The weights file.
-        path: PathBuf,
-        /// The weight.
-        key: String,
-    },
-    /// A weight does not have the shape the configuration implies.
-    #[error("{}: {key} has shape {found:?}, the configuration implies {expected:?}", .path.display())]
-    WrongShape {
-        /// The weights file.
-        path: PathBuf,
-        /// The weight.
-        key: String,
-        /// The shape the configuration implies.
-        expected: Vec<usize>,
-        /// The shape in the file.
-        found: Vec<usize>,
-    },
-    /// A weight's data type is not a floating point type that can be read.
-    #[error("{}: {key} is stored as {dtype}; only F32, F16, BF16 and F64 can be read", .path.display())]
-    WrongType {
-        /// The weights file.
-        path: PathBuf,
-        /// The weight.
-        key: String,
-        /// The type found.
-        dtype: String,
-    },
-    /// The tokenizer's files are inconsistent.
-    #[error("tokenizer in {}: {message}", .path.display())]
-    Tokenizer {
-        /// The tokenizer directory.
-        path: PathBuf,
-        /// What is wrong.
-        message: String,
-    },
-    /// The text encoder was dropped already.
-    #[error("the text encoder was dropped after the prompts had been encoded")]
-    NoTextEncoder,
-    /// A class-conditional model was asked for a class it was not trained on.
-    #[error("the model has no class {label}: it was trained on {classes} classes, 0 to {}", .classes.saturating_sub(1))]
-    NoSuchClass {
-        /// As asked for.
-        label: i64,
-        /// How many classes there are.
-        classes: usize,
-    },
-    /// A model was given inputs it has no meaning for.
-    #[error("{0}")]
-    Input(String),
-    /// The model predicted infinities or NaN.
-    #[error("the model's output is not finite: its weights may be damaged, or its inputs out of range")]
-    NotFinite,
-    /// A tensor operation failed.
-    #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
-}
+pub use super::error::ModelError;
+use super::file::WeightsFile;
+use super::lora::Lora;
+use super::options::{LoadOptions, Precision};
 
 /// Reads a file, telling a missing one from an unreadable one.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
@@ -132,46 +39,70 @@ pub(crate) fn unsupported(path: &Path, key: &str, value: impl std::fmt::Debug) -
 /// The weights of one component.
 #[derive(Debug)]
 pub struct Weights {
-    shards: Vec<Shard>,
-    /// Which shard a weight is in, and where.
-    tensors: HashMap<String, (usize, TensorInfo)>,
+    files: Vec<WeightsFile>,
+    /// Which file a weight is in.
+    tensors: HashMap<String, usize>,
+    /// The directory's name, by which adapters call the component.
+    component: String,
+    loras: Vec<Arc<Lora>>,
     device: Device,
-    dtype: DType,
-}
-
-#[derive(Debug)]
-struct Shard {
-    path: PathBuf,
-    bytes: Vec<u8>,
-    /// Where the header ends.
-    data: usize,
+    precision: Precision,
 }
 
 #[derive(Deserialize)]
 struct ShardIndex {
-    weight_map: HashMap<String, String>,
+    weight_map: BTreeMap<String, String>,
 }
 
 impl Weights {
-    /// Opens the weights `<stem>[.fp16].safetensors` or their shards in `dir`; layers get them on `device` as `dtype`.
-    pub fn open(dir: &Path, stem: &str, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        let mut weights = Self { shards: Vec::new(), tensors: HashMap::new(), device: device.clone(), dtype };
-        for path in weight_files(dir, stem)? {
-            weights.add(path)?;
+    /// Opens the weights `<stem>[.fp16].safetensors` or their shards in `dir`, for layers to take them as `options` say.
+    pub fn open(dir: &Path, stem: &str, options: &LoadOptions) -> Result<Self, ModelError> {
+        let mut weights = Self {
+            files: Vec::new(),
+            tensors: HashMap::new(),
+            component: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            loras: options.loras.clone(),
+            device: options.device.clone(),
+            precision: options.precision,
+        };
+        match WeightsLayout::find(dir, stem)? {
+            WeightsLayout::Whole(path) => {
+                let file = WeightsFile::open(&path)?;
+                weights.tensors = file.keys().map(|key| (key.clone(), 0)).collect();
+                weights.files.push(file);
+            }
+            WeightsLayout::Sharded(index) => weights.add_shards(&index)?,
+        }
+        for lora in &weights.loras {
+            lora.check(&weights.component, |key| weights.shape(key))?;
         }
         Ok(weights)
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<(), ModelError> {
-        let bytes = read(&path)?;
-        let (header, metadata) = match SafeTensors::read_metadata(&bytes) {
-            Ok(read) => read,
-            Err(source) => return Err(ModelError::Weights { path, source }),
-        };
-        for (key, info) in metadata.tensors() {
-            self.tensors.insert(key, (self.shards.len(), info.clone()));
+    fn add_shards(&mut self, index: &Path) -> Result<(), ModelError> {
+        let map = read_json::<ShardIndex>(index)?.weight_map;
+        let mut opened = HashMap::new();
+        for (key, shard) in map {
+            let at = match opened.get(&shard) {
+                Some(&at) => at,
+                None => {
+                    let path = index.with_file_name(&shard);
+                    let file = WeightsFile::open(&path).map_err(|error| match error {
+                        ModelError::MissingFile(_) => {
+                            ModelError::MissingShard { index: index.to_owned(), shard: shard.clone(), key: key.clone() }
+                        }
+                        other => other,
+                    })?;
+                    self.files.push(file);
+                    opened.insert(shard, self.files.len() - 1);
+                    self.files.len() - 1
+                }
+            };
+            if self.files[at].shape(&key).is_none() {
+                return Err(ModelError::MissingKey { path: self.files[at].path().to_owned(), key });
+            }
+            self.tensors.insert(key, at);
         }
-        self.shards.push(Shard { path, bytes, data: header + size_of::<u64>() });
         Ok(())
     }
 
@@ -180,28 +111,68 @@ impl Weights {
         Params { weights: self, prefix: name.to_owned() }
     }
 
-    fn path(&self, shard: usize) -> PathBuf {
-        self.shards.get(shard).map(|s| s.path.clone()).unwrap_or_default()
+    /// Name, shape and stored type of every weight, in no order.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&str, &[usize], String)> {
+        self.tensors.iter().filter_map(|(key, &at)| {
+            let file = self.files.get(at)?;
+            Some((key.as_str(), file.shape(key)?, file.stored_type(key)?))
+        })
+    }
+
+    fn file(&self, key: &str) -> Option<&WeightsFile> {
+        self.tensors.get(key).and_then(|&at| self.files.get(at))
+    }
+
+    fn shape(&self, key: &str) -> Option<&[usize]> {
+        self.file(key)?.shape(key)
+    }
+
+    /// A weight with every adapter's change to it, as layers hold it.
+    fn take(&self, file: &WeightsFile, key: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+        let mut weight = file.tensor(key)?.reshape(shape)?;
+        for lora in &self.loras {
+            if let Some(change) = lora.change(&self.component, key)? {
+                weight = (weight.to_dtype(DType::F32)? + change.reshape(shape)?)?;
+            }
+        }
+        Ok(self.precision.round(&weight)?.to_device(&self.device)?)
     }
 }
 
-/// The files of a component's weights: the plain variant first, then fp16, each whole or sharded.
-fn weight_files(dir: &Path, stem: &str) -> Result<Vec<PathBuf>, ModelError> {
-    for variant in ["", ".fp16"] {
-        let whole = dir.join(format!("{stem}{variant}.safetensors"));
-        if whole.is_file() {
-            return Ok(vec![whole]);
+/// How a component's weights are stored.
+enum WeightsLayout {
+    /// In one file.
+    Whole(PathBuf),
+    /// In the shards that an index names.
+    Sharded(PathBuf),
+}
+
+impl WeightsLayout {
+    /// The plain variant first, then fp16, each whole or sharded.
+    fn find(dir: &Path, stem: &str) -> Result<Self, ModelError> {
+        for variant in ["", ".fp16"] {
+            let whole = dir.join(format!("{stem}{variant}.safetensors"));
+            if whole.is_file() {
+                return Ok(Self::Whole(whole));
+            }
+            let index = dir.join(format!("{stem}.safetensors.index{variant}.json"));
+            if index.is_file() {
+                return Ok(Self::Sharded(index));
+            }
         }
-        let index = dir.join(format!("{stem}.safetensors.index{variant}.json"));
-        if index.is_file() {
-            let index: ShardIndex = read_json(&index)?;
-            let mut names: Vec<String> = index.weight_map.into_values().collect();
-            names.sort();
-            names.dedup();
-            return Ok(names.iter().map(|name| dir.join(name)).collect());
-        }
+        Err(match pickle(dir) {
+            Some(path) => ModelError::Pickle(path),
+            None => ModelError::MissingFile(dir.join(format!("{stem}.safetensors"))),
+        })
     }
-    Err(ModelError::MissingFile(dir.join(format!("{stem}.safetensors"))))
+}
+
+/// Weights in a format that is not read.
+fn pickle(dir: &Path) -> Option<PathBuf> {
+    let mut files: Vec<_> = std::fs::read_dir(dir).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.sort();
+    let known = ["bin", "ckpt", "pt", "pth"].map(OsStr::new);
+    files.into_iter().find(|path| path.extension().is_some_and(|extension| known.contains(&extension)))
 }
 
 /// A component's weights below a prefix, such as `down_blocks.0.resnets.1`.
@@ -224,7 +195,7 @@ impl Params<'_> {
 
     /// The type layers get their weights in.
     pub(crate) fn dtype(&self) -> DType {
-        self.weights.dtype
+        self.weights.precision.compute
     }
 
     /// Whether a weight of this name exists.
@@ -241,25 +212,16 @@ impl Params<'_> {
     pub fn get_any(&self, name: &str, shapes: &[&[usize]]) -> Result<Tensor, ModelError> {
         let (weights, key) = (self.weights, self.name(name));
         let expected = shapes.first().copied().unwrap_or_default();
-        let Some((shard, info)) = weights.tensors.get(&key) else {
-            return Err(ModelError::MissingKey { path: weights.path(0), key });
+        let Some(file) = weights.file(&key) else {
+            let path = weights.files.first().map(|file| file.path().to_owned()).unwrap_or_default();
+            return Err(ModelError::MissingKey { path, key });
         };
-        let path = weights.path(*shard);
-        if !shapes.contains(&info.shape.as_slice()) {
-            let (expected, found) = (expected.to_vec(), info.shape.clone());
+        let found = file.shape(&key).unwrap_or_default();
+        if !shapes.contains(&found) {
+            let (path, expected, found) = (file.path().to_owned(), expected.to_vec(), found.to_vec());
             return Err(ModelError::WrongShape { path, key, expected, found });
         }
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            Dtype::F64 => DType::F64,
-            other => return Err(ModelError::WrongType { path, key, dtype: format!("{other:?}") }),
-        };
-        let (start, end) = info.data_offsets;
-        let bytes = weights.shards.get(*shard).and_then(|s| s.bytes.get(s.data + start..s.data + end));
-        let tensor = Tensor::from_raw_buffer(bytes.unwrap_or_default(), dtype, expected, &Device::Cpu)?;
-        Ok(tensor.to_dtype(weights.dtype)?.to_device(&weights.device)?)
+        weights.take(file, &key, expected)
     }
 
     fn name(&self, name: impl std::fmt::Display) -> String {

@@ -6,11 +6,12 @@
 
 use std::path::Path;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Tensor};
 use serde::Deserialize;
 
 use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
 use super::layers::{joined, layer_norm, linear, linear_no_bias};
+use super::options::LoadOptions;
 use super::probe::Probe;
 use crate::ops::{Activation, LayerNorm, Linear, Rows, activate, self_attention};
 
@@ -83,7 +84,7 @@ struct Layer {
 
 impl ClipTextModel {
     /// Loads the encoder in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let config: ClipConfig = read_json(&path)?;
         let activation = match config.hidden_act.as_str() {
@@ -95,7 +96,7 @@ impl ClipTextModel {
         if heads == 0 || !width.is_multiple_of(heads) {
             return Err(unsupported(&path, "num_attention_heads", heads));
         }
-        let weights = Weights::open(dir, "model", device, dtype)?;
+        let weights = Weights::open(dir, "model", options)?;
         let p = weights.at("text_model");
         let (embeddings, layers) = (p.at("embeddings"), p.at("encoder.layers"));
         let layer = |i| Layer::load(&layers.at(i), &config, activation);

@@ -1,6 +1,5 @@
 //! Which family of models a directory holds.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
@@ -23,31 +22,35 @@ pub enum Family {
 
 /// diffusers' `model_index.json`.
 #[derive(Debug, Deserialize)]
-pub(super) struct ModelIndex {
+struct ModelIndex {
     #[serde(rename = "_class_name")]
     class: String,
-    /// Class names by label, of class-conditional models.
-    #[serde(default)]
-    pub(super) id2label: BTreeMap<u32, String>,
 }
 
 impl Family {
     /// The family of the model in `dir`.
     pub fn of(dir: &Path) -> Result<Self, ModelError> {
-        Ok(Self::read(dir)?.0)
-    }
-
-    pub(super) fn read(dir: &Path) -> Result<(Self, ModelIndex), ModelError> {
         let path = dir.join("model_index.json");
         let index: ModelIndex = read_json(&path)?;
-        let family = match index.class.as_str() {
-            "StableDiffusionPipeline" => Self::StableDiffusion,
-            "StableDiffusionXLPipeline" => Self::Sdxl,
-            "StableDiffusion3Pipeline" => Self::Sd3,
-            "DiTPipeline" => Self::Dit,
-            other => return Err(unsupported(&path, "_class_name", other)),
+        match index.class.as_str() {
+            "StableDiffusionPipeline" => Ok(Self::StableDiffusion),
+            "StableDiffusionXLPipeline" => Ok(Self::Sdxl),
+            "StableDiffusion3Pipeline" => Ok(Self::Sd3),
+            "DiTPipeline" => Ok(Self::Dit),
+            other => Err(unsupported(&path, "_class_name", other)),
+        }
+    }
+
+    /// The text encoders' suffixes and directories; T5 may be absent.
+    pub(super) fn text_encoders(self, dir: &Path) -> Vec<(&'static str, String)> {
+        let suffixes: &[&'static str] = match self {
+            Self::StableDiffusion => &[""],
+            Self::Sdxl => &["", "_2"],
+            Self::Sd3 if dir.join("text_encoder_3").is_dir() => &["", "_2", "_3"],
+            Self::Sd3 => &["", "_2"],
+            Self::Dit => &[],
         };
-        Ok((family, index))
+        suffixes.iter().map(|suffix| (*suffix, format!("text_encoder{suffix}"))).collect()
     }
 
     /// The directory of the network.

@@ -11,10 +11,15 @@
 mod checkpoint;
 mod clip;
 mod dit;
+mod error;
 mod family;
+mod file;
+mod inspect;
 mod layers;
+mod lora;
 mod mmdit;
 mod network;
+mod options;
 mod pass;
 mod patch;
 mod probe;
@@ -27,15 +32,18 @@ mod vae;
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 use elbo_common::class::Prompt;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
 pub use self::clip::{ClipOutput, ClipTextModel};
 pub use self::dit::{Dit, LabelCache};
 pub use self::family::Family;
+pub use self::inspect::{Component, Inspection, Memory};
+pub use self::lora::Lora;
 pub use self::mmdit::{ContextCache, Mmdit};
 pub use self::network::{Conditions, Network};
+pub use self::options::{LoadOptions, Precision};
 pub use self::pass::Pass;
 pub use self::probe::Probe;
 pub use self::t5::{T5Encoder, T5Tokenizer};
@@ -57,37 +65,27 @@ pub struct DiffusionModel {
     network: Network,
     /// Side of the images, in pixels.
     size: usize,
-    device: Device,
-    dtype: DType,
+    options: LoadOptions,
 }
 
 impl DiffusionModel {
     /// Loads the model in `dir` for the CPU, in f32.
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
-        Self::load_on(dir, &Device::Cpu, DType::F32)
+        Self::load_with(dir, &LoadOptions::default())
     }
 
-    /// Loads the model in `dir` onto a device, in a floating point type.
-    pub fn load_on(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    /// Loads the model in `dir` onto a device, in a precision, with adapters.
+    pub fn load_with(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let family = Family::of(dir)?;
         let network_dir = dir.join(family.network());
-        let (network, text_encoders) = match family {
-            Family::StableDiffusion => {
-                let unet = Unet::load(&network_dir, device, dtype)?;
-                (Network::Unet(Box::new(unet)), Some(TextEncoders::stable_diffusion(dir, device, dtype)?))
-            }
-            Family::Sdxl => {
-                let unet = Unet::load(&network_dir, device, dtype)?;
-                (Network::Unet(Box::new(unet)), Some(TextEncoders::sdxl(dir, device, dtype)?))
-            }
-            Family::Sd3 => {
-                let mmdit = Mmdit::load(&network_dir, device, dtype)?;
-                let text_encoders = TextEncoders::sd3(dir, mmdit.text_width(), device, dtype)?;
-                (Network::Mmdit(Box::new(mmdit)), Some(text_encoders))
-            }
-            Family::Dit => (Network::Dit(Box::new(Dit::load(&network_dir, device, dtype)?)), None),
+        let network = Network::load(family, &network_dir, options)?;
+        let text_encoders = match (&network, family) {
+            (Network::Dit(_), _) => None,
+            (Network::Mmdit(mmdit), _) => Some(TextEncoders::sd3(dir, mmdit.text_width(), options)?),
+            (Network::Unet(_), Family::Sdxl) => Some(TextEncoders::sdxl(dir, options)?),
+            (Network::Unet(_), _) => Some(TextEncoders::stable_diffusion(dir, options)?),
         };
-        let vae = VaeEncoder::load(&dir.join("vae"), device, dtype)?;
+        let vae = VaeEncoder::load(&dir.join("vae"), options)?;
         let config = network_dir.join("config.json");
         if network.in_channels() != vae.latent_channels() {
             return Err(unsupported(&config, "in_channels", network.in_channels()));
@@ -96,7 +94,7 @@ impl DiffusionModel {
             return Err(unsupported(&config, "out_channels", network.out_channels()));
         }
         let size = network.sample_size() * vae.factor();
-        Ok(Self { family, text_encoders, vae, network, size, device: device.clone(), dtype })
+        Ok(Self { family, text_encoders, vae, network, size, options: options.clone() })
     }
 
     /// The family.
@@ -163,7 +161,7 @@ impl DiffusionModel {
 
     /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1].
     pub fn encode_images(&self, pixels: &Tensor) -> Result<Tensor, ModelError> {
-        let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
+        let pixels = pixels.to_device(&self.options.device)?.to_dtype(self.options.precision.compute)?;
         self.vae.encode(&pixels, &mut Probe::none())
     }
 

@@ -1,10 +1,14 @@
 //! The network of a diffusion model, whichever family it is of.
 
+use std::path::Path;
+
 use candle_core::Tensor;
 
 use super::checkpoint::ModelError;
 use super::dit::{Dit, LabelCache};
+use super::family::Family;
 use super::mmdit::{ContextCache, Mmdit};
+use super::options::LoadOptions;
 use super::pass::Pass;
 use super::timestep::TimeCache;
 use super::unet::{PromptCache, Unet};
@@ -48,6 +52,15 @@ impl Conditions {
 }
 
 impl Network {
+    /// Loads the network of a family from its directory.
+    pub fn load(family: Family, dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        Ok(match family {
+            Family::StableDiffusion | Family::Sdxl => Self::Unet(Box::new(Unet::load(dir, options)?)),
+            Family::Sd3 => Self::Mmdit(Box::new(Mmdit::load(dir, options)?)),
+            Family::Dit => Self::Dit(Box::new(Dit::load(dir, options)?)),
+        })
+    }
+
     /// Height and width of the latents the model was trained on.
     pub fn sample_size(&self) -> usize {
         match self {

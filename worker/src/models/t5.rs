@@ -4,12 +4,13 @@
 
 use std::path::Path;
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use serde::Deserialize;
 use tokenizers::Tokenizer;
 
 use super::checkpoint::{ModelError, Params, Weights, read, read_json, unsupported};
 use super::layers::linear_no_bias;
+use super::options::LoadOptions;
 use super::probe::Probe;
 use crate::ops::{Activation, Linear, activate};
 
@@ -59,13 +60,13 @@ pub struct T5Encoder {
 
 impl T5Encoder {
     /// Loads the encoder in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> std::result::Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> std::result::Result<Self, ModelError> {
         let path = dir.join("config.json");
         let config: T5Config = read_json(&path)?;
         if config.feed_forward_proj != "gated-gelu" {
             return Err(unsupported(&path, "feed_forward_proj", &config.feed_forward_proj));
         }
-        let weights = Weights::open(dir, "model", device, dtype)?;
+        let weights = Weights::open(dir, "model", options)?;
         let shared = weights.at("shared");
         let tokens = if shared.has("weight") { shared } else { weights.at("encoder.embed_tokens") };
         let blocks = weights.at("encoder.block");

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::thread;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use super::checkpoint::ModelError;
 use super::clip::{ClipOutput, ClipTextModel};
+use super::options::LoadOptions;
 use super::probe::Probe;
 use super::t5::{T5Encoder, T5Tokenizer};
 use super::tokenizer::ClipTokenizer;
@@ -52,8 +53,8 @@ enum Encoding {
 }
 
 impl Clip {
-    fn load(dir: &Path, suffix: &str, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        let model = ClipTextModel::load(&dir.join(format!("text_encoder{suffix}")), device, dtype)?;
+    fn load(dir: &Path, suffix: &str, options: &LoadOptions) -> Result<Self, ModelError> {
+        let model = ClipTextModel::load(&dir.join(format!("text_encoder{suffix}")), options)?;
         let tokenizer = ClipTokenizer::open(&dir.join(format!("tokenizer{suffix}")), model.positions())?;
         Ok(Self { tokenizer, model })
     }
@@ -75,19 +76,19 @@ impl Clip {
 
 impl TextEncoders {
     /// The one encoder of Stable Diffusion 1.x and 2.x in the model directory `dir`.
-    pub fn stable_diffusion(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        Ok(Self { family: Encoding::Last(Clip::load(dir, "", device, dtype)?) })
+    pub fn stable_diffusion(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        Ok(Self { family: Encoding::Last(Clip::load(dir, "", options)?) })
     }
 
     /// The two encoders of SDXL.
-    pub fn sdxl(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        let clips = (Clip::load(dir, "", device, dtype)?, Clip::load(dir, "_2", device, dtype)?);
+    pub fn sdxl(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        let clips = (Clip::load(dir, "", options)?, Clip::load(dir, "_2", options)?);
         Ok(Self { family: Encoding::Two(clips.0, clips.1) })
     }
 
     /// The three encoders of Stable Diffusion 3, of which T5 may be absent, for a network whose text tokens are `width` wide.
-    pub fn sd3(dir: &Path, width: usize, device: &Device, dtype: DType) -> Result<Self, ModelError> {
-        let clips = Box::new((Clip::load(dir, "", device, dtype)?, Clip::load(dir, "_2", device, dtype)?));
+    pub fn sd3(dir: &Path, width: usize, options: &LoadOptions) -> Result<Self, ModelError> {
+        let clips = Box::new((Clip::load(dir, "", options)?, Clip::load(dir, "_2", options)?));
         if clips.0.model.width() + clips.1.model.width() > width {
             let both = clips.0.model.width() + clips.1.model.width();
             return Err(ModelError::Input(format!("text encoders of width {both} for a network that takes {width}")));
@@ -96,7 +97,7 @@ impl TextEncoders {
         let t5 = match t5.is_dir() {
             true => {
                 let tokenizer = T5Tokenizer::open(&dir.join("tokenizer_3"), T5_LENGTH)?;
-                Some(Box::new((tokenizer, T5Encoder::load(&t5, device, dtype)?)))
+                Some(Box::new((tokenizer, T5Encoder::load(&t5, options)?)))
             }
             false => None,
         };

@@ -4,11 +4,12 @@
 
 use std::path::Path;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Tensor};
 use serde::Deserialize;
 
 use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
 use super::layers::{conv3x3, group_norm, joined, linear};
+use super::options::LoadOptions;
 use super::probe::Probe;
 use crate::ops::{Conv2d, Fused, GroupNorm, Linear, Padding, Rows, self_attention};
 
@@ -81,11 +82,11 @@ pub struct VaeEncoder {
 
 impl VaeEncoder {
     /// Loads the encoder of the autoencoder in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let config: VaeConfig = read_json(&path)?;
         config.check(&path)?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", device, dtype)?;
+        let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let (p, groups) = (weights.at("encoder"), config.norm_num_groups);
         let channels = &config.block_out_channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);

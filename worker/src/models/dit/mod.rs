@@ -16,6 +16,7 @@ use self::config::DitConfig;
 use self::names::Names;
 use super::checkpoint::{ModelError, Params, Weights};
 use super::layers::linear;
+use super::options::LoadOptions;
 use super::pass::{Indices, Pass};
 use super::patch::{PatchEmbed, grid_embedding, unpatchify};
 use super::probe::Probe;
@@ -80,9 +81,9 @@ impl Embedder {
 
 impl Dit {
     /// Loads the transformer in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let config = DitConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", device, dtype)?;
+        let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let names = Names::of(&weights);
         let (width, blocks) = (config.width(), weights.at(names.blocks()));
         let embedders = match names {
@@ -109,8 +110,8 @@ impl Dit {
                 .collect::<Result<_, _>>()?,
             modulation: linear(&weights.at(modulation), width, 2 * width)?,
             proj_out: linear(&weights.at(proj_out), width, outputs)?,
-            device: device.clone(),
-            dtype,
+            device: options.device.clone(),
+            dtype: options.precision.compute,
             config,
         })
     }

@@ -14,6 +14,7 @@ use self::block::{Block, EPS};
 use self::config::MmditConfig;
 use super::checkpoint::{ModelError, Weights};
 use super::layers::linear;
+use super::options::LoadOptions;
 use super::pass::Pass;
 use super::patch::{PatchEmbed, unpatchify};
 use super::probe::Probe;
@@ -64,9 +65,9 @@ impl ContextCache {
 
 impl Mmdit {
     /// Loads the transformer in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let config = MmditConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", device, dtype)?;
+        let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let (width, max, patch) = (config.width(), config.pos_embed_max_size, weights.at("pos_embed"));
         let (embed, blocks) = (weights.at("time_text_embed"), weights.at("transformer_blocks"));
         let outputs = config.patch_size * config.patch_size * config.outputs();
@@ -79,8 +80,8 @@ impl Mmdit {
             blocks: (0..config.num_layers).map(|i| Block::load(&blocks.at(i), i, &config)).collect::<Result<_, _>>()?,
             modulation: linear(&weights.at("norm_out.linear"), width, 2 * width)?,
             proj_out: linear(&weights.at("proj_out"), width, outputs)?,
-            device: device.clone(),
-            dtype,
+            device: options.device.clone(),
+            dtype: options.precision.compute,
             config,
         })
     }

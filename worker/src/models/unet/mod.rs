@@ -24,6 +24,7 @@ use self::flow::{Batch, Flow, Shifts};
 use self::resnet::Slots;
 use super::checkpoint::{ModelError, Weights};
 use super::layers::{conv3x3, group_norm};
+use super::options::LoadOptions;
 use super::pass::{Indices, Pass};
 use super::probe::Probe;
 use super::text::TextEmbeddings;
@@ -52,9 +53,9 @@ pub struct Unet {
 
 impl Unet {
     /// Loads the UNet in `dir`.
-    pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
+    pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let config = UnetConfig::read(&dir.join("config.json"))?;
-        let weights = Weights::open(dir, "diffusion_pytorch_model", device, dtype)?;
+        let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let (first, count) = (config.levels[0].channels, config.levels.len());
         let mut slots = Slots::default();
         let mut down = Vec::new();
@@ -81,8 +82,8 @@ impl Unet {
             sinusoid,
             time: EmbeddingMlp::load(&weights.at("time_embedding"), first, 4 * first)?,
             addition,
-            device: device.clone(),
-            dtype,
+            device: options.device.clone(),
+            dtype: options.precision.compute,
             conv_in: conv3x3(&weights.at("conv_in"), inputs, first, 1, Padding::Around)?,
             down,
             mid,

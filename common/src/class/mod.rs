@@ -1,9 +1,13 @@
 //! Classes and their prompts, read from the file the user gives.
 
+mod labels;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::labels::ModelLabels;
 
 use crate::ids::{ClassIndex, PromptIndex};
 
@@ -66,6 +70,28 @@ pub enum ClassError {
         line: u64,
         /// What is wrong and what would be right.
         problem: String,
+    },
+    /// A configuration of the model is not the JSON that was expected.
+    #[error("reading {path}: {source}")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: serde_json::Error,
+    },
+    /// A class the class-conditional model does not have.
+    #[error(
+        "class file{}: the model has no class {label}: use its labels 0 to {} (or names), or map them with --class-map",
+        .line.map_or(String::new(), |line| format!(", line {line}")),
+        .count.saturating_sub(1)
+    )]
+    NoLabel {
+        /// 1-based line, where it is known.
+        line: Option<u64>,
+        /// As given.
+        label: String,
+        /// How many labels there are.
+        count: u32,
     },
     /// The file holds no class.
     #[error(
@@ -140,17 +166,7 @@ impl Classes {
         prompt: Option<&str>,
         templates: &[String],
     ) -> Result<(), ClassError> {
-        if name.is_empty() {
-            return Err(ClassError::Row { line, problem: "the class name is empty".into() });
-        }
-        match self.names.get(&index) {
-            Some(other) if other != name => {
-                let problem =
-                    format!("class {index} is '{name}' here and '{other}' above: give each class its own classidx");
-                return Err(ClassError::Row { line, problem });
-            }
-            _ => self.names.insert(index, name.to_owned()),
-        };
+        self.name_class(line, index, name)?;
         if templates.is_empty() {
             let text = prompt.map_or_else(|| DEFAULT_TEMPLATE.replace("{}", name), str::to_owned);
             self.prompts.push(Prompt { text, class: index, label: None });
@@ -164,6 +180,24 @@ impl Classes {
             }
         }
         Ok(())
+    }
+
+    /// Notes a class' name, which must not differ from an earlier row's.
+    fn name_class(&mut self, line: u64, index: ClassIndex, name: &str) -> Result<(), ClassError> {
+        if name.is_empty() {
+            return Err(ClassError::Row { line, problem: "the class name is empty".into() });
+        }
+        match self.names.get(&index) {
+            Some(other) if other != name => {
+                let problem =
+                    format!("class {index} is '{name}' here and '{other}' above: give each class its own classidx");
+                Err(ClassError::Row { line, problem })
+            }
+            _ => {
+                self.names.insert(index, name.to_owned());
+                Ok(())
+            }
+        }
     }
 
     /// The class of a prompt.

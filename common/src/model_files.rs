@@ -1,0 +1,141 @@
+//! Which files of a model in diffusers' layout a job reads: these are fetched, and these decide its fingerprint.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The file that names a model's components.
+pub const MODEL_INDEX: &str = "model_index.json";
+
+/// The names that diffusers and transformers give a component's weights.
+const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+
+/// Components that no evaluation runs.
+const UNUSED: [&str; 3] = ["safety_checker", "feature_extractor", "image_encoder"];
+
+/// The components that a `model_index.json` names: entries like `"unet": ["diffusers", "UNet2DConditionModel"]`.
+pub fn components(model_index: &[u8]) -> Result<BTreeSet<String>, serde_json::Error> {
+    let index: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(model_index)?;
+    let present = |value: &serde_json::Value| value.get(1).is_some_and(|class| !class.is_null());
+    Ok(index.into_iter().filter(|(_, value)| present(value)).map(|(name, _)| name).collect())
+}
+
+/// Those of a model's `files` (paths with `/`) that are read, sorted: configurations, tokenizers, and each component's
+/// weights in one variant, plain rather than fp16.
+pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
+    let mut chosen: Vec<String> = files.iter().filter(|file| *file == MODEL_INDEX).cloned().collect();
+    for component in components.iter().filter(|component| !UNUSED.contains(&component.as_str())) {
+        let inside: Vec<&str> = files.iter().filter_map(|file| plain_name(file, component)).collect();
+        let weights: Vec<&str> = STEMS.iter().flat_map(|stem| weights(&inside, stem)).collect();
+        let other = |name: &str| {
+            let extension = Path::new(name).extension().unwrap_or_default();
+            ["json", "txt", "model"].iter().any(|e| extension == *e) && !name.contains(".safetensors.index.")
+        };
+        let names = inside.iter().filter(|name| weights.contains(name) || other(name));
+        chosen.extend(names.map(|name| format!("{component}/{name}")));
+    }
+    chosen.sort();
+    chosen
+}
+
+/// The name of a file directly inside a component.
+fn plain_name<'a>(file: &'a str, component: &str) -> Option<&'a str> {
+    let name = file.strip_prefix(component)?.strip_prefix('/')?;
+    (!component.starts_with('.') && !name.is_empty() && !name.contains(['/', '\\']) && name != "..").then_some(name)
+}
+
+/// The files of one variant of a component's weights, in the order of preference that loading has.
+fn weights<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
+    for variant in ["", ".fp16"] {
+        let whole = format!("{stem}{variant}.safetensors");
+        if let Some(name) = names.iter().find(|name| **name == whole) {
+            return vec![name];
+        }
+        let index = format!("{stem}.safetensors.index{variant}.json");
+        if names.contains(&index.as_str()) {
+            // The index, which alone knows the shards' names, may not be here yet.
+            let shard = |name: &&str| {
+                name.ends_with(".safetensors")
+                    && !name.contains("non_ema")
+                    && name.contains(".fp16") != variant.is_empty()
+            };
+            return names.iter().copied().filter(|name| shard(name) || *name == index).collect();
+        }
+    }
+    Vec::new()
+}
+
+/// The needed files of a local model, relative to it; with the path that could not be read otherwise.
+pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
+    let index = root.join(MODEL_INDEX);
+    let bytes = std::fs::read(&index).map_err(|source| (index.clone(), source))?;
+    let components = components(&bytes).map_err(|error| (index, io::Error::from(error)))?;
+    let mut files = vec![MODEL_INDEX.to_owned()];
+    for component in &components {
+        let directory = root.join(component);
+        let failed = |source| (directory.clone(), source);
+        // A component that is missing is named when it is loaded, if it is loaded at all.
+        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
+        for entry in entries {
+            files.push(format!("{component}/{}", entry.map_err(failed)?.file_name().to_string_lossy()));
+        }
+    }
+    Ok(needed(&files, &components))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(files: &[&str]) -> Vec<String> {
+        let index = br#"{"_class_name": "X", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"],
+            "scheduler": ["diffusers", "S"], "safety_checker": ["x", "y"], "image_encoder": [null, null]}"#;
+        needed(&files.iter().map(|f| (*f).to_owned()).collect::<Vec<_>>(), &components(index).unwrap())
+    }
+
+    #[test]
+    fn only_what_is_read_is_chosen() {
+        let found = chosen(&[
+            "model_index.json",
+            "README.md",
+            "v1-5-pruned.safetensors",
+            "v1-5-pruned.ckpt",
+            "scheduler/scheduler_config.json",
+            "safety_checker/config.json",
+            "safety_checker/model.safetensors",
+            "vae_1_0/config.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.bin",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.non_ema.safetensors",
+            "unet/../escape.json",
+            "text_encoder/model.fp16.safetensors",
+            "text_encoder/model.onnx",
+        ]);
+        assert_eq!(
+            found,
+            [
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                "text_encoder/model.fp16.safetensors",
+                "unet/config.json",
+                "unet/diffusion_pytorch_model.safetensors",
+            ]
+        );
+    }
+
+    #[test]
+    fn shards_come_with_their_index_in_one_variant() {
+        let (index, half) = (
+            "unet/diffusion_pytorch_model.safetensors.index.json",
+            "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+        );
+        let (plain, fp16) = (
+            "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        );
+        assert_eq!(chosen(&[index, half, plain, fp16]), [plain, index]);
+        assert_eq!(chosen(&[half, plain, fp16]), [fp16, half]);
+    }
+}

@@ -1,0 +1,102 @@
+//! A model below a URL of an object store, or of a web server.
+
+use std::collections::BTreeSet;
+
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
+use url::Url;
+
+use super::{Body, Listing, RemoteFile, SourceError};
+use crate::model_files::{self, MODEL_INDEX};
+use crate::store::{Location, Store, StoreError};
+
+/// What components may consist of: web servers list nothing, so these are asked for one by one.
+const USUAL: [&str; 12] = [
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "model.safetensors",
+    "model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+];
+
+/// A prefix with a model.
+#[derive(Debug)]
+pub(super) struct Mirror {
+    url: Url,
+    store: Store,
+}
+
+impl Mirror {
+    /// Opens a URL.
+    pub(super) fn open(url: &Url) -> Result<Self, SourceError> {
+        Ok(Self { url: url.clone(), store: Store::open(&Location::Remote(url.clone()))? })
+    }
+
+    /// The model's files, named by their etags.
+    pub(super) async fn list(&self) -> Result<Listing, SourceError> {
+        let store = self.store.inner();
+        let mut found: Vec<ObjectMeta> = match self.url.scheme() {
+            "http" | "https" => self.probe(&*store).await?,
+            _ => store.list(None).try_collect().await.map_err(|source| failed("listing", "", source))?,
+        };
+        found.sort_by(|a, b| a.location.cmp(&b.location));
+        let mut revision = blake3::Hasher::new();
+        let file = |meta: ObjectMeta| {
+            let version = meta.e_tag.clone().unwrap_or_else(|| format!("{} {}", meta.last_modified, meta.size));
+            let key = blake3::hash(format!("{}\n{version}", meta.location).as_bytes()).to_hex().to_string();
+            revision.update(key.as_bytes());
+            RemoteFile { path: meta.location.to_string(), key, size: Some(meta.size), etag: meta.e_tag }
+        };
+        let files = found.into_iter().map(file).collect();
+        Ok(Listing { files, revision: revision.finalize().to_hex()[..40].to_owned() })
+    }
+
+    /// The usual files that a web server has.
+    async fn probe(&self, store: &dyn ObjectStore) -> Result<Vec<ObjectMeta>, SourceError> {
+        let index = Path::from(MODEL_INDEX);
+        let Some(bytes) = self.store.read(&index).await? else { return Ok(Vec::new()) };
+        let components = model_files::components(&bytes)
+            .map_err(|source| SourceError::Index { model: self.store.location().to_string(), source })?;
+        let usual = components.iter().flat_map(|component| USUAL.map(|name| format!("{component}/{name}")));
+        let all: Vec<String> = usual.chain([MODEL_INDEX.to_owned()]).collect();
+        let wanted: BTreeSet<String> = model_files::needed(&all, &components)
+            .into_iter()
+            .chain(
+                // Whether the plain variant is there is known only after asking.
+                all.iter().filter(|path| path.contains(".fp16.")).cloned(),
+            )
+            .collect();
+        let mut found = Vec::new();
+        for path in wanted {
+            match store.head(&Path::from(path.as_str())).await {
+                Ok(meta) => found.push(meta),
+                Err(object_store::Error::NotFound { .. }) => {}
+                Err(source) => return Err(failed("reading", &path, source)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// A file's content from `from` on, as long as it is the version that was listed.
+    pub(super) async fn read(&self, file: &RemoteFile, from: u64) -> Result<Body, SourceError> {
+        let path = file.path.clone();
+        let range = (from > 0).then_some(GetRange::Offset(from));
+        let options = GetOptions { range, if_match: file.etag.clone(), ..GetOptions::default() };
+        let found = self.store.inner().get_opts(&Path::from(path.as_str()), options).await;
+        let found = found.map_err(|source| failed("reading", &path, source))?;
+        let from = found.range.start;
+        Ok(Body { from, chunks: found.into_stream().map_err(move |source| failed("reading", &path, source)).boxed() })
+    }
+}
+
+fn failed(action: &'static str, path: &str, source: object_store::Error) -> SourceError {
+    StoreError::Object { action, path: path.to_owned(), source }.into()
+}

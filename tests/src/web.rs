@@ -1,0 +1,161 @@
+//! A web server for one test: the Hugging Face hub's two kinds of GET, and plain files.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use serde_json::json;
+
+/// The files of one revision of a repository, by path.
+pub type Files = BTreeMap<String, Vec<u8>>;
+
+/// What a server has, and what it was asked.
+#[derive(Debug, Default)]
+pub struct Site {
+    /// Repositories as `owner/name`, with their revisions' commits and files.
+    pub models: BTreeMap<String, BTreeMap<String, (String, Files)>>,
+    /// The token without which the repositories below `private/` are refused.
+    pub token: String,
+    /// Bytes after which the first answer longer than that breaks off.
+    pub cut: Mutex<Option<usize>>,
+    /// Paths asked for, with the range if one was.
+    pub asked: Mutex<Vec<String>>,
+}
+
+/// A running server; it stops when dropped.
+#[derive(Debug)]
+pub struct Web {
+    /// What it serves.
+    pub site: Arc<Site>,
+    /// Its URL.
+    pub url: String,
+    stopped: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Web {
+    /// Starts serving.
+    pub fn start(site: Site) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let (site, stopped) = (Arc::new(site), Arc::new(AtomicBool::new(false)));
+        let (serving, ending) = (Arc::clone(&site), Arc::clone(&stopped));
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if ending.load(Ordering::Relaxed) {
+                    return;
+                }
+                let site = Arc::clone(&serving);
+                // A client that goes away is no error here.
+                std::thread::spawn(move || drop(stream.and_then(|stream| site.answer(stream))));
+            }
+        });
+        Self { site, url, stopped, thread: Some(thread) }
+    }
+
+    /// What was asked for so far.
+    pub fn asked(&self) -> Vec<String> {
+        self.site.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Web {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.url.trim_start_matches("http://"));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a request says.
+#[derive(Debug, Default)]
+struct Request {
+    head: bool,
+    path: String,
+    from: usize,
+    token: String,
+}
+
+impl Site {
+    fn answer(&self, mut stream: TcpStream) -> std::io::Result<()> {
+        let request = read(&stream)?;
+        let note =
+            if request.from > 0 { format!("{} from {}", request.path, request.from) } else { request.path.clone() };
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(note);
+        let (status, body) = match self.find(&request) {
+            Ok(body) if request.from > 0 => (206, body),
+            Ok(body) => (200, body),
+            Err(status) => (status, Vec::new()),
+        };
+        let (from, total) = (request.from.min(body.len()), body.len());
+        let mut part = &body[from..];
+        write!(stream, "HTTP/1.1 {status} -\r\nConnection: close\r\nContent-Length: {}\r\n", part.len())?;
+        write!(stream, "ETag: \"{total}\"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\n")?;
+        write!(stream, "Content-Range: bytes {from}-{}/{total}\r\n\r\n", total.saturating_sub(1))?;
+        let mut cut = self.cut.lock().unwrap_or_else(PoisonError::into_inner);
+        if cut.is_some_and(|cut| cut < part.len()) {
+            part = &part[..cut.take().unwrap_or_default()];
+        }
+        if request.head { Ok(()) } else { stream.write_all(part) }
+    }
+
+    fn find(&self, request: &Request) -> Result<Vec<u8>, u16> {
+        let path = request.path.split('?').next().unwrap_or_default();
+        let parts: Vec<&str> = path.trim_start_matches('/').splitn(5, '/').collect();
+        match parts[..] {
+            ["api", "models", owner, name, rest] => {
+                let (commit, files) = self.revision(owner, name, rest.trim_start_matches("revision/"), request)?;
+                let file = |(path, bytes): (&String, &Vec<u8>)| json!({ "rfilename": path, "size": bytes.len() });
+                let siblings: Vec<_> = files.iter().map(file).collect();
+                Ok(json!({ "sha": commit, "siblings": siblings }).to_string().into_bytes())
+            }
+            [owner, name, "resolve", commit, file] => {
+                let (_, files) = self.revision(owner, name, commit, request)?;
+                files.get(file).cloned().ok_or(404)
+            }
+            _ => {
+                let (model, file) = path.trim_start_matches("/plain/").split_once('/').ok_or(404u16)?;
+                let (_, files) = self.revision("plain", model, "main", request)?;
+                files.get(file).cloned().ok_or(404)
+            }
+        }
+    }
+
+    fn revision(&self, owner: &str, name: &str, revision: &str, request: &Request) -> Result<&(String, Files), u16> {
+        if owner == "private" && request.token != format!("Bearer {}", self.token) {
+            return Err(401);
+        }
+        let model = self.models.get(&format!("{owner}/{name}")).ok_or(404u16)?;
+        let commit = || model.values().find(|(commit, _)| commit == revision);
+        model.get(revision).or_else(commit).ok_or(404)
+    }
+}
+
+fn read(stream: &TcpStream) -> std::io::Result<Request> {
+    let mut request = Request::default();
+    for (i, line) in BufReader::new(stream).lines().enumerate() {
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        let (name, value) = line.split_once(' ').unwrap_or_default();
+        match (i, name.to_ascii_lowercase().as_str()) {
+            (0, method) => {
+                request.head = method == "head";
+                request.path = value.split(' ').next().unwrap_or_default().to_owned();
+            }
+            (_, "authorization:") => request.token = value.to_owned(),
+            (_, "range:") => {
+                let from = value.trim_start_matches("bytes=").split('-').next().unwrap_or_default();
+                request.from = from.parse().unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    Ok(request)
+}

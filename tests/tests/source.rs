@@ -1,0 +1,154 @@
+//! Models from the Hugging Face hub and from URLs, over HTTP: fetched once, resumed, and used without the network.
+
+#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+
+use elbo_tests::web::{Files, Site, Web};
+use elbo_tests::{classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr};
+use tempfile::TempDir;
+
+const COMMIT: &str = "1111111111111111111111111111111111111111";
+const OLD: &str = "2222222222222222222222222222222222222222";
+
+/// The digits model, with files beside it that nobody reads.
+fn digits() -> Files {
+    let mut files = Files::new();
+    for entry in sorted(&model()) {
+        let name = entry.file_name().unwrap().to_string_lossy().into_owned();
+        if entry.is_dir() {
+            for file in sorted(&entry) {
+                let path = format!("{name}/{}", file.file_name().unwrap().to_string_lossy());
+                files.insert(path, std::fs::read(file).unwrap());
+            }
+        } else {
+            files.insert(name, std::fs::read(entry).unwrap());
+        }
+    }
+    for unread in ["README.md", "digits.safetensors", "unet/diffusion_pytorch_model.bin", "vae/model.onnx"] {
+        files.insert(unread.to_owned(), b"nobody reads this".to_vec());
+    }
+    files
+}
+
+/// A hub with the digits, of which an old version has 500 timesteps.
+fn site() -> Site {
+    let mut old = digits();
+    let scheduler = old.get_mut("scheduler/scheduler_config.json").unwrap();
+    *scheduler = String::from_utf8(scheduler.clone()).unwrap().replace("1000", "500").into_bytes();
+    let main = BTreeMap::from([("main".to_owned(), (COMMIT.to_owned(), digits()))]);
+    let mut versions = main.clone();
+    versions.insert("v1".into(), (OLD.into(), old));
+    let models = [("test/digits", versions), ("private/digits", main.clone()), ("plain/digits", main)];
+    Site {
+        models: models.into_iter().map(|(name, revisions)| (name.to_owned(), revisions)).collect(),
+        token: "secret".into(),
+        ..Site::default()
+    }
+}
+
+/// `elbo` with a hub and caches of its own.
+fn elbo_with(url: &str, home: &Path) -> Command {
+    let mut command = elbo();
+    for variable in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_HUB_OFFLINE"] {
+        command.env_remove(variable);
+    }
+    command.env("HF_ENDPOINT", url).env("HF_HOME", home.join("hf")).env("ELBO_CACHE", home.join("elbo"));
+    command.env("ALLOW_HTTP", "true");
+    command
+}
+
+/// `elbo label` of a few images with a model from somewhere.
+fn label(url: &str, home: &Path, model: &str, images: &Path, out: &Path) -> Command {
+    let mut flags = job_flags(images, out);
+    let at = flags.iter().position(|f| f == "--model").unwrap();
+    flags[at + 1] = model.to_owned();
+    let mut command = elbo_with(url, home);
+    command.arg("label").args(flags);
+    command
+}
+
+/// `elbo plan` of one stage with so many timesteps.
+fn plan(url: &str, home: &Path, model: &str, samples: &str) -> Command {
+    let mut command = elbo_with(url, home);
+    command.args(["plan", "--model", model, "--keep", "1", "--samples", samples, "--classes"]).arg(classes());
+    command
+}
+
+#[test]
+fn a_hub_model_is_fetched_once_and_gives_the_same_bytes_without_the_hub() {
+    let (home, images) = (TempDir::new().unwrap(), some_images(1));
+    let out = |name: &str| home.path().join(name);
+    let web = Web::start(Site { cut: Mutex::new(Some(500_000)), ..site() });
+    let (url, name) = (web.url.clone(), "hf://test/digits");
+    let first = run_ok(&mut label(&url, home.path(), name, images.path(), &out("first")));
+    assert!(
+        stderr(&first).contains("fetching unet/diffusion_pytorch_model.safetensors (2.2 MB)"),
+        "{}",
+        stderr(&first)
+    );
+    let asked = web.asked();
+    assert!(asked.iter().any(|path| path.contains("safetensors from 500000")), "not resumed: {asked:?}");
+    for unread in ["README", "digits.safetensors", ".bin", ".onnx"] {
+        assert!(!asked.iter().any(|path| path.contains(unread)), "{unread} was fetched");
+    }
+    let (before, again) = (asked.len(), run_ok(&mut label(&url, home.path(), name, images.path(), &out("first"))));
+    assert!(!stderr(&again).contains("fetching"), "{}", stderr(&again));
+    assert_eq!(web.asked().len(), before + 1, "more than the listing was asked for again");
+    drop(web);
+
+    let offline = run_ok(&mut label(&url, home.path(), name, images.path(), &out("offline")));
+    assert!(stderr(&offline).contains("using the copy in"), "{}", stderr(&offline));
+    run_ok(label(&url, home.path(), name, images.path(), &out("asked")).env("HF_HUB_OFFLINE", "1"));
+    let local = model().to_string_lossy().into_owned();
+    run_ok(&mut label(&url, home.path(), &local, images.path(), &out("local")));
+    for name in ["offline", "asked", "local"] {
+        assert_eq!(results(&out("first")), results(&out(name)), "{name}");
+    }
+    let job = std::fs::read_to_string(out("first").join("job.json")).unwrap();
+    assert!(job.contains("\"hf://test/digits\""));
+}
+
+#[test]
+fn the_revision_decides_and_a_plan_fetches_the_schedule_alone() {
+    let (home, web) = (TempDir::new().unwrap(), Web::start(site()));
+    run_ok(&mut plan(&web.url, home.path(), "hf://test/digits", "600"));
+    for revision in ["v1", OLD] {
+        let old = run(&mut plan(&web.url, home.path(), &format!("hf://test/digits@{revision}"), "600"));
+        assert!(stderr(&old).contains("500 timesteps"), "{}", stderr(&old));
+    }
+    assert!(!web.asked().iter().any(|path| path.contains("safetensors")));
+    let blobs = home.path().join("hf/hub/models--test--digits/blobs");
+    assert!(sorted(&blobs).len() >= 3);
+}
+
+#[test]
+fn a_refusal_names_the_token_and_an_unknown_model_its_name() {
+    let (home, web) = (TempDir::new().unwrap(), Web::start(site()));
+    let refused = run(&mut plan(&web.url, home.path(), "hf://private/digits", "10"));
+    assert_eq!(refused.status.code(), Some(1));
+    for word in ["HF_TOKEN", "private/digits", "licence"] {
+        assert!(stderr(&refused).contains(word), "{}", stderr(&refused));
+    }
+    run_ok(plan(&web.url, home.path(), "hf://private/digits", "10").env("HF_TOKEN", "secret"));
+    std::fs::write(home.path().join("hf/token"), "secret\n").unwrap();
+    run_ok(&mut plan(&web.url, home.path(), "hf://private/digits", "10"));
+
+    let unknown = run(&mut plan(&web.url, home.path(), "hf://test/nothing", "10"));
+    assert!(stderr(&unknown).contains("no model test/nothing at revision main"), "{}", stderr(&unknown));
+    let unknown = run(&mut plan(&web.url, home.path(), "hf://test/digits@v9", "10"));
+    assert!(stderr(&unknown).contains("revision v9"), "{}", stderr(&unknown));
+}
+
+#[test]
+fn a_model_at_a_url_is_fetched_once() {
+    let (home, images, web) = (TempDir::new().unwrap(), some_images(1), Web::start(site()));
+    let (url, out) = (format!("{}/plain/digits", web.url), home.path().join("out"));
+    run_ok(&mut label(&web.url, home.path(), &url, images.path(), &out));
+    let again = run_ok(&mut label(&web.url, home.path(), &url, images.path(), &home.path().join("again")));
+    assert!(!stderr(&again).contains("fetching"), "{}", stderr(&again));
+    assert_eq!(results(&out), results(&home.path().join("again")));
+}

@@ -1,0 +1,136 @@
+//! Why a model could not be loaded or run, and what to do about it.
+
+use std::path::PathBuf;
+
+/// Why a model could not be loaded or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// A file of the model directory is missing.
+    #[error("{} is missing: is this a model directory in diffusers' layout?", .0.display())]
+    MissingFile(PathBuf),
+    /// A file could not be read.
+    #[error("reading {}: {source}", .path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A configuration is not the JSON that was expected.
+    #[error("reading {}: {source}", .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: serde_json::Error,
+    },
+    /// A weights file is damaged.
+    #[error("{}: {source}: the file is truncated or damaged; download it again", .path.display())]
+    Weights {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: safetensors::SafeTensorError,
+    },
+    /// A file has the name of a weights file and is something else.
+    #[error("{} is {what}", .path.display())]
+    NotWeights {
+        /// The file.
+        path: PathBuf,
+        /// What it is, and what to do.
+        what: &'static str,
+    },
+    /// A component has weights in another format only.
+    #[error(
+        "{} is a pickle, which is not read: convert the model to safetensors with `python -c \"from diffusers import \
+         DiffusionPipeline as P; P.from_pretrained('IN').save_pretrained('OUT', safe_serialization=True)\"`",
+        .0.display()
+    )]
+    Pickle(PathBuf),
+    /// A shard index names a file that is not there.
+    #[error("{}: the shard {shard} with {key} is missing: download it again", .index.display())]
+    MissingShard {
+        /// The index.
+        index: PathBuf,
+        /// The file it names.
+        shard: String,
+        /// A weight it should hold.
+        key: String,
+    },
+    /// A configuration asks for something this implementation does not do.
+    #[error("{}: {key} = {value} is not supported", .path.display())]
+    Unsupported {
+        /// The configuration.
+        path: PathBuf,
+        /// The setting.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+    /// A weight is missing.
+    #[error("{}: no weight named {key}", .path.display())]
+    MissingKey {
+        /// The weights file.
+        path: PathBuf,
+        /// The weight.
+        key: String,
+    },
+    /// A weight does not have the shape the configuration implies.
+    #[error("{}: {key} has shape {found:?}, the configuration implies {expected:?}", .path.display())]
+    WrongShape {
+        /// The weights file.
+        path: PathBuf,
+        /// The weight.
+        key: String,
+        /// The shape the configuration implies.
+        expected: Vec<usize>,
+        /// The shape in the file.
+        found: Vec<usize>,
+    },
+    /// A weight's data type is not a floating point type that can be read.
+    #[error("{}: {key} is stored as {dtype}; only F32, F16, BF16 and F64 can be read", .path.display())]
+    WrongType {
+        /// The weights file.
+        path: PathBuf,
+        /// The weight.
+        key: String,
+        /// The type found.
+        dtype: String,
+    },
+    /// An adapter does not fit the model or its format is not known.
+    #[error("{}: {message}", .path.display())]
+    Lora {
+        /// The adapter.
+        path: PathBuf,
+        /// What is wrong, with the key.
+        message: String,
+    },
+    /// The tokenizer's files are inconsistent.
+    #[error("tokenizer in {}: {message}", .path.display())]
+    Tokenizer {
+        /// The tokenizer directory.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// The text encoder was dropped already.
+    #[error("the text encoder was dropped after the prompts had been encoded")]
+    NoTextEncoder,
+    /// A class-conditional model was asked for a class it was not trained on.
+    #[error("the model has no class {label}: it was trained on {classes} classes, 0 to {}", .classes.saturating_sub(1))]
+    NoSuchClass {
+        /// As asked for.
+        label: i64,
+        /// How many classes there are.
+        classes: usize,
+    },
+    /// A model was given inputs it has no meaning for.
+    #[error("{0}")]
+    Input(String),
+    /// The model predicted infinities or NaN.
+    #[error("the model's output is not finite: its weights may be damaged, or its inputs out of range")]
+    NotFinite,
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}

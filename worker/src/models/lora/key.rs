@@ -1,0 +1,118 @@
+//! The names that adapters' weights have had.
+
+/// What a key says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    /// The component, where the key names it.
+    pub(super) component: Option<&'static str>,
+    /// The module whose weight is changed, as diffusers calls it.
+    pub(super) module: String,
+    /// Which part of the change it is.
+    pub(super) role: Role,
+}
+
+/// The part of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// A, `[r, in]`.
+    Down,
+    /// B, `[out, r]`.
+    Up,
+    /// A scalar.
+    Alpha,
+}
+
+/// Components that adapters are made for.
+const COMPONENTS: [&str; 5] = ["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"];
+
+/// The ends of keys: what peft appends to a module, and what diffusers' own layers were called.
+const ENDINGS: [(&str, Role); 7] = [
+    (".lora_A.weight", Role::Down),
+    (".lora_B.weight", Role::Up),
+    (".lora_A.default.weight", Role::Down),
+    (".lora_B.default.weight", Role::Up),
+    (".down.weight", Role::Down),
+    (".up.weight", Role::Up),
+    (".alpha", Role::Alpha),
+];
+
+impl Key {
+    /// Reads a key, or says why it can't be.
+    pub(super) fn parse(key: &str) -> Result<Self, String> {
+        if ["lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"].iter().any(|p| key.starts_with(p))
+        {
+            return Err(format!(
+                "{key}: kohya's names are not supported; convert the file by loading it into diffusers with \
+                 load_lora_weights and writing it with save_lora_weights"
+            ));
+        }
+        let unknown =
+            || format!("{key} is not a LoRA weight that is supported (diffusers or peft, without DoRA or biases)");
+        let plain = strip_wrapper(key);
+        let component =
+            COMPONENTS.into_iter().find(|c| plain.strip_prefix(c).is_some_and(|rest| rest.starts_with('.')));
+        let rest = strip_wrapper(component.map_or(plain, |c| &plain[c.len() + 1..]));
+        let find = |(ending, role): (&'static str, Role)| Some((rest.strip_suffix(ending)?, ending, role));
+        let (base, ending, role) = ENDINGS.into_iter().find_map(find).ok_or_else(unknown)?;
+        let module = match old_module(base) {
+            Some(module) => module,
+            // These ends mean something only after the names of diffusers' own layers.
+            None if ending == ".down.weight" || ending == ".up.weight" => return Err(unknown()),
+            None => base.to_owned(),
+        };
+        Ok(Self { component, module, role })
+    }
+}
+
+/// What peft's wrapper puts before a module.
+fn strip_wrapper(key: &str) -> &str {
+    key.strip_prefix("base_model.model.").unwrap_or(key)
+}
+
+/// The module that one of diffusers' own LoRA layers belonged to.
+fn old_module(layer: &str) -> Option<String> {
+    if let Some(module) = layer.strip_suffix(".lora").or_else(|| layer.strip_suffix(".lora_linear_layer")) {
+        return Some(module.to_owned());
+    }
+    let (attention, name) = layer.strip_suffix("_lora")?.rsplit_once('.')?;
+    let attention = attention.strip_suffix(".processor").unwrap_or(attention);
+    let name = match (attention.ends_with("self_attn"), name) {
+        (true, "to_q") => "q_proj",
+        (true, "to_k") => "k_proj",
+        (true, "to_v") => "v_proj",
+        (true, "to_out") => "out_proj",
+        (false, "to_out") => "to_out.0",
+        (_, name) => name,
+    };
+    Some(format!("{attention}.{name}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_generations_of_names_are_read() {
+        let cases = [
+            ("unet.a.attn1.to_q.lora_A.weight", Some("unet"), "a.attn1.to_q", Role::Down),
+            ("unet.a.to_out.0.lora.up.weight", Some("unet"), "a.to_out.0", Role::Up),
+            ("a.attn1.processor.to_out_lora.down.weight", None, "a.attn1.to_out.0", Role::Down),
+            ("text_encoder.t.self_attn.to_v_lora.up.weight", Some("text_encoder"), "t.self_attn.v_proj", Role::Up),
+            ("text_encoder_2.t.q_proj.lora_linear_layer.up.weight", Some("text_encoder_2"), "t.q_proj", Role::Up),
+            ("base_model.model.a.proj_in.lora_B.default.weight", None, "a.proj_in", Role::Up),
+            ("transformer.base_model.model.x.alpha", Some("transformer"), "x", Role::Alpha),
+            ("unet.a.attn1.processor.to_k_lora.alpha", Some("unet"), "a.attn1.to_k", Role::Alpha),
+        ];
+        for (key, component, module, role) in cases {
+            assert_eq!(Key::parse(key), Ok(Key { component, module: module.to_owned(), role }), "{key}");
+        }
+    }
+
+    #[test]
+    fn other_names_are_refused() {
+        assert!(Key::parse("lora_unet_mid_block.lora_down.weight").unwrap_err().contains("save_lora_weights"));
+        for key in ["unet.a.lora_magnitude_vector", "unet.a.dora_scale", "unet.a.lora_B.bias", "unet.a.down.weight"] {
+            assert!(Key::parse(key).unwrap_err().contains(key));
+        }
+    }
+}
