@@ -16,6 +16,7 @@ use crate::client::{CallError, Client, ClientError};
 use crate::engine::{BlockEvent, Engine, EngineStopped, Problem};
 use crate::latent::LatentCache;
 use crate::prepare::{BlockError, Preparer};
+use crate::preprocess::Preprocessing;
 use crate::problem::ProblemError;
 use crate::report::{Finding, Held, LeaseKey, Reporter};
 
@@ -155,7 +156,7 @@ async fn work(
         engine: Arc::clone(&engine),
         cache: LatentCache::new(LATENT_BYTES, problem.model.latent_shape().iter().product()),
         reader: Reader::new(),
-        size: problem.model.native_size() as u32,
+        preprocessing: Preprocessing::stable_diffusion(problem.model.native_size() as u32),
         slots: problem.rounds.iter().map(|r| r.slots.len()).collect(),
         prompts: problem.prompts.len(),
     });
