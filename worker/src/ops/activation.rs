@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use pulp::Simd;
 
 use super::cpu::{is_cpu_f32, values};
-use super::math::{Kernel, dispatch, gelu, quick_gelu, silu};
+use super::math::{Kernel, dispatch, gelu, gelu_tanh, quick_gelu, silu};
 
 /// An elementwise activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub enum Activation {
     Silu,
     /// `x Phi(x)`, with the exact normal distribution function.
     Gelu,
+    /// `x Phi(x)`, with the normal distribution function approximated by a hyperbolic tangent.
+    GeluTanh,
     /// `x sigmoid(1.702 x)`.
     QuickGelu,
 }
@@ -30,6 +32,7 @@ pub(crate) fn plain(x: &Tensor, activation: Activation) -> Result<Tensor> {
     match activation {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
         Activation::QuickGelu => x / ((x * -1.702)?.exp()? + 1.0)?,
     }
 }
@@ -75,6 +78,7 @@ impl Kernel for InPlace<'_> {
         match self.activation {
             Activation::Silu => self.values.iter_mut().for_each(|v| *v = silu(*v)),
             Activation::Gelu => self.values.iter_mut().for_each(|v| *v = gelu(*v)),
+            Activation::GeluTanh => self.values.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
             Activation::QuickGelu => self.values.iter_mut().for_each(|v| *v = quick_gelu(*v)),
         }
     }

@@ -89,6 +89,14 @@ pub(crate) fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
+/// x * Phi(x) with torch's approximation `Phi(x) = (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`.
+#[inline(always)]
+pub(crate) fn gelu_tanh(x: f32) -> f32 {
+    const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
+    let cubic = (x * x * x).mul_add(0.044_715, x);
+    x / (1.0 + exp(-TWICE_SQRT_2_OVER_PI * cubic))
+}
+
 /// The error function, absolute error below 5e-7: the odd rational minimax approximation on [-4, 4] used by XLA and Eigen.
 #[inline(always)]
 pub(crate) fn erf(x: f32) -> f32 {

@@ -144,7 +144,7 @@ fn group_norm_splits_only_between_groups() {
 #[test]
 fn activations_match_plain() {
     let x = (random((5, 77, 26), 1) * 5.0).unwrap();
-    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::QuickGelu] {
         assert_close(&activate(&x, activation).unwrap(), &activate(&wide(&x), activation).unwrap(), 5e-7);
     }
     assert_close(&geglu(&x).unwrap(), &geglu(&wide(&x)).unwrap(), 5e-7);
