@@ -231,6 +231,18 @@ impl Params<'_> {
 
     /// The weight `name`, stored in one of several shapes; it is returned in the first.
     pub fn get_any(&self, name: &str, shapes: &[&[usize]]) -> Result<Tensor, ModelError> {
+        let stored = self.stored(name, shapes)?;
+        Ok(stored.to_dtype(self.weights.dtype)?.to_device(&self.weights.device)?)
+    }
+
+    /// The single value `name`, not rounded to the layers' type.
+    pub(crate) fn scalar(&self, name: &str) -> Result<f32, ModelError> {
+        let value = self.stored(name, &[&[], &[1]])?;
+        Ok(value.to_dtype(DType::F32)?.to_scalar()?)
+    }
+
+    /// A weight as the file has it, on the CPU.
+    fn stored(&self, name: &str, shapes: &[&[usize]]) -> Result<Tensor, ModelError> {
         let (weights, key) = (self.weights, self.name(name));
         let expected = shapes.first().copied().unwrap_or_default();
         let Some((shard, info)) = weights.tensors.get(&key) else {
@@ -250,8 +262,7 @@ impl Params<'_> {
         };
         let (start, end) = info.data_offsets;
         let bytes = weights.shards.get(*shard).and_then(|s| s.bytes.get(s.data + start..s.data + end));
-        let tensor = Tensor::from_raw_buffer(bytes.unwrap_or_default(), dtype, expected, &Device::Cpu)?;
-        Ok(tensor.to_dtype(weights.dtype)?.to_device(&weights.device)?)
+        Ok(Tensor::from_raw_buffer(bytes.unwrap_or_default(), dtype, expected, &Device::Cpu)?)
     }
 
     fn name(&self, name: impl std::fmt::Display) -> String {

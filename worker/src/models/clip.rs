@@ -8,10 +8,11 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
-use super::layers::{joined, layer_norm, linear};
+use super::checkpoint::{ModelError, Weights, read_json, unsupported};
+use super::encoder::{EncoderConfig, EncoderLayer, activation};
+use super::layers::layer_norm;
 use super::probe::Probe;
-use crate::ops::{Activation, LayerNorm, Linear, Rows, activate, self_attention};
+use crate::ops::LayerNorm;
 
 /// What this needs of the text encoder's `config.json`, with transformers' defaults.
 #[derive(Debug, Deserialize)]
@@ -47,20 +48,8 @@ impl Default for ClipConfig {
 pub struct ClipTextModel {
     tokens: Tensor,
     positions: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
     final_norm: LayerNorm,
-}
-
-#[derive(Debug)]
-struct Layer {
-    heads: usize,
-    activation: Activation,
-    norm1: LayerNorm,
-    qkv: Linear,
-    out: Linear,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
 }
 
 impl ClipTextModel {
@@ -68,19 +57,22 @@ impl ClipTextModel {
     pub fn load(dir: &Path, device: &Device, dtype: DType) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let config: ClipConfig = read_json(&path)?;
-        let activation = match config.hidden_act.as_str() {
-            "quick_gelu" => Activation::QuickGelu,
-            "gelu" => Activation::Gelu,
-            other => return Err(unsupported(&path, "hidden_act", other)),
-        };
         let (width, heads) = (config.hidden_size, config.num_attention_heads);
         if heads == 0 || !width.is_multiple_of(heads) {
             return Err(unsupported(&path, "num_attention_heads", heads));
         }
+        let layer = EncoderConfig {
+            width,
+            inner: config.intermediate_size,
+            heads,
+            eps: config.layer_norm_eps,
+            activation: activation(&path, &config.hidden_act)?,
+            causal: true,
+        };
         let weights = Weights::open(dir, "model", device, dtype)?;
         let p = weights.at("text_model");
         let (embeddings, layers) = (p.at("embeddings"), p.at("encoder.layers"));
-        let layer = |i| Layer::load(&layers.at(i), &config, activation);
+        let layer = |i| EncoderLayer::load(&layers.at(i), &layer);
         Ok(Self {
             tokens: embeddings.at("token_embedding").get("weight", &[config.vocab_size, width])?,
             positions: embeddings.at("position_embedding").get("weight", &[config.max_position_embeddings, width])?,
@@ -108,31 +100,5 @@ impl ClipTextModel {
             probe.see(|| format!("layers.{i}"), &h);
         }
         Ok(self.final_norm.forward(&h)?)
-    }
-}
-
-impl Layer {
-    fn load(p: &Params<'_>, config: &ClipConfig, activation: Activation) -> Result<Self, ModelError> {
-        let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let attention = p.at("self_attn");
-        let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| attention.at(name));
-        Ok(Self {
-            heads: config.num_attention_heads,
-            activation,
-            norm1: layer_norm(&p.at("layer_norm1"), width, eps)?,
-            qkv: joined(&qkv, width, width, true)?,
-            out: linear(&attention.at("out_proj"), width, width)?,
-            norm2: layer_norm(&p.at("layer_norm2"), width, eps)?,
-            fc1: linear(&p.at("mlp.fc1"), width, inner)?,
-            fc2: linear(&p.at("mlp.fc2"), inner, width)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let qkv = self.qkv.forward(&self.norm1.forward(x)?, None)?;
-        let h = self_attention(&qkv, self.heads, true)?;
-        let x = self.out.forward(&h, Some(Rows::direct(x)))?;
-        let h = activate(&self.fc1.forward(&self.norm2.forward(&x)?, None)?, self.activation)?;
-        self.fc2.forward(&h, Some(Rows::direct(&x)))
     }
 }

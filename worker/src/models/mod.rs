@@ -1,11 +1,13 @@
-//! The models, as diffusers stores them.
+//! The models, as diffusers, transformers and OpenCLIP store them.
 //!
-//! Everything is loaded from a model directory in diffusers' layout and checked on the way: a missing file or weight, a
+//! Everything is loaded from a model directory in its library's layout and checked on the way: a missing file or weight, a
 //! shape that does not fit or a setting that is not implemented is an error that names it. All models are plain values
 //! without interior mutability, so one copy serves any number of threads.
 
 mod checkpoint;
 mod clip;
+mod contrastive;
+mod encoder;
 mod layers;
 mod probe;
 mod tokenizer;
@@ -19,6 +21,7 @@ use serde::Deserialize;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
 pub use self::clip::ClipTextModel;
+pub use self::contrastive::{ContrastiveModel, is_contrastive};
 pub use self::probe::Probe;
 pub use self::tokenizer::ClipTokenizer;
 pub use self::unet::{PromptCache, TimeCache, Unet, UnetInput};
