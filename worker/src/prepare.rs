@@ -13,7 +13,7 @@ use futures::StreamExt;
 use crate::engine::{Engine, EngineStopped, UnitWork};
 use crate::latent::{Latent, LatentCache};
 use crate::models::Conditions;
-use crate::preprocess;
+use crate::preprocess::Preprocessing;
 
 /// Images read and decoded at a time.
 const AHEAD: usize = 16;
@@ -62,8 +62,8 @@ pub struct Preparer {
     pub cache: LatentCache,
     /// Reads images.
     pub reader: Reader,
-    /// Image side in pixels.
-    pub size: u32,
+    /// What the model wants done to an image.
+    pub preprocessing: Preprocessing,
     /// Slots of every round, to check blocks against.
     pub slots: Vec<usize>,
     /// The job's prompts.
@@ -128,8 +128,8 @@ impl Preparer {
             Ok(bytes) => bytes,
             Err(error) => return bad("read", error.to_string()),
         };
-        let size = self.size;
-        let decoded = tokio::task::spawn_blocking(move || preprocess::decode_and_resize(&bytes, size)).await;
+        let preprocessing = self.preprocessing.clone();
+        let decoded = tokio::task::spawn_blocking(move || preprocessing.apply(&bytes)).await;
         let pixels = match decoded {
             Ok(Ok(pixels)) => pixels,
             Ok(Err(error)) => return bad(error.stage(), error.to_string()),

@@ -161,7 +161,7 @@ async fn work(
         engine: Arc::clone(&engine),
         cache: LatentCache::new(LATENT_BYTES, problem.model.latent_shape().iter().product()),
         reader: Reader::new(),
-        size: problem.model.size() as u32,
+        preprocessing: problem.model.preprocessing(),
         slots: problem.rounds.iter().map(|r| r.slots.len()).collect(),
         conditions: Arc::clone(&problem.conditions),
     });

@@ -210,6 +210,18 @@ impl Params<'_> {
 
     /// The weight `name`, stored in one of several shapes; it is returned in the first.
     pub fn get_any(&self, name: &str, shapes: &[&[usize]]) -> Result<Tensor, ModelError> {
+        let (file, key) = self.find(name, shapes)?;
+        self.weights.take(file, &key, shapes.first().copied().unwrap_or_default())
+    }
+
+    /// The single value `name`, not rounded to the layers' type.
+    pub(crate) fn scalar(&self, name: &str) -> Result<f32, ModelError> {
+        let (file, key) = self.find(name, &[&[], &[1]])?;
+        Ok(file.tensor(&key)?.reshape(())?.to_dtype(DType::F32)?.to_scalar()?)
+    }
+
+    /// The file a weight is in, and its full name.
+    fn find(&self, name: &str, shapes: &[&[usize]]) -> Result<(&WeightsFile, String), ModelError> {
         let (weights, key) = (self.weights, self.name(name));
         let expected = shapes.first().copied().unwrap_or_default();
         let Some(file) = weights.file(&key) else {
@@ -221,7 +233,7 @@ impl Params<'_> {
             let (path, expected, found) = (file.path().to_owned(), expected.to_vec(), found.to_vec());
             return Err(ModelError::WrongShape { path, key, expected, found });
         }
-        weights.take(file, &key, expected)
+        Ok((file, key))
     }
 
     fn name(&self, name: impl std::fmt::Display) -> String {

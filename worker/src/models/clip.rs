@@ -9,11 +9,12 @@ use std::path::Path;
 use candle_core::{D, Tensor};
 use serde::Deserialize;
 
-use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
-use super::layers::{joined, layer_norm, linear, linear_no_bias};
+use super::checkpoint::{ModelError, Weights, read_json, unsupported};
+use super::encoder::{EncoderConfig, EncoderLayer, activation};
+use super::layers::{layer_norm, linear_no_bias};
 use super::options::LoadOptions;
 use super::probe::Probe;
-use crate::ops::{Activation, LayerNorm, Linear, Rows, activate, self_attention};
+use crate::ops::{LayerNorm, Linear};
 
 /// What this needs of the text encoder's `config.json`, with transformers' defaults.
 #[derive(Debug, Deserialize)]
@@ -53,7 +54,7 @@ impl Default for ClipConfig {
 pub struct ClipTextModel {
     tokens: Tensor,
     positions: Tensor,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
     final_norm: LayerNorm,
     projection: Option<Linear>,
     eos: u32,
@@ -70,36 +71,27 @@ pub struct ClipOutput {
     pub text_embeds: Option<Tensor>,
 }
 
-#[derive(Debug)]
-struct Layer {
-    heads: usize,
-    activation: Activation,
-    norm1: LayerNorm,
-    qkv: Linear,
-    out: Linear,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-}
-
 impl ClipTextModel {
     /// Loads the encoder in `dir`.
     pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let config: ClipConfig = read_json(&path)?;
-        let activation = match config.hidden_act.as_str() {
-            "quick_gelu" => Activation::QuickGelu,
-            "gelu" => Activation::Gelu,
-            other => return Err(unsupported(&path, "hidden_act", other)),
-        };
         let (width, heads) = (config.hidden_size, config.num_attention_heads);
         if heads == 0 || !width.is_multiple_of(heads) {
             return Err(unsupported(&path, "num_attention_heads", heads));
         }
+        let layer = EncoderConfig {
+            width,
+            inner: config.intermediate_size,
+            heads,
+            eps: config.layer_norm_eps,
+            activation: activation(&path, &config.hidden_act)?,
+            causal: true,
+        };
         let weights = Weights::open(dir, "model", options)?;
         let p = weights.at("text_model");
         let (embeddings, layers) = (p.at("embeddings"), p.at("encoder.layers"));
-        let layer = |i| Layer::load(&layers.at(i), &config, activation);
+        let layer = |i| EncoderLayer::load(&layers.at(i), &layer);
         Ok(Self {
             tokens: embeddings.at("token_embedding").get("weight", &[config.vocab_size, width])?,
             positions: embeddings.at("position_embedding").get("weight", &[config.max_position_embeddings, width])?,
@@ -160,30 +152,4 @@ impl ClipTextModel {
 fn end_of_text(ids: &[u32], eos: u32) -> usize {
     let eos = if eos == 2 { ids.iter().copied().max().unwrap_or_default() } else { eos };
     ids.iter().position(|&id| id == eos).unwrap_or_default()
-}
-
-impl Layer {
-    fn load(p: &Params<'_>, config: &ClipConfig, activation: Activation) -> Result<Self, ModelError> {
-        let (width, inner, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let attention = p.at("self_attn");
-        let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| attention.at(name));
-        Ok(Self {
-            heads: config.num_attention_heads,
-            activation,
-            norm1: layer_norm(&p.at("layer_norm1"), width, eps)?,
-            qkv: joined(&qkv, width, width, true)?,
-            out: linear(&attention.at("out_proj"), width, width)?,
-            norm2: layer_norm(&p.at("layer_norm2"), width, eps)?,
-            fc1: linear(&p.at("mlp.fc1"), width, inner)?,
-            fc2: linear(&p.at("mlp.fc2"), inner, width)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let qkv = self.qkv.forward(&self.norm1.forward(x)?, None)?;
-        let h = self_attention(&qkv, self.heads, true)?;
-        let x = self.out.forward(&h, Some(Rows::direct(x)))?;
-        let h = activate(&self.fc1.forward(&self.norm2.forward(&x)?, None)?, self.activation)?;
-        self.fc2.forward(&h, Some(Rows::direct(&x)))
-    }
 }

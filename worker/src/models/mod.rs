@@ -1,6 +1,6 @@
-//! The models, as diffusers stores them.
+//! The models, as diffusers, transformers and OpenCLIP store them.
 //!
-//! Everything is loaded from a model directory in diffusers' layout and checked on the way: a missing file or weight, a
+//! Everything is loaded from a model directory in its library's layout and checked on the way: a missing file or weight, a
 //! shape that does not fit or a setting that is not implemented is an error that names it. All models are plain values
 //! without interior mutability, so one copy serves any number of threads.
 //!
@@ -10,7 +10,9 @@
 
 mod checkpoint;
 mod clip;
+mod contrastive;
 mod dit;
+mod encoder;
 mod error;
 mod family;
 mod file;
@@ -37,6 +39,7 @@ use elbo_common::class::Prompt;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
 pub use self::clip::{ClipOutput, ClipTextModel};
+pub use self::contrastive::{ContrastiveModel, is_contrastive};
 pub use self::dit::{Dit, LabelCache};
 pub use self::family::Family;
 pub use self::inspect::{Component, Inspection, Memory};
@@ -54,6 +57,7 @@ pub use self::unet::{PromptCache, Unet};
 pub use self::vae::VaeEncoder;
 
 use self::checkpoint::unsupported;
+use crate::preprocess::Preprocessing;
 
 /// A diffusion model of any family.
 #[derive(Debug)]
@@ -120,6 +124,14 @@ impl DiffusionModel {
     /// Images are to have another side than the model was trained on, a multiple of [`Self::size_factor`].
     pub fn set_size(&mut self, size: usize) {
         self.size = size;
+    }
+
+    /// What is to be done to an image file before [`Self::encode_images`].
+    pub fn preprocessing(&self) -> Preprocessing {
+        match self.family {
+            Family::Dit => Preprocessing::dit(self.size as u32),
+            Family::StableDiffusion | Family::Sdxl | Family::Sd3 => Preprocessing::stable_diffusion(self.size as u32),
+        }
     }
 
     /// What an image's side must be a multiple of, in pixels.

@@ -13,6 +13,8 @@ pub enum Activation {
     Silu,
     /// `x Phi(x)`, with the exact normal distribution function.
     Gelu,
+    /// `x Phi(x)`, with the normal distribution function approximated by a hyperbolic tangent.
+    GeluTanh,
     /// `x sigmoid(1.702 x)`.
     QuickGelu,
     /// `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
@@ -32,6 +34,7 @@ pub(crate) fn plain(x: &Tensor, activation: Activation) -> Result<Tensor> {
     match activation {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
         Activation::QuickGelu => x / ((x * -1.702)?.exp()? + 1.0)?,
         Activation::GeluTanh => x.gelu(),
     }
@@ -78,6 +81,7 @@ impl Kernel for InPlace<'_> {
         match self.activation {
             Activation::Silu => self.values.iter_mut().for_each(|v| *v = silu(*v)),
             Activation::Gelu => self.values.iter_mut().for_each(|v| *v = gelu(*v)),
+            Activation::GeluTanh => self.values.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
             Activation::QuickGelu => self.values.iter_mut().for_each(|v| *v = quick_gelu(*v)),
             Activation::GeluTanh => self.values.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
         }

@@ -1,0 +1,223 @@
+//! Contrastive models against transformers and open_clip, computed in double precision (`fixtures/contrastive/make.py`).
+
+#![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_worker::models::{ContrastiveModel, LoadOptions, ModelError, Precision, is_contrastive};
+use serde_json::{Value, json};
+
+const KINDS: [&str; 3] = ["clip", "siglip", "open_clip"];
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/contrastive")
+}
+
+/// Double precision: the rounding of single precision is then no excuse.
+fn double() -> LoadOptions {
+    LoadOptions { precision: Precision { weights: DType::F64, compute: DType::F64 }, ..LoadOptions::default() }
+}
+
+fn load(dir: &Path) -> Result<ContrastiveModel, ModelError> {
+    ContrastiveModel::load(dir, &LoadOptions::default())
+}
+
+fn reference(kind: &str) -> (HashMap<String, Tensor>, Vec<String>) {
+    let dir = fixtures().join(kind);
+    let json: Value = serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap();
+    let texts = json["texts"].as_array().unwrap().iter().map(|s| s.as_str().unwrap().to_owned()).collect();
+    (safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap(), texts)
+}
+
+/// The three images as the model wants them, `[3, S, S, 3]`.
+fn pixels(model: &ContrastiveModel) -> Tensor {
+    let preprocessing = model.preprocessing();
+    let side = preprocessing.size as usize;
+    let image = |i: usize| preprocessing.apply(&std::fs::read(fixtures().join(format!("{i}.png"))).unwrap()).unwrap();
+    let values: Vec<f32> = (0..3).flat_map(image).collect();
+    Tensor::from_vec(values, (3, side, side, 3), &Device::Cpu).unwrap()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// Asserts that the largest difference is at most `tolerance` times the largest magnitude.
+fn assert_close(name: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
+    assert_eq!(found.dims(), expected.dims(), "{name}");
+    let (found, expected) = (flat(found), flat(expected));
+    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    let difference = found.iter().zip(&expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
+    println!("{name}: {:.2e}", difference / scale);
+    assert!(difference <= tolerance * scale, "{name}: {difference} against a scale of {scale}");
+}
+
+/// A copy of a model that a test may damage.
+fn copied(kind: &str) -> tempfile::TempDir {
+    let to = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixtures().join(kind)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
+    }
+    to
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    change(&mut json);
+    std::fs::write(path, json.to_string()).unwrap();
+}
+
+#[test]
+fn texts_become_the_reference_token_ids() {
+    for kind in KINDS {
+        let (tensors, texts) = reference(kind);
+        let model = load(&fixtures().join(kind)).unwrap();
+        let ids = tensors["ids"].to_dtype(DType::I64).unwrap().to_vec2::<i64>().unwrap();
+        for (text, expected) in texts.iter().zip(ids) {
+            let found: Vec<i64> = model.tokenize(text).unwrap().into_iter().map(i64::from).collect();
+            assert_eq!(found, expected, "{kind}: {text:?}");
+        }
+    }
+}
+
+#[test]
+fn embeddings_and_logits_match_the_reference() {
+    for kind in KINDS {
+        let (tensors, texts) = reference(kind);
+        let model = load(&fixtures().join(kind)).unwrap();
+        let images = model.encode_images(&pixels(&model)).unwrap();
+        let texts = model.encode_texts(&texts).unwrap();
+        assert_eq!(images.dim(1).unwrap(), model.width());
+        assert_close(&format!("{kind} images"), &images, &tensors["images"], 1e-5);
+        assert_close(&format!("{kind} texts"), &texts, &tensors["texts"], 1e-5);
+        let products = images.matmul(&texts.t().unwrap()).unwrap();
+        let logits = products.affine(model.logit_scale().into(), model.logit_bias().into()).unwrap();
+        assert_close(&format!("{kind} logits"), &logits, &tensors["logits"], 1e-5);
+        assert_eq!(model.logit_bias() != 0.0, kind == "siglip");
+    }
+}
+
+#[test]
+fn the_plain_operations_give_the_same() {
+    for kind in KINDS {
+        let (tensors, texts) = reference(kind);
+        let model = ContrastiveModel::load(&fixtures().join(kind), &double()).unwrap();
+        let images = model.encode_images(&pixels(&model)).unwrap();
+        assert_close(&format!("{kind} images"), &images, &tensors["images"], 1e-6);
+        assert_close(&format!("{kind} texts"), &model.encode_texts(&texts).unwrap(), &tensors["texts"], 1e-6);
+    }
+}
+
+#[test]
+fn an_embedding_has_the_same_bits_in_any_batch() {
+    for kind in KINDS {
+        let model = load(&fixtures().join(kind)).unwrap();
+        let bits = |t: Tensor| t.to_vec2::<f32>().unwrap().concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let pixels = pixels(&model);
+        let all = bits(model.encode_images(&pixels).unwrap());
+        let alone = bits(model.encode_images(&pixels.narrow(0, 1, 1).unwrap()).unwrap());
+        assert_eq!(alone, all[model.width()..2 * model.width()], "{kind}");
+        // More texts than are encoded at a time.
+        let texts: Vec<String> = (0..40).map(|i| format!("number {i}")).collect();
+        let all = bits(model.encode_texts(&texts).unwrap());
+        let alone = bits(model.encode_texts(&texts[33..34]).unwrap());
+        assert_eq!(alone, all[33 * model.width()..34 * model.width()], "{kind}");
+        assert_eq!(model.encode_texts(&[]).unwrap().dims(), [0, model.width()]);
+    }
+}
+
+#[test]
+fn the_end_of_a_text_is_found_as_transformers_finds_it() {
+    let (tensors, texts) = reference("clip");
+    let model = copied("clip");
+    // The largest id, the end's in CLIP's vocabulary.
+    edit(&model.path().join("config.json"), |json| json["text_config"]["eos_token_id"] = 2.into());
+    let found = load(model.path()).unwrap().encode_texts(&texts).unwrap();
+    assert_close("largest id", &found, &tensors["texts"], 1e-5);
+    // An id that never occurs: the first position.
+    edit(&model.path().join("config.json"), |json| json["text_config"]["eos_token_id"] = 7000.into());
+    let found = load(model.path()).unwrap().encode_texts(&texts).unwrap().to_vec2::<f32>().unwrap();
+    assert!(found.iter().all(|row| *row == found[0]));
+}
+
+#[test]
+fn openclip_weights_are_found_beside_a_configuration_of_transformers() {
+    let model = copied("open_clip");
+    std::fs::write(model.path().join("config.json"), r#"{"model_type": "clip"}"#).unwrap();
+    let old = model.path().join("open_clip_model.safetensors");
+    std::fs::rename(&old, model.path().join("open_clip_pytorch_model.safetensors")).unwrap();
+    assert!(load(model.path()).is_ok());
+    std::fs::remove_file(model.path().join("open_clip_pytorch_model.safetensors")).unwrap();
+    match load(model.path()) {
+        Err(ModelError::MissingFile(path)) => assert_eq!(path, old),
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}
+
+#[test]
+fn contrastive_models_are_told_from_others() {
+    assert!(KINDS.iter().all(|kind| is_contrastive(&fixtures().join(kind))));
+    let diffusion = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/demo/model");
+    assert!(!is_contrastive(&diffusion) && !is_contrastive(&diffusion.join("text_encoder")));
+    assert!(!is_contrastive(Path::new("nowhere")));
+}
+
+#[test]
+fn unsupported_settings_are_named() {
+    let cases: [(&str, &str, &[&str], Value); 15] = [
+        ("clip", "config.json", &["model_type"], json!("blip")),
+        ("clip", "config.json", &["text_config", "hidden_act"], json!("relu")),
+        ("clip", "config.json", &["text_config", "num_attention_heads"], json!(7)),
+        ("clip", "config.json", &["vision_config", "patch_size"], json!(0)),
+        ("clip", "preprocessor_config.json", &["resample"], json!(1)),
+        ("clip", "preprocessor_config.json", &["size"], json!({"shortest_edge": 48})),
+        ("clip", "preprocessor_config.json", &["image_std"], json!([1, 0, 1])),
+        ("siglip", "config.json", &["vision_config", "vision_use_head"], json!(false)),
+        ("siglip", "preprocessor_config.json", &["do_rescale"], json!(false)),
+        ("siglip", "tokenizer_config.json", &["tokenizer_class"], json!("GemmaTokenizer")),
+        ("open_clip", "open_clip_config.json", &["model_cfg", "custom_text"], json!(true)),
+        ("open_clip", "open_clip_config.json", &["model_cfg", "vision_cfg", "layers"], json!([3, 4, 6, 3])),
+        ("open_clip", "open_clip_config.json", &["model_cfg", "vision_cfg", "timm_model_name"], json!("vit")),
+        ("open_clip", "open_clip_config.json", &["model_cfg", "text_cfg", "pool_type"], json!("last")),
+        ("open_clip", "open_clip_config.json", &["preprocess_cfg", "resize_mode"], json!("longest")),
+    ];
+    for (kind, file, keys, value) in cases {
+        let model = copied(kind);
+        edit(&model.path().join(file), |json| {
+            let slot = keys.iter().fold(json, |json, key| &mut json[*key]);
+            *slot = value;
+        });
+        let error = load(model.path()).unwrap_err().to_string();
+        assert!(error.contains(file) && error.contains(keys[keys.len() - 1]), "{error}");
+    }
+}
+
+#[test]
+fn a_sentencepiece_model_without_tokenizer_json_says_what_to_do() {
+    let model = copied("siglip");
+    std::fs::rename(model.path().join("tokenizer.json"), model.path().join("spiece.model")).unwrap();
+    let error = load(model.path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("T5TokenizerFast"), "{error}");
+}
+
+#[test]
+fn unusable_inputs_and_weights_are_errors() {
+    let model = load(&fixtures().join("clip")).unwrap();
+    let images = Tensor::zeros((1, 32, 31, 3), DType::F32, &Device::Cpu).unwrap();
+    assert!(matches!(model.encode_images(&images), Err(ModelError::Input(_))));
+    let images = Tensor::full(f32::NAN, (1, 32, 32, 3), &Device::Cpu).unwrap();
+    assert!(matches!(model.encode_images(&images), Err(ModelError::NotFinite)));
+
+    let damaged = copied("clip");
+    let path = damaged.path().join("model.safetensors");
+    let mut weights = safetensors::load(&path, &Device::Cpu).unwrap();
+    weights.remove("visual_projection.weight");
+    safetensors::save(&weights, &path).unwrap();
+    match load(damaged.path()) {
+        Err(ModelError::MissingKey { key, .. }) => assert_eq!(key, "visual_projection.weight"),
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}

@@ -1,0 +1,205 @@
+//! What a contrastive model's directory says of its architecture, whichever layout it is in.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::{open_clip, processor};
+use crate::models::checkpoint::{ModelError, read_json, unsupported};
+use crate::models::encoder::{EncoderConfig, activation};
+use crate::preprocess::Preprocessing;
+
+/// Whose names the weights carry, and whose architecture the model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// transformers' CLIPModel.
+    Clip,
+    /// transformers' SiglipModel.
+    Siglip,
+    /// OpenCLIP's own.
+    OpenClip,
+}
+
+/// The architecture.
+#[derive(Debug)]
+pub(super) struct Config {
+    pub(super) layout: Layout,
+    /// Dimensions of an embedding.
+    pub(super) width: usize,
+    pub(super) vision: VisionConfig,
+    pub(super) text: TextConfig,
+    pub(super) preprocessing: Preprocessing,
+}
+
+/// The image tower's.
+#[derive(Debug)]
+pub(super) struct VisionConfig {
+    /// Side of an image in pixels.
+    pub(super) size: usize,
+    /// Side of a patch in pixels.
+    pub(super) patch: usize,
+    pub(super) layers: usize,
+    pub(super) encoder: EncoderConfig,
+}
+
+/// The text tower's.
+#[derive(Debug)]
+pub(super) struct TextConfig {
+    pub(super) vocabulary: usize,
+    /// Token ids of a text.
+    pub(super) positions: usize,
+    pub(super) layers: usize,
+    pub(super) encoder: EncoderConfig,
+    pub(super) pool: Pool,
+}
+
+/// Whose hidden state stands for a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pool {
+    /// The first token with this id.
+    First(u32),
+    /// The token of the largest id, the first if there are several: the end of the text in CLIP's vocabulary.
+    Largest,
+    /// The last position.
+    Last,
+}
+
+impl Config {
+    /// Reads the configuration of the model in `dir`.
+    pub(super) fn read(dir: &Path) -> Result<Self, ModelError> {
+        match layout(dir)? {
+            Layout::OpenClip => open_clip::read(&dir.join(open_clip::FILE)),
+            layout => transformers(dir, layout),
+        }
+    }
+
+    /// The stem of the weights' file name.
+    pub(super) fn weights(&self, dir: &Path) -> &'static str {
+        match self.layout {
+            Layout::Clip | Layout::Siglip => "model",
+            Layout::OpenClip if dir.join("open_clip_pytorch_model.safetensors").is_file() => "open_clip_pytorch_model",
+            Layout::OpenClip => "open_clip_model",
+        }
+    }
+
+    /// Checks what would otherwise fail far from its cause.
+    pub(super) fn checked(self, path: &Path) -> Result<Self, ModelError> {
+        for encoder in [&self.vision.encoder, &self.text.encoder] {
+            if encoder.heads == 0 || !encoder.width.is_multiple_of(encoder.heads) {
+                return Err(unsupported(path, "num_attention_heads", encoder.heads));
+            }
+        }
+        if self.vision.patch == 0 || self.vision.patch > self.vision.size {
+            return Err(unsupported(path, "patch_size", self.vision.patch));
+        }
+        Ok(self)
+    }
+}
+
+/// The layout of the model in `dir`. Repositories of OpenCLIP's models often hold transformers' configuration too: it
+/// counts if its weights are there.
+pub(super) fn layout(dir: &Path) -> Result<Layout, ModelError> {
+    #[derive(Deserialize)]
+    struct ModelType {
+        model_type: Option<String>,
+    }
+    let path = dir.join("config.json");
+    let open_clip = dir.join(open_clip::FILE).is_file();
+    let weights = ["model.safetensors", "model.fp16.safetensors", "model.safetensors.index.json"];
+    if open_clip && !weights.iter().any(|name| dir.join(name).is_file()) {
+        return Ok(Layout::OpenClip);
+    }
+    let config: Result<ModelType, _> = read_json(&path);
+    match config {
+        Ok(ModelType { model_type: Some(name) }) if name == "clip" => Ok(Layout::Clip),
+        Ok(ModelType { model_type: Some(name) }) if name == "siglip" => Ok(Layout::Siglip),
+        _ if open_clip => Ok(Layout::OpenClip),
+        Ok(ModelType { model_type }) => Err(unsupported(&path, "model_type", model_type.unwrap_or_default())),
+        Err(error) => Err(error),
+    }
+}
+
+/// What this needs of transformers' `config.json`.
+#[derive(Deserialize)]
+struct Transformers {
+    projection_dim: Option<usize>,
+    text_config: Option<Tower>,
+    vision_config: Option<Tower>,
+    /// Older files repeat a tower here, and this wins.
+    text_config_dict: Option<Tower>,
+    vision_config_dict: Option<Tower>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Tower {
+    vocab_size: Option<usize>,
+    hidden_size: Option<usize>,
+    intermediate_size: Option<usize>,
+    num_hidden_layers: Option<usize>,
+    num_attention_heads: Option<usize>,
+    max_position_embeddings: Option<usize>,
+    num_channels: Option<usize>,
+    image_size: Option<usize>,
+    patch_size: Option<usize>,
+    hidden_act: Option<String>,
+    layer_norm_eps: Option<f64>,
+    eos_token_id: Option<u32>,
+    projection_size: Option<usize>,
+    vision_use_head: Option<bool>,
+}
+
+fn transformers(dir: &Path, layout: Layout) -> Result<Config, ModelError> {
+    let path = dir.join("config.json");
+    let file: Transformers = read_json(&path)?;
+    let text = file.text_config_dict.or(file.text_config).unwrap_or_default();
+    let vision = file.vision_config_dict.or(file.vision_config).unwrap_or_default();
+    if let Some(channels) = vision.num_channels.filter(|&channels| channels != 3) {
+        return Err(unsupported(&path, "num_channels", channels));
+    }
+    if vision.vision_use_head == Some(false) {
+        return Err(unsupported(&path, "vision_use_head", false));
+    }
+    let is_clip = layout == Layout::Clip;
+    let encoder = |tower: &Tower, width, inner, heads, causal| -> Result<EncoderConfig, ModelError> {
+        let default = if is_clip { "quick_gelu" } else { "gelu_pytorch_tanh" };
+        Ok(EncoderConfig {
+            width: tower.hidden_size.unwrap_or(width),
+            inner: tower.intermediate_size.unwrap_or(inner),
+            heads: tower.num_attention_heads.unwrap_or(heads),
+            eps: tower.layer_norm_eps.unwrap_or(if is_clip { 1e-5 } else { 1e-6 }),
+            activation: activation(&path, tower.hidden_act.as_deref().unwrap_or(default))?,
+            causal,
+        })
+    };
+    let vision = VisionConfig {
+        size: vision.image_size.unwrap_or(224),
+        patch: vision.patch_size.unwrap_or(if is_clip { 32 } else { 16 }),
+        layers: vision.num_hidden_layers.unwrap_or(12),
+        encoder: encoder(&vision, 768, 3072, 12, false)?,
+    };
+    let width = match layout {
+        Layout::Siglip => text.projection_size.or(text.hidden_size).unwrap_or(768),
+        _ => file.projection_dim.unwrap_or(512),
+    };
+    if layout == Layout::Siglip && width != vision.encoder.width {
+        return Err(unsupported(&path, "projection_size", width));
+    }
+    let text = TextConfig {
+        vocabulary: text.vocab_size.unwrap_or(if is_clip { 49408 } else { 32000 }),
+        positions: text.max_position_embeddings.unwrap_or(if is_clip { 77 } else { 64 }),
+        layers: text.num_hidden_layers.unwrap_or(12),
+        encoder: match is_clip {
+            true => encoder(&text, 512, 2048, 8, true)?,
+            false => encoder(&text, 768, 3072, 12, false)?,
+        },
+        pool: match (is_clip, text.eos_token_id.unwrap_or(49407)) {
+            (false, _) => Pool::Last,
+            // The configurations of OpenAI's models name a wrong end of text, and transformers knows.
+            (true, 2) => Pool::Largest,
+            (true, end) => Pool::First(end),
+        },
+    };
+    let preprocessing = processor::read(&dir.join("preprocessor_config.json"), layout, vision.size)?;
+    Config { layout, width, vision, text, preprocessing }.checked(&path)
+}

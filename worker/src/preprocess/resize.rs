@@ -1,0 +1,191 @@
+//! Pixels to a square of the size asked for.
+
+use std::error::Error;
+use std::ops::Range;
+
+use fast_image_resize::images::Image;
+use fast_image_resize::{FilterType, MulDiv, PixelType, ResizeAlg, ResizeOptions, Resizer};
+
+use super::decode::Pixels;
+use super::{Filter, Fit, ImageError, MAX_SIDE};
+
+impl Fit {
+    /// The size of the resized image, of which the crop is a part.
+    fn resized(self, width: u32, height: u32, size: u32) -> (u32, u32) {
+        let long = |long: u32, short: u32| match self {
+            Self::Squash => size,
+            Self::CropThenRgb | Self::RgbThenCrop => (f64::from(size) * f64::from(long) / f64::from(short)) as u32,
+            Self::HalveThenCrop => {
+                let scale = f64::from(size) / f64::from(short);
+                (f64::from(long) * scale).round_ties_even() as u32
+            }
+        };
+        if width <= height { (size, long(height, width)) } else { (long(width, height), size) }
+    }
+
+    /// Where the centre crop starts: half the margin, which torchvision rounds as Python does, halves to even.
+    fn offset(self, side: u32, size: u32) -> u32 {
+        match self {
+            Self::CropThenRgb => (f64::from(side - size) / 2.0).round_ties_even() as u32,
+            Self::RgbThenCrop | Self::HalveThenCrop | Self::Squash => (side - size) / 2,
+        }
+    }
+}
+
+/// Resizes and crops to `size` x `size`.
+///
+/// Only the part of the resized image that the crop keeps is computed, from all the pixels that bear on it. The result is
+/// that of resizing first and cropping then, at a cost that an extreme aspect ratio can't blow up.
+pub(super) fn fit_to(pixels: Pixels, size: u32, fit: Fit, filter: Filter) -> Result<Pixels, ImageError> {
+    let Pixels { width, height, kind, .. } = pixels;
+    let fail = |reason: String| ImageError::Resize { width, height, size, reason };
+    if !(1..=MAX_SIDE).contains(&size) {
+        return Err(fail("no such size is possible".into()));
+    }
+    if width == 0 || height == 0 {
+        return Err(fail("it has no pixels".into()));
+    }
+    let pixels = match fit {
+        Fit::HalveThenCrop => halved(pixels, size),
+        _ => pixels,
+    };
+    let (width, height) = (pixels.width, pixels.height);
+    let (new_width, new_height) = fit.resized(width, height, size);
+    let (left, top) = (fit.offset(new_width, size), fit.offset(new_height, size));
+    if (new_width, new_height) == (width, height) {
+        return Ok(crop(&pixels, left, top, size));
+    }
+    let columns = source_span(left, size, width, new_width);
+    let rows = source_span(top, size, height, new_height);
+    let filter = match filter {
+        Filter::Bilinear => FilterType::Bilinear,
+        Filter::Bicubic => FilterType::CatmullRom,
+    };
+    let data = convolve(pixels, columns, rows, size, filter).map_err(|e| fail(e.to_string()))?;
+    Ok(Pixels { width: size, height: size, kind, data })
+}
+
+/// Halves the image while its short side is at least twice `size`.
+fn halved(mut pixels: Pixels, size: u32) -> Pixels {
+    while pixels.width.min(pixels.height) >= 2 * size {
+        pixels = halve(&pixels);
+    }
+    pixels
+}
+
+/// Pillow's BOX filter to half the width and height, rounded down: every pixel is the average of two or three.
+fn halve(pixels: &Pixels) -> Pixels {
+    let (channels, width, height) = (pixels.kind.size(), pixels.width / 2, pixels.height / 2);
+    let (columns, rows) = (averaged(pixels.width, width), averaged(pixels.height, height));
+    let mut narrow = Vec::with_capacity(pixels.data.len() / 2);
+    for row in pixels.data.chunks_exact(pixels.width as usize * channels) {
+        for span in &columns {
+            narrow.extend((0..channels).map(|c| average(span.clone().map(|x| row[x * channels + c]))));
+        }
+    }
+    let stride = width as usize * channels;
+    let column = |span: &Range<usize>, i| average(span.clone().map(|y| narrow[y * stride + i]));
+    let data = rows.iter().flat_map(|span| (0..stride).map(move |i| column(span, i))).collect();
+    Pixels { width, height, kind: pixels.kind, data }
+}
+
+/// Which of `from` pixels each of `to` pixels averages.
+///
+/// Where a pixel's centre lies on the border between two averages, rounding decides: this is Pillow's arithmetic.
+fn averaged(from: u32, to: u32) -> Vec<Range<usize>> {
+    let scale = f64::from(from) / f64::from(to);
+    let (support, inverse) = (0.5 * scale, 1.0 / scale);
+    let span = |i: u32| {
+        let center = (f64::from(i) + 0.5) * scale;
+        let inside = |x: &u32| {
+            let distance = (f64::from(*x) - center + 0.5) * inverse;
+            distance > -0.5 && distance <= 0.5
+        };
+        let (first, end) = ((center - support + 0.5) as u32, ((center + support + 0.5) as u32).min(from));
+        let first = (first..end).find(inside).unwrap_or(first);
+        let len = (first..end).take_while(inside).count();
+        first as usize..first as usize + len
+    };
+    (0..to).map(span).collect()
+}
+
+/// The mean, halves rounded up.
+fn average(values: impl ExactSizeIterator<Item = u8>) -> u8 {
+    let count = values.len().max(1) as u32;
+    ((values.map(u32::from).sum::<u32>() + count / 2) / count) as u8
+}
+
+/// Resamples the given spans of columns and rows to `size` x `size`: horizontally, then vertically, in 8 bits between.
+///
+/// This is Pillow's order. The other one, the library's own for 8 bits, clips other overshoots at sharp edges.
+fn convolve(
+    pixels: Pixels,
+    columns: (f64, f64),
+    rows: (f64, f64),
+    size: u32,
+    filter: FilterType,
+) -> Result<Vec<u8>, Box<dyn Error>> {
+    let Pixels { width, height, kind, data } = pixels;
+    let mut resizer = Resizer::new();
+    let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
+    let mut source = Image::from_vec_u8(width, height, data, kind)?;
+    let has_alpha = matches!(kind, PixelType::U8x2 | PixelType::U8x4);
+    if has_alpha {
+        MulDiv::new().multiply_alpha_inplace(&mut source)?;
+    }
+    let mut narrow = Image::new(size, height, kind);
+    resizer.resize(&source, &mut narrow, &options.crop(columns.0, 0.0, columns.1, f64::from(height)))?;
+    let mut target = Image::new(size, size, kind);
+    resizer.resize(&narrow, &mut target, &options.crop(0.0, rows.0, f64::from(size), rows.1))?;
+    let mut data = target.into_vec();
+    if has_alpha {
+        data.chunks_exact_mut(kind.size()).for_each(divide_by_alpha);
+    }
+    Ok(data)
+}
+
+/// Undoes the premultiplication of one pixel, rounding down as Pillow does: alpha amplifies what rounding leaves.
+fn divide_by_alpha(pixel: &mut [u8]) {
+    if let Some((&mut alpha @ 1..=254, colours)) = pixel.split_last_mut() {
+        for colour in colours {
+            *colour = (u16::from(*colour) * 255 / u16::from(alpha)).min(255) as u8;
+        }
+    }
+}
+
+/// Start and length, in source pixels, of `size` pixels from `start` on of an axis resized from `from` to `to` pixels.
+fn source_span(start: u32, size: u32, from: u32, to: u32) -> (f64, f64) {
+    let from = f64::from(from);
+    let scale = from / f64::from(to);
+    let start = f64::from(start) * scale;
+    (start, (f64::from(size) * scale).min(from - start))
+}
+
+fn crop(pixels: &Pixels, left: u32, top: u32, size: u32) -> Pixels {
+    let channels = pixels.kind.size();
+    let (stride, row) = (pixels.width as usize * channels, size as usize * channels);
+    let first = top as usize * stride + left as usize * channels;
+    let rows = (0..size as usize).map(|y| first + y * stride);
+    let data = rows.flat_map(|start| &pixels.data[start..start + row]).copied().collect();
+    Pixels { width: size, height: size, kind: pixels.kind, data }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn margins_are_rounded_as_each_family_does() {
+        // round(0.5) = 0, round(1.5) = 2, round(2.5) = 2, round(2) = 2.
+        assert_eq!([33, 35, 37, 36].map(|side| Fit::CropThenRgb.offset(side, 32)), [0, 2, 2, 2]);
+        assert_eq!([33, 35, 37, 36].map(|side| Fit::RgbThenCrop.offset(side, 32)), [0, 1, 2, 2]);
+    }
+
+    #[test]
+    fn the_long_side_is_rounded_as_each_family_does() {
+        // 32 * 333 / 100 = 106.56.
+        let sizes =
+            [Fit::CropThenRgb, Fit::RgbThenCrop, Fit::HalveThenCrop, Fit::Squash].map(|fit| fit.resized(100, 333, 32));
+        assert_eq!(sizes, [(32, 106), (32, 106), (32, 107), (32, 32)]);
+    }
+}
