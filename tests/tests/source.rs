@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use elbo_tests::web::{Files, Site, Web};
-use elbo_tests::{classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr};
+use elbo_tests::{Process, classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr};
 use tempfile::TempDir;
 
 const COMMIT: &str = "1111111111111111111111111111111111111111";
@@ -110,6 +111,21 @@ fn a_hub_model_is_fetched_once_and_gives_the_same_bytes_without_the_hub() {
     }
     let job = std::fs::read_to_string(out("first").join("job.json")).unwrap();
     assert!(job.contains("\"hf://test/digits\""));
+}
+
+#[test]
+fn processes_that_start_together_fetch_a_model_once() {
+    let (home, images, web) = (TempDir::new().unwrap(), some_images(1), Web::start(site()));
+    let out = |i: usize| home.path().join(format!("out-{i}"));
+    let start = |i| Process::start(&mut label(&web.url, home.path(), "hf://test/digits", images.path(), &out(i)));
+    let mut processes: Vec<Process> = (0..3).map(start).collect();
+    for process in &mut processes {
+        assert_eq!(process.wait(Duration::from_secs(120)), Some(0));
+    }
+    let weights =
+        |path: &&String| path.contains("resolve") && path.contains("unet/diffusion_pytorch_model.safetensors");
+    assert_eq!(web.asked().iter().filter(weights).count(), 1);
+    assert_eq!(results(&out(0)), results(&out(2)));
 }
 
 #[test]

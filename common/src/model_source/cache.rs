@@ -74,12 +74,11 @@ impl Cache {
         note: &(impl Fn(String) + Send + Sync),
     ) -> Result<PathBuf, SourceError> {
         let link = self.directory(revision).join(&file.path);
-        let right = |path: &Path| std::fs::metadata(path).is_ok_and(|m| file.size.is_none_or(|size| m.len() == size));
-        if right(&link) {
+        if right(file, &link) {
             return Ok(link);
         }
         let blob = self.root.join("blobs").join(&file.key);
-        if !right(&blob) {
+        if !right(file, &blob) {
             self.download(remote, revision, file, &blob, note).await?;
         }
         match place(&blob, &link, file.path.split('/').count()) {
@@ -101,7 +100,7 @@ impl Cache {
         let failed = |source| SourceError::Cache { path: partial.clone(), source };
         let mut target = locked(&partial).await.map_err(failed)?;
         // While this waited for the lock, another process may have fetched the file.
-        if blob.is_file() && !partial.is_file() {
+        if right(file, blob) {
             return Ok(());
         }
         note(match file.size {
@@ -146,7 +145,9 @@ async fn append(remote: &Remote, revision: &str, file: &RemoteFile, target: &mut
     if here > 0 && file.size == Some(here) {
         return Ok(());
     }
-    let mut body = remote.read(revision, file, here).await.map_err(AppendError::Remote)?;
+    // Without a size, or beyond it, nobody knows whether what is here is a beginning.
+    let from = if file.size.is_some_and(|size| here < size) { here } else { 0 };
+    let mut body = remote.read(revision, file, from).await.map_err(AppendError::Remote)?;
     target.set_len(body.from).map_err(AppendError::Cache)?;
     target.seek(io::SeekFrom::Start(body.from)).map_err(AppendError::Cache)?;
     while let Some(chunk) = body.chunks.next().await {
@@ -161,6 +162,11 @@ async fn locked(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)?;
     let locking = tokio::task::spawn_blocking(move || file.lock().map(|()| file));
     locking.await.map_err(io::Error::other)?
+}
+
+/// Whether a file is there, in its full size.
+fn right(file: &RemoteFile, path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| file.size.is_none_or(|size| m.len() == size))
 }
 
 fn create_parent(path: &Path) -> io::Result<()> {
