@@ -17,8 +17,6 @@ pub enum Activation {
     GeluTanh,
     /// `x sigmoid(1.702 x)`.
     QuickGelu,
-    /// `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
-    GeluTanh,
 }
 
 /// Applies an activation to every element.
@@ -36,7 +34,6 @@ pub(crate) fn plain(x: &Tensor, activation: Activation) -> Result<Tensor> {
         Activation::Gelu => x.gelu_erf(),
         Activation::GeluTanh => x.gelu(),
         Activation::QuickGelu => x / ((x * -1.702)?.exp()? + 1.0)?,
-        Activation::GeluTanh => x.gelu(),
     }
 }
 
@@ -83,7 +80,6 @@ impl Kernel for InPlace<'_> {
             Activation::Gelu => self.values.iter_mut().for_each(|v| *v = gelu(*v)),
             Activation::GeluTanh => self.values.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
             Activation::QuickGelu => self.values.iter_mut().for_each(|v| *v = quick_gelu(*v)),
-            Activation::GeluTanh => self.values.iter_mut().for_each(|v| *v = gelu_tanh(*v)),
         }
     }
 }
