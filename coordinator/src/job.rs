@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use elbo_common::dataset::{self, LabelSource};
+use elbo_common::dataset::{self, LabelSource, ListOptions};
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::ShardId;
 use elbo_common::layout;
@@ -37,7 +37,7 @@ pub enum JobError {
         problem: &'static str,
     },
     /// Labels that are not classes.
-    #[error("{}; add the classes, remove those images, or leave out --label-from", describe_unknown(.0))]
+    #[error("{}; add the classes, remove those images, or leave out their labels", describe_unknown(.0))]
     UnknownLabels(Vec<(String, usize, String)>),
     /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
@@ -167,13 +167,19 @@ impl Job {
 /// The rounds of a job, from its policy and its model's schedule.
 pub fn rounds_of(identity: &JobIdentity) -> Result<Vec<RoundSlots>, JobError> {
     let schedule = NoiseSchedule::of_model(std::path::Path::new(&identity.spec.model))?;
-    Ok(identity.spec.policy.rounds(schedule.timesteps(), identity.spec.classes.prompts.len())?)
+    Ok(identity.spec.rounds(schedule.timesteps())?)
 }
 
 async fn list(identity: &JobIdentity) -> Result<Vec<elbo_common::manifest::Sample>, JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
-    let samples = dataset::list(&spec.images, label_from.as_ref(), spec.limit).await?;
+    let (candidates, limit) = (spec.candidates.as_deref(), spec.limit);
+    let samples =
+        dataset::list(&spec.images, &ListOptions { label_from: label_from.as_ref(), candidates, limit }).await?;
+    if spec.candidates.is_some() {
+        // Labels are captions: the listing saw to that.
+        return Ok(samples);
+    }
     let unknown = dataset::unknown_labels(&samples, &spec.classes);
     if unknown.is_empty() { Ok(samples) } else { Err(JobError::UnknownLabels(unknown)) }
 }

@@ -18,6 +18,8 @@ fn samples(n: u64) -> Vec<Sample> {
             size: 1,
             etag: None,
             label: Some("cat".into()),
+            candidates: Vec::new(),
+            pair: None,
         })
         .collect()
 }
