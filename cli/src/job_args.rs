@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use elbo_common::class::{ClassError, Classes, ModelLabels};
+use elbo_common::dataset;
+use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype};
 use elbo_common::loss::Loss;
 use elbo_common::model_source::ModelSource;
@@ -43,7 +45,8 @@ pub(crate) enum NoiseScopeName {
 #[serde(default, deny_unknown_fields)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// Images: a directory or a URL prefix like s3://bucket/images
+    /// Images: a directory, a URL prefix like s3://bucket/images, or a list: a .txt file with a path or URL per line, or a .csv
+    /// file with the column path (or key, image, file_name) and, if there are labels, label
     #[arg(long, env = "ELBO_IMAGES", value_name = "SRC")]
     pub(crate) images: Option<String>,
     /// Classes: one per line, or CSV with the columns prompt,classname,classidx; for class-conditional models classidx is
@@ -59,6 +62,15 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) template: Vec<String>,
+    /// Image-text matching: every image is judged by its own captions, which stand in this column of the .csv list as a JSON
+    /// array, or in several columns (COLUMN,COLUMN). The list's label is the right caption or its position; images with one
+    /// value in its column pair share their slots' noise, for `elbo report`'s text, image and group scores
+    #[arg(long, env = "ELBO_CANDIDATES", value_name = "COLUMN")]
+    pub(crate) candidates: Option<String>,
+    /// How a class's prompts make its score: max (its best prompt counts) or mean (--keep then counts classes) [default: max]
+    #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
+    #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
+    pub(crate) prompt_ensemble: Option<PromptEnsemble>,
     /// Model in diffusers layout: a directory, hf://owner/name[@revision], or a URL like s3://bucket/model
     #[arg(long, env = "ELBO_MODEL", value_name = "SRC")]
     pub(crate) model: Option<String>,
@@ -66,10 +78,10 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) lora: Vec<String>,
-    /// Who is evaluated on what [default: reference]
+    /// Who is evaluated on what [default: reference; exhaustive with --candidates]
     #[arg(long, value_enum, env = "ELBO_POLICY")]
     pub(crate) policy: Option<PolicyName>,
-    /// Prompts that stay after each stage [default: 5,1]
+    /// Prompts (classes with --prompt-ensemble mean) that stay after each stage [default: 5,1]
     #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) keep: Vec<u32>,
@@ -114,11 +126,11 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_WRITE_ERRORS")]
     #[serde(alias = "write-errors")]
     pub(crate) write_errors: bool,
-    /// Labels for the report: `parent` (the image's directory) or a CSV file with the columns key,label
+    /// Labels for the report: `parent` (the image's directory) or a CSV file with the columns key,label [default: the list's]
     #[arg(long, env = "ELBO_LABEL_FROM", value_name = "parent|FILE")]
     #[serde(alias = "label-from")]
     pub(crate) label_from: Option<String>,
-    /// Only the first N images of the sorted listing
+    /// Only the first N images of the listing: sorted by path, or in a list's order
     #[arg(long, env = "ELBO_LIMIT", value_name = "N")]
     pub(crate) limit: Option<u64>,
     /// Images per shard, the unit of output [default: 1000]
@@ -185,6 +197,8 @@ impl JobArgs {
             classes: self.classes.or(file.classes),
             class_map: self.class_map.or(file.class_map),
             template: if self.template.is_empty() { file.template } else { self.template },
+            candidates: self.candidates.or(file.candidates),
+            prompt_ensemble: self.prompt_ensemble.or(file.prompt_ensemble),
             model: self.model.or(file.model),
             lora: if self.lora.is_empty() { file.lora } else { self.lora },
             policy: self.policy.or(file.policy),
@@ -212,8 +226,13 @@ impl JobArgs {
         }
     }
 
-    /// The classes, from their file or from a class-conditional model, whose `labels` they are.
+    /// The classes, from their file or from a class-conditional model, whose `labels` they are; none where every image
+    /// brings its own captions.
     pub(crate) fn read_classes(&self, labels: Option<&ModelLabels>) -> anyhow::Result<Classes> {
+        if self.candidates.is_some() {
+            self.check_candidates(labels)?;
+            return Ok(Classes::default());
+        }
         let template = |error| match error {
             ClassError::Template(_) => usage(error),
             other => other.into(),
@@ -233,21 +252,48 @@ impl JobArgs {
         }
     }
 
-    /// The policy for a job with `prompts` prompts.
-    pub(crate) fn to_policy(&self, prompts: usize) -> anyhow::Result<Policy> {
+    /// Refuses what says nothing, or something else, where every image brings its own captions.
+    fn check_candidates(&self, labels: Option<&ModelLabels>) -> anyhow::Result<()> {
+        let refused = [
+            (labels.is_some(), "a class-conditional model", "it knows classes and reads no captions"),
+            (self.class_map.is_some(), "--class-map", "captions are no classes of a model"),
+            (self.classes.is_some(), "--classes", "every image is judged by its own captions"),
+            (!self.template.is_empty(), "--template", "captions are taken as they are"),
+            (self.prompt_ensemble == Some(PromptEnsemble::Mean), "--prompt-ensemble mean", "a caption is one prompt"),
+        ];
+        if let Some((_, flag, reason)) = refused.iter().find(|(given, ..)| *given) {
+            return Err(usage(format!("{flag} and --candidates exclude each other, since {reason}: leave one out")));
+        }
+        match self.images.as_deref() {
+            Some(images) if !dataset::is_list(images) => Err(usage(
+                "--candidates names a column of a list of images: give --images a .csv file rather than a directory",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// How the prompts of a class make its score.
+    pub(crate) fn ensemble(&self) -> PromptEnsemble {
+        self.prompt_ensemble.unwrap_or_default()
+    }
+
+    /// The policy for a job with these contenders, or one in which every image brings its own.
+    pub(crate) fn to_policy(&self, contenders: Option<&Contenders>) -> anyhow::Result<Policy> {
         let trials = self.trials.unwrap_or(1);
-        let policy = match (self.policy, self.preset) {
+        let matching = contenders.is_none().then_some(PolicyName::Exhaustive);
+        let policy = match (self.policy.or(matching.filter(|_| self.preset.is_none())), self.preset) {
             (Some(PolicyName::Exhaustive), None) => {
                 if !self.keep.is_empty() {
                     return Err(usage(
-                        "--keep has no meaning with --policy exhaustive, which eliminates nobody: leave it out",
+                        "--keep has no meaning with --policy exhaustive (the default with --candidates), which eliminates \
+                         nobody: leave it out, or add --policy reference",
                     ));
                 }
                 Policy::exhaustive(if self.samples.is_empty() { &[100] } else { &self.samples }, trials)
             }
             (None | Some(PolicyName::Reference), preset) => {
                 // The default schedule fits few classes too; one that was asked for is taken by its word.
-                let few = (prompts as u32).clamp(1, 5);
+                let few = contenders.map_or(5, |c| c.len() as u32).clamp(1, 5);
                 let default_keep = preset.map_or(vec![few, 1], |p| p.keep().to_vec());
                 let default_samples = preset.map_or(vec![25, 250], |p| p.samples().to_vec());
                 let keep = if self.keep.is_empty() { default_keep } else { self.keep.clone() };
@@ -264,7 +310,7 @@ impl JobArgs {
     /// The model, without which nothing else can be decided.
     pub(crate) fn model_source(&self) -> anyhow::Result<ModelSource> {
         if self.images.is_none() {
-            return Err(usage("--images is missing: give a directory of images"));
+            return Err(usage("--images is missing: give a directory or a list of images"));
         }
         let model = self
             .model
@@ -273,14 +319,20 @@ impl JobArgs {
         ModelSource::parse(model).map_err(usage)
     }
 
+    /// What competes for every image; none where each brings its own captions.
+    pub(crate) fn contenders(&self, classes: &Classes) -> Option<Contenders> {
+        self.candidates.is_none().then(|| Contenders::of_classes(classes, self.ensemble()))
+    }
+
     /// The specification these flags give, for a model that takes prompts or `labels`.
     pub(crate) fn to_spec(&self, labels: Option<&ModelLabels>) -> anyhow::Result<JobSpec> {
         let model = self.model_source()?;
         let images = self.images.as_deref().unwrap_or_default();
         let classes = self.read_classes(labels)?;
-        let policy = self.to_policy(classes.prompts.len())?;
+        let contenders = self.contenders(&classes);
+        let policy = self.to_policy(contenders.as_ref())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
-        policy.rounds(u32::MAX, classes.prompts.len()).map_err(usage)?;
+        policy.rounds(u32::MAX, contenders.as_ref()).map_err(usage)?;
         if self.limit == Some(0) {
             return Err(usage("--limit 0 leaves no image: give at least 1"));
         }
@@ -293,6 +345,8 @@ impl JobArgs {
             model: model.to_string(),
             lora: self.lora.iter().map(|text| lora(text)).collect::<anyhow::Result<_>>()?,
             classes,
+            prompt_ensemble: self.ensemble(),
+            candidates: self.candidates.clone(),
             policy,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
             dtype: self.dtype.unwrap_or(ModelDtype::F32),
@@ -361,9 +415,37 @@ mod tests {
 
     #[test]
     fn the_default_schedule_fits_few_classes_but_an_explicit_one_is_taken_by_its_word() {
-        let policy = JobArgs::default().to_policy(3).unwrap();
+        let three = Contenders::prompts(3);
+        let policy = JobArgs::default().to_policy(Some(&three)).unwrap();
         assert_eq!(policy, Policy::reference(&[3, 1], &[25, 250], 1).unwrap());
         let explicit = JobArgs { keep: vec![5, 1], samples: vec![25, 250], ..JobArgs::default() };
-        assert!(explicit.to_policy(3).unwrap().rounds(1000, 3).is_err());
+        assert!(explicit.to_policy(Some(&three)).unwrap().rounds(1000, Some(&three)).is_err());
+    }
+
+    #[test]
+    fn images_with_their_own_captions_are_judged_exhaustively_unless_a_policy_is_asked_for() {
+        let matching = JobArgs { candidates: Some("captions".into()), ..JobArgs::default() };
+        assert_eq!(matching.to_policy(None).unwrap(), Policy::exhaustive(&[100], 1).unwrap());
+        let asked = JobArgs { policy: Some(PolicyName::Reference), ..matching.clone() };
+        assert_eq!(asked.to_policy(None).unwrap(), Policy::reference(&[5, 1], &[25, 250], 1).unwrap());
+        let preset = JobArgs { preset: Some(Preset::Pets), ..matching.clone() };
+        assert_eq!(preset.to_policy(None).unwrap(), Preset::Pets.policy());
+        let keep = JobArgs { keep: vec![1], ..matching };
+        assert!(keep.to_policy(None).unwrap_err().to_string().contains("add --policy reference"));
+    }
+
+    #[test]
+    fn what_makes_prompts_of_classes_excludes_captions() {
+        let refused = |flags: JobArgs| {
+            let flags = JobArgs { candidates: Some("c".into()), ..flags };
+            flags.read_classes(None).unwrap_err().to_string()
+        };
+        assert!(
+            refused(JobArgs { classes: Some("c".into()), ..JobArgs::default() }).contains("--classes and --candidates")
+        );
+        assert!(refused(JobArgs { template: vec!["{}".into()], ..JobArgs::default() }).contains("--template"));
+        let mean = JobArgs { prompt_ensemble: Some(PromptEnsemble::Mean), ..JobArgs::default() };
+        assert!(refused(mean).contains("--prompt-ensemble mean"));
+        assert!(refused(JobArgs { images: Some("photos".into()), ..JobArgs::default() }).contains("a .csv file"));
     }
 }

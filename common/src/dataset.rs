@@ -2,21 +2,20 @@
 //!
 //! A listing is made once per job, before anything is computed, and becomes the manifest. So it is strict: whatever can't
 //! be listed is an error now rather than images silently missing in the end. What an image holds is not looked at; a file
-//! that is no image is listed, and quarantined when it is read.
+//! that is no image is listed, and quarantined when it is read. A source is a [`directory`] or a [`file_list`].
 
+mod directory;
+mod file_list;
 mod label;
 mod reader;
 
-use std::path::{Path as FsPath, PathBuf};
-use std::time::UNIX_EPOCH;
-
-use futures::TryStreamExt;
-use object_store::ObjectStore;
-use url::Url;
+use std::path::PathBuf;
 
 pub use label::{LabelError, LabelSource, unknown_labels};
 pub use reader::{Reader, read_object};
 
+use self::directory::is_image;
+use crate::class::Classes;
 use crate::ids::SampleId;
 use crate::manifest::Sample;
 use crate::store::{Location, Store, StoreError};
@@ -29,11 +28,14 @@ pub const EXTENSIONS: [&str; 10] = ["png", "jpg", "jpeg", "webp", "bmp", "gif", 
 pub enum DatasetError {
     /// There is nothing at the source.
     #[error(
-        "listing the images: {0} does not exist; give an existing directory or a prefix URL like s3://bucket/images"
+        "listing the images: {0} does not exist; give an existing directory, a prefix URL like s3://bucket/images, or a .csv \
+         or .txt list of images"
     )]
     Missing(String),
     /// The source is one file.
-    #[error("listing the images: {0} is a file; give the directory that holds the images")]
+    #[error(
+        "listing the images: {0} is a file; give the directory that holds the images, or a .csv or .txt list of them"
+    )]
     IsFile(String),
     /// No file of the source is an image.
     #[error(
@@ -61,6 +63,35 @@ pub enum DatasetError {
     /// A directory contains itself by way of a symbolic link.
     #[error("listing the images: {0} links to a directory that contains it; remove the link")]
     Cycle(PathBuf),
+    /// A list of images can't be used as a whole.
+    #[error("listing the images: the list {list} {problem}")]
+    List {
+        /// The list.
+        list: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// A line of a list can't be used.
+    #[error("listing the images: {list}, line {line}: {problem}")]
+    Line {
+        /// The list.
+        list: String,
+        /// 1-based line.
+        line: u64,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// A label that is none of the sample's captions.
+    #[error(
+        "the label of {key} is '{label}', which is none of its captions: give the right caption, or its position counted \
+         from 0"
+    )]
+    NotACaption {
+        /// The sample.
+        key: String,
+        /// Its label.
+        label: String,
+    },
     /// The object store can't be listed.
     #[error("listing the images: {0}")]
     Store(#[from] StoreError),
@@ -70,145 +101,90 @@ pub enum DatasetError {
 }
 
 /// An image as found, before it is numbered and labelled.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Found {
     key: String,
     location: String,
     size: u64,
     etag: Option<String>,
+    label: Option<String>,
+    candidates: Vec<String>,
+    pair: Option<String>,
 }
 
-/// Lists the images below `source`, a local directory or a prefix URL, sorted by key.
+/// What a listing takes in beside the images.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ListOptions<'a> {
+    /// Where labels come from, if not from the list.
+    pub label_from: Option<&'a LabelSource>,
+    /// The column of a list with every sample's captions, or several columns with commas between them.
+    pub candidates: Option<&'a str>,
+    /// Only the first so many samples.
+    pub limit: Option<u64>,
+}
+
+/// Whether a source is a list of images: a `.csv` or `.txt` file.
+pub fn is_list(source: &str) -> bool {
+    let Ok(location) = Location::parse(source) else { return false };
+    let name = match &location {
+        Location::Local(path) if path.is_dir() => return false,
+        Location::Local(path) => path.to_string_lossy().to_ascii_lowercase(),
+        Location::Remote(url) => url.path().to_ascii_lowercase(),
+    };
+    [".csv", ".txt"].iter().any(|extension| name.ends_with(extension))
+}
+
+/// Lists the images of `source`: those below a local directory or a prefix URL, sorted by key, or those a list names, in
+/// its order.
 ///
-/// Hidden files and directories (whose names start with a dot) are skipped. Symbolic links are followed. `limit` keeps the
-/// first so many samples of the sorted listing.
-pub async fn list(
-    source: &str,
-    label_from: Option<&LabelSource>,
-    limit: Option<u64>,
-) -> Result<Vec<Sample>, DatasetError> {
+/// In a directory, hidden files and directories (whose names start with a dot) are skipped and symbolic links are followed.
+pub async fn list(source: &str, options: &ListOptions<'_>) -> Result<Vec<Sample>, DatasetError> {
     let location = Location::parse(source)?;
-    let (mut found, others) = match &location {
+    let mut found = match is_list(source) {
+        true => file_list::list(&location, options).await?,
+        false => list_below(&location).await?,
+    };
+    let labels = options.label_from.map(|from| from.labels(found.iter().map(|f| f.key.as_str()))).transpose()?;
+    found.truncate(options.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
+    let samples = (0..).zip(found).map(|(id, found)| {
+        let label = match &labels {
+            Some(labels) => labels.of(&found.key),
+            None => found.label,
+        };
+        let Found { key, location, size, etag, candidates, pair, .. } = found;
+        let label = label.map(|label| caption_of(&candidates, label)).transpose();
+        let label = label.map_err(|label| DatasetError::NotACaption { key: key.clone(), label })?;
+        Ok(Sample { id: SampleId(id), key, location, size, etag, label, candidates, pair })
+    });
+    samples.collect()
+}
+
+/// The images below a directory or a URL prefix, sorted by key.
+async fn list_below(location: &Location) -> Result<Vec<Found>, DatasetError> {
+    let (mut found, others) = match location {
         // Listing comes before everything else in a job: nobody waits for this thread.
-        Location::Local(root) => list_local(root)?,
-        Location::Remote(url) => list_store(&Store::open(&location)?, url).await?,
+        Location::Local(root) => directory::list_local(root)?,
+        Location::Remote(url) => directory::list_store(&Store::open(location)?, url).await?,
     };
     if found.is_empty() {
-        return Err(match &location {
+        return Err(match location {
             // A store lists nothing below an object.
             Location::Remote(url) if is_image(url.path()) => DatasetError::IsFile(location.to_string()),
             _ => DatasetError::NoImages { source_name: location.to_string(), others },
         });
     }
     found.sort_by(|a, b| a.key.cmp(&b.key));
-    let labels = label_from.map(|from| from.labels(found.iter().map(|f| f.key.as_str()))).transpose()?;
-    found.truncate(limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
-    let samples = (0..).zip(found).map(|(id, Found { key, location, size, etag })| {
-        let label = labels.as_ref().and_then(|labels| labels.of(&key));
-        Sample { id: SampleId(id), key, location, size, etag, label }
-    });
-    Ok(samples.collect())
+    Ok(found)
 }
 
-fn is_image(name: &str) -> bool {
-    let extension = name.rsplit_once('.').map(|(_, extension)| extension.to_ascii_lowercase());
-    extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()))
-}
-
-fn is_hidden(name: &str) -> bool {
-    name.starts_with('.')
-}
-
-/// A directory to list, with the real paths of the directories above it.
-struct Directory {
-    path: PathBuf,
-    key: String,
-    above: Vec<PathBuf>,
-}
-
-fn list_local(root: &FsPath) -> Result<(Vec<Found>, u64), DatasetError> {
-    let unreadable = |source| DatasetError::Unreadable { path: root.to_owned(), source };
-    match std::fs::metadata(root) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(DatasetError::Missing(root.display().to_string()));
-        }
-        Err(e) => return Err(unreadable(e)),
-        Ok(metadata) if !metadata.is_dir() => return Err(DatasetError::IsFile(root.display().to_string())),
-        Ok(_) => {}
+/// The caption a label means, by its text or its position; the label itself where there are no captions, or as an error
+/// where it is none of them.
+fn caption_of(captions: &[String], label: String) -> Result<String, String> {
+    if captions.is_empty() {
+        return Ok(label);
     }
-    let (mut found, mut others) = (Vec::new(), 0);
-    let mut pending = vec![Directory { path: root.to_owned(), key: String::new(), above: Vec::new() }];
-    while let Some(mut directory) = pending.pop() {
-        let unreadable = |source| DatasetError::Unreadable { path: directory.path.clone(), source };
-        let real = directory.path.canonicalize().map_err(unreadable)?;
-        if directory.above.contains(&real) {
-            return Err(DatasetError::Cycle(directory.path));
-        }
-        directory.above.push(real);
-        for entry in std::fs::read_dir(&directory.path).map_err(unreadable)? {
-            let path = entry.map_err(unreadable)?.path();
-            let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
-                return Err(DatasetError::Name(path));
-            };
-            if is_hidden(name) {
-                continue;
-            }
-            let key = if directory.key.is_empty() { name.to_owned() } else { format!("{}/{name}", directory.key) };
-            // A link to nowhere is listed like any bad image, to be quarantined when it is read.
-            let metadata = std::fs::metadata(&path).ok();
-            if metadata.as_ref().is_some_and(std::fs::Metadata::is_dir) {
-                pending.push(Directory { path, key, above: directory.above.clone() });
-            } else if is_image(name) {
-                let Some(location) = path.to_str().map(str::to_owned) else { return Err(DatasetError::Name(path)) };
-                let size = metadata.as_ref().map_or(0, std::fs::Metadata::len);
-                found.push(Found { key, location, size, etag: metadata.as_ref().and_then(local_etag) });
-            } else {
-                others += 1;
-            }
-        }
-    }
-    Ok((found, others))
-}
-
-/// Modification time in nanoseconds and size, in hexadecimal: changes with the content, survives a copy that keeps times.
-fn local_etag(metadata: &std::fs::Metadata) -> Option<String> {
-    let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
-    Some(format!("{:x}-{:x}", modified.as_nanos(), metadata.len()))
-}
-
-async fn list_store(store: &Store, base: &Url) -> Result<(Vec<Found>, u64), DatasetError> {
-    let failed = |source| StoreError::Object { action: "listing", path: store.location().to_string(), source };
-    let (mut found, mut others) = (Vec::new(), 0);
-    let inner = store.inner();
-    let mut objects = inner.list(None);
-    while let Some(object) = objects.try_next().await.map_err(failed)? {
-        let key = object.location.to_string();
-        if key.split('/').any(is_hidden) {
-            continue;
-        }
-        if is_image(&key) {
-            found.push(Found { location: url_of(base, &key), key, size: object.size, etag: object.e_tag });
-        } else {
-            others += 1;
-        }
-    }
-    Ok((found, others))
-}
-
-/// The URL of an object below `base`, without credentials: workers bring their own.
-fn url_of(base: &Url, key: &str) -> String {
-    let mut url = base.clone();
-    let _ = url.set_password(None);
-    if !url.scheme().starts_with("abfs") {
-        // In abfs://container@account the user is the container.
-        let _ = url.set_username("");
-    }
-    url.set_query(None);
-    url.set_fragment(None);
-    if let Ok(mut segments) = url.path_segments_mut() {
-        segments.pop_if_empty().extend(key.split('/'));
-    }
-    url.to_string()
+    let classes = Classes::of_captions(captions);
+    classes.with_label(&label).map(|class| classes.name(class).to_owned()).ok_or(label)
 }
 
 #[cfg(test)]

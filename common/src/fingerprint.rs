@@ -67,11 +67,13 @@ impl JobIdentity {
     pub fn differences(&self, earlier: &Self) -> Vec<String> {
         let mut lines = Vec::new();
         let (new, old) = (to_map(&self.spec), to_map(&earlier.spec));
-        for (key, value) in &new {
-            let before = old.get(key).unwrap_or(&serde_json::Value::Null);
+        // A key may be in one of them alone: defaults are not written down.
+        for key in new.keys().chain(old.keys().filter(|key| !new.contains_key(*key))) {
+            let of = |spec: &serde_json::Map<_, _>| spec.get(key).cloned().unwrap_or_default();
+            let (before, value) = (of(&old), of(&new));
             // Where the model, adapters and noise lie may change; what they hold may not.
             if value != before && !["model", "lora", "noise"].contains(&key.as_str()) {
-                lines.push(describe(key, before, value));
+                lines.push(describe(key, &before, &value));
             }
         }
         for name in earlier.model_files.keys().chain(self.model_files.keys()).collect::<std::collections::BTreeSet<_>>()
@@ -118,7 +120,8 @@ fn to_map(spec: &JobSpec) -> serde_json::Map<String, serde_json::Value> {
 }
 
 fn describe(key: &str, before: &serde_json::Value, after: &serde_json::Value) -> String {
-    let (before, after) = (before.to_string(), after.to_string());
+    let text = |value: &serde_json::Value| if value.is_null() { "the default".to_owned() } else { value.to_string() };
+    let (before, after) = (text(before), text(after));
     if before.len() + after.len() > 200 { format!("{key}: changed") } else { format!("{key}: {before} -> {after}") }
 }
 

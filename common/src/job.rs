@@ -6,9 +6,10 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::class::Classes;
+use crate::ensemble::{Contenders, PromptEnsemble};
 use crate::loss::Loss;
 use crate::noise::NoiseScope;
-use crate::policy::Policy;
+use crate::policy::{Policy, PolicyError, RoundSlots};
 
 /// Samples in a shard unless the job says otherwise.
 pub const DEFAULT_SHARD_SIZE: u32 = 1000;
@@ -88,8 +89,14 @@ pub struct JobSpec {
     /// Adapters merged into the model, in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora: Vec<Lora>,
-    /// Classes and prompts.
+    /// Classes and prompts; none where every sample brings its own captions.
     pub classes: Classes,
+    /// How the prompts of a class make its score.
+    #[serde(default, skip_serializing_if = "PromptEnsemble::is_default")]
+    pub prompt_ensemble: PromptEnsemble,
+    /// The column of the image list that holds every sample's own captions, or several columns with commas between them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub candidates: Option<String>,
     /// Rounds and eliminations.
     pub policy: Policy,
     /// The error of an evaluation.
@@ -115,4 +122,16 @@ pub struct JobSpec {
     pub limit: Option<u64>,
     /// Samples in a shard.
     pub shard_size: u32,
+}
+
+impl JobSpec {
+    /// What competes for every sample; none where each brings its own captions.
+    pub fn contenders(&self) -> Option<Contenders> {
+        self.candidates.is_none().then(|| Contenders::of_classes(&self.classes, self.prompt_ensemble))
+    }
+
+    /// The rounds of every sample, for a model with `timesteps` training timesteps.
+    pub fn rounds(&self, timesteps: u32) -> Result<Vec<RoundSlots>, PolicyError> {
+        self.policy.rounds(timesteps, self.contenders().as_ref())
+    }
 }

@@ -35,3 +35,8 @@ pub fn quarantine(shard: ShardId) -> Path {
 fn shard_file(directory: &str, shard: ShardId) -> Path {
     Path::from(format!("{directory}/shard-{:05}.parquet", shard.0))
 }
+
+/// The manifest.
+pub fn manifest() -> Path {
+    Path::from(MANIFEST)
+}

@@ -1,12 +1,13 @@
 //! The vocabulary both sides of `elbo` speak: what a job is, which evaluations it consists of, and how their errors become
 //! predictions.
 //!
-//! The numeric core ([`schedule`], [`noise`], [`score`], [`sums`], [`policy`], [`unit`]) is synchronous, does no IO and reads no clock, so that a
-//! result is a pure function of the job. [`store`], [`dataset`], [`manifest`] and [`predictions`] are the rim: what is read
+//! The numeric core ([`schedule`], [`noise`], [`score`], [`sums`], [`policy`], [`ensemble`], [`unit`]) is synchronous, does no IO
+//! and reads no clock, so that a result is a pure function of the job. [`store`], [`dataset`], [`manifest`] and [`predictions`] are the rim: what is read
 //! from and written to object storage.
 
 pub mod class;
 pub mod dataset;
+pub mod ensemble;
 pub mod fingerprint;
 pub mod ids;
 pub mod job;

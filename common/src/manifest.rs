@@ -3,16 +3,20 @@
 //! A shard is a row group, so that a coordinator over millions of samples decodes only the shards it works on. What stays
 //! in memory is the compressed file.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow_array::{Array, ArrayRef, StringArray, UInt64Array};
+use arrow_array::builder::{ListBuilder, StringBuilder};
+use arrow_array::{Array, ArrayRef, ListArray, StringArray, UInt64Array};
 use arrow_schema::{DataType, Field, Schema};
 use bytes::Bytes;
 use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::errors::ParquetError;
 use serde::{Deserialize, Serialize};
 
+use crate::class::Classes;
 use crate::ids::{SampleId, ShardId};
 use crate::table::{self, Columns, Row, TableError};
 
@@ -31,6 +35,20 @@ pub struct Sample {
     pub etag: Option<String>,
     /// The label, where the dataset brings one.
     pub label: Option<String>,
+    /// Captions of its own, which are its classes; none where it is judged by the job's.
+    pub candidates: Vec<String>,
+    /// Names the sample with the same captions that it is paired with.
+    pub pair: Option<String>,
+}
+
+impl Sample {
+    /// The classes it is judged by: its own captions, or else the job's.
+    pub fn classes<'a>(&self, of_job: &'a Classes) -> Cow<'a, Classes> {
+        match &self.candidates[..] {
+            [] => Cow::Borrowed(of_job),
+            captions => Cow::Owned(Classes::of_captions(captions)),
+        }
+    }
 }
 
 /// A persisted listing.
@@ -41,6 +59,7 @@ pub struct Manifest {
     shard_size: u32,
     len: u64,
     digest: String,
+    caption_counts: BTreeMap<usize, u64>,
 }
 
 impl Manifest {
@@ -75,8 +94,9 @@ impl Manifest {
         if last > u64::from(shard_size) || sizes.iter().rev().skip(1).any(|&size| size != u64::from(shard_size)) {
             return Err(wrong("its shards differ in size"));
         }
-        let mut manifest = Self { bytes, metadata, shard_size, len, digest: String::new() };
-        manifest.digest = manifest.compute_digest()?;
+        let (digest, caption_counts) = (String::new(), BTreeMap::new());
+        let mut manifest = Self { bytes, metadata, shard_size, len, digest, caption_counts };
+        manifest.survey()?;
         Ok(manifest)
     }
 
@@ -95,7 +115,12 @@ impl Manifest {
         self.metadata.metadata().num_row_groups() as u32
     }
 
-    /// The BLAKE3 hash, in hexadecimal, of the samples' identities (key, etag, size, label) in order.
+    /// How many samples have so many captions of their own.
+    pub fn caption_counts(&self) -> &BTreeMap<usize, u64> {
+        &self.caption_counts
+    }
+
+    /// The BLAKE3 hash, in hexadecimal, of the samples' identities (key, etag, size, label, captions, pair) in order.
     ///
     /// Where the images lie is not part of it, nor how the samples are cut into shards.
     pub fn digest(&self) -> &str {
@@ -121,27 +146,41 @@ impl Manifest {
         }
     }
 
-    fn compute_digest(&self) -> Result<String, TableError> {
+    /// Looks at every sample once.
+    fn survey(&mut self) -> Result<(), TableError> {
         let mut hasher = blake3::Hasher::new();
         for shard in 0..self.shards() {
             for sample in self.shard(ShardId(shard))? {
                 hash_identity(&mut hasher, &sample);
+                *self.caption_counts.entry(sample.candidates.len()).or_default() += 1;
             }
         }
-        Ok(hasher.finalize().to_hex().to_string())
+        self.digest = hasher.finalize().to_hex().to_string();
+        Ok(())
     }
 }
 
 /// Every field is preceded by its length (or absence), so that no two different lists of samples hash the same bytes.
 fn hash_identity(hasher: &mut blake3::Hasher, sample: &Sample) {
-    let mut field = |value: Option<&str>| {
-        hasher.update(&value.map_or(u64::MAX, |v| v.len() as u64).to_le_bytes());
-        hasher.update(value.unwrap_or_default().as_bytes());
-    };
-    field(Some(&sample.key));
-    field(sample.etag.as_deref());
-    field(sample.label.as_deref());
+    for text in [Some(sample.key.as_str()), sample.etag.as_deref(), sample.label.as_deref()] {
+        hash_field(hasher, text);
+    }
     hasher.update(&sample.size.to_le_bytes());
+    if sample.candidates.is_empty() && sample.pair.is_none() {
+        return;
+    }
+    // No key is so long: what follows can't be taken for the next sample.
+    hasher.update(&(u64::MAX - 1).to_le_bytes());
+    hasher.update(&(sample.candidates.len() as u64).to_le_bytes());
+    for text in sample.candidates.iter().map(|caption| Some(caption.as_str())).chain([sample.pair.as_deref()]) {
+        hash_field(hasher, text);
+    }
+}
+
+/// A text after its length, or the mark of its absence.
+fn hash_field(hasher: &mut blake3::Hasher, text: Option<&str>) {
+    hasher.update(&text.map_or(u64::MAX, |t| t.len() as u64).to_le_bytes());
+    hasher.update(text.unwrap_or_default().as_bytes());
 }
 
 fn wrong(problem: impl Into<String>) -> TableError {
@@ -159,6 +198,8 @@ impl Row for Sample {
             Field::new("size", DataType::UInt64, false),
             Field::new("etag", DataType::Utf8, true),
             Field::new("label", DataType::Utf8, true),
+            Field::new_list("candidates", caption(), true),
+            Field::new("pair", DataType::Utf8, true),
         ])
     }
 
@@ -170,6 +211,8 @@ impl Row for Sample {
             Arc::new(UInt64Array::from_iter_values(rows.iter().map(|r| r.size))),
             Arc::new(StringArray::from_iter(rows.iter().map(|r| r.etag.as_ref()))),
             Arc::new(StringArray::from_iter(rows.iter().map(|r| r.label.as_ref()))),
+            Arc::new(caption_lists(rows)),
+            Arc::new(StringArray::from_iter(rows.iter().map(|r| r.pair.as_ref()))),
         ])
     }
 
@@ -180,17 +223,46 @@ impl Row for Sample {
         let size: &UInt64Array = columns.required("size")?;
         let etag: &StringArray = columns.nullable("etag")?;
         let label: &StringArray = columns.nullable("label")?;
+        // Manifests of earlier versions have neither of these.
+        let candidates: Option<&ListArray> = columns.optional("candidates")?;
+        let pair: Option<&StringArray> = columns.optional("pair")?;
         let text = |column: &StringArray, i| column.is_valid(i).then(|| column.value(i).to_owned());
-        rows.extend((0..columns.len()).map(|i| Self {
-            id: SampleId(id.value(i)),
-            key: key.value(i).to_owned(),
-            location: location.value(i).to_owned(),
-            size: size.value(i),
-            etag: text(etag, i),
-            label: text(label, i),
-        }));
+        for i in 0..columns.len() {
+            rows.push(Self {
+                id: SampleId(id.value(i)),
+                key: key.value(i).to_owned(),
+                location: location.value(i).to_owned(),
+                size: size.value(i),
+                etag: text(etag, i),
+                label: text(label, i),
+                candidates: match candidates.filter(|lists| lists.is_valid(i)) {
+                    Some(lists) => {
+                        let values = lists.value(i);
+                        let captions: &StringArray = columns.inner("candidates", &values)?;
+                        captions.iter().flatten().map(str::to_owned).collect()
+                    }
+                    None => Vec::new(),
+                },
+                pair: pair.and_then(|pair| text(pair, i)),
+            });
+        }
         Ok(())
     }
+}
+
+/// The list's item; `element` is the name the Parquet specification gives it.
+fn caption() -> Field {
+    Field::new("element", DataType::Utf8, true)
+}
+
+/// Null where a sample has no captions of its own.
+fn caption_lists(rows: &[Sample]) -> ListArray {
+    let mut lists = ListBuilder::new(StringBuilder::new()).with_field(caption());
+    for row in rows {
+        row.candidates.iter().for_each(|caption| lists.values().append_value(caption));
+        lists.append(!row.candidates.is_empty());
+    }
+    lists.finish()
 }
 
 #[cfg(test)]
@@ -206,6 +278,8 @@ mod tests {
                 size: 100 + i,
                 etag: (i % 2 == 0).then(|| format!("tag{i}")),
                 label: (i % 3 == 0).then(|| "cat".to_owned()),
+                candidates: (0..i % 3).map(|k| format!("caption {k}")).collect(),
+                pair: (i % 4 == 0).then(|| format!("pair {}", i / 8)),
             })
             .collect()
     }
@@ -255,6 +329,51 @@ mod tests {
         assert!(!changed(|s| s.etag = Some(String::new())));
         assert!(!changed(|s| s.size += 1));
         assert!(!changed(|s| s.label = None));
+        assert!(!changed(|s| s.candidates = vec!["a".into()]));
+        assert!(!changed(|s| s.pair = Some("p".into())));
+        assert!(!changed(|s| (s.candidates, s.pair) = (vec!["p".into()], None)));
+    }
+
+    #[test]
+    fn samples_are_counted_by_their_captions() {
+        assert_eq!(manifest(&samples(25), 10).caption_counts(), &[(0, 9), (1, 8), (2, 8)].into());
+    }
+
+    /// A row as it was before samples could bring captions.
+    struct Older(Sample);
+
+    impl Row for Older {
+        const TABLE: &'static str = "manifest";
+
+        fn schema() -> Schema {
+            let fields = Sample::schema().fields;
+            Schema::new(
+                fields
+                    .iter()
+                    .filter(|f| !["candidates", "pair"].contains(&f.name().as_str()))
+                    .cloned()
+                    .collect::<Vec<_>>(),
+            )
+        }
+
+        fn columns(rows: &[Self]) -> Result<Vec<ArrayRef>, ParquetError> {
+            let samples: Vec<_> = rows.iter().map(|row| row.0.clone()).collect();
+            Ok(Sample::columns(&samples)?.into_iter().take(6).collect())
+        }
+
+        fn read(_: &Columns<'_>, _: &mut Vec<Self>) -> Result<(), TableError> {
+            unreachable!("only written")
+        }
+    }
+
+    #[test]
+    fn a_manifest_without_captions_and_pairs_is_that_of_samples_without_them() {
+        let mut plain = samples(25);
+        plain.iter_mut().for_each(|s| (s.candidates, s.pair) = (Vec::new(), None));
+        let rows: Vec<_> = plain.iter().cloned().map(Older).collect();
+        let older = Manifest::parse(table::encode(&rows, 10, &[]).unwrap(), 10).unwrap();
+        assert_eq!(older.shard(ShardId(1)).unwrap(), plain[10..20]);
+        assert_eq!(manifest(&plain, 10).digest(), older.digest());
     }
 
     #[test]

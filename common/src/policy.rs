@@ -1,9 +1,8 @@
-//! Which slots every round evaluates, and which prompts survive it.
+//! Which slots every round evaluates, and how many prompts survive it.
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::PromptIndex;
-use crate::sums::Sums;
+use crate::ensemble::Contenders;
 
 /// One (timestep, noise) pair. Every prompt of a sample is scored on the same slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,12 +13,12 @@ pub struct Slot {
     pub noise: u32,
 }
 
-/// The slots evaluated between two eliminations, and how many prompts stay afterwards.
+/// The slots evaluated between two eliminations, and how many contenders stay afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RoundSlots {
     /// The slots in evaluation order.
     pub slots: Vec<Slot>,
-    /// How many prompts stay after the round.
+    /// How many contenders stay after the round, where there are more.
     pub keep: u32,
 }
 
@@ -28,7 +27,7 @@ pub struct RoundSlots {
 pub struct Stage {
     /// Timesteps evaluated in all when the stage ends (`n_samples` of the reference code).
     pub samples: u32,
-    /// Prompts that stay (`to_keep`).
+    /// Contenders that stay (`to_keep`): prompts, or classes where a class scores the mean of its prompts.
     pub keep: u32,
 }
 
@@ -74,16 +73,18 @@ pub enum PolicyError {
         /// Timesteps of the model.
         timesteps: u32,
     },
-    /// A stage keeps more prompts than there are.
-    #[error("--keep {keep} is more than the {prompts} prompts there are to choose from: use at most {prompts}")]
+    /// A stage keeps more contenders than there are.
+    #[error("--keep {keep} is more than the {count} {noun} there are to choose from: use at most {count}")]
     KeepTooLarge {
-        /// Prompts a stage keeps.
+        /// Contenders a stage keeps.
         keep: u32,
-        /// Prompts the job has.
-        prompts: usize,
+        /// Contenders of the job.
+        count: usize,
+        /// What they are called.
+        noun: &'static str,
     },
-    /// Stages that would bring back eliminated prompts.
-    #[error("--keep must not grow from stage to stage ({before} then {after}): eliminated prompts do not come back")]
+    /// Stages that would bring back what was eliminated.
+    #[error("--keep must not grow from stage to stage ({before} then {after}): what is eliminated does not come back")]
     KeepGrows {
         /// Kept by the earlier stage.
         before: u32,
@@ -140,9 +141,10 @@ impl Policy {
         }
     }
 
-    /// The rounds for a model with `timesteps` training timesteps and a job with `prompts` prompts.
-    pub fn rounds(&self, timesteps: u32, prompts: usize) -> Result<Vec<RoundSlots>, PolicyError> {
-        let all = prompts as u32;
+    /// The rounds for a model with `timesteps` training timesteps and a job with these contenders; none where every sample
+    /// brings its own, of which a round keeps all if there are too few.
+    pub fn rounds(&self, timesteps: u32, contenders: Option<&Contenders>) -> Result<Vec<RoundSlots>, PolicyError> {
+        let all = contenders.map_or(u32::MAX, |c| c.len() as u32);
         let (stages, trials) = match self {
             Self::Reference { stages, trials } => (stages.clone(), *trials),
             Self::Exhaustive { samples, trials } => (vec![Stage { samples: *samples, keep: all }], *trials),
@@ -154,8 +156,8 @@ impl Policy {
         if most > timesteps {
             return Err(PolicyError::TooManySamples { samples: most, timesteps });
         }
-        if let Some(stage) = stages.iter().find(|s| s.keep > all) {
-            return Err(PolicyError::KeepTooLarge { keep: stage.keep, prompts });
+        if let (Some(c), Some(stage)) = (contenders, stages.iter().find(|s| s.keep > all)) {
+            return Err(PolicyError::KeepTooLarge { keep: stage.keep, count: c.len(), noun: c.noun() });
         }
         let mut done = Vec::new();
         Ok(stages
@@ -187,23 +189,6 @@ fn slots_by_rank(fresh: &[u32], done: u32, trials: u32) -> Vec<Slot> {
         .collect()
 }
 
-/// The prompts that stay after a round: the `keep` lowest means of *all* errors so far, in ascending prompt order.
-///
-/// Equal means are broken by the lower prompt index. `totals` is indexed by prompt.
-pub fn survivors(remaining: &[PromptIndex], totals: &[Sums], keep: u32) -> Vec<PromptIndex> {
-    let mut ranked = rank(remaining, totals);
-    ranked.truncate(keep as usize);
-    ranked.sort_unstable();
-    ranked
-}
-
-/// Prompts by ascending mean error, ties by the lower index.
-pub fn rank(prompts: &[PromptIndex], totals: &[Sums]) -> Vec<PromptIndex> {
-    let mut ranked = prompts.to_vec();
-    ranked.sort_by(|a, b| totals[a.at()].mean().total_cmp(&totals[b.at()].mean()).then(a.cmp(b)));
-    ranked
-}
-
 /// What one round costs for one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RoundCost {
@@ -215,15 +200,15 @@ pub struct RoundCost {
     pub evaluations: u64,
 }
 
-/// The evaluations each round costs for one sample of a job with `prompts` prompts.
-pub fn costs(rounds: &[RoundSlots], prompts: usize) -> Vec<RoundCost> {
-    let mut remaining = prompts as u64;
+/// The evaluations each round costs for one sample with these contenders: exact where they are even, else the most it can be.
+pub fn costs(rounds: &[RoundSlots], contenders: &Contenders) -> Vec<RoundCost> {
+    let mut prompts = contenders.prompt_count() as u64;
     rounds
         .iter()
         .map(|round| {
             let slots = round.slots.len() as u64;
-            let cost = RoundCost { slots, prompts: remaining, evaluations: slots * remaining };
-            remaining = u64::from(round.keep);
+            let cost = RoundCost { slots, prompts, evaluations: slots * prompts };
+            prompts = prompts.min(contenders.most_prompts(round.keep));
             cost
         })
         .collect()
@@ -232,10 +217,16 @@ pub fn costs(rounds: &[RoundSlots], prompts: usize) -> Vec<RoundCost> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::class::Classes;
+    use crate::ensemble::PromptEnsemble;
     use crate::preset::Preset;
 
     fn timesteps(round: &RoundSlots) -> Vec<u32> {
         round.slots.iter().map(|s| s.timestep).collect()
+    }
+
+    fn total(rounds: &[RoundSlots], contenders: &Contenders) -> u64 {
+        costs(rounds, contenders).iter().map(|c| c.evaluations).sum()
     }
 
     #[test]
@@ -250,23 +241,52 @@ mod tests {
             (Preset::Objectnet, 113, 14_400),
             (Preset::Imagenet, 1000, 124_500),
         ] {
-            let rounds = preset.policy().rounds(1000, prompts).unwrap();
-            let total: u64 = costs(&rounds, prompts).iter().map(|c| c.evaluations).sum();
-            assert_eq!(total, expected, "{preset}");
+            let contenders = Contenders::prompts(prompts);
+            let rounds = preset.policy().rounds(1000, Some(&contenders)).unwrap();
+            assert_eq!(total(&rounds, &contenders), expected, "{preset}");
         }
+    }
+
+    #[test]
+    fn by_mean_keep_counts_classes_and_their_prompts_are_paid_for_together() {
+        let templates = ["a {}", "the {}", "one {}"].map(str::to_owned);
+        let classes = Classes::parse("ant\nbee\ncat\ndog", &templates).unwrap();
+        let policy = Policy::reference(&[2, 1], &[2, 5], 1).unwrap();
+        let cost = |ensemble| {
+            let contenders = Contenders::of_classes(&classes, ensemble);
+            total(&policy.rounds(1000, Some(&contenders)).unwrap(), &contenders)
+        };
+        // Two slots for all twelve prompts; then three slots for two prompts, or for two classes of three prompts.
+        assert_eq!(cost(PromptEnsemble::Max), 2 * 12 + 3 * 2);
+        assert_eq!(cost(PromptEnsemble::Mean), 2 * 12 + 3 * 6);
+
+        let by_mean = Contenders::of_classes(&classes, PromptEnsemble::Mean);
+        let greedy = Policy::reference(&[5, 1], &[2, 5], 1).unwrap();
+        let message = greedy.rounds(1000, Some(&by_mean)).unwrap_err().to_string();
+        assert!(message.contains("--keep 5 is more than the 4 classes"), "{message}");
+        assert!(greedy.rounds(1000, None).is_ok(), "samples with few candidates keep them all");
+    }
+
+    #[test]
+    fn candidates_fewer_than_a_stage_keeps_all_stay() {
+        let rounds = Policy::reference(&[5, 1], &[2, 5], 1).unwrap().rounds(1000, None).unwrap();
+        assert_eq!(total(&rounds, &Contenders::prompts(2)), 2 * 2 + 3 * 2);
+        assert_eq!(total(&rounds, &Contenders::prompts(9)), 2 * 9 + 3 * 5);
     }
 
     #[test]
     fn a_stage_takes_every_stepth_point_of_the_largest_grid_less_those_done() {
         // M = 5, s = 200: grid 100, 300, 500, 700, 900. n = 2: step 2, G[1::2][:2] = 300, 700.
-        let rounds = Policy::reference(&[2, 1], &[2, 5], 1).unwrap().rounds(1000, 3).unwrap();
+        let rounds =
+            Policy::reference(&[2, 1], &[2, 5], 1).unwrap().rounds(1000, Some(&Contenders::prompts(3))).unwrap();
         assert_eq!(timesteps(&rounds[0]), [300, 700]);
         assert_eq!(timesteps(&rounds[1]), [100, 500, 900]);
     }
 
     #[test]
     fn noise_indices_follow_evaluation_rank_across_stages_and_trials() {
-        let rounds = Policy::reference(&[2, 1], &[2, 5], 3).unwrap().rounds(1000, 3).unwrap();
+        let rounds =
+            Policy::reference(&[2, 1], &[2, 5], 3).unwrap().rounds(1000, Some(&Contenders::prompts(3))).unwrap();
         let noises: Vec<Vec<u32>> = rounds.iter().map(|r| r.slots.iter().map(|s| s.noise).collect()).collect();
         assert_eq!(noises[0], [0, 1, 2, 3, 4, 5]);
         assert_eq!(noises[1], [6, 7, 8, 9, 10, 11, 12, 13, 14]);
@@ -275,24 +295,10 @@ mod tests {
 
     #[test]
     fn exhaustive_scores_every_prompt_on_one_even_grid() {
-        let rounds = Policy::exhaustive(&[4], 1).unwrap().rounds(1000, 7).unwrap();
+        let rounds = Policy::exhaustive(&[4], 1).unwrap().rounds(1000, Some(&Contenders::prompts(7))).unwrap();
         assert_eq!(rounds.len(), 1);
         assert_eq!(timesteps(&rounds[0]), [125, 375, 625, 875]);
         assert_eq!(rounds[0].keep, 7);
-    }
-
-    #[test]
-    fn ties_go_to_the_lower_prompt() {
-        let totals = [2.0, 1.0, 1.0, 3.0].map(|sum| Sums { n: 1, sum, sum_sq: sum * sum });
-        let all: Vec<_> = (0..4).map(PromptIndex).collect();
-        assert_eq!(survivors(&all, &totals, 1), [PromptIndex(1)]);
-        assert_eq!(rank(&all, &totals), [1, 2, 0, 3].map(PromptIndex));
-    }
-
-    #[test]
-    fn survivors_are_judged_by_the_mean_of_all_their_errors() {
-        let totals = [Sums { n: 4, sum: 4.0, sum_sq: 4.0 }, Sums { n: 2, sum: 3.0, sum_sq: 5.0 }];
-        assert_eq!(survivors(&[PromptIndex(0), PromptIndex(1)], &totals, 1), [PromptIndex(0)]);
     }
 
     #[test]
@@ -304,7 +310,7 @@ mod tests {
         assert!(message(Policy::reference(&[5, 1], &[0, 20], 1)).contains("at least 1"));
         assert!(message(Policy::exhaustive(&[20, 100], 1)).contains("one value"));
         let policy = Policy::reference(&[5, 1], &[20, 100], 1).unwrap();
-        assert!(policy.rounds(1000, 4).unwrap_err().to_string().contains("use at most 4"));
-        assert!(policy.rounds(50, 10).unwrap_err().to_string().contains("use at most 50"));
+        assert!(policy.rounds(1000, Some(&Contenders::prompts(4))).unwrap_err().to_string().contains("use at most 4"));
+        assert!(policy.rounds(50, Some(&Contenders::prompts(10))).unwrap_err().to_string().contains("use at most 50"));
     }
 }

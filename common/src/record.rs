@@ -117,6 +117,7 @@ impl JobRecord {
 mod tests {
     use super::*;
     use crate::class::Classes;
+    use crate::ensemble::PromptEnsemble;
     use crate::job::{JobSpec, ModelDtype};
     use crate::loss::Loss;
     use crate::noise::NoiseScope;
@@ -129,6 +130,8 @@ mod tests {
             lora: vec![],
             model: "/model".into(),
             classes: Classes::parse("prompt,classname,classidx\na cat,cat,7\na dog,dog,-1\n", &[]).unwrap(),
+            prompt_ensemble: PromptEnsemble::Mean,
+            candidates: None,
             policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
             loss: Loss::Huber,
             dtype: ModelDtype::F32,
@@ -155,5 +158,13 @@ mod tests {
         };
         let json = serde_json::to_string(&record).unwrap();
         assert_eq!(serde_json::from_str::<JobRecord>(&json).unwrap(), record);
+
+        // What is not there has its default, and a default is not written down.
+        let older = json.replace(r#""prompt_ensemble":"mean","#, "");
+        let older: JobRecord = serde_json::from_str(&older).unwrap();
+        assert_eq!(older.identity.spec.prompt_ensemble, PromptEnsemble::Max);
+        assert!(!serde_json::to_string(&older).unwrap().contains("prompt_ensemble"));
+        assert_eq!(record.identity.differences(&older.identity), [r#"prompt_ensemble: the default -> "mean""#]);
+        assert_eq!(older.identity.differences(&record.identity), [r#"prompt_ensemble: "mean" -> the default"#]);
     }
 }

@@ -1,6 +1,7 @@
 //! What a job amounts to: accuracy where the dataset brings labels, and which samples deserve a look.
 //!
-//! A report is a function of the predictions alone, read one by one, so it can be made of any number of them.
+//! A report is a function of the predictions, and of the manifest where samples bring their own captions; they are read one by
+//! one, so it can be made of any number of them.
 
 use std::borrow::Borrow;
 use std::collections::BTreeMap;
@@ -9,12 +10,18 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::class::Classes;
+use crate::ensemble::PromptEnsemble;
 use crate::ids::ClassIndex;
+use crate::manifest::Sample;
 use crate::predictions::{Outcome, Prediction};
 
 mod confusion;
+mod pairs;
 
 pub use confusion::Confusion;
+pub use pairs::{PairScores, Share};
+
+use pairs::Pairs;
 
 /// Most uncertain samples kept.
 const UNCERTAIN_SHOWN: usize = 10;
@@ -34,6 +41,11 @@ pub struct Report {
     pub evaluations: u64,
     /// Evaluations computed more than once.
     pub evaluations_recomputed: u64,
+    /// How the prompts of a class make its score.
+    pub prompt_ensemble: PromptEnsemble,
+    /// Text, image and group score, where images with their own captions come in pairs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<PairScores>,
     /// True classes against predicted ones.
     #[serde(skip)]
     pub confusion: Confusion,
@@ -70,17 +82,31 @@ pub struct Uncertain {
 }
 
 impl Report {
-    /// The report of `predictions`, of which `recomputed` evaluations were computed more than once.
+    /// The report of `predictions` among `classes`, of which `recomputed` evaluations were computed more than once.
     pub fn new<P: Borrow<Prediction>>(
         predictions: impl IntoIterator<Item = P>,
         classes: &Classes,
+        prompt_ensemble: PromptEnsemble,
         recomputed: u64,
     ) -> Self {
-        let mut counts = Counts { confusion: Confusion::new(classes), ..Counts::default() };
+        let mut counts = Counts { confusion: Confusion::new(classes), prompt_ensemble, ..Counts::default() };
         for prediction in predictions {
             counts.add(prediction.borrow(), classes);
         }
         counts.finish(recomputed)
+    }
+
+    /// The report of samples with their own captions, each with its prediction if there is one yet. A class is a position
+    /// among a sample's captions.
+    pub fn of_captions(rows: impl IntoIterator<Item = (Sample, Option<Prediction>)>, recomputed: u64) -> Self {
+        let (mut counts, mut pairs) = (Counts::default(), Pairs::default());
+        for (sample, prediction) in rows {
+            if let Some(prediction) = &prediction {
+                counts.add(prediction, &Classes::of_captions(&sample.candidates));
+            }
+            pairs.add(&sample, prediction.as_ref());
+        }
+        Self { pairs: pairs.finish(), ..counts.finish(recomputed) }
     }
 }
 
@@ -91,6 +117,7 @@ struct Counts {
     quarantined: u64,
     top5: u64,
     evaluations: u64,
+    prompt_ensemble: PromptEnsemble,
     confusion: Confusion,
     uncertain: Vec<Uncertain>,
     reasons: BTreeMap<String, u64>,
@@ -144,6 +171,8 @@ impl Counts {
             accuracy,
             evaluations: self.evaluations,
             evaluations_recomputed,
+            prompt_ensemble: self.prompt_ensemble,
+            pairs: None,
             confusion: self.confusion,
             uncertain: self.uncertain,
             reasons,
@@ -159,15 +188,24 @@ impl fmt::Display for Report {
             write!(f, ", {:.1} a labelled sample", self.evaluations as f64 / self.labelled as f64)?;
         }
         writeln!(f, "; {} computed more than once", self.evaluations_recomputed)?;
+        match self.prompt_ensemble {
+            PromptEnsemble::Max => writeln!(f, "a class scored as its best prompt (--prompt-ensemble max)")?,
+            PromptEnsemble::Mean => writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?,
+        }
         match self.accuracy {
             Some(Accuracy { top1, top5, mean_per_class }) => {
                 writeln!(f, "\naccuracy over {} samples with a known label", self.confusion.total())?;
                 for (name, share) in [("top 1", top1), ("top 5", top5), ("mean per class", mean_per_class)] {
                     writeln!(f, "  {name:<14} {:6.2} %", share * 100.0)?;
                 }
-                write!(f, "\n{}", self.confusion)?;
+                if !self.confusion.is_nameless() {
+                    write!(f, "\n{}", self.confusion)?;
+                }
             }
             None => writeln!(f, "\nno accuracy: no labelled sample has a label that is a class")?,
+        }
+        if let Some(pairs) = &self.pairs {
+            write!(f, "\n{pairs}")?;
         }
         if !self.uncertain.is_empty() {
             writeln!(f, "\nmost uncertain samples (margin of the mean error, predicted class, label)")?;
@@ -236,6 +274,7 @@ mod tests {
                 bad(6, "not an image"),
             ],
             &classes(),
+            PromptEnsemble::Mean,
             7,
         );
         assert_eq!(
@@ -243,14 +282,14 @@ mod tests {
             serde_json::json!({
                 "samples": 7, "labelled": 6, "quarantined": 1,
                 "accuracy": {"top1": 0.5, "top5": 0.75, "mean_per_class": (1.0 / 3.0 + 1.0) / 2.0},
-                "evaluations": 60, "evaluations_recomputed": 7
+                "evaluations": 60, "evaluations_recomputed": 7, "prompt_ensemble": "mean"
             })
         );
     }
 
     #[test]
     fn without_known_labels_there_is_no_accuracy() {
-        let report = Report::new([prediction(0, None, &[1, 0], 0.5), bad(1, "x")], &classes(), 0);
+        let report = Report::new([prediction(0, None, &[1, 0], 0.5), bad(1, "x")], &classes(), PromptEnsemble::Max, 0);
         let json = serde_json::to_string(&report).unwrap();
         assert!(json.contains(r#""accuracy":null"#), "{json}");
         assert!(report.to_string().contains("no accuracy"));
@@ -260,7 +299,7 @@ mod tests {
     fn the_most_uncertain_samples_and_the_reasons_are_shown() {
         let mut rows: Vec<_> = (0..30).map(|i| prediction(i, None, &[1, 0], ((i * 7) % 30) as f32)).collect();
         rows.extend([bad(30, "empty"), bad(31, "truncated"), bad(32, "truncated")]);
-        let report = Report::new(&rows, &classes(), 0);
+        let report = Report::new(&rows, &classes(), PromptEnsemble::Max, 0);
         let margins: Vec<_> = report.uncertain.iter().map(|u| u.margin).collect();
         assert_eq!(margins, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
         assert_eq!(report.reasons, [("truncated".to_owned(), 2), ("empty".to_owned(), 1)]);

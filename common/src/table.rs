@@ -89,6 +89,11 @@ impl<'a> Columns<'a> {
         self.typed(name, column)
     }
 
+    /// A column that may be missing.
+    pub(crate) fn optional<T: Array + 'static>(&self, name: &str) -> Result<Option<&'a T>, TableError> {
+        self.batch.column_by_name(name).map(|column| self.typed(name, column)).transpose()
+    }
+
     /// A column without nulls.
     pub(crate) fn required<T: Array + 'static>(&self, name: &str) -> Result<&'a T, TableError> {
         self.full(name, self.nullable::<T>(name)?)

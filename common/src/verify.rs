@@ -72,7 +72,7 @@ impl std::fmt::Display for Verification {
 
 /// Checks the predictions and quarantine files of `out` against its manifest.
 pub async fn verify(out: &Store, fingerprint: String) -> Result<Verification, VerifyError> {
-    let bytes = out.read(&Path::from(layout::MANIFEST)).await?;
+    let bytes = out.read(&layout::manifest()).await?;
     let bytes = bytes.ok_or_else(|| VerifyError::NoManifest(out.location().to_string()))?;
     let manifest = Manifest::open(bytes)?;
     let mut check = Check::new(manifest.len());

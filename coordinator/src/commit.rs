@@ -3,11 +3,12 @@
 //! The content is a pure function of the job, so that writing a shard twice, as after a crash between the put and the
 //! ledger's mark, is harmless.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use elbo_common::class::Classes;
-use elbo_common::ids::{ClassIndex, ShardId};
+use elbo_common::ensemble::Contenders;
+use elbo_common::ids::{ClassIndex, Round, ShardId};
 use elbo_common::layout;
 use elbo_common::manifest::Sample;
 use elbo_common::policy::RoundSlots;
@@ -38,12 +39,15 @@ fn attempts(stage: &str) -> u32 {
 pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> Result<Vec<(Path, Bytes)>, TableError> {
     let spec = &job.identity.spec;
     let meta = [("elbo.job".to_owned(), job.identity.digest()), ("elbo.version".to_owned(), job.versions.elbo.clone())];
+    let of_job = spec.contenders();
     let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
         rows.push(match &finished.outcome {
             Outcome::Scored { prompts, errors: single } => {
-                errors.extend(single.iter().map(|e| error_row(sample, e, &spec.classes, rounds)));
-                scored(sample, prompts, &spec.classes)
+                let classes = sample.classes(&spec.classes);
+                let contenders = of_job.clone().unwrap_or_else(|| Contenders::prompts(prompts.len()));
+                errors.extend(single.iter().map(|e| error_row(sample, e, &classes, rounds)));
+                scored(sample, prompts, &classes, &contenders)
             }
             Outcome::Quarantined(failure) => {
                 quarantined.push(quarantine_row(sample, failure));
@@ -62,8 +66,8 @@ pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> R
     Ok(files)
 }
 
-fn scored(sample: &Sample, prompts: &[ScoredPrompt], classes: &Classes) -> Prediction {
-    let scores = class_scores(prompts, classes);
+fn scored(sample: &Sample, prompts: &[ScoredPrompt], classes: &Classes, contenders: &Contenders) -> Prediction {
+    let scores = class_scores(prompts, classes, contenders);
     let evaluations = prompts.iter().map(|p| p.sums.n).sum();
     let margin = match &scores[..] {
         // Classes that left earlier have means over other slots, which don't compare.
@@ -81,25 +85,35 @@ fn scored(sample: &Sample, prompts: &[ScoredPrompt], classes: &Classes) -> Predi
     }
 }
 
-/// A class scores as its best prompt does. Best first: by the last round a class was in, then by mean error; ties by the
-/// lower prompt, as in the policy.
-fn class_scores(prompts: &[ScoredPrompt], classes: &Classes) -> Vec<Score> {
-    let mut ranked: Vec<&ScoredPrompt> = prompts.iter().filter(|p| p.sums.n > 0).collect();
-    ranked.sort_by(|a, b| {
-        b.round.cmp(&a.round).then(a.sums.mean().total_cmp(&b.sums.mean())).then(a.prompt.cmp(&b.prompt))
-    });
-    let mut seen = BTreeMap::new();
-    ranked
-        .into_iter()
-        .filter(|p| seen.insert(classes.class_of(p.prompt), ()).is_none())
-        .map(|p| Score {
-            class: classes.class_of(p.prompt),
-            mean_error: p.sums.mean() as f32,
-            std_error: p.sums.std_error().map(|e| e as f32),
-            n: p.sums.n,
-            round: p.round,
-        })
-        .collect()
+/// A class scores as the best of its contenders does: as its best prompt, or as the mean of its prompts where they compete
+/// together. Best first: by the last round a class was in, then by mean error; ties by the lower prompt, as in the policy.
+fn class_scores(prompts: &[ScoredPrompt], classes: &Classes, contenders: &Contenders) -> Vec<Score> {
+    let mut groups: BTreeMap<u32, Vec<&ScoredPrompt>> = BTreeMap::new();
+    for prompt in prompts.iter().filter(|p| p.sums.n > 0) {
+        groups.entry(contenders.of_prompt(prompt.prompt)).or_default().push(prompt);
+    }
+    let mut ranked: Vec<(f64, Score)> = groups.into_values().map(|group| contender_score(&group, classes)).collect();
+    // Stable, so that ties stay in the contenders' order.
+    ranked.sort_by(|(a, one), (b, other)| other.round.cmp(&one.round).then(a.total_cmp(b)));
+    let mut seen = BTreeSet::new();
+    ranked.into_iter().map(|(_, score)| score).filter(|score| seen.insert(score.class)).collect()
+}
+
+/// The score of prompts of one class that were evaluated on the same slots, with its mean error unrounded.
+fn contender_score(group: &[&ScoredPrompt], classes: &Classes) -> (f64, Score) {
+    let count = group.len() as f64;
+    let mean = group.iter().map(|p| p.sums.mean()).sum::<f64>() / count;
+    // On the same slots the prompts' errors rise and fall together: the standard error of their mean is at most the mean
+    // of their standard errors, and close to it.
+    let std_errors: Option<Vec<f64>> = group.iter().map(|p| p.sums.std_error()).collect();
+    let score = Score {
+        class: group.first().map_or(ClassIndex(0), |p| classes.class_of(p.prompt)),
+        mean_error: mean as f32,
+        std_error: std_errors.map(|all| (all.iter().sum::<f64>() / count) as f32),
+        n: group.iter().map(|p| p.sums.n).sum(),
+        round: group.iter().map(|p| p.round).max().unwrap_or(Round(0)),
+    };
+    (mean, score)
 }
 
 fn given_up(sample: &Sample, failure: &SampleFailure) -> Prediction {
@@ -138,7 +152,8 @@ fn error_row(sample: &Sample, error: &SlotError, classes: &Classes, rounds: &[Ro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use elbo_common::ids::{PromptIndex, Round};
+    use elbo_common::ensemble::PromptEnsemble;
+    use elbo_common::ids::PromptIndex;
     use elbo_common::sums::Sums;
 
     fn prompt(index: u32, round: u16, n: u32, mean: f64) -> ScoredPrompt {
@@ -156,6 +171,7 @@ mod tests {
         let scores = class_scores(
             &[prompt(0, 0, 2, 0.9), prompt(1, 1, 5, 0.8), prompt(2, 1, 5, 0.7), prompt(3, 0, 2, 0.1)],
             &classes(),
+            &Contenders::prompts(4),
         );
         let order: Vec<_> = scores.iter().map(|s| (s.class.0, s.n)).collect();
         assert_eq!(order, [(5, 5), (3, 5), (9, 2)]);
@@ -170,12 +186,36 @@ mod tests {
             size: 1,
             etag: None,
             label: None,
+            candidates: Vec::new(),
+            pair: None,
         };
-        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes());
+        let all = Contenders::prompts(4);
+        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes(), &all);
         assert_eq!(same.labelled().unwrap().margin, Some(0.25));
-        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes());
+        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes(), &all);
         assert_eq!(other.labelled().unwrap().margin, None);
         assert_eq!(other.labelled().unwrap().class_name, "cat");
         assert_eq!(other.evaluations, 7);
+    }
+
+    #[test]
+    fn by_mean_a_class_scores_the_mean_of_its_prompts_and_not_its_best() {
+        let prompts = [prompt(0, 1, 5, 0.1), prompt(1, 1, 5, 0.9), prompt(2, 1, 5, 0.4), prompt(3, 0, 2, 0.2)];
+        let score = |ensemble| class_scores(&prompts, &classes(), &Contenders::of_classes(&classes(), ensemble));
+        let order = |scores: &[Score]| scores.iter().map(|s| (s.class.0, s.n, s.mean_error)).collect::<Vec<_>>();
+        assert_eq!(order(&score(PromptEnsemble::Max)), [(3, 5, 0.1), (5, 5, 0.4), (9, 2, 0.2)]);
+        assert_eq!(order(&score(PromptEnsemble::Mean)), [(5, 5, 0.4), (3, 10, 0.5), (9, 2, 0.2)]);
+    }
+
+    #[test]
+    fn the_standard_error_of_prompts_on_the_same_slots_is_the_mean_of_theirs() {
+        let of = |sum, sum_sq| Sums { n: 4, sum, sum_sq };
+        let scored = |index, sums| ScoredPrompt { prompt: PromptIndex(index), sums, round: Round(0) };
+        // Errors 1, 2, 3, 4 and twice as much: standard errors sqrt(5/12) and 2 sqrt(5/12).
+        let prompts = [scored(0, of(10.0, 30.0)), scored(1, of(20.0, 120.0))];
+        let by_mean = Contenders::of_classes(&classes(), PromptEnsemble::Mean);
+        let scores = class_scores(&prompts, &classes(), &by_mean);
+        assert_eq!((scores[0].mean_error, scores[0].n), (3.75, 8));
+        assert!((scores[0].std_error.unwrap() - 1.5 * (5.0f32 / 12.0).sqrt()).abs() < 1e-6);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use elbo_common::dataset::{self, LabelSource};
+use elbo_common::dataset::{self, LabelSource, ListOptions};
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::ShardId;
 use elbo_common::layout;
@@ -37,7 +37,7 @@ pub enum JobError {
         problem: &'static str,
     },
     /// Labels that are not classes.
-    #[error("{}; add the classes, remove those images, or leave out --label-from", describe_unknown(.0))]
+    #[error("{}; add the classes, remove those images, or leave out their labels", describe_unknown(.0))]
     UnknownLabels(Vec<(String, usize, String)>),
     /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
@@ -128,7 +128,7 @@ impl Job {
             (None, listed) => {
                 let bytes = Manifest::write_bytes(&listed.unwrap_or_default(), shard_size)?;
                 let manifest = Manifest::parse(bytes.clone(), shard_size)?;
-                out.write(&Path::from(layout::MANIFEST), bytes).await?;
+                out.write(&layout::manifest(), bytes).await?;
                 let record = new_record(identity, &manifest);
                 record.write(&out).await?;
                 (record, manifest)
@@ -171,21 +171,26 @@ impl Job {
 
 /// The rounds of a job, from its policy and the schedule in its model's directory.
 pub fn rounds_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Vec<RoundSlots>, JobError> {
-    let schedule = NoiseSchedule::of_model(model)?;
-    Ok(identity.spec.policy.rounds(schedule.timesteps(), identity.spec.classes.prompts.len())?)
+    Ok(identity.spec.rounds(NoiseSchedule::of_model(model)?.timesteps())?)
 }
 
 async fn list(identity: &JobIdentity) -> Result<Vec<elbo_common::manifest::Sample>, JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
-    let samples = dataset::list(&spec.images, label_from.as_ref(), spec.limit).await?;
+    let (candidates, limit) = (spec.candidates.as_deref(), spec.limit);
+    let samples =
+        dataset::list(&spec.images, &ListOptions { label_from: label_from.as_ref(), candidates, limit }).await?;
+    if spec.candidates.is_some() {
+        // Labels are captions: the listing saw to that.
+        return Ok(samples);
+    }
     let unknown = dataset::unknown_labels(&samples, &spec.classes);
     if unknown.is_empty() { Ok(samples) } else { Err(JobError::UnknownLabels(unknown)) }
 }
 
 async fn read_manifest(out: &Store, record: &JobRecord, shard_size: u32) -> Result<Manifest, JobError> {
     let wrong = |problem| JobError::Manifest { location: out.location().to_string(), problem };
-    let bytes: Bytes = out.read(&Path::from(layout::MANIFEST)).await?.ok_or_else(|| wrong("missing"))?;
+    let bytes: Bytes = out.read(&layout::manifest()).await?.ok_or_else(|| wrong("missing"))?;
     let manifest = Manifest::parse(bytes, shard_size)?;
     if manifest.digest() == record.manifest.digest { Ok(manifest) } else { Err(wrong("not the one that was listed")) }
 }

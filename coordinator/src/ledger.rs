@@ -80,6 +80,8 @@ struct StoredTotals {
     evaluations: u64,
     #[prost(uint64, tag = "4")]
     recomputed: u64,
+    #[prost(uint64, tag = "5")]
+    spared: u64,
 }
 
 const EPOCH: &str = "epoch";
@@ -193,8 +195,9 @@ impl Ledger {
         while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
             batch.delete(&entry.key);
         }
-        let ShardTotals { samples, quarantined, evaluations, recomputed } = totals;
-        batch.put(done_key(shard), StoredTotals { samples, quarantined, evaluations, recomputed }.encode_to_vec());
+        let ShardTotals { samples, quarantined, evaluations, recomputed, spared } = totals;
+        let stored = StoredTotals { samples, quarantined, evaluations, recomputed, spared };
+        batch.put(done_key(shard), stored.encode_to_vec());
         self.write(batch).await
     }
 
@@ -206,8 +209,8 @@ impl Ledger {
             let hex = String::from_utf8_lossy(&entry.key[DONE.len()..]).into_owned();
             let shard = u32::from_str_radix(&hex, 16).map_err(|e| broken(&entry.key, e))?;
             let stored = StoredTotals::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
-            let StoredTotals { samples, quarantined, evaluations, recomputed } = stored;
-            done.insert(ShardId(shard), ShardTotals { samples, quarantined, evaluations, recomputed });
+            let StoredTotals { samples, quarantined, evaluations, recomputed, spared } = stored;
+            done.insert(ShardId(shard), ShardTotals { samples, quarantined, evaluations, recomputed, spared });
         }
         Ok(done)
     }
@@ -299,7 +302,7 @@ mod tests {
         let ledger = Ledger::open(&out).await.unwrap();
         ledger.append(&record(1), 10).await.unwrap();
         ledger.append(&record(21), 10).await.unwrap();
-        let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, recomputed: 4 };
+        let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, recomputed: 4, spared: 7 };
         ledger.commit(ShardId(0), totals).await.unwrap();
         assert!(ledger.records(ShardId(0)).await.unwrap().is_empty());
         assert_eq!(ledger.records(ShardId(2)).await.unwrap().len(), 1);

@@ -24,7 +24,8 @@ pub struct Progress {
     pub evaluations: u64,
     /// Evaluations workers have finished and not reported yet.
     pub unreported: u64,
-    /// Evaluations the job takes in all, if no further sample is given up.
+    /// Evaluations the job takes in all, if no further sample is given up; at most so many where classes have unequally many
+    /// prompts.
     pub evaluations_total: u64,
     /// Evaluations per second over the last half minute; `None` before there is a figure.
     pub rate: Option<f64>,
@@ -70,7 +71,6 @@ impl Meter {
         let (totals, workers) = (brain.totals(), brain.workers());
         let (shards_done, shards_active, shards_pending) = brain.shard_counts();
         let unreported = workers.iter().map(|w| w.unreported).sum();
-        let scored = brain.job().samples().saturating_sub(totals.quarantined);
         Progress {
             shards_done,
             shards_active,
@@ -80,7 +80,7 @@ impl Meter {
             samples_quarantined: totals.quarantined,
             evaluations: totals.evaluations,
             unreported,
-            evaluations_total: scored * brain.job().evaluations_per_sample(),
+            evaluations_total: brain.job().planned_evaluations().saturating_sub(totals.spared),
             rate: self.rate(now, totals.evaluations + unreported),
             workers,
             done: brain.is_done(),

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use elbo_common::ensemble::Contenders;
 use elbo_common::ids::ShardId;
 use elbo_common::manifest::Manifest;
 use elbo_common::policy::RoundSlots;
@@ -142,8 +143,10 @@ impl Coordinator {
     pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
         let Job { out, record, manifest, rounds, ledger, done } = job;
         let spec = &record.identity.spec;
-        let prompts = spec.classes.prompts.len();
-        let shape = JobShape::new(rounds.clone(), prompts, manifest.len(), spec.shard_size, spec.write_errors);
+        // Where every sample brings its own captions, nothing competes in those without.
+        let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
+        let (captions, keep_errors) = (manifest.caption_counts(), spec.write_errors);
+        let shape = JobShape::new(rounds.clone(), contenders, captions, spec.shard_size, keep_errors);
         let brain = Brain::new(shape, ledger.epoch(), options.leases, done);
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_common::ids::{Epoch, LeaseId};
+use elbo_common::manifest::Sample;
 use elbo_common::record::JobRecord;
 use elbo_proto::{PROTOCOL, v1};
 use tokio::sync::{Notify, watch};
@@ -145,8 +146,15 @@ fn rejoin() -> Status {
 }
 
 fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
-    let samples =
-        grant.samples.into_iter().map(|s| v1::Sample { id: s.id.0, key: s.key, location: s.location }).collect();
+    let sample = |s: Sample| v1::Sample {
+        id: s.id.0,
+        key: s.key,
+        location: s.location,
+        captions: s.candidates,
+        // Both images of a pair see the same noise on the same slots, so that their errors compare.
+        noise_key: s.pair.unwrap_or_default(),
+    };
+    let samples = grant.samples.into_iter().map(sample).collect();
     let units = grant
         .units
         .into_iter()

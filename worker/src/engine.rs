@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use elbo_common::ids::{PromptIndex, Round, SampleId};
+use elbo_common::class::Prompt;
+use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use elbo_common::noise::NoiseSource;
 use elbo_common::policy::{RoundSlots, Slot};
 use elbo_common::score::{Point, Scorer};
@@ -34,8 +35,9 @@ pub struct Problem {
     pub noise: NoiseSource,
     /// The slots of every round.
     pub rounds: Vec<RoundSlots>,
-    /// What the network needs to know of every prompt of the job.
-    pub conditions: Arc<Conditions>,
+    /// What the network needs to know of every prompt of the job; none where every sample brings its own captions, for
+    /// which the model keeps its text encoders.
+    pub conditions: Option<Arc<Conditions>>,
     /// What the network needs to know of every timestep of the rounds.
     pub times: TimeCache,
     /// Whether single errors are reported.
@@ -47,7 +49,7 @@ pub struct Problem {
 pub struct UnitWork {
     /// The unit.
     pub unit: Unit,
-    /// The sample's key, from which its noise is drawn.
+    /// What its noise is drawn from: the sample's key, or the pair's.
     pub key: Arc<str>,
     /// The sample's latent.
     pub latent: Latent,
@@ -372,7 +374,15 @@ impl Problem {
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
         const LARGEST_BATCH: usize = 64;
         let Some(slots) = self.rounds.first().map(|r| r.slots.len()).filter(|n| *n > 0) else { return Ok(1) };
-        let prompts: Vec<_> = (0..self.conditions.len() as u32).map(PromptIndex).collect();
+        let conditions = match &self.conditions {
+            Some(conditions) => Arc::clone(conditions),
+            None => {
+                // Captions are all as long for the network: padded.
+                let caption = |class| Prompt { text: "a photo".into(), class: ClassIndex(class), label: None };
+                Arc::new(self.model.conditions(&[caption(0), caption(1)])?)
+            }
+        };
+        let prompts: Vec<_> = (0..conditions.len() as u32).map(PromptIndex).collect();
         let latent = Arc::new(vec![0.0; self.model.latent_shape().iter().product()]);
         let units: Vec<_> = (0..LARGEST_BATCH.div_ceil((slots * prompts.len()).max(1)) as u64)
             .map(|sample| {
@@ -388,7 +398,7 @@ impl Problem {
             let mut fastest = Duration::MAX;
             for _ in 0..3 {
                 let started = Instant::now();
-                self.errors(&units, &self.conditions, &evaluations)?;
+                self.errors(&units, &conditions, &evaluations)?;
                 fastest = fastest.min(started.elapsed());
                 if fastest > LONGEST_BATCH {
                     return Ok(best);

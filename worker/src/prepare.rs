@@ -4,15 +4,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use elbo_common::class::{Classes, Prompt};
 use elbo_common::dataset::Reader;
 use elbo_common::ids::{PromptIndex, Round, SampleId};
 use elbo_common::unit::{Unit, UnitId};
 use elbo_proto::v1;
 use futures::StreamExt;
 
-use crate::engine::{Engine, EngineStopped, UnitWork};
+use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
 use crate::latent::{Latent, LatentCache};
-use crate::models::Conditions;
+use crate::models::{Conditions, ModelError};
 use crate::preprocess::Preprocessing;
 
 /// Images read and decoded at a time.
@@ -40,14 +41,17 @@ pub struct Prepared {
     pub bad: Vec<BadSample>,
 }
 
-/// A block that contradicts the contract.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
+/// A block that can't be prepared as a whole.
+#[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// It speaks of samples, rounds or prompts that are not the job's.
     #[error(
         "the block speaks of a sample, round or prompt this job does not have: run the same version of elbo everywhere"
     )]
     Foreign,
+    /// Some of its samples' captions can't be encoded.
+    #[error("encoding the captions: {0}")]
+    Captions(ModelError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),
@@ -66,21 +70,29 @@ pub struct Preparer {
     pub preprocessing: Preprocessing,
     /// Slots of every round, to check blocks against.
     pub slots: Vec<usize>,
-    /// The job's prompts.
-    pub conditions: Arc<Conditions>,
+    /// The job: its prompts, or the text encoders for its samples' captions.
+    pub problem: Arc<Problem>,
+}
+
+/// What the network needs to know of a block's prompts.
+struct BlockConditions {
+    conditions: Arc<Conditions>,
+    /// Where each sample's prompts start, and how many it has.
+    of_sample: HashMap<SampleId, (u32, usize)>,
 }
 
 impl Preparer {
     /// Reads, decodes and encodes what a block needs.
     pub async fn prepare(&self, block: v1::Block) -> Result<Prepared, BlockError> {
-        let units =
-            block.units.into_iter().map(|u| self.unit(u)).collect::<Option<Vec<_>>>().ok_or(BlockError::Foreign)?;
+        let BlockConditions { conditions, of_sample } = self.conditions(&block.samples).await?;
+        let units = block.units.into_iter().map(|u| self.unit(u, &of_sample)).collect::<Option<Vec<_>>>();
+        let units = units.ok_or(BlockError::Foreign)?;
         let mut keys: HashMap<SampleId, Arc<str>> = HashMap::new();
         let mut latents: HashMap<SampleId, Latent> = HashMap::new();
-        let conditions = Arc::clone(&self.conditions);
         let mut prepared = Prepared { units: Vec::new(), conditions, bad: Vec::new() };
         let mut pending = futures::stream::iter(block.samples.into_iter().map(|sample| {
-            keys.insert(SampleId(sample.id), Arc::from(sample.key.as_str()));
+            let noise_key = if sample.noise_key.is_empty() { &sample.key } else { &sample.noise_key };
+            keys.insert(SampleId(sample.id), Arc::from(noise_key.as_str()));
             self.latent(sample)
         }))
         .buffered(AHEAD);
@@ -95,14 +107,32 @@ impl Preparer {
             let key = keys.get(&unit.id.sample).ok_or(BlockError::Foreign)?;
             if let Some(latent) = latents.get(&unit.id.sample) {
                 let (key, latent) = (Arc::clone(key), Arc::clone(latent));
-                prepared.units.push(UnitWork { unit, key, latent, first_condition: 0 });
+                let (first_condition, _) = of_sample.get(&unit.id.sample).copied().ok_or(BlockError::Foreign)?;
+                prepared.units.push(UnitWork { unit, key, latent, first_condition });
             }
         }
         Ok(prepared)
     }
 
+    /// The job's prompts, or the captions of a block's samples, encoded.
+    async fn conditions(&self, samples: &[v1::Sample]) -> Result<BlockConditions, BlockError> {
+        if let Some(conditions) = &self.problem.conditions {
+            let prompts = (0, conditions.len());
+            let of_sample = samples.iter().map(|sample| (SampleId(sample.id), prompts)).collect();
+            return Ok(BlockConditions { conditions: Arc::clone(conditions), of_sample });
+        }
+        let (captions, of_sample) = gather_captions(samples);
+        if captions.is_empty() {
+            return Err(BlockError::Foreign);
+        }
+        let problem = Arc::clone(&self.problem);
+        let encoding = tokio::task::spawn_blocking(move || problem.model.conditions(&captions));
+        let conditions = encoding.await.map_err(|_| ModelError::Input("the text encoder crashed".into())).flatten();
+        Ok(BlockConditions { conditions: Arc::new(conditions.map_err(BlockError::Captions)?), of_sample })
+    }
+
     /// A unit of the contract as one of ours; `None` where it is not of this job.
-    fn unit(&self, unit: v1::Unit) -> Option<Unit> {
+    fn unit(&self, unit: v1::Unit, of_sample: &HashMap<SampleId, (u32, usize)>) -> Option<Unit> {
         let id = unit.id?;
         let id = UnitId {
             sample: SampleId(id.sample),
@@ -111,10 +141,11 @@ impl Preparer {
             prompts: id.prompts.try_into().ok()?,
         };
         let slots = unit.slot_begin as usize..unit.slot_end as usize;
+        let (_, prompts) = of_sample.get(&id.sample)?;
         let fits = slots.start < slots.end
             && slots.end <= *self.slots.get(id.round.at())?
             && !unit.prompts.is_empty()
-            && unit.prompts.iter().all(|&p| (p as usize) < self.conditions.len());
+            && unit.prompts.iter().all(|&p| (p as usize) < *prompts);
         fits.then(|| Unit { id, slots, prompts: unit.prompts.into_iter().map(PromptIndex).collect() })
     }
 
@@ -143,5 +174,42 @@ impl Preparer {
             }
             Err(error) => bad("encode", error.to_string()),
         }
+    }
+}
+
+/// The captions of a block's samples one list after the other, each different list once: where each sample's start among
+/// them, and how many it has.
+///
+/// Lists rather than captions are shared, since an evaluation finds a caption by its position in its sample's list.
+fn gather_captions(samples: &[v1::Sample]) -> (Vec<Prompt>, HashMap<SampleId, (u32, usize)>) {
+    let (mut prompts, mut starts, mut of_sample) = (Vec::new(), HashMap::new(), HashMap::new());
+    for sample in samples {
+        let captions = &sample.captions;
+        let start = *starts.entry(captions).or_insert_with(|| {
+            let start = prompts.len() as u32;
+            prompts.extend(Classes::of_captions(captions).prompts);
+            start
+        });
+        of_sample.insert(SampleId(sample.id), (start, captions.len()));
+    }
+    (prompts, of_sample)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_with_the_same_captions_share_them_and_lists_stay_whole() {
+        let sample = |id, captions: &[&str]| v1::Sample {
+            id,
+            captions: captions.iter().map(ToString::to_string).collect(),
+            ..v1::Sample::default()
+        };
+        let samples = [sample(4, &["a", "b"]), sample(5, &["b", "a", "c"]), sample(6, &["a", "b"])];
+        let (prompts, of_sample) = gather_captions(&samples);
+        assert_eq!(prompts.iter().map(|p| p.text.as_str()).collect::<Vec<_>>(), ["a", "b", "b", "a", "c"]);
+        let at = |id| of_sample[&SampleId(id)];
+        assert_eq!([at(4), at(5), at(6)], [(0, 2), (2, 3), (0, 2)]);
     }
 }

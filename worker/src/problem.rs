@@ -13,7 +13,7 @@ use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::score::{ScoreError, Scorer};
 
 use crate::engine::Problem;
-use crate::models::{DiffusionModel, LoadOptions, Lora, ModelError};
+use crate::models::{DiffusionModel, Family, LoadOptions, Lora, ModelError};
 
 /// A job this worker can't work on.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,9 @@ pub enum ProblemError {
     /// The noise does not fit.
     #[error(transparent)]
     Noise(#[from] NoiseError),
+    /// The model knows classes by their labels and can't read captions.
+    #[error("--candidates needs a model with a text encoder, and this one is conditioned on classes: use --classes")]
+    NoCaptions,
     /// The image size does not fit.
     #[error("--size {size} does not fit the model: it must be a multiple of {factor} pixels")]
     Size {
@@ -77,7 +80,7 @@ impl Problem {
         if let Some(shift) = spec.timestep_shift {
             schedule = schedule.with_shift(shift)?;
         }
-        let rounds = spec.policy.rounds(schedule.timesteps(), spec.classes.prompts.len())?;
+        let rounds = spec.rounds(schedule.timesteps())?;
         let mut model = DiffusionModel::load_with(directory, &load_options(spec, directory)?)?;
         if let Some(size) = spec.size {
             let factor = model.size_factor();
@@ -103,8 +106,16 @@ impl Problem {
         let inputs: Vec<f32> = timesteps.iter().map(|t| schedule.time(*t)).collect();
         let times = network.time_cache(&timesteps, &inputs)?;
         let scorer = Scorer::new(schedule, spec.loss, network.in_channels(), learned_variance)?;
-        let conditions = Arc::new(model.conditions(&spec.classes.prompts)?);
-        model.drop_text_encoders();
+        let conditions = match spec.candidates {
+            // Captions are encoded as they come, block by block.
+            Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
+            Some(_) => None,
+            None => {
+                let conditions = model.conditions(&spec.classes.prompts)?;
+                model.drop_text_encoders();
+                Some(Arc::new(conditions))
+            }
+        };
         Ok(Self { scorer, noise, rounds, conditions, times, keep_errors: spec.write_errors, model })
     }
 }

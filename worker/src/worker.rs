@@ -163,7 +163,7 @@ async fn work(
         reader: Reader::new(),
         preprocessing: problem.model.preprocessing(),
         slots: problem.rounds.iter().map(|r| r.slots.len()).collect(),
-        conditions: Arc::clone(&problem.conditions),
+        problem,
     });
     let (findings, inbox) = mpsc::unbounded_channel();
     let held = Held::default();
@@ -301,7 +301,10 @@ impl Lessee {
 
     /// Prepares and computes one block.
     async fn compute(&self, key: LeaseKey, block: v1::Block, turn: &tokio::sync::Mutex<()>) -> Result<(), WorkerError> {
-        let prepared = self.preparer.prepare(block).await?;
+        let prepared = match self.preparer.prepare(block).await {
+            Err(BlockError::Captions(error)) => return self.give_up(key, &error.to_string()).await,
+            prepared => prepared?,
+        };
         for bad in prepared.bad {
             tracing::warn!(sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
             self.find(key, Finding::Bad(bad));
@@ -333,13 +336,17 @@ impl Lessee {
         submitted?;
         match failure {
             None => self.rate.note(evaluations, started.elapsed().as_secs_f64()),
-            Some(error) => {
-                tracing::error!(lease = key.lease, error, "block failed");
-                if let Err(CallError::Fatal(error)) = self.client.release(key.epoch, vec![key.lease], &error).await {
-                    return Err(error.into());
-                }
-            }
+            Some(error) => self.give_up(key, &error).await?,
         }
         Ok(())
+    }
+
+    /// Hands a block back that can't be finished.
+    async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
+        tracing::error!(lease = key.lease, error, "block failed");
+        match self.client.release(key.epoch, vec![key.lease], error).await {
+            Err(CallError::Fatal(error)) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 }

@@ -1,6 +1,10 @@
 //! `elbo report` and `elbo verify`, and the summary after a run: what is in an output.
 
+use std::collections::BTreeMap;
+
+use elbo_common::ids::ShardId;
 use elbo_common::layout;
+use elbo_common::manifest::{Manifest, Sample};
 use elbo_common::predictions::{Prediction, decode_predictions};
 use elbo_common::record::JobRecord;
 use elbo_common::report::Report;
@@ -30,6 +34,26 @@ async fn predictions(store: &Store) -> anyhow::Result<Vec<Prediction>> {
     Ok(rows)
 }
 
+/// Every sample of the manifest, with its prediction if there is one yet.
+async fn caption_rows(store: &Store) -> anyhow::Result<Vec<(Sample, Option<Prediction>)>> {
+    let bytes = store.read(&layout::manifest()).await?;
+    let bytes = bytes.ok_or_else(|| anyhow::anyhow!("{} has no {}", store.location(), layout::MANIFEST))?;
+    let manifest = Manifest::open(bytes)?;
+    let mut rows = Vec::new();
+    for shard in (0..manifest.shards()).map(ShardId) {
+        let predictions = match store.read(&layout::predictions(shard)).await? {
+            Some(bytes) => decode_predictions(bytes)?,
+            None => Vec::new(),
+        };
+        let mut of_sample: BTreeMap<_, _> = predictions.into_iter().map(|row| (row.sample, row)).collect();
+        rows.extend(manifest.shard(shard)?.into_iter().map(|sample| {
+            let prediction = of_sample.remove(&sample.id);
+            (sample, prediction)
+        }));
+    }
+    Ok(rows)
+}
+
 /// `elbo report`.
 pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
     let (store, record) = open(&args.out).await?;
@@ -44,7 +68,11 @@ pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
 
 async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report> {
     let recomputed = record.totals.map_or(0, |t| t.evaluations_recomputed);
-    Ok(Report::new(predictions(store).await?, &record.identity.spec.classes, recomputed))
+    let spec = &record.identity.spec;
+    if spec.candidates.is_some() {
+        return Ok(Report::of_captions(caption_rows(store).await?, recomputed));
+    }
+    Ok(Report::new(predictions(store).await?, &spec.classes, spec.prompt_ensemble, recomputed))
 }
 
 /// `elbo verify`.

@@ -1,7 +1,11 @@
 //! `elbo plan`: what a job would evaluate, without running it.
 
+use std::collections::BTreeMap;
+
 use elbo_common::class::ModelLabels;
-use elbo_common::dataset::{self, LabelSource};
+use elbo_common::dataset::{self, LabelSource, ListOptions};
+use elbo_common::ensemble::{Contenders, PromptEnsemble};
+use elbo_common::manifest::Sample;
 use elbo_common::model_source::{ModelSource, Wanted};
 use elbo_common::policy::{RoundCost, costs};
 use elbo_common::schedule::NoiseSchedule;
@@ -19,16 +23,25 @@ const USUAL_TIMESTEPS: u32 = 1000;
 #[derive(Debug, Serialize)]
 struct Plan {
     samples: Option<u64>,
+    /// Of the image with the most captions, where images bring their own; prompts and rounds likewise.
     classes: usize,
     prompts: usize,
+    prompt_ensemble: PromptEnsemble,
     rounds: Vec<RoundCost>,
     evaluations_per_image: u64,
     evaluations_total: Option<u64>,
+    /// Whether images may cost less than `rounds` says: those with fewer captions, or whose classes with the most prompts
+    /// are eliminated first.
+    #[serde(skip)]
+    at_most: bool,
 }
 
 /// Counts samples, classes and evaluations.
 pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let flags = args.job.resolve()?;
+    if flags.candidates.is_some() && flags.images.is_none() {
+        return Err(usage("--images is missing: give the list with the column that --candidates names"));
+    }
     let (timesteps, labels) = match &flags.model {
         None => (USUAL_TIMESTEPS, None),
         Some(model) => {
@@ -38,30 +51,44 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         }
     };
     let classes = flags.read_classes(labels.as_ref())?;
-    let prompts = classes.prompts.len();
-    let rounds = flags.to_policy(prompts)?.rounds(timesteps, prompts).map_err(usage)?;
-    let samples = match &flags.images {
+    let of_job = flags.contenders(&classes);
+    let rounds = flags.to_policy(of_job.as_ref())?.rounds(timesteps, of_job.as_ref()).map_err(usage)?;
+    let captions = match &flags.images {
         None => None,
         Some(images) => {
-            let labels = flags.label_from.as_deref().map(LabelSource::from);
-            Some(dataset::list(images, labels.as_ref(), flags.limit).await?.len() as u64)
+            let label_from = flags.label_from.as_deref().map(LabelSource::from);
+            let (candidates, limit) = (flags.candidates.as_deref(), flags.limit);
+            let samples =
+                dataset::list(images, &ListOptions { label_from: label_from.as_ref(), candidates, limit }).await?;
+            Some(caption_counts(&samples))
         }
     };
-    let rounds = costs(&rounds, prompts);
-    let evaluations_per_image = rounds.iter().map(|r| r.evaluations).sum();
+    let contenders = |captions| of_job.clone().unwrap_or_else(|| Contenders::prompts(captions));
+    let cost = |captions| costs(&rounds, &contenders(captions)).iter().map(|r| r.evaluations).sum::<u64>();
+    let most = captions.as_ref().and_then(|counts| counts.last_key_value()).map_or(0, |(captions, _)| *captions);
+    let largest = contenders(most);
     let plan = Plan {
-        samples,
-        classes: classes.names.len(),
-        prompts,
-        rounds,
-        evaluations_per_image,
-        evaluations_total: samples.map(|n| n * evaluations_per_image),
+        samples: captions.as_ref().map(|counts| counts.values().sum()),
+        classes: if of_job.is_some() { classes.names.len() } else { most },
+        prompts: largest.prompt_count(),
+        prompt_ensemble: flags.ensemble(),
+        rounds: costs(&rounds, &largest),
+        evaluations_per_image: cost(most),
+        evaluations_total: captions.as_ref().map(|counts| counts.iter().map(|(captions, n)| n * cost(*captions)).sum()),
+        at_most: !largest.are_even() || captions.is_some_and(|counts| counts.len() > 1),
     };
     if args.json {
         println!("{}", serde_json::to_string(&plan)?);
         return Ok(());
     }
     print(&plan, args.rate)
+}
+
+/// How many samples have so many captions of their own.
+fn caption_counts(samples: &[Sample]) -> BTreeMap<usize, u64> {
+    let mut counts = BTreeMap::new();
+    samples.iter().for_each(|sample| *counts.entry(sample.candidates.len()).or_default() += 1);
+    counts
 }
 
 fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {
@@ -72,6 +99,9 @@ fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {
     }
     println!("classes              {:>14}", count(plan.classes as u64));
     println!("prompts              {:>14}", count(plan.prompts as u64));
+    if plan.prompts > plan.classes {
+        println!("prompts of a class   {:>14}", plan.prompt_ensemble.to_string());
+    }
     for (i, round) in plan.rounds.iter().enumerate() {
         println!(
             "round {i}              {:>14} evaluations an image: {} prompts on {} new slots",
@@ -80,7 +110,8 @@ fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {
             count(round.slots)
         );
     }
-    println!("evaluations an image {:>14}", count(plan.evaluations_per_image));
+    let at_most = if plan.at_most { " at most" } else { "" };
+    println!("evaluations an image {:>14}{at_most}", count(plan.evaluations_per_image));
     let Some(total) = plan.evaluations_total else { return Ok(()) };
     println!("evaluations in all   {:>14}", count(total));
     match rate {

@@ -200,6 +200,16 @@ impl Classes {
         }
     }
 
+    /// The classes of a sample with captions of its own: a caption is a class, and its index its position.
+    pub fn of_captions(captions: &[String]) -> Self {
+        let of = |(index, caption): (i32, &String)| (ClassIndex(index), caption.clone());
+        let prompt = |(class, text)| Prompt { text, class, label: None };
+        Self {
+            names: (0..).zip(captions).map(of).collect(),
+            prompts: (0..).zip(captions).map(of).map(prompt).collect(),
+        }
+    }
+
     /// The class of a prompt.
     pub fn class_of(&self, prompt: PromptIndex) -> ClassIndex {
         self.prompts[prompt.at()].class

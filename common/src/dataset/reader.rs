@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use object_store::path::Path;
-use object_store::{ObjectStoreExt, ObjectStoreScheme};
+use object_store::{ObjectMeta, ObjectStoreExt, ObjectStoreScheme};
 use url::Url;
 
 use crate::store::{Location, Store, StoreError};
@@ -35,6 +35,14 @@ impl Reader {
                 object.bytes().await.map_err(failed)
             }
         }
+    }
+
+    /// Size and tag of an image that is on a store, without reading it.
+    pub(super) async fn head(&self, url: &str) -> Result<ObjectMeta, StoreError> {
+        let failed = |source| StoreError::Object { action: "asking for", path: url.to_owned(), source };
+        let generic = |e: url::ParseError| failed(object_store::Error::Generic { store: "URL", source: e.into() });
+        let (root, path) = split(&Url::parse(url).map_err(generic)?).map_err(failed)?;
+        self.store(root)?.inner().head(&path).await.map_err(failed)
     }
 
     fn store(&self, root: Url) -> Result<Store, StoreError> {

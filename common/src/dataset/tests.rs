@@ -5,6 +5,7 @@ use bytes::Bytes;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use tempfile::TempDir;
+use url::Url;
 
 use super::*;
 use crate::class::Classes;
@@ -24,7 +25,8 @@ async fn list_dir(
     labels: Option<&LabelSource>,
     limit: Option<u64>,
 ) -> Result<Vec<Sample>, DatasetError> {
-    list(root.path().to_str().unwrap(), labels, limit).await
+    let options = ListOptions { label_from: labels, limit, ..ListOptions::default() };
+    list(root.path().to_str().unwrap(), &options).await
 }
 
 fn keys(samples: &[Sample]) -> Vec<&str> {
@@ -84,13 +86,14 @@ async fn a_label_file_labels_the_keys_it_names() {
 
 #[tokio::test]
 async fn sources_without_images_say_what_was_looked_for() {
-    let error = list("/no/such/images", None, None).await.unwrap_err().to_string();
+    let error = list("/no/such/images", &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("/no/such/images does not exist"), "{error}");
     let root = dataset(&["a.txt", "b.csv"]);
     let error = list_dir(&root, None, None).await.unwrap_err().to_string();
     assert!(error.contains("2 other files") && error.contains(".png .jpg"), "{error}");
-    let file = root.path().join("a.txt");
-    let error = list(file.to_str().unwrap(), None, None).await.unwrap_err().to_string();
+    let file = root.path().join("a.png.gz");
+    fs::write(&file, "x").unwrap();
+    let error = list(file.to_str().unwrap(), &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("is a file"), "{error}");
 }
 
@@ -127,7 +130,7 @@ async fn objects_get_urls_that_lead_back_to_them() {
     for key in ["cat/a b#1%.png", "cat/.hidden/x.png", "list.txt"] {
         store.write(&Path::parse(key).unwrap(), Bytes::from_static(b"x")).await.unwrap();
     }
-    let (found, others) = list_store(&store, &url).await.unwrap();
+    let (found, others) = directory::list_store(&store, &url).await.unwrap();
     assert_eq!(others, 1);
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].key, "cat/a b#1%.png");

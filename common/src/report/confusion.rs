@@ -66,6 +66,11 @@ impl Confusion {
         pairs
     }
 
+    /// Whether the classes have no names, since every sample has its own.
+    pub(super) fn is_nameless(&self) -> bool {
+        self.names.is_empty()
+    }
+
     fn name(&self, class: ClassIndex) -> &str {
         self.names.get(&class).map_or("?", String::as_str)
     }

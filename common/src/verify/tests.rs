@@ -18,6 +18,8 @@ fn samples(n: u64) -> Vec<Sample> {
             size: 1,
             etag: None,
             label: Some("cat".into()),
+            candidates: Vec::new(),
+            pair: None,
         })
         .collect()
 }
@@ -44,7 +46,7 @@ async fn output() -> Store {
     let out = Store::from_parts(Arc::new(InMemory::new()), Location::Local("/out".into()));
     let samples = samples(10);
     let manifest = Manifest::write_bytes(&samples, SHARD_SIZE).unwrap();
-    out.write(&Path::from(layout::MANIFEST), manifest).await.unwrap();
+    out.write(&layout::manifest(), manifest).await.unwrap();
     for (k, of_shard) in samples.chunks(SHARD_SIZE as usize).enumerate() {
         let rows: Vec<_> = of_shard.iter().map(|s| prediction(s, s.id.0 == 5)).collect();
         write(&out, k as u32, &rows).await;

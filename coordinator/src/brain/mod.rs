@@ -13,11 +13,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use elbo_common::ids::{Epoch, LeaseId, Round, SampleId, ShardId};
+use elbo_common::ensemble::Contenders;
+use elbo_common::ids::{Epoch, LeaseId, SampleId, ShardId};
 use elbo_common::manifest::Sample;
-use elbo_common::policy::RoundSlots;
+use elbo_common::policy::{RoundSlots, costs};
 use elbo_common::record::Totals;
-use elbo_common::unit::{Cut, Unit, UnitId};
+use elbo_common::unit::{Unit, UnitId};
 
 pub use lease::{Grant, LeasePolicy};
 pub use sample::{Finished, Outcome, ScoredPrompt, SlotError};
@@ -30,20 +31,32 @@ use shard::Refusal;
 #[derive(Clone, Debug)]
 pub struct JobShape {
     rounds: Vec<RoundSlots>,
-    /// Prompts that are left in each round.
-    prompts: Vec<usize>,
+    /// What competes for a sample without captions of its own.
+    contenders: Arc<Contenders>,
     samples: u64,
     shard_size: u32,
     keep_errors: bool,
+    planned: u64,
 }
 
 impl JobShape {
-    /// The shape of a job with `prompts` prompts and `samples` samples in shards of `shard_size`; `keep_errors` says
-    /// whether single errors are kept.
-    pub fn new(rounds: Vec<RoundSlots>, prompts: usize, samples: u64, shard_size: u32, keep_errors: bool) -> Self {
-        let kept = rounds.iter().map(|r| r.keep as usize);
-        let prompts = std::iter::once(prompts).chain(kept).collect();
-        Self { rounds, prompts, samples, shard_size, keep_errors }
+    /// The shape of a job with shards of `shard_size`, in which `contenders` compete for every sample without captions of
+    /// its own; `samples` counts the samples by their number of captions, and `keep_errors` says whether single errors are
+    /// kept.
+    pub fn new(
+        rounds: Vec<RoundSlots>,
+        contenders: Contenders,
+        samples: &BTreeMap<usize, u64>,
+        shard_size: u32,
+        keep_errors: bool,
+    ) -> Self {
+        let contenders = Arc::new(contenders);
+        let mut job = Self { rounds, contenders, samples: 0, shard_size, keep_errors, planned: 0 };
+        for (captions, count) in samples {
+            job.samples += count;
+            job.planned += count * job.evaluations_of(&job.contenders_of(*captions));
+        }
+        job
     }
 
     /// The rounds of every sample.
@@ -56,10 +69,9 @@ impl JobShape {
         self.samples
     }
 
-    /// How a round is cut into units.
-    pub fn cut(&self, round: Round) -> Cut {
-        let slots = self.rounds.get(round.at()).map_or(0, |r| r.slots.len());
-        Cut::new(slots, self.prompts.get(round.at()).copied().unwrap_or(0))
+    /// What competes for a sample with so many captions of its own.
+    fn contenders_of(&self, captions: usize) -> Arc<Contenders> {
+        if captions == 0 { Arc::clone(&self.contenders) } else { Arc::new(Contenders::prompts(captions)) }
     }
 
     /// How many shards the job has.
@@ -67,9 +79,14 @@ impl JobShape {
         self.samples.div_ceil(u64::from(self.shard_size.max(1))) as u32
     }
 
-    /// The evaluations one sample costs when no round is skipped.
-    pub fn evaluations_per_sample(&self) -> u64 {
-        elbo_common::policy::costs(&self.rounds, self.prompts[0]).iter().map(|c| c.evaluations).sum()
+    /// The evaluations of all samples if none is given up; the most there can be where classes have unequally many prompts.
+    pub fn planned_evaluations(&self) -> u64 {
+        self.planned
+    }
+
+    /// The evaluations of a sample that is not given up, or the most there can be.
+    fn evaluations_of(&self, contenders: &Contenders) -> u64 {
+        costs(&self.rounds, contenders).iter().map(|c| c.evaluations).sum()
     }
 }
 
@@ -151,11 +168,14 @@ pub struct ShardTotals {
     pub evaluations: u64,
     /// Evaluations that were reported more than once.
     pub recomputed: u64,
+    /// Evaluations that were planned and turned out not to be needed: of samples given up, and of classes with fewer
+    /// prompts than others.
+    pub spared: u64,
 }
 
 impl From<ShardTotals> for Totals {
     fn from(totals: ShardTotals) -> Self {
-        let ShardTotals { samples, quarantined, evaluations, recomputed } = totals;
+        let ShardTotals { samples, quarantined, evaluations, recomputed, spared: _ } = totals;
         Self { samples, quarantined, evaluations, evaluations_recomputed: recomputed }
     }
 }
@@ -166,6 +186,7 @@ impl ShardTotals {
         self.quarantined += other.quarantined;
         self.evaluations += other.evaluations;
         self.recomputed += other.recomputed;
+        self.spared += other.spared;
     }
 }
 

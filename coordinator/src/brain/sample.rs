@@ -1,7 +1,10 @@
 //! One sample on its way through the rounds.
 
+use std::sync::Arc;
+
+use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{LeaseId, PromptIndex, Round, SampleId};
-use elbo_common::policy::survivors;
+use elbo_common::manifest::Sample;
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Cut, Unit, UnitId};
 
@@ -65,12 +68,15 @@ enum UnitState {
 #[derive(Clone, Debug)]
 pub(super) struct SampleState {
     id: SampleId,
+    contenders: Arc<Contenders>,
     round: Round,
     remaining: Vec<PromptIndex>,
     units: Vec<UnitState>,
     totals: Vec<Sums>,
     last_round: Vec<Round>,
     errors: Vec<SlotError>,
+    /// Evaluations merged or waiting to be.
+    evaluations: u64,
     end: Option<End>,
 }
 
@@ -90,23 +96,39 @@ pub(super) struct Settled {
 }
 
 impl SampleState {
-    pub(super) fn new(job: &JobShape, id: SampleId) -> Self {
+    pub(super) fn new(job: &JobShape, sample: &Sample) -> Self {
+        let contenders = job.contenders_of(sample.candidates.len());
+        let prompts = contenders.prompt_count();
         let mut state = Self {
-            id,
+            id: sample.id,
+            contenders,
             round: Round(0),
-            remaining: (0..job.prompts[0] as u32).map(PromptIndex).collect(),
+            remaining: (0..prompts as u32).map(PromptIndex).collect(),
             units: Vec::new(),
-            totals: vec![Sums::default(); job.prompts[0]],
-            last_round: vec![Round(0); job.prompts[0]],
+            totals: vec![Sums::default(); prompts],
+            last_round: vec![Round(0); prompts],
             errors: Vec::new(),
+            evaluations: 0,
             end: None,
         };
         state.enter_round(job);
         state
     }
 
+    /// How the current round is cut into units.
     fn cut(&self, job: &JobShape) -> Cut {
-        job.cut(self.round)
+        let slots = job.rounds.get(self.round.at()).map_or(0, |r| r.slots.len());
+        Cut::new(slots, self.remaining.len())
+    }
+
+    /// The evaluations a unit of the current round costs.
+    pub(super) fn unit_evaluations(&self, job: &JobShape, id: UnitId) -> u64 {
+        self.cut(job).evaluations(id)
+    }
+
+    /// Evaluations that were planned for the sample and not needed in the end.
+    pub(super) fn spared(&self, job: &JobShape) -> u64 {
+        job.evaluations_of(&self.contenders).saturating_sub(self.evaluations)
     }
 
     /// Starts the current round, passing over rounds without a new slot.
@@ -127,7 +149,8 @@ impl SampleState {
     }
 
     fn eliminate(&mut self, job: &JobShape) {
-        self.remaining = survivors(&self.remaining, &self.totals, job.rounds[self.round.at()].keep);
+        let keep = job.rounds[self.round.at()].keep;
+        self.remaining = self.contenders.survivors(&self.remaining, &self.totals, keep);
         self.round = Round(self.round.0 + 1);
     }
 
@@ -205,6 +228,7 @@ impl SampleState {
             _ => None,
         };
         let evaluations = u64::from(result.slots) * result.prompts.len() as u64;
+        self.evaluations += evaluations;
         self.units[position] = UnitState::Done { sums: sums_of(&result), errors: result.errors };
         let round_complete = self.units.iter().all(|u| matches!(u, UnitState::Done { .. }));
         if round_complete {

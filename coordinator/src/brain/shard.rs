@@ -27,6 +27,13 @@ pub(super) struct Applied {
     pub(super) evaluations: u64,
 }
 
+/// A unit that waits for a worker.
+#[derive(Clone, Copy, Debug)]
+struct Ready {
+    unit: UnitId,
+    evaluations: u64,
+}
+
 /// A contiguous range of samples, the unit of output and of memory.
 #[derive(Debug)]
 pub struct Shard {
@@ -36,16 +43,16 @@ pub struct Shard {
     first: u64,
     unfinished: usize,
     /// Ready units of samples nobody has latents of.
-    fresh: VecDeque<UnitId>,
+    fresh: VecDeque<Ready>,
     /// Ready units of samples whose latents a worker has at hand.
-    by_worker: HashMap<String, VecDeque<UnitId>>,
+    by_worker: HashMap<String, VecDeque<Ready>>,
     ready_evaluations: u64,
     pub(super) totals: ShardTotals,
 }
 
 impl Shard {
     pub(super) fn new(job: &Arc<JobShape>, manifest: Vec<Sample>) -> Self {
-        let states: Vec<_> = manifest.iter().map(|s| SampleState::new(job, s.id)).collect();
+        let states: Vec<_> = manifest.iter().map(|s| SampleState::new(job, s)).collect();
         let mut shard = Self {
             job: Arc::clone(job),
             first: manifest.first().map_or(0, |s| s.id.0),
@@ -68,15 +75,14 @@ impl Shard {
         (index < self.states.len()).then_some(index)
     }
 
-    fn evaluations(&self, id: UnitId) -> u64 {
-        self.job.cut(id.round).evaluations(id)
-    }
-
-    fn push_ready(&mut self, id: UnitId, worker: Option<&str>) {
-        self.ready_evaluations += self.evaluations(id);
+    /// Queues a unit of its sample's current round.
+    fn push_ready(&mut self, unit: UnitId, worker: Option<&str>) {
+        let Some(index) = self.index(unit.sample) else { return };
+        let ready = Ready { unit, evaluations: self.states[index].unit_evaluations(&self.job, unit) };
+        self.ready_evaluations += ready.evaluations;
         match worker {
-            Some(worker) => self.by_worker.entry(worker.to_owned()).or_default().push_back(id),
-            None => self.fresh.push_back(id),
+            Some(worker) => self.by_worker.entry(worker.to_owned()).or_default().push_back(ready),
+            None => self.fresh.push_back(ready),
         }
     }
 
@@ -95,24 +101,23 @@ impl Shard {
         let mut taken = Vec::new();
         let mut evaluations = 0;
         while evaluations < target {
-            let Some(id) = self.pop(worker) else { break };
-            let cost = self.evaluations(id);
-            self.ready_evaluations = self.ready_evaluations.saturating_sub(cost);
-            if self.is_wanted(id) {
-                evaluations += cost;
-                taken.push(id);
+            let Some(ready) = self.pop(worker) else { break };
+            self.ready_evaluations = self.ready_evaluations.saturating_sub(ready.evaluations);
+            if self.is_wanted(ready.unit) {
+                evaluations += ready.evaluations;
+                taken.push(ready.unit);
             }
         }
         taken.sort_unstable();
         taken
     }
 
-    fn pop(&mut self, worker: &str) -> Option<UnitId> {
-        if let Some(id) = self.by_worker.get_mut(worker).and_then(VecDeque::pop_front) {
-            return Some(id);
+    fn pop(&mut self, worker: &str) -> Option<Ready> {
+        if let Some(ready) = self.by_worker.get_mut(worker).and_then(VecDeque::pop_front) {
+            return Some(ready);
         }
-        if let Some(id) = self.fresh.pop_front() {
-            return Some(id);
+        if let Some(ready) = self.fresh.pop_front() {
+            return Some(ready);
         }
         self.by_worker.values_mut().filter(|q| !q.is_empty()).max_by_key(|q| q.len())?.pop_back()
     }
@@ -175,7 +180,7 @@ impl Shard {
         self.totals.evaluations += settled.evaluations;
         if settled.round_complete {
             if self.states[index].is_finished() {
-                self.finish_one();
+                self.finish_one(index);
             } else {
                 for id in self.states[index].unit_ids(&self.job) {
                     self.push_ready(id, worker);
@@ -191,13 +196,14 @@ impl Shard {
         };
         let held = self.states[index].quarantine(&self.job, failure);
         self.totals.quarantined += 1;
-        self.finish_one();
+        self.finish_one(index);
         held
     }
 
-    fn finish_one(&mut self) {
+    fn finish_one(&mut self, index: usize) {
         self.unfinished -= 1;
         self.totals.samples += 1;
+        self.totals.spared += self.states[index].spared(&self.job);
     }
 
     /// Whether every sample has ended.

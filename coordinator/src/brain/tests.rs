@@ -1,15 +1,17 @@
 //! The brain driven through whole jobs, in any order of results and with faults, without a network or a clock.
 
 use super::*;
-use elbo_common::ids::PromptIndex;
+use elbo_common::ids::{PromptIndex, Round};
 use elbo_common::noise::{NoiseScope, NoiseSource};
 use elbo_common::policy::Policy;
+use elbo_common::unit::Cut;
 
 const SHARD_SIZE: u32 = 4;
 
 fn shape(samples: u64, keep_errors: bool) -> JobShape {
-    let rounds = Policy::reference(&[3, 1], &[10, 100], 1).unwrap().rounds(1000, 70).unwrap();
-    JobShape::new(rounds, 70, samples, SHARD_SIZE, keep_errors)
+    let contenders = Contenders::prompts(70);
+    let rounds = Policy::reference(&[3, 1], &[10, 100], 1).unwrap().rounds(1000, Some(&contenders)).unwrap();
+    JobShape::new(rounds, contenders, &[(0, samples)].into(), SHARD_SIZE, keep_errors)
 }
 
 fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {
@@ -22,6 +24,8 @@ fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {
             size: 1,
             etag: None,
             label: None,
+            candidates: Vec::new(),
+            pair: None,
         })
         .collect()
 }
@@ -204,17 +208,16 @@ fn any_order_of_results_and_faults_gives_the_same_outcomes() {
         let world = run(10, 1 + seed as usize % 5, seed, true);
         assert_eq!(world.committed, expected.committed, "seed {seed}");
         let totals = world.brain.totals();
-        assert_eq!(totals.evaluations, 10 * shape(10, true).evaluations_per_sample(), "seed {seed}");
+        assert_eq!(totals.evaluations, shape(10, true).planned_evaluations(), "seed {seed}");
         assert_eq!(totals.samples, 10, "seed {seed}");
     }
 }
 
 #[test]
 fn every_unit_is_accepted_exactly_once() {
-    let per_sample: usize = {
-        let shape = shape(1, true);
-        (0..2).map(|r| shape.cut(Round(r)).units()).sum()
-    };
+    let shape = shape(1, true);
+    let units = |round: usize, prompts| Cut::new(shape.rounds()[round].slots.len(), prompts).units();
+    let per_sample = units(0, 70) + units(1, 3);
     for seed in 100..120 {
         let world = run(6, 3, seed, true);
         assert_eq!(world.accepted, 6 * per_sample as u64, "seed {seed}");
@@ -249,7 +252,7 @@ fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
         assert!((scored.sums.mean() - mean(*prompt, 1 + u16::from(survived))).abs() < 1e-9);
     }
     // One row per evaluation, in the order round, prompt, slot.
-    assert_eq!(errors.len() as u64, shape.evaluations_per_sample());
+    assert_eq!(4 * errors.len() as u64, shape.planned_evaluations());
     assert!(errors.is_sorted_by_key(|e| (e.round, e.prompt, e.slot)));
     assert!(errors.iter().all(|e| e.error == error(SampleId(2), e.round, e.slot, e.prompt)));
 }

@@ -1,0 +1,209 @@
+//! What competes for a sample: its prompts, or its classes with all their prompts.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::class::Classes;
+use crate::ids::{ClassIndex, PromptIndex};
+use crate::sums::Sums;
+
+/// How the prompts of a class make its score.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PromptEnsemble {
+    /// A class is as good as its best prompt, and prompts are eliminated one by one, as in the reference code.
+    #[default]
+    Max,
+    /// A class scores the mean over its prompts, which are eliminated together.
+    Mean,
+}
+
+impl PromptEnsemble {
+    /// Whether it is the default, which is not written down.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl FromStr for PromptEnsemble {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "max" => Ok(Self::Max),
+            "mean" => Ok(Self::Mean),
+            other => Err(format!("unknown prompt ensemble '{other}': use max or mean")),
+        }
+    }
+}
+
+impl fmt::Display for PromptEnsemble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Max => "max",
+            Self::Mean => "mean",
+        })
+    }
+}
+
+/// What is kept or eliminated as a whole: single prompts, or classes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contenders {
+    /// The contender of every prompt; contenders are numbered in the order of their first prompts.
+    of_prompt: Vec<u32>,
+    count: usize,
+    ensemble: PromptEnsemble,
+}
+
+impl Contenders {
+    /// So many prompts, each for itself.
+    pub fn prompts(count: usize) -> Self {
+        Self { of_prompt: (0..count as u32).collect(), count, ensemble: PromptEnsemble::Max }
+    }
+
+    /// The contenders among a job's classes.
+    pub fn of_classes(classes: &Classes, ensemble: PromptEnsemble) -> Self {
+        if ensemble == PromptEnsemble::Max {
+            return Self::prompts(classes.prompts.len());
+        }
+        let mut numbers: BTreeMap<ClassIndex, u32> = BTreeMap::new();
+        let mut number = |class| {
+            let next = numbers.len() as u32;
+            *numbers.entry(class).or_insert(next)
+        };
+        let of_prompt = classes.prompts.iter().map(|prompt| number(prompt.class)).collect();
+        Self { of_prompt, count: numbers.len(), ensemble }
+    }
+
+    /// How many contenders there are.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// How many prompts they have together.
+    pub fn prompt_count(&self) -> usize {
+        self.of_prompt.len()
+    }
+
+    /// The number of the contender a prompt belongs to.
+    pub fn of_prompt(&self, prompt: PromptIndex) -> u32 {
+        self.of_prompt[prompt.at()]
+    }
+
+    /// What a contender is called: `prompts` or `classes`.
+    pub fn noun(&self) -> &'static str {
+        match self.ensemble {
+            PromptEnsemble::Max => "prompts",
+            PromptEnsemble::Mean => "classes",
+        }
+    }
+
+    /// Whether all contenders have equally many prompts, so that who stays does not change what a round costs.
+    pub fn are_even(&self) -> bool {
+        self.sizes().windows(2).all(|pair| pair[0] == pair[1])
+    }
+
+    /// The prompts of any `keep` contenders, at most.
+    pub fn most_prompts(&self, keep: u32) -> u64 {
+        self.sizes().iter().take(keep as usize).sum()
+    }
+
+    /// The number of prompts of each contender, largest first.
+    fn sizes(&self) -> Vec<u64> {
+        let mut sizes = vec![0; self.count];
+        self.of_prompt.iter().for_each(|contender| sizes[*contender as usize] += 1);
+        sizes.sort_unstable_by(|a, b| b.cmp(a));
+        sizes
+    }
+
+    /// The prompts that stay after a round: those of the `keep` contenders with the lowest scores, in ascending order.
+    ///
+    /// A contender scores the mean over its prompts' means of *all* their errors so far. Equal scores are broken by the
+    /// lower first prompt. `totals` is indexed by prompt.
+    pub fn survivors(&self, remaining: &[PromptIndex], totals: &[Sums], keep: u32) -> Vec<PromptIndex> {
+        let mut scores: BTreeMap<u32, (f64, u32)> = BTreeMap::new();
+        for prompt in remaining {
+            let (sum, count) = scores.entry(self.of_prompt[prompt.at()]).or_default();
+            *sum += totals[prompt.at()].mean();
+            *count += 1;
+        }
+        let mut ranked: Vec<_> = scores.into_iter().map(|(who, (sum, count))| (sum / f64::from(count), who)).collect();
+        ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        let kept: BTreeSet<u32> = ranked.into_iter().take(keep as usize).map(|(_, who)| who).collect();
+        remaining.iter().copied().filter(|prompt| kept.contains(&self.of_prompt[prompt.at()])).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn totals(means: &[f64]) -> Vec<Sums> {
+        means.iter().map(|&sum| Sums { n: 1, sum, sum_sq: sum * sum }).collect()
+    }
+
+    fn all(count: u32) -> Vec<PromptIndex> {
+        (0..count).map(PromptIndex).collect()
+    }
+
+    /// Class 7 has the prompts 0, 1 and 4; class 2 has 2; class 5 has 3.
+    fn uneven(ensemble: PromptEnsemble) -> Contenders {
+        let csv = "prompt,classname,classidx\na,cat,7\nb,cat,7\nc,dog,2\nd,owl,5\ne,cat,7\n";
+        Contenders::of_classes(&Classes::parse(csv, &[]).unwrap(), ensemble)
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_prompt() {
+        let equal = totals(&[2.0, 1.0, 1.0, 3.0]);
+        assert_eq!(Contenders::prompts(4).survivors(&all(4), &equal, 1), [PromptIndex(1)]);
+        assert_eq!(Contenders::prompts(4).survivors(&all(4), &equal, 3), [0, 1, 2].map(PromptIndex));
+    }
+
+    #[test]
+    fn survivors_are_judged_by_the_mean_of_all_their_errors() {
+        let totals = [Sums { n: 4, sum: 4.0, sum_sq: 4.0 }, Sums { n: 2, sum: 3.0, sum_sq: 5.0 }];
+        assert_eq!(Contenders::prompts(2).survivors(&all(2), &totals, 1), [PromptIndex(0)]);
+    }
+
+    #[test]
+    fn by_max_the_best_prompts_stay_whosever_they_are() {
+        let means = totals(&[0.1, 0.9, 0.4, 0.3, 0.2]);
+        let contenders = uneven(PromptEnsemble::Max);
+        assert_eq!((contenders.len(), contenders.noun()), (5, "prompts"));
+        assert_eq!(contenders.survivors(&all(5), &means, 2), [0, 4].map(PromptIndex));
+    }
+
+    #[test]
+    fn by_mean_the_best_classes_stay_with_all_their_prompts() {
+        // The means of the classes 7, 2 and 5 are 0.5, 0.5 and 0.6: the best prompt alone does not save a class.
+        let means = totals(&[0.125, 0.75, 0.5, 0.6, 0.625]);
+        let contenders = uneven(PromptEnsemble::Mean);
+        assert_eq!((contenders.len(), contenders.prompt_count(), contenders.noun()), (3, 5, "classes"));
+        // A tie goes to the class whose first prompt comes first.
+        assert_eq!(contenders.survivors(&all(5), &means, 1), [0, 1, 4].map(PromptIndex));
+        assert_eq!(contenders.survivors(&all(5), &means, 2), [0, 1, 2, 4].map(PromptIndex));
+        assert_eq!(contenders.survivors(&[2, 3].map(PromptIndex), &means, 1), [PromptIndex(2)]);
+    }
+
+    #[test]
+    fn more_than_there_are_keeps_all() {
+        assert_eq!(Contenders::prompts(2).survivors(&all(2), &totals(&[1.0, 2.0]), 5), all(2));
+        assert_eq!(Contenders::prompts(2).most_prompts(5), 2);
+    }
+
+    #[test]
+    fn what_stays_at_most_counts_the_classes_with_the_most_prompts() {
+        let contenders = uneven(PromptEnsemble::Mean);
+        assert!(!contenders.are_even());
+        assert_eq!([1, 2, 3].map(|keep| contenders.most_prompts(keep)), [3, 4, 5]);
+        assert!(Contenders::prompts(4).are_even());
+    }
+}
