@@ -7,11 +7,12 @@ use clap::Args;
 use elbo_common::class::{ClassError, Classes, ModelLabels};
 use elbo_common::dataset;
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
-use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype};
+use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist, rounds};
 use elbo_common::loss::Loss;
+use elbo_common::model_files::is_contrastive;
 use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
-use elbo_common::policy::Policy;
+use elbo_common::policy::{Policy, RoundSlots};
 use elbo_common::preset::Preset;
 use elbo_common::store::Location;
 use elbo_coordinator::MaxBad;
@@ -38,6 +39,27 @@ pub(crate) enum NoiseScopeName {
     Sample,
     /// All samples share one noise per slot
     Shared,
+}
+
+/// What a model takes for a class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Takes {
+    /// Prompts, at many timesteps.
+    Prompts,
+    /// Prompts, and sees an image once: a contrastive model.
+    PromptsOnce,
+    /// Labels it was trained on.
+    Labels(ModelLabels),
+}
+
+impl Takes {
+    /// What the model in a directory takes.
+    pub(crate) fn of_model(directory: &Path) -> anyhow::Result<Self> {
+        if is_contrastive(directory) {
+            return Ok(Self::PromptsOnce);
+        }
+        Ok(ModelLabels::of_model(directory)?.map_or(Self::Prompts, Self::Labels))
+    }
 }
 
 /// The job's flags; keys of job.toml too, with `-` or `_`.
@@ -71,13 +93,17 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
     #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
     pub(crate) prompt_ensemble: Option<PromptEnsemble>,
-    /// Model in diffusers layout: a directory, hf://owner/name[@revision], or a URL like s3://bucket/model
+    /// Diffusion model in diffusers layout, or a CLIP, SigLIP or OpenCLIP model: a directory, hf://owner/name[@revision], or a
+    /// URL like s3://bucket/model
     #[arg(long, env = "ELBO_MODEL", value_name = "SRC")]
     pub(crate) model: Option<String>,
     /// LoRA in peft's or diffusers' format to merge into the model, with a scale [default: 1] (repeatable)
     #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) lora: Vec<String>,
+    /// A CLIP, SigLIP or OpenCLIP model that picks the K prompts the model is asked about
+    #[arg(long, env = "ELBO_SHORTLIST", value_name = "MODEL:K", conflicts_with = "candidates")]
+    pub(crate) shortlist: Option<String>,
     /// Who is evaluated on what [default: reference; exhaustive with --candidates]
     #[arg(long, value_enum, env = "ELBO_POLICY")]
     pub(crate) policy: Option<PolicyName>,
@@ -201,6 +227,7 @@ impl JobArgs {
             prompt_ensemble: self.prompt_ensemble.or(file.prompt_ensemble),
             model: self.model.or(file.model),
             lora: if self.lora.is_empty() { file.lora } else { self.lora },
+            shortlist: self.shortlist.or(file.shortlist),
             policy: self.policy.or(file.policy),
             keep: many(self.keep, file.keep),
             samples: many(self.samples, file.samples),
@@ -226,9 +253,13 @@ impl JobArgs {
         }
     }
 
-    /// The classes, from their file or from a class-conditional model, whose `labels` they are; none where every image
+    /// The classes, from their file or from a class-conditional model, whose labels they are; none where every image
     /// brings its own captions.
-    pub(crate) fn read_classes(&self, labels: Option<&ModelLabels>) -> anyhow::Result<Classes> {
+    pub(crate) fn read_classes(&self, takes: &Takes) -> anyhow::Result<Classes> {
+        let labels = match takes {
+            Takes::Labels(labels) => Some(labels),
+            Takes::Prompts | Takes::PromptsOnce => None,
+        };
         if self.candidates.is_some() {
             self.check_candidates(labels)?;
             return Ok(Classes::default());
@@ -277,8 +308,56 @@ impl JobArgs {
         self.prompt_ensemble.unwrap_or_default()
     }
 
+    /// What makes the shortlist.
+    fn to_shortlist(&self) -> anyhow::Result<Option<Shortlist>> {
+        self.shortlist.as_deref().map(|text| text.parse().map_err(usage)).transpose()
+    }
+
+    /// Where the model that makes the shortlist is.
+    pub(crate) fn shortlist_source(&self) -> anyhow::Result<Option<ModelSource>> {
+        let shortlist = self.to_shortlist()?;
+        shortlist.map(|shortlist| ModelSource::parse(&shortlist.model).map_err(usage)).transpose()
+    }
+
+    /// The policy for a contrastive model, which sees each image once.
+    fn once(&self) -> anyhow::Result<Policy> {
+        let meaningless = [
+            (self.policy.is_some() || self.preset.is_some(), "--policy and --preset"),
+            (
+                !self.keep.is_empty() || !self.samples.is_empty() || self.trials.is_some(),
+                "--keep, --samples and --trials",
+            ),
+            (self.loss.is_some(), "--loss"),
+            (self.noise.is_some() || self.noise_scope.is_some(), "--noise and --noise-scope"),
+            (self.timestep_shift.is_some(), "--timestep-shift"),
+            (self.size.is_some(), "--size"),
+            (!self.lora.is_empty(), "--lora"),
+            (self.shortlist.is_some(), "--shortlist"),
+        ];
+        match meaningless.iter().find(|(given, _)| *given) {
+            Some((_, flags)) => Err(usage(format!(
+                "{flags} have no meaning for a contrastive model, which sees an image once: leave them out"
+            ))),
+            None => Policy::exhaustive(&[1], 1).map_err(usage),
+        }
+    }
+
+    /// The rounds of a job with these contenders and a model with so many timesteps.
+    pub(crate) fn to_rounds(
+        &self,
+        takes: &Takes,
+        timesteps: u32,
+        contenders: Option<&Contenders>,
+    ) -> anyhow::Result<Vec<RoundSlots>> {
+        let policy = self.to_policy(takes, contenders)?;
+        rounds(&policy, self.to_shortlist()?.as_ref(), timesteps, contenders).map_err(usage)
+    }
+
     /// The policy for a job with these contenders, or one in which every image brings its own.
-    pub(crate) fn to_policy(&self, contenders: Option<&Contenders>) -> anyhow::Result<Policy> {
+    pub(crate) fn to_policy(&self, takes: &Takes, contenders: Option<&Contenders>) -> anyhow::Result<Policy> {
+        if *takes == Takes::PromptsOnce {
+            return self.once();
+        }
         let trials = self.trials.unwrap_or(1);
         let matching = contenders.is_none().then_some(PolicyName::Exhaustive);
         let policy = match (self.policy.or(matching.filter(|_| self.preset.is_none())), self.preset) {
@@ -324,15 +403,19 @@ impl JobArgs {
         self.candidates.is_none().then(|| Contenders::of_classes(classes, self.ensemble()))
     }
 
-    /// The specification these flags give, for a model that takes prompts or `labels`.
-    pub(crate) fn to_spec(&self, labels: Option<&ModelLabels>) -> anyhow::Result<JobSpec> {
+    /// The specification these flags give, for a model of one kind.
+    pub(crate) fn to_spec(&self, takes: &Takes) -> anyhow::Result<JobSpec> {
         let model = self.model_source()?;
         let images = self.images.as_deref().unwrap_or_default();
-        let classes = self.read_classes(labels)?;
+        let classes = self.read_classes(takes)?;
         let contenders = self.contenders(&classes);
-        let policy = self.to_policy(contenders.as_ref())?;
+        let policy = self.to_policy(takes, contenders.as_ref())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
-        policy.rounds(u32::MAX, contenders.as_ref()).map_err(usage)?;
+        self.to_rounds(takes, u32::MAX, contenders.as_ref())?;
+        let shortlist = match (self.to_shortlist()?, self.shortlist_source()?) {
+            (Some(shortlist), Some(source)) => Some(Shortlist { model: source.to_string(), ..shortlist }),
+            _ => None,
+        };
         if self.limit == Some(0) {
             return Err(usage("--limit 0 leaves no image: give at least 1"));
         }
@@ -347,6 +430,7 @@ impl JobArgs {
             classes,
             prompt_ensemble: self.ensemble(),
             candidates: self.candidates.clone(),
+            shortlist,
             policy,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
             dtype: self.dtype.unwrap_or(ModelDtype::F32),
@@ -416,29 +500,29 @@ mod tests {
     #[test]
     fn the_default_schedule_fits_few_classes_but_an_explicit_one_is_taken_by_its_word() {
         let three = Contenders::prompts(3);
-        let policy = JobArgs::default().to_policy(Some(&three)).unwrap();
+        let policy = JobArgs::default().to_policy(&Takes::Prompts, Some(&three)).unwrap();
         assert_eq!(policy, Policy::reference(&[3, 1], &[25, 250], 1).unwrap());
         let explicit = JobArgs { keep: vec![5, 1], samples: vec![25, 250], ..JobArgs::default() };
-        assert!(explicit.to_policy(Some(&three)).unwrap().rounds(1000, Some(&three)).is_err());
+        assert!(explicit.to_policy(&Takes::Prompts, Some(&three)).unwrap().rounds(1000, Some(&three)).is_err());
     }
 
     #[test]
     fn images_with_their_own_captions_are_judged_exhaustively_unless_a_policy_is_asked_for() {
         let matching = JobArgs { candidates: Some("captions".into()), ..JobArgs::default() };
-        assert_eq!(matching.to_policy(None).unwrap(), Policy::exhaustive(&[100], 1).unwrap());
+        assert_eq!(matching.to_policy(&Takes::Prompts, None).unwrap(), Policy::exhaustive(&[100], 1).unwrap());
         let asked = JobArgs { policy: Some(PolicyName::Reference), ..matching.clone() };
-        assert_eq!(asked.to_policy(None).unwrap(), Policy::reference(&[5, 1], &[25, 250], 1).unwrap());
+        assert_eq!(asked.to_policy(&Takes::Prompts, None).unwrap(), Policy::reference(&[5, 1], &[25, 250], 1).unwrap());
         let preset = JobArgs { preset: Some(Preset::Pets), ..matching.clone() };
-        assert_eq!(preset.to_policy(None).unwrap(), Preset::Pets.policy());
+        assert_eq!(preset.to_policy(&Takes::Prompts, None).unwrap(), Preset::Pets.policy());
         let keep = JobArgs { keep: vec![1], ..matching };
-        assert!(keep.to_policy(None).unwrap_err().to_string().contains("add --policy reference"));
+        assert!(keep.to_policy(&Takes::Prompts, None).unwrap_err().to_string().contains("add --policy reference"));
     }
 
     #[test]
     fn what_makes_prompts_of_classes_excludes_captions() {
         let refused = |flags: JobArgs| {
             let flags = JobArgs { candidates: Some("c".into()), ..flags };
-            flags.read_classes(None).unwrap_err().to_string()
+            flags.read_classes(&Takes::Prompts).unwrap_err().to_string()
         };
         assert!(
             refused(JobArgs { classes: Some("c".into()), ..JobArgs::default() }).contains("--classes and --candidates")

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use elbo_common::class::ModelLabels;
 use elbo_common::fingerprint::JobIdentity;
-use elbo_common::model_source::{ModelSource, Wanted};
+use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, MaxBad, Options, Outcome};
@@ -19,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::args::{DeviceArgs, RunArgs, TokenArgs};
 use crate::failure::{Interrupted, usage};
-use crate::job_args::JobArgs;
+use crate::job_args::{JobArgs, Takes};
 use crate::progress;
 use crate::stop;
 
@@ -76,17 +75,18 @@ pub(crate) fn host() -> String {
 pub(crate) struct Identified {
     /// The specification and the hashes of the files it names.
     pub(crate) identity: JobIdentity,
-    /// The directory with the model's files.
-    pub(crate) model: PathBuf,
+    /// The directories with its models' files.
+    pub(crate) models: JobModels,
 }
 
 /// Finds or fetches the model of a job, completes its specification and hashes its files.
 pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
-    let model = resolve(&flags.model_source()?, Wanted::Everything).await?;
-    let spec = flags.to_spec(ModelLabels::of_model(&model)?.as_ref())?;
-    let directory = model.clone();
-    let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directory)).await??;
-    Ok(Identified { identity, model })
+    let shortlist = flags.shortlist_source()?;
+    let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), |note| eprintln!("{note}")).await?;
+    let spec = flags.to_spec(&Takes::of_model(&models.model)?)?;
+    let directories = models.clone();
+    let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directories)).await??;
+    Ok(Identified { identity, models })
 }
 
 /// The directory of a model, fetched if need be.
@@ -97,7 +97,7 @@ pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Resu
 /// Takes a job up in an output.
 pub(crate) async fn open(job: Identified, out: &str, fresh: bool) -> anyhow::Result<Job> {
     let store = Store::create(&Location::parse(out)?)?;
-    match Job::open(job.identity, &job.model, store, JobOptions { fresh }).await {
+    match Job::open(job.identity, &job.models.model, store, JobOptions { fresh }).await {
         Err(JobError::Policy(error)) => Err(usage(error)),
         opened => Ok(opened?),
     }
@@ -109,7 +109,7 @@ pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &R
     let stop = stop::on_signal()?;
     // A model that can't be loaded is found out before anything is written. All workers share it.
     let loading = job.clone();
-    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.model)).await?;
+    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.models)).await?;
     let problem = Arc::new(problem.map_err(|e| match e {
         ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) => usage(e),
         other => other.into(),

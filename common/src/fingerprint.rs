@@ -1,6 +1,6 @@
 //! The fingerprint of a job: refuses to mix two jobs' results in one output.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::job::{JobSpec, Lora};
 use crate::model_files;
+use crate::model_source::JobModels;
 
 /// What a job's predictions are a function of, by content.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,6 +17,9 @@ pub struct JobIdentity {
     pub spec: JobSpec,
     /// BLAKE3 of every model file the job reads, by its path in the model directory.
     pub model_files: BTreeMap<String, String>,
+    /// BLAKE3 of every file of the model that makes the shortlist.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub shortlist_files: BTreeMap<String, String>,
     /// BLAKE3 of every adapter, with peft's configuration beside it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora_files: Vec<String>,
@@ -34,12 +38,13 @@ pub struct HashError {
 }
 
 impl JobIdentity {
-    /// Hashes the files a specification names; `model` is the directory its model was found in or fetched to.
-    pub fn new(spec: JobSpec, model: &Path) -> Result<Self, HashError> {
-        let model_files = hash_model(model)?;
+    /// Hashes the files a specification names; `models` are the directories its models were found in or fetched to.
+    pub fn new(spec: JobSpec, models: &JobModels) -> Result<Self, HashError> {
+        let model_files = hash_model(&models.model)?;
+        let shortlist_files = models.shortlist.as_deref().map(hash_model).transpose()?.unwrap_or_default();
         let lora_files = spec.lora.iter().map(hash_lora).collect::<Result<_, _>>()?;
         let noise_file = spec.noise.as_deref().map(|path| hash_file(Path::new(path))).transpose()?;
-        Ok(Self { spec, model_files, lora_files, noise_file })
+        Ok(Self { spec, model_files, shortlist_files, lora_files, noise_file })
     }
 
     /// The hash of everything but the dataset: equal for equal predictions of equal images, wherever files lie.
@@ -50,6 +55,7 @@ impl JobIdentity {
         }
         identity.spec.noise = None;
         identity.spec.lora.iter_mut().for_each(|lora| lora.path.clear());
+        identity.spec.shortlist.iter_mut().for_each(|shortlist| shortlist.model.clear());
         // Serialising plain data with string keys does not fail.
         let json = serde_json::to_vec(&identity).unwrap_or_default();
         blake3::hash(&json).to_hex().to_string()
@@ -76,15 +82,8 @@ impl JobIdentity {
                 lines.push(describe(key, &before, &value));
             }
         }
-        for name in earlier.model_files.keys().chain(self.model_files.keys()).collect::<std::collections::BTreeSet<_>>()
-        {
-            match (earlier.model_files.get(name), self.model_files.get(name)) {
-                (Some(a), Some(b)) if a == b => {}
-                (Some(_), Some(_)) => lines.push(format!("model file {name}: content changed")),
-                (Some(_), None) => lines.push(format!("model file {name}: gone")),
-                (None, _) => lines.push(format!("model file {name}: new")),
-            }
-        }
+        lines.extend(file_differences("model file", &earlier.model_files, &self.model_files));
+        lines.extend(file_differences("shortlist's model file", &earlier.shortlist_files, &self.shortlist_files));
         lines.extend(self.lora_differences(earlier));
         if self.noise_file != earlier.noise_file {
             lines.push("noise file: content changed".into());
@@ -112,8 +111,23 @@ impl JobIdentity {
     }
 }
 
+/// What differs between two sets of hashed files.
+fn file_differences(what: &str, old: &BTreeMap<String, String>, new: &BTreeMap<String, String>) -> Vec<String> {
+    let names: BTreeSet<_> = old.keys().chain(new.keys()).collect();
+    let describe = |name: &String| match (old.get(name), new.get(name)) {
+        (Some(a), Some(b)) if a == b => None,
+        (Some(_), Some(_)) => Some(format!("{what} {name}: content changed")),
+        (Some(_), None) => Some(format!("{what} {name}: gone")),
+        (None, _) => Some(format!("{what} {name}: new")),
+    };
+    names.into_iter().filter_map(describe).collect()
+}
+
 fn to_map(spec: &JobSpec) -> serde_json::Map<String, serde_json::Value> {
-    match serde_json::to_value(spec) {
+    let mut spec = spec.clone();
+    // Where the shortlist's model lies may change too.
+    spec.shortlist.iter_mut().for_each(|shortlist| shortlist.model.clear());
+    match serde_json::to_value(&spec) {
         Ok(serde_json::Value::Object(map)) => map,
         _ => serde_json::Map::new(),
     }
@@ -166,7 +180,13 @@ mod tests {
             "lora": [{"path": format!("/somewhere/{hash}"), "scale": scale}],
         });
         let spec = serde_json::from_value(spec).unwrap();
-        JobIdentity { spec, model_files: BTreeMap::new(), lora_files: vec![hash.into()], noise_file: None }
+        JobIdentity {
+            spec,
+            model_files: BTreeMap::new(),
+            shortlist_files: BTreeMap::new(),
+            lora_files: vec![hash.into()],
+            noise_file: None,
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::class::Classes;
 use crate::ensemble::{Contenders, PromptEnsemble};
 use crate::loss::Loss;
 use crate::noise::NoiseScope;
-use crate::policy::{Policy, PolicyError, RoundSlots};
+use crate::policy::{Policy, PolicyError, RoundSlots, ScoredBy, Slot};
 
 /// Samples in a shard unless the job says otherwise.
 pub const DEFAULT_SHARD_SIZE: u32 = 1000;
@@ -75,6 +75,50 @@ impl FromStr for Lora {
     }
 }
 
+/// A contrastive model that picks the contenders a diffusion model is asked about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shortlist {
+    /// The model: a directory, a URL or `hf://owner/name`.
+    pub model: String,
+    /// How many contenders it keeps.
+    pub keep: u32,
+}
+
+impl FromStr for Shortlist {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.rsplit_once(':').and_then(|(model, keep)| Some((model, keep.parse().ok()?)));
+        match parsed {
+            Some((model, keep)) if !model.is_empty() && keep > 0 => Ok(Self { model: model.to_owned(), keep }),
+            _ => Err(format!("'{text}' is not a model and a number of classes: give MODEL:K, like models/clip:20")),
+        }
+    }
+}
+
+/// The rounds of a policy, after one in which a shortlist is made.
+pub fn rounds(
+    policy: &Policy,
+    shortlist: Option<&Shortlist>,
+    timesteps: u32,
+    contenders: Option<&Contenders>,
+) -> Result<Vec<RoundSlots>, PolicyError> {
+    let mut rounds = policy.rounds(timesteps, contenders)?;
+    if let (Some(Shortlist { keep, .. }), Some(contenders)) = (shortlist, contenders) {
+        let (count, noun) = (contenders.len(), contenders.noun());
+        let first = match policy {
+            Policy::Reference { stages, .. } => stages.first().map_or(1, |stage| stage.keep),
+            Policy::Exhaustive { .. } => 1,
+        };
+        if *keep as usize >= count || *keep < first {
+            return Err(PolicyError::Shortlist { keep: *keep, count, noun, first });
+        }
+        let slots = vec![Slot { timestep: 0, noise: 0 }];
+        rounds.insert(0, RoundSlots { slots, keep: *keep, scored_by: ScoredBy::Shortlist });
+    }
+    Ok(rounds)
+}
+
 /// The whole specification of a job.
 ///
 /// Paths (`images`, `model`, `lora`, `noise`) say where things were found; what they hold enters the fingerprint by content. How
@@ -97,6 +141,9 @@ pub struct JobSpec {
     /// The column of the image list that holds every sample's own captions, or several columns with commas between them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub candidates: Option<String>,
+    /// What shortens the list of contenders first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortlist: Option<Shortlist>,
     /// Rounds and eliminations.
     pub policy: Policy,
     /// The error of an evaluation.
@@ -132,6 +179,6 @@ impl JobSpec {
 
     /// The rounds of every sample, for a model with `timesteps` training timesteps.
     pub fn rounds(&self, timesteps: u32) -> Result<Vec<RoundSlots>, PolicyError> {
-        self.policy.rounds(timesteps, self.contenders().as_ref())
+        rounds(&self.policy, self.shortlist.as_ref(), timesteps, self.contenders().as_ref())
     }
 }

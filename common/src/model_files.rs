@@ -7,6 +7,33 @@ use std::path::{Path, PathBuf};
 /// The file that names a model's components.
 pub const MODEL_INDEX: &str = "model_index.json";
 
+/// The files that tell a contrastive model, which has no components: transformers' configuration and OpenCLIP's.
+pub const CONTRASTIVE: [&str; 2] = ["config.json", "open_clip_config.json"];
+
+/// The names that transformers and OpenCLIP give a contrastive model's weights.
+const CONTRASTIVE_STEMS: [&str; 3] = ["model", "open_clip_model", "open_clip_pytorch_model"];
+
+/// Whether a directory holds a contrastive model rather than a diffusion model.
+pub fn is_contrastive(root: &Path) -> bool {
+    !root.join(MODEL_INDEX).is_file() && CONTRASTIVE.iter().any(|name| root.join(name).is_file())
+}
+
+/// Those of a contrastive model's `files` that are read, sorted.
+pub fn needed_contrastive(files: &[String]) -> Vec<String> {
+    let names: Vec<&str> = files.iter().filter(|file| !file.contains('/')).map(String::as_str).collect();
+    let weights: Vec<&str> = CONTRASTIVE_STEMS.iter().flat_map(|stem| weights(&names, stem)).collect();
+    let mut chosen: Vec<String> =
+        names.iter().filter(|name| weights.contains(name) || is_text(name)).map(|name| (*name).to_owned()).collect();
+    chosen.sort();
+    chosen
+}
+
+/// Whether a file is a configuration or part of a tokenizer.
+fn is_text(name: &str) -> bool {
+    let extension = Path::new(name).extension().unwrap_or_default();
+    ["json", "txt", "model"].iter().any(|e| extension == *e) && !name.contains(".safetensors.index.")
+}
+
 /// The names that diffusers and transformers give a component's weights.
 const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 
@@ -27,11 +54,7 @@ pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
     for component in components.iter().filter(|component| !UNUSED.contains(&component.as_str())) {
         let inside: Vec<&str> = files.iter().filter_map(|file| plain_name(file, component)).collect();
         let weights: Vec<&str> = STEMS.iter().flat_map(|stem| weights(&inside, stem)).collect();
-        let other = |name: &str| {
-            let extension = Path::new(name).extension().unwrap_or_default();
-            ["json", "txt", "model"].iter().any(|e| extension == *e) && !name.contains(".safetensors.index.")
-        };
-        let names = inside.iter().filter(|name| weights.contains(name) || other(name));
+        let names = inside.iter().filter(|name| weights.contains(name) || is_text(name));
         chosen.extend(names.map(|name| format!("{component}/{name}")));
     }
     chosen.sort();
@@ -67,6 +90,12 @@ fn weights<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
 
 /// The needed files of a local model, relative to it; with the path that could not be read otherwise.
 pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
+    if is_contrastive(root) {
+        let failed = |source| (root.to_owned(), source);
+        let entries = std::fs::read_dir(root).map_err(failed)?;
+        let names = entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        return Ok(needed_contrastive(&names.collect::<io::Result<Vec<_>>>().map_err(failed)?));
+    }
     let index = root.join(MODEL_INDEX);
     let bytes = std::fs::read(&index).map_err(|source| (index.clone(), source))?;
     let components = components(&bytes).map_err(|error| (index, io::Error::from(error)))?;

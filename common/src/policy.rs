@@ -20,6 +20,18 @@ pub struct RoundSlots {
     pub slots: Vec<Slot>,
     /// How many contenders stay after the round, where there are more.
     pub keep: u32,
+    /// Which model scores it.
+    pub scored_by: ScoredBy,
+}
+
+/// Which of a job's models scores a round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ScoredBy {
+    /// The job's model.
+    #[default]
+    Model,
+    /// The one in front of it. Its errors are of another kind: they decide who stays, and count no further.
+    Shortlist,
 }
 
 /// One stage of the reference schedule.
@@ -72,6 +84,20 @@ pub enum PolicyError {
         samples: u32,
         /// Timesteps of the model.
         timesteps: u32,
+    },
+    /// A shortlist that is no shorter than the list, or shorter than what the first stage keeps.
+    #[error(
+        "--shortlist {keep} must be less than the {count} {noun} there are, and at least the {first} that --keep keeps"
+    )]
+    Shortlist {
+        /// Contenders on the shortlist.
+        keep: u32,
+        /// Contenders of the job.
+        count: usize,
+        /// What they are called.
+        noun: &'static str,
+        /// What the first stage after it keeps.
+        first: u32,
     },
     /// A stage keeps more contenders than there are.
     #[error("--keep {keep} is more than the {count} {noun} there are to choose from: use at most {count}")]
@@ -166,7 +192,7 @@ impl Policy {
                 let fresh = new_timesteps(timesteps, most, stage.samples, &done);
                 let slots = slots_by_rank(&fresh, done.len() as u32, trials);
                 done.extend(fresh);
-                RoundSlots { slots, keep: stage.keep }
+                RoundSlots { slots, keep: stage.keep, scored_by: ScoredBy::Model }
             })
             .collect())
     }

@@ -132,6 +132,7 @@ mod tests {
             classes: Classes::parse("prompt,classname,classidx\na cat,cat,7\na dog,dog,-1\n", &[]).unwrap(),
             prompt_ensemble: PromptEnsemble::Mean,
             candidates: None,
+            shortlist: None,
             policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
             loss: Loss::Huber,
             dtype: ModelDtype::F32,
@@ -145,8 +146,13 @@ mod tests {
             limit: None,
             shard_size: 10,
         };
-        let identity =
-            JobIdentity { spec, model_files: [("a".into(), "b".into())].into(), lora_files: vec![], noise_file: None };
+        let identity = JobIdentity {
+            spec,
+            model_files: [("a".into(), "b".into())].into(),
+            shortlist_files: [].into(),
+            lora_files: vec![],
+            noise_file: None,
+        };
         let record = JobRecord {
             state: JobState::Unfinished,
             fingerprint: identity.fingerprint("m"),

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::model_files::is_contrastive;
+
 /// What the network's output means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -114,6 +116,11 @@ impl NoiseSchedule {
         let path = directory.join("scheduler/scheduler_config.json");
         let json = std::fs::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
         Self::from_json(&json)
+    }
+
+    /// The timesteps of the model in `directory`; a contrastive model has one, at which it says all it has to say.
+    pub fn timesteps_of_model(directory: &Path) -> Result<u32, ScheduleError> {
+        if is_contrastive(directory) { Ok(1) } else { Ok(Self::of_model(directory)?.timesteps()) }
     }
 
     /// Parses a diffusers `scheduler_config.json`.

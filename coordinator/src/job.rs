@@ -171,7 +171,7 @@ impl Job {
 
 /// The rounds of a job, from its policy and the schedule in its model's directory.
 pub fn rounds_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Vec<RoundSlots>, JobError> {
-    Ok(identity.spec.rounds(NoiseSchedule::of_model(model)?.timesteps())?)
+    Ok(identity.spec.rounds(NoiseSchedule::timesteps_of_model(model)?)?)
 }
 
 async fn list(identity: &JobIdentity) -> Result<Vec<elbo_common::manifest::Sample>, JobError> {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use elbo_common::predictions::{Prediction, decode_predictions};
 use tempfile::TempDir;
 
 /// The repository's root.
@@ -118,6 +119,12 @@ pub fn results(out: &Path) -> Vec<(String, Vec<u8>)> {
             (name, std::fs::read(&f).expect("reading"))
         })
         .collect()
+}
+
+/// Every prediction of an output, in order.
+pub fn predictions(out: &Path) -> Vec<Prediction> {
+    let decode = |file: PathBuf| decode_predictions(std::fs::read(file).expect("reading").into()).expect("predictions");
+    sorted(&out.join("predictions")).into_iter().flat_map(decode).collect()
 }
 
 /// Runs a command to its end, with what it printed.

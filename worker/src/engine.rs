@@ -14,32 +14,22 @@ use candle_core::{Device, Tensor};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use elbo_common::class::Prompt;
 use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
-use elbo_common::noise::NoiseSource;
-use elbo_common::policy::{RoundSlots, Slot};
-use elbo_common::score::{Point, Scorer};
+use elbo_common::policy::{RoundSlots, ScoredBy, Slot};
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Unit, UnitId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
-use crate::models::{Conditions, DiffusionModel, ModelError, Pass, TimeCache};
+use crate::models::{Conditions, ModelError};
+use crate::stage::{PointWork, Stage};
 
 /// Everything an evaluation depends on beside its sample.
 #[derive(Debug)]
 pub struct Problem {
-    /// The model.
-    pub model: DiffusionModel,
-    /// From the network's outputs to errors.
-    pub scorer: Scorer,
-    /// The noise of every slot.
-    pub noise: NoiseSource,
+    /// The models: the job's, last, and what makes its shortlist in front of it.
+    pub stages: Vec<Stage>,
     /// The slots of every round.
     pub rounds: Vec<RoundSlots>,
-    /// What the network needs to know of every prompt of the job; none where every sample brings its own captions, for
-    /// which the model keeps its text encoders.
-    pub conditions: Option<Arc<Conditions>>,
-    /// What the network needs to know of every timestep of the rounds.
-    pub times: TimeCache,
     /// Whether single errors are reported.
     pub keep_errors: bool,
 }
@@ -51,9 +41,11 @@ pub struct UnitWork {
     pub unit: Unit,
     /// What its noise is drawn from: the sample's key, or the pair's.
     pub key: Arc<str>,
-    /// The sample's latent.
+    /// What its round's model made of the sample.
     pub latent: Latent,
-    /// Where the sample's prompts start among the block's conditions.
+    /// Which of the problem's stages scores its round.
+    pub stage: usize,
+    /// Where the sample's prompts start among the stage's conditions of the block.
     pub first_condition: u32,
 }
 
@@ -90,7 +82,8 @@ struct Evaluation {
 #[derive(Debug)]
 struct Block {
     units: Vec<UnitWork>,
-    conditions: Arc<Conditions>,
+    /// Of every stage.
+    conditions: Vec<Arc<Conditions>>,
     progress: Mutex<Vec<UnitProgress>>,
     cancelled: Arc<AtomicBool>,
     failed: AtomicBool,
@@ -112,7 +105,8 @@ struct Batch {
 }
 
 struct Encode {
-    /// [size, size, 3] in [-1, 1].
+    stage: usize,
+    /// [S, S, 3], preprocessed.
     pixels: Vec<f32>,
     reply: oneshot::Sender<Result<Vec<f32>, ModelError>>,
 }
@@ -154,11 +148,11 @@ impl Engine {
         self.evaluated.load(Ordering::Relaxed)
     }
 
-    /// Encodes an image, [size, size, 3] in [-1, 1], into its latent, [h, w, C].
-    pub async fn encode(&self, pixels: Vec<f32>) -> Result<Result<Vec<f32>, ModelError>, EngineStopped> {
+    /// Encodes a preprocessed image, [S, S, 3], into what a stage's model makes of it.
+    pub async fn encode(&self, stage: usize, pixels: Vec<f32>) -> Result<Result<Vec<f32>, ModelError>, EngineStopped> {
         let (reply, answer) = oneshot::channel();
         let sender = self.encodes.as_ref().ok_or(EngineStopped)?;
-        sender.send(Encode { pixels, reply }).map_err(|_| EngineStopped)?;
+        sender.send(Encode { stage, pixels, reply }).map_err(|_| EngineStopped)?;
         answer.await.map_err(|_| EngineStopped)
     }
 
@@ -166,7 +160,7 @@ impl Engine {
     pub fn submit(
         &self,
         units: Vec<UnitWork>,
-        conditions: Arc<Conditions>,
+        conditions: Vec<Arc<Conditions>>,
         events: mpsc::UnboundedSender<BlockEvent>,
     ) -> Result<(), EngineStopped> {
         let progress = units
@@ -224,8 +218,10 @@ fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>> {
         for slot in 0..work.unit.slots.len() as u32 {
             let prompts = work.unit.prompts.len();
             let evaluations = (0..prompts as u32).map(|prompt| Evaluation { unit, slot, prompt });
+            let same_stage =
+                |last: &[Evaluation]| last.last().is_some_and(|e| units[e.unit as usize].stage == work.stage);
             match batches.last_mut() {
-                Some(last) if last.len() + prompts <= size => last.extend(evaluations),
+                Some(last) if last.len() + prompts <= size && same_stage(last) => last.extend(evaluations),
                 _ => batches.extend(evaluations.collect::<Vec<_>>().chunks(size).map(<[_]>::to_vec)),
             }
         }
@@ -260,12 +256,11 @@ impl Lane {
     }
 
     fn encode(&self, encode: Encode) {
-        let Encode { pixels, reply } = encode;
+        let Encode { stage, pixels, reply } = encode;
         let side = (pixels.len() / 3).isqrt();
         let latent = Tensor::from_vec(pixels, (1, side, side, 3), &Device::Cpu)
             .map_err(ModelError::from)
-            .and_then(|pixels| self.problem.model.encode_images(&pixels))
-            .and_then(|latent| Ok(latent.flatten_all()?.to_vec1::<f32>()?));
+            .and_then(|pixels| self.problem.stages[stage].encode(&pixels));
         let _ = reply.send(latent);
     }
 
@@ -322,14 +317,21 @@ impl Block {
 }
 
 impl Problem {
-    /// The errors of a batch of evaluations, in their order.
+    /// Which of the stages scores a round.
+    pub fn stage_of(&self, round: Round) -> usize {
+        match self.rounds.get(round.at()).map(|round| round.scored_by) {
+            Some(ScoredBy::Shortlist) => 0,
+            _ => self.stages.len() - 1,
+        }
+    }
+
+    /// The errors of a batch of evaluations, in their order; all of one stage.
     fn errors(
         &self,
         units: &[UnitWork],
-        conditions: &Conditions,
+        conditions: &[Arc<Conditions>],
         evaluations: &[Evaluation],
     ) -> Result<Vec<f32>, ModelError> {
-        // A point is a noisy latent: evaluations of one (unit, slot) are neighbours and share it.
         let mut points: Vec<(u32, u32)> = Vec::new();
         let mut pairs = Vec::with_capacity(evaluations.len());
         for e in evaluations {
@@ -340,32 +342,16 @@ impl Problem {
             let prompt = work.unit.prompts[e.prompt as usize];
             pairs.push(((points.len() - 1) as u32, work.first_condition + prompt.0));
         }
-        let ([c, h, w], schedule) = (self.model.latent_shape(), self.scorer.schedule());
-        let size = c * h * w;
-        let (mut noise, mut noisy) = (vec![0.0f32; points.len() * size], vec![0.0f32; points.len() * size]);
-        let (mut timesteps, mut drawn) = (Vec::with_capacity(points.len()), vec![0.0f32; size]);
-        for (i, (unit, slot)) in points.iter().enumerate() {
-            let work = &units[*unit as usize];
-            let slot = self.slot(work, *slot);
-            self.noise.fill(&work.key, slot.noise, &mut drawn);
-            let range = i * size..(i + 1) * size;
-            to_channels_last(&drawn, c, &mut noise[range.clone()]);
-            schedule.mix(slot.timestep).add_noise(&work.latent, &noise[range.clone()], &mut noisy[range]);
-            timesteps.push(slot.timestep);
-        }
-        let latents = Tensor::from_slice(&noisy, (points.len(), h, w, c), &Device::Cpu)?;
-        let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &pairs };
-        let output = self.model.network().forward(&pass, &self.times, conditions)?;
-        let values = output.elem_count() / pairs.len().max(1);
-        let mut output = output.flatten_all()?.to_vec1::<f32>()?;
-        let errors = pairs.iter().zip(output.chunks_mut(values.max(1))).map(|((at, _), output)| {
-            let at = *at as usize;
-            let (unit, range) = (points[at].0 as usize, at * size..(at + 1) * size);
-            let (noise, noisy) = (&noise[range.clone()], &noisy[range]);
-            self.scorer.error(Point { latent: &units[unit].latent, noise, noisy, timestep: timesteps[at] }, output)
-        });
-        let errors: Vec<f32> = errors.collect();
-        if errors.iter().all(|e| e.is_finite()) { Ok(errors) } else { Err(ModelError::NotFinite) }
+        let works: Vec<_> = points
+            .iter()
+            .map(|(unit, slot)| {
+                let work = &units[*unit as usize];
+                PointWork { key: &work.key, latent: &work.latent, slot: self.slot(work, *slot) }
+            })
+            .collect();
+        let Some(first) = evaluations.first() else { return Ok(Vec::new()) };
+        let stage = units[first.unit as usize].stage;
+        self.stages[stage].errors(&works, &conditions[stage], &pairs)
     }
 
     /// The batch size with the most evaluations per second on one lane, found by measuring. Changes no result.
@@ -373,22 +359,32 @@ impl Problem {
         /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
         const LARGEST_BATCH: usize = 64;
-        let Some(slots) = self.rounds.first().map(|r| r.slots.len()).filter(|n| *n > 0) else { return Ok(1) };
-        let conditions = match &self.conditions {
+        let of_model = |round: &RoundSlots| round.scored_by == ScoredBy::Model && !round.slots.is_empty();
+        let Some(round) = self.rounds.iter().position(of_model) else { return Ok(1) };
+        let (last, slots) = (self.stages.len() - 1, self.rounds[round].slots.len());
+        let stage = &self.stages[last];
+        let conditions = match &stage.conditions {
             Some(conditions) => Arc::clone(conditions),
             None => {
                 // Captions are all as long for the network: padded.
                 let caption = |class| Prompt { text: "a photo".into(), class: ClassIndex(class), label: None };
-                Arc::new(self.model.conditions(&[caption(0), caption(1)])?)
+                Arc::new(stage.conditions_of(&[caption(0), caption(1)])?)
             }
         };
+        let of_stages = vec![Arc::clone(&conditions); self.stages.len()];
         let prompts: Vec<_> = (0..conditions.len() as u32).map(PromptIndex).collect();
-        let latent = Arc::new(vec![0.0; self.model.latent_shape().iter().product()]);
+        let latent = Arc::new(vec![0.0; stage.latent_len()]);
         let units: Vec<_> = (0..LARGEST_BATCH.div_ceil((slots * prompts.len()).max(1)) as u64)
             .map(|sample| {
-                let id = UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
+                let id = UnitId { sample: SampleId(sample), round: Round(round as u16), slots: 0, prompts: 0 };
                 let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
-                UnitWork { unit, key: Arc::from("batch size"), latent: Arc::clone(&latent), first_condition: 0 }
+                UnitWork {
+                    unit,
+                    key: Arc::from("batch size"),
+                    latent: Arc::clone(&latent),
+                    stage: last,
+                    first_condition: 0,
+                }
             })
             .collect();
         let (mut best, mut best_rate) = (1, 0.0);
@@ -398,7 +394,7 @@ impl Problem {
             let mut fastest = Duration::MAX;
             for _ in 0..3 {
                 let started = Instant::now();
-                self.errors(&units, &conditions, &evaluations)?;
+                self.errors(&units, &of_stages, &evaluations)?;
                 fastest = fastest.min(started.elapsed());
                 if fastest > LONGEST_BATCH {
                     return Ok(best);
@@ -417,16 +413,6 @@ impl Problem {
     }
 }
 
-/// [C, H, W] to [H, W, C].
-fn to_channels_last(planes: &[f32], channels: usize, out: &mut [f32]) {
-    let pixels = planes.len() / channels.max(1);
-    for (c, plane) in planes.chunks(pixels.max(1)).enumerate() {
-        for (pixel, value) in plane.iter().enumerate() {
-            out[pixel * channels + c] = *value;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -434,7 +420,7 @@ mod tests {
     fn work(sample: u64, slots: usize, prompts: u32) -> UnitWork {
         let id = UnitId { sample: SampleId(sample), round: Round(0), slots: 0, prompts: 0 };
         let unit = Unit { id, slots: 0..slots, prompts: (0..prompts).map(PromptIndex).collect() };
-        UnitWork { unit, key: Arc::from("k"), latent: Arc::new(Vec::new()), first_condition: 0 }
+        UnitWork { unit, key: Arc::from("k"), latent: Arc::new(Vec::new()), stage: 0, first_condition: 0 }
     }
 
     #[test]
@@ -449,9 +435,8 @@ mod tests {
     }
 
     #[test]
-    fn planes_become_channels_last() {
-        let mut out = [0.0; 6];
-        to_channels_last(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, &mut out);
-        assert_eq!(out, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    fn a_batch_is_of_one_stage() {
+        let units = [work(0, 1, 3), UnitWork { stage: 1, ..work(1, 1, 3) }, work(2, 1, 3)];
+        assert_eq!(batches_of(&units, 16).iter().map(Vec::len).collect::<Vec<_>>(), [3, 3, 3]);
     }
 }

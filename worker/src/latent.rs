@@ -5,10 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use elbo_common::ids::SampleId;
 
-/// A scaled latent `x0` in [H, W, C] order.
+/// What a model made of an image: a scaled latent `x0` in [H, W, C] order, or an embedding.
 pub type Latent = Arc<Vec<f32>>;
 
-/// Latents by sample, bounded by memory, oldest out first.
+/// A sample and the stage that looked at it.
+pub type Key = (SampleId, usize);
+
+/// Latents by sample and stage, bounded by memory, oldest out first.
 #[derive(Debug)]
 pub struct LatentCache {
     inner: Mutex<Inner>,
@@ -17,8 +20,8 @@ pub struct LatentCache {
 
 #[derive(Debug, Default)]
 struct Inner {
-    latents: HashMap<SampleId, Latent>,
-    order: VecDeque<SampleId>,
+    latents: HashMap<Key, Latent>,
+    order: VecDeque<Key>,
 }
 
 impl LatentCache {
@@ -27,16 +30,16 @@ impl LatentCache {
         Self { inner: Mutex::default(), capacity: (bytes / (4 * elements.max(1))).max(1) }
     }
 
-    /// The latent of a sample, if it is still here.
-    pub fn get(&self, sample: SampleId) -> Option<Latent> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).latents.get(&sample).cloned()
+    /// What a stage's model made of a sample, if it is still here.
+    pub fn get(&self, key: Key) -> Option<Latent> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).latents.get(&key).cloned()
     }
 
     /// Keeps a latent.
-    pub fn put(&self, sample: SampleId, latent: Latent) {
+    pub fn put(&self, key: Key, latent: Latent) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.latents.insert(sample, latent).is_none() {
-            inner.order.push_back(sample);
+        if inner.latents.insert(key, latent).is_none() {
+            inner.order.push_back(key);
         }
         while inner.order.len() > self.capacity {
             if let Some(oldest) = inner.order.pop_front() {
@@ -53,8 +56,8 @@ mod tests {
     #[test]
     fn the_oldest_latents_make_room() {
         let cache = LatentCache::new(2 * 4 * 3, 3);
-        (0..3).for_each(|i| cache.put(SampleId(i), Arc::new(vec![i as f32; 3])));
-        assert!(cache.get(SampleId(0)).is_none());
-        assert_eq!(cache.get(SampleId(2)).unwrap()[0], 2.0);
+        (0..3).for_each(|i| cache.put((SampleId(i), 0), Arc::new(vec![i as f32; 3])));
+        assert!(cache.get((SampleId(0), 0)).is_none());
+        assert_eq!(cache.get((SampleId(2), 0)).unwrap()[0], 2.0);
     }
 }

@@ -13,6 +13,7 @@ pub mod prepare;
 pub mod preprocess;
 pub mod problem;
 pub mod report;
+pub mod stage;
 pub mod worker;
 
 pub use worker::{Options, WorkerError, run};

@@ -1,9 +1,10 @@
 //! From a leased block to work for the engine: images are read, decoded and encoded while the device computes the block
 //! before.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use elbo_common::class::{Classes, Prompt};
 use elbo_common::dataset::Reader;
 use elbo_common::ids::{PromptIndex, Round, SampleId};
@@ -12,9 +13,9 @@ use elbo_proto::v1;
 use futures::StreamExt;
 
 use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
-use crate::latent::{Latent, LatentCache};
+use crate::latent::{Key, Latent, LatentCache};
 use crate::models::{Conditions, ModelError};
-use crate::preprocess::Preprocessing;
+use crate::stage::Stage;
 
 /// Images read and decoded at a time.
 const AHEAD: usize = 16;
@@ -35,8 +36,8 @@ pub struct BadSample {
 pub struct Prepared {
     /// Units of the samples that have a latent.
     pub units: Vec<UnitWork>,
-    /// What the network needs to know of their prompts.
-    pub conditions: Arc<Conditions>,
+    /// What every stage's model needs to know of their prompts.
+    pub conditions: Vec<Arc<Conditions>>,
     /// Samples that have none.
     pub bad: Vec<BadSample>,
 }
@@ -66,17 +67,13 @@ pub struct Preparer {
     pub cache: LatentCache,
     /// Reads images.
     pub reader: Reader,
-    /// What the model wants done to an image.
-    pub preprocessing: Preprocessing,
-    /// Slots of every round, to check blocks against.
-    pub slots: Vec<usize>,
-    /// The job: its prompts, or the text encoders for its samples' captions.
+    /// The job: its rounds, its models, and its prompts or the text encoders for its samples' captions.
     pub problem: Arc<Problem>,
 }
 
-/// What the network needs to know of a block's prompts.
+/// What every stage's model needs to know of a block's prompts.
 struct BlockConditions {
-    conditions: Arc<Conditions>,
+    conditions: Vec<Arc<Conditions>>,
     /// Where each sample's prompts start, and how many it has.
     of_sample: HashMap<SampleId, (u32, usize)>,
 }
@@ -87,48 +84,64 @@ impl Preparer {
         let BlockConditions { conditions, of_sample } = self.conditions(&block.samples).await?;
         let units = block.units.into_iter().map(|u| self.unit(u, &of_sample)).collect::<Option<Vec<_>>>();
         let units = units.ok_or(BlockError::Foreign)?;
+        let stages = self.stages_of(&units);
         let mut keys: HashMap<SampleId, Arc<str>> = HashMap::new();
-        let mut latents: HashMap<SampleId, Latent> = HashMap::new();
+        let mut latents: HashMap<Key, Latent> = HashMap::new();
         let mut prepared = Prepared { units: Vec::new(), conditions, bad: Vec::new() };
         let mut pending = futures::stream::iter(block.samples.into_iter().map(|sample| {
             let noise_key = if sample.noise_key.is_empty() { &sample.key } else { &sample.noise_key };
             keys.insert(SampleId(sample.id), Arc::from(noise_key.as_str()));
-            self.latent(sample)
+            let stages = stages.get(&SampleId(sample.id)).cloned().unwrap_or_default();
+            self.latents(sample, stages)
         }))
         .buffered(AHEAD);
-        while let Some(latent) = pending.next().await {
-            match latent? {
-                Ok((sample, latent)) => drop(latents.insert(sample, latent)),
+        while let Some(of_sample) = pending.next().await {
+            match of_sample? {
+                Ok(of_sample) => latents.extend(of_sample),
                 Err(bad) => prepared.bad.push(bad),
             }
         }
         drop(pending);
         for unit in units {
-            let key = keys.get(&unit.id.sample).ok_or(BlockError::Foreign)?;
-            if let Some(latent) = latents.get(&unit.id.sample) {
+            let (sample, stage) = (unit.id.sample, self.problem.stage_of(unit.id.round));
+            let key = keys.get(&sample).ok_or(BlockError::Foreign)?;
+            if let Some(latent) = latents.get(&(sample, stage)) {
                 let (key, latent) = (Arc::clone(key), Arc::clone(latent));
-                let (first_condition, _) = of_sample.get(&unit.id.sample).copied().ok_or(BlockError::Foreign)?;
-                prepared.units.push(UnitWork { unit, key, latent, first_condition });
+                let (first_condition, _) = of_sample.get(&sample).copied().ok_or(BlockError::Foreign)?;
+                prepared.units.push(UnitWork { unit, key, latent, stage, first_condition });
             }
         }
         Ok(prepared)
     }
 
+    /// The stages whose models must look at each sample.
+    fn stages_of(&self, units: &[Unit]) -> HashMap<SampleId, BTreeSet<usize>> {
+        let mut stages: HashMap<SampleId, BTreeSet<usize>> = HashMap::new();
+        for unit in units {
+            stages.entry(unit.id.sample).or_default().insert(self.problem.stage_of(unit.id.round));
+        }
+        stages
+    }
+
     /// The job's prompts, or the captions of a block's samples, encoded.
     async fn conditions(&self, samples: &[v1::Sample]) -> Result<BlockConditions, BlockError> {
-        if let Some(conditions) = &self.problem.conditions {
-            let prompts = (0, conditions.len());
+        let of_job: Option<Vec<_>> = self.problem.stages.iter().map(|stage| stage.conditions.clone()).collect();
+        if let Some(conditions) = of_job {
+            let prompts = (0, conditions.last().map_or(0, |conditions| conditions.len()));
             let of_sample = samples.iter().map(|sample| (SampleId(sample.id), prompts)).collect();
-            return Ok(BlockConditions { conditions: Arc::clone(conditions), of_sample });
+            return Ok(BlockConditions { conditions, of_sample });
         }
         let (captions, of_sample) = gather_captions(samples);
         if captions.is_empty() {
             return Err(BlockError::Foreign);
         }
         let problem = Arc::clone(&self.problem);
-        let encoding = tokio::task::spawn_blocking(move || problem.model.conditions(&captions));
+        let encoding = tokio::task::spawn_blocking(move || {
+            let encode = |stage: &Stage| Ok(Arc::new(stage.conditions_of(&captions)?));
+            problem.stages.iter().map(encode).collect::<Result<Vec<_>, ModelError>>()
+        });
         let conditions = encoding.await.map_err(|_| ModelError::Input("the text encoder crashed".into())).flatten();
-        Ok(BlockConditions { conditions: Arc::new(conditions.map_err(BlockError::Captions)?), of_sample })
+        Ok(BlockConditions { conditions: conditions.map_err(BlockError::Captions)?, of_sample })
     }
 
     /// A unit of the contract as one of ours; `None` where it is not of this job.
@@ -143,37 +156,53 @@ impl Preparer {
         let slots = unit.slot_begin as usize..unit.slot_end as usize;
         let (_, prompts) = of_sample.get(&id.sample)?;
         let fits = slots.start < slots.end
-            && slots.end <= *self.slots.get(id.round.at())?
+            && slots.end <= self.problem.rounds.get(id.round.at())?.slots.len()
             && !unit.prompts.is_empty()
             && unit.prompts.iter().all(|&p| (p as usize) < *prompts);
         fits.then(|| Unit { id, slots, prompts: unit.prompts.into_iter().map(PromptIndex).collect() })
     }
 
-    async fn latent(&self, sample: v1::Sample) -> Result<Result<(SampleId, Latent), BadSample>, EngineStopped> {
+    /// What the models of some stages make of a sample.
+    async fn latents(
+        &self,
+        sample: v1::Sample,
+        stages: BTreeSet<usize>,
+    ) -> Result<Result<Vec<(Key, Latent)>, BadSample>, EngineStopped> {
         let id = SampleId(sample.id);
-        if let Some(latent) = self.cache.get(id) {
-            return Ok(Ok((id, latent)));
-        }
         let bad = |stage, error: String| Ok(Err(BadSample { sample: id, stage, error }));
-        let bytes = match self.reader.read(&sample.location).await {
-            Ok(bytes) => bytes,
-            Err(error) => return bad("read", error.to_string()),
-        };
-        let preprocessing = self.preprocessing.clone();
-        let decoded = tokio::task::spawn_blocking(move || preprocessing.apply(&bytes)).await;
-        let pixels = match decoded {
-            Ok(Ok(pixels)) => pixels,
-            Ok(Err(error)) => return bad(error.stage(), error.to_string()),
-            Err(_) => return bad("decode", "the decoder crashed on it".into()),
-        };
-        match self.engine.encode(pixels).await? {
-            Ok(latent) => {
-                let latent = Arc::new(latent);
-                self.cache.put(id, Arc::clone(&latent));
-                Ok(Ok((id, latent)))
+        let mut latents = Vec::new();
+        let mut bytes: Option<Bytes> = None;
+        for stage in stages {
+            let key = (id, stage);
+            if let Some(latent) = self.cache.get(key) {
+                latents.push((key, latent));
+                continue;
             }
-            Err(error) => bad("encode", error.to_string()),
+            let file = match bytes.take() {
+                Some(bytes) => bytes,
+                None => match self.reader.read(&sample.location).await {
+                    Ok(bytes) => bytes,
+                    Err(error) => return bad("read", error.to_string()),
+                },
+            };
+            bytes = Some(file.clone());
+            let preprocessing = self.problem.stages[stage].preprocessing();
+            let decoded = tokio::task::spawn_blocking(move || preprocessing.apply(&file)).await;
+            let pixels = match decoded {
+                Ok(Ok(pixels)) => pixels,
+                Ok(Err(error)) => return bad(error.stage(), error.to_string()),
+                Err(_) => return bad("decode", "the decoder crashed on it".into()),
+            };
+            match self.engine.encode(stage, pixels).await? {
+                Ok(latent) => {
+                    let latent = Arc::new(latent);
+                    self.cache.put(key, Arc::clone(&latent));
+                    latents.push((key, latent));
+                }
+                Err(error) => return bad("encode", error.to_string()),
+            }
         }
+        Ok(Ok(latents))
     }
 }
 

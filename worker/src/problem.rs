@@ -6,14 +6,16 @@ use std::sync::Arc;
 use candle_core::Device;
 use elbo_common::fingerprint::{HashError, JobIdentity};
 use elbo_common::job::JobSpec;
-use elbo_common::model_source::SourceError;
+use elbo_common::model_files::is_contrastive;
+use elbo_common::model_source::{JobModels, SourceError};
 use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
-use elbo_common::policy::PolicyError;
+use elbo_common::policy::{PolicyError, RoundSlots, ScoredBy};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::score::{ScoreError, Scorer};
 
 use crate::engine::Problem;
-use crate::models::{DiffusionModel, Family, LoadOptions, Lora, ModelError};
+use crate::models::{ContrastiveModel, DiffusionModel, Family, LoadOptions, Lora, ModelError};
+use crate::stage::{Diffusion, Model, Stage};
 
 /// A job this worker can't work on.
 #[derive(Debug, thiserror::Error)]
@@ -72,52 +74,73 @@ pub enum ProblemError {
 }
 
 impl Problem {
-    /// Loads what the job needs from the directory its model was found in or fetched to, and encodes its prompts.
-    pub fn load(identity: &JobIdentity, directory: &Path) -> Result<Self, ProblemError> {
-        check_files(identity, directory)?;
+    /// Loads what the job needs from the directories its models were found in or fetched to, and encodes its prompts.
+    pub fn load(identity: &JobIdentity, models: &JobModels) -> Result<Self, ProblemError> {
+        check_files(identity, models)?;
         let spec = &identity.spec;
-        let mut schedule = NoiseSchedule::of_model(directory)?;
-        if let Some(shift) = spec.timestep_shift {
-            schedule = schedule.with_shift(shift)?;
+        let rounds = spec.rounds(NoiseSchedule::timesteps_of_model(&models.model)?)?;
+        let mut stages = Vec::new();
+        if let Some(shortlist) = &models.shortlist {
+            stages.push(contrastive(spec, shortlist)?);
         }
-        let rounds = spec.rounds(schedule.timesteps())?;
-        let mut model = DiffusionModel::load_with(directory, &load_options(spec, directory)?)?;
-        if let Some(size) = spec.size {
-            let factor = model.size_factor();
-            if size == 0 || !(size as usize).is_multiple_of(factor) {
-                return Err(ProblemError::Size { size, factor });
-            }
-            model.set_size(size as usize);
-        }
-        let slots = rounds.iter().flat_map(|r| &r.slots);
-        let noise = match &spec.noise {
-            None => NoiseSource::Counter { seed: spec.seed, scope: spec.noise_scope },
-            Some(path) => {
-                let table = NoiseTable::read(Path::new(path))?;
-                table.check(model.latent_shape(), slots.clone().map(|s| s.noise as usize + 1).max().unwrap_or(0))?;
-                NoiseSource::Table(table)
-            }
-        };
-        let mut timesteps: Vec<u32> = slots.map(|s| s.timestep).collect();
-        timesteps.sort_unstable();
-        timesteps.dedup();
-        let network = model.network();
-        let learned_variance = network.out_channels() != network.in_channels();
-        let inputs: Vec<f32> = timesteps.iter().map(|t| schedule.time(*t)).collect();
-        let times = network.time_cache(&timesteps, &inputs)?;
-        let scorer = Scorer::new(schedule, spec.loss, network.in_channels(), learned_variance)?;
-        let conditions = match spec.candidates {
-            // Captions are encoded as they come, block by block.
-            Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
-            Some(_) => None,
-            None => {
-                let conditions = model.conditions(&spec.classes.prompts)?;
-                model.drop_text_encoders();
-                Some(Arc::new(conditions))
-            }
-        };
-        Ok(Self { scorer, noise, rounds, conditions, times, keep_errors: spec.write_errors, model })
+        stages.push(match is_contrastive(&models.model) {
+            true => contrastive(spec, &models.model)?,
+            false => diffusion(spec, &models.model, &rounds)?,
+        });
+        Ok(Self { stages, rounds, keep_errors: spec.write_errors })
     }
+}
+
+fn contrastive(spec: &JobSpec, directory: &Path) -> Result<Stage, ProblemError> {
+    let model = ContrastiveModel::load(directory, &LoadOptions::new(Device::Cpu, spec.dtype))?;
+    let mut stage = Stage { model: Model::Contrastive(Box::new(model)), conditions: None };
+    if spec.candidates.is_none() {
+        stage.conditions = Some(Arc::new(stage.conditions_of(&spec.classes.prompts)?));
+    }
+    Ok(stage)
+}
+
+fn diffusion(spec: &JobSpec, directory: &Path, rounds: &[RoundSlots]) -> Result<Stage, ProblemError> {
+    let mut schedule = NoiseSchedule::of_model(directory)?;
+    if let Some(shift) = spec.timestep_shift {
+        schedule = schedule.with_shift(shift)?;
+    }
+    let mut model = DiffusionModel::load_with(directory, &load_options(spec, directory)?)?;
+    if let Some(size) = spec.size {
+        let factor = model.size_factor();
+        if size == 0 || !(size as usize).is_multiple_of(factor) {
+            return Err(ProblemError::Size { size, factor });
+        }
+        model.set_size(size as usize);
+    }
+    let slots = rounds.iter().filter(|round| round.scored_by == ScoredBy::Model).flat_map(|round| &round.slots);
+    let noise = match &spec.noise {
+        None => NoiseSource::Counter { seed: spec.seed, scope: spec.noise_scope },
+        Some(path) => {
+            let table = NoiseTable::read(Path::new(path))?;
+            table.check(model.latent_shape(), slots.clone().map(|s| s.noise as usize + 1).max().unwrap_or(0))?;
+            NoiseSource::Table(table)
+        }
+    };
+    let mut timesteps: Vec<u32> = slots.map(|s| s.timestep).collect();
+    timesteps.sort_unstable();
+    timesteps.dedup();
+    let network = model.network();
+    let learned_variance = network.out_channels() != network.in_channels();
+    let inputs: Vec<f32> = timesteps.iter().map(|t| schedule.time(*t)).collect();
+    let times = network.time_cache(&timesteps, &inputs)?;
+    let scorer = Scorer::new(schedule, spec.loss, network.in_channels(), learned_variance)?;
+    let conditions = match spec.candidates {
+        // Captions are encoded as they come, block by block.
+        Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
+        Some(_) => None,
+        None => {
+            let conditions = model.conditions(&spec.classes.prompts)?;
+            model.drop_text_encoders();
+            Some(Arc::new(conditions))
+        }
+    };
+    Ok(Stage { model: Model::Diffusion(Box::new(Diffusion { model, scorer, noise, times })), conditions })
 }
 
 /// How a job's model is loaded.
@@ -130,10 +153,14 @@ fn load_options(spec: &JobSpec, directory: &Path) -> Result<LoadOptions, ModelEr
 }
 
 /// Refuses to compute with other files than the job was started with.
-fn check_files(identity: &JobIdentity, directory: &Path) -> Result<(), ProblemError> {
-    let here = JobIdentity::new(identity.spec.clone(), directory)?;
-    for (file, hash) in &identity.model_files {
-        if here.model_files.get(file) != Some(hash) {
+fn check_files(identity: &JobIdentity, models: &JobModels) -> Result<(), ProblemError> {
+    let here = JobIdentity::new(identity.spec.clone(), models)?;
+    let shortlist = models.shortlist.as_deref().unwrap_or(&models.model);
+    for (directory, expected, found) in [
+        (models.model.as_path(), &identity.model_files, &here.model_files),
+        (shortlist, &identity.shortlist_files, &here.shortlist_files),
+    ] {
+        if let Some((file, _)) = expected.iter().find(|(file, hash)| found.get(*file) != Some(hash)) {
             return Err(ProblemError::OtherModel { path: directory.to_owned(), file: file.clone() });
         }
     }

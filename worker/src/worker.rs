@@ -1,14 +1,13 @@
 //! The life of a worker: join, load the model, lease, evaluate, report, leave.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
-use elbo_common::model_source::{ModelSource, Wanted};
+use elbo_common::model_source::{JobModels, ModelSource};
 use elbo_proto::v1;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -20,6 +19,7 @@ use crate::latent::LatentCache;
 use crate::prepare::{BlockError, Preparer};
 use crate::problem::ProblemError;
 use crate::report::{Finding, Held, LeaseKey, Reporter};
+use crate::stage::Stage;
 
 /// Blocks a worker holds: one being computed, one being prepared.
 const BLOCKS: usize = 2;
@@ -135,15 +135,16 @@ async fn work(
     if let Some(model) = &options.model {
         identity.spec.model.clone_from(model);
     }
-    let directory = match options.problem {
-        Some(_) => PathBuf::new(),
-        None => find_model(&identity.spec.model).await?,
+    let models = match options.problem {
+        Some(_) => None,
+        None => Some(find_models(&identity).await?),
     };
     let (threads, batch, loaded) = (options.threads.get(), options.batch, options.problem.clone());
     let loading = tokio::task::spawn_blocking(move || {
-        let problem = match loaded {
-            Some(problem) => problem,
-            None => Arc::new(Problem::load(&identity, &directory)?),
+        let problem = match (loaded, models) {
+            (Some(problem), _) => problem,
+            (None, Some(models)) => Arc::new(Problem::load(&identity, &models)?),
+            (None, None) => return Err(WorkerError::Task("loader")),
         };
         let batch = match batch {
             Some(batch) => batch.get(),
@@ -159,10 +160,8 @@ async fn work(
 
     let preparer = Arc::new(Preparer {
         engine: Arc::clone(&engine),
-        cache: LatentCache::new(LATENT_BYTES, problem.model.latent_shape().iter().product()),
+        cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
         reader: Reader::new(),
-        preprocessing: problem.model.preprocessing(),
-        slots: problem.rounds.iter().map(|r| r.slots.len()).collect(),
         problem,
     });
     let (findings, inbox) = mpsc::unbounded_channel();
@@ -190,9 +189,11 @@ async fn work(
     Ok(reported?)
 }
 
-/// The directory of a job's model on this machine, fetched if need be.
-async fn find_model(model: &str) -> Result<PathBuf, ProblemError> {
-    Ok(ModelSource::parse(model)?.resolve(Wanted::Everything, |note| tracing::info!("{note}")).await?)
+/// The directories of a job's models on this machine, fetched if need be.
+async fn find_models(identity: &JobIdentity) -> Result<JobModels, ProblemError> {
+    let model = ModelSource::parse(&identity.spec.model)?;
+    let shortlist = identity.spec.shortlist.as_ref().map(|s| ModelSource::parse(&s.model)).transpose()?;
+    Ok(JobModels::find(&model, shortlist.as_ref(), |note| tracing::info!("{note}")).await?)
 }
 
 fn no_answer(error: CallError) -> WorkerError {

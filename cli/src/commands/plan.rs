@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use elbo_common::class::ModelLabels;
 use elbo_common::dataset::{self, LabelSource, ListOptions};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::manifest::Sample;
@@ -14,6 +13,7 @@ use serde::Serialize;
 
 use crate::args::PlanArgs;
 use crate::failure::usage;
+use crate::job_args::Takes;
 use crate::session;
 
 /// Training timesteps of nearly every model, for plans without one.
@@ -42,17 +42,17 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     if flags.candidates.is_some() && flags.images.is_none() {
         return Err(usage("--images is missing: give the list with the column that --candidates names"));
     }
-    let (timesteps, labels) = match &flags.model {
-        None => (USUAL_TIMESTEPS, None),
+    let (timesteps, takes) = match &flags.model {
+        None => (USUAL_TIMESTEPS, Takes::Prompts),
         Some(model) => {
             let model = ModelSource::parse(model).map_err(usage)?;
             let directory = session::resolve(&model, Wanted::Configuration).await?;
-            (NoiseSchedule::of_model(&directory)?.timesteps(), ModelLabels::of_model(&directory)?)
+            (NoiseSchedule::timesteps_of_model(&directory)?, Takes::of_model(&directory)?)
         }
     };
-    let classes = flags.read_classes(labels.as_ref())?;
+    let classes = flags.read_classes(&takes)?;
     let of_job = flags.contenders(&classes);
-    let rounds = flags.to_policy(of_job.as_ref())?.rounds(timesteps, of_job.as_ref()).map_err(usage)?;
+    let rounds = flags.to_rounds(&takes, timesteps, of_job.as_ref())?;
     let captions = match &flags.images {
         None => None,
         Some(images) => {

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::{ClassError, Classes, Prompt};
 use crate::ids::ClassIndex;
+use crate::model_files::is_contrastive;
 
 /// The labels a class-conditional model was trained on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +42,9 @@ struct MapRow {
 impl ModelLabels {
     /// The labels of the model in `directory`; `None` for a model that takes prompts.
     pub fn of_model(directory: &Path) -> Result<Option<Self>, ClassError> {
+        if is_contrastive(directory) {
+            return Ok(None);
+        }
         let index: ModelIndex = read_json(&directory.join("model_index.json"))?;
         if index.class != "DiTPipeline" {
             return Ok(None);

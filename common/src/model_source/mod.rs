@@ -39,7 +39,7 @@ pub enum SourceError {
     )]
     File(PathBuf),
     /// The model is not in the layout.
-    #[error("{0} has no model_index.json: --model needs a model in diffusers layout")]
+    #[error("{0} has no model_index.json: a model is in diffusers' layout, or a CLIP, SigLIP or OpenCLIP model")]
     NoIndex(String),
     /// `model_index.json` can't be understood.
     #[error("model_index.json of {model}: {source}")]
@@ -123,6 +123,31 @@ pub enum Wanted {
     Configuration,
 }
 
+/// The directories with a job's models on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobModels {
+    /// The job's model.
+    pub model: PathBuf,
+    /// The one that makes the shortlist.
+    pub shortlist: Option<PathBuf>,
+}
+
+impl JobModels {
+    /// Finds or fetches a job's models.
+    pub async fn find(
+        model: &ModelSource,
+        shortlist: Option<&ModelSource>,
+        note: impl Fn(String) + Send + Sync,
+    ) -> Result<Self, SourceError> {
+        let model = model.resolve(Wanted::Everything, &note).await?;
+        let shortlist = match shortlist {
+            Some(shortlist) => Some(shortlist.resolve(Wanted::Everything, &note).await?),
+            None => None,
+        };
+        Ok(Self { model, shortlist })
+    }
+}
+
 /// Where a model is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelSource {
@@ -195,15 +220,23 @@ impl ModelSource {
         note: impl Fn(String) + Send + Sync,
     ) -> Result<PathBuf, SourceError> {
         let find = |path: &str| listing.files.iter().find(|file| file.path == path);
-        let index = find(MODEL_INDEX).ok_or_else(|| SourceError::NoIndex(self.to_string()))?;
-        let index = cache.fetch(remote, &listing.revision, index, &note).await?;
-        let bytes = std::fs::read(&index).map_err(|source| SourceError::Cache { path: index, source })?;
-        let components =
-            model_files::components(&bytes).map_err(|source| SourceError::Index { model: self.to_string(), source })?;
         let paths: Vec<String> = listing.files.iter().map(|file| file.path.clone()).collect();
-        for path in model_files::needed(&paths, &components) {
+        let needed = match find(MODEL_INDEX) {
+            Some(index) => {
+                let index = cache.fetch(remote, &listing.revision, index, &note).await?;
+                let bytes = std::fs::read(&index).map_err(|source| SourceError::Cache { path: index, source })?;
+                let components = model_files::components(&bytes)
+                    .map_err(|source| SourceError::Index { model: self.to_string(), source })?;
+                model_files::needed(&paths, &components)
+            }
+            None if model_files::CONTRASTIVE.iter().any(|name| find(name).is_some()) => {
+                model_files::needed_contrastive(&paths)
+            }
+            None => return Err(SourceError::NoIndex(self.to_string())),
+        };
+        for path in needed {
             let wanted =
-                wanted == Wanted::Everything || path.starts_with("scheduler/") || path.ends_with("/config.json");
+                wanted == Wanted::Everything || path.starts_with("scheduler/") || path.ends_with("config.json");
             if let Some(file) = find(&path).filter(|_| wanted) {
                 cache.fetch(remote, &listing.revision, file, &note).await?;
             }
@@ -223,7 +256,7 @@ fn check(path: &Path) -> Result<PathBuf, SourceError> {
     if !path.is_dir() {
         return Err(SourceError::NoDirectory(path.to_owned()));
     }
-    if !path.join(MODEL_INDEX).is_file() {
+    if !path.join(MODEL_INDEX).is_file() && !model_files::is_contrastive(path) {
         return Err(SourceError::NoIndex(path.display().to_string()));
     }
     Ok(path.to_owned())

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{LeaseId, PromptIndex, Round, SampleId};
 use elbo_common::manifest::Sample;
+use elbo_common::policy::ScoredBy;
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Cut, Unit, UnitId};
 
@@ -149,8 +150,12 @@ impl SampleState {
     }
 
     fn eliminate(&mut self, job: &JobShape) {
-        let keep = job.rounds[self.round.at()].keep;
-        self.remaining = self.contenders.survivors(&self.remaining, &self.totals, keep);
+        let round = &job.rounds[self.round.at()];
+        self.remaining = self.contenders.survivors(&self.remaining, &self.totals, round.keep);
+        if round.scored_by == ScoredBy::Shortlist {
+            // The job's model judges those that stay afresh.
+            self.remaining.iter().for_each(|prompt| self.totals[prompt.at()] = Sums::default());
+        }
         self.round = Round(self.round.0 + 1);
     }
 
@@ -249,6 +254,9 @@ impl SampleState {
             let (slots, prompts) = (cut.slot_range(id), &self.remaining[cut.prompt_range(id)]);
             for (i, (prompt, sums)) in prompts.iter().zip(&sums).enumerate() {
                 self.totals[prompt.at()].merge(sums);
+                if job.rounds[self.round.at()].scored_by == ScoredBy::Shortlist {
+                    continue;
+                }
                 let of_prompt = errors.iter().skip(i * slots.len()).take(slots.len());
                 self.errors.extend(slots.clone().zip(of_prompt).map(|(slot, &error)| SlotError {
                     prompt: *prompt,

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use elbo_common::class::ModelLabels;
+use elbo_common::model_files::is_contrastive;
 use elbo_common::schedule::NoiseSchedule;
 use serde::Serialize;
 
 use super::checkpoint::{ModelError, Weights};
 use super::clip::ClipTextModel;
+use super::contrastive::ContrastiveModel;
 use super::family::Family;
 use super::network::Network;
 use super::options::LoadOptions;
@@ -21,7 +23,7 @@ use super::vae::VaeEncoder;
 pub struct Inspection {
     /// Whether a job could use it.
     pub ok: bool,
-    /// Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or DiT.
+    /// Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3, DiT, CLIP, SigLIP or OpenCLIP.
     pub family: Option<String>,
     /// Its components.
     pub components: Vec<Component>,
@@ -71,10 +73,14 @@ impl Inspection {
     /// Looks at the model in `dir`, loading one component after the other as a job would.
     pub fn of(dir: &Path) -> Self {
         let mut inspection = Self::default();
-        match Family::of(dir) {
-            Ok(family) => inspection.look(dir, family),
-            Err(error) => inspection.problems.push(error.to_string()),
+        if is_contrastive(dir) {
+            inspection.look_at_contrastive(dir);
+        } else if let Some(family) = inspection.note(Family::of(dir)) {
+            inspection.look(dir, family);
         }
+        inspection.parameters = inspection.components.iter().map(|c| c.parameters).sum();
+        let half = 2 * inspection.parameters;
+        inspection.memory = Memory { f32: 2 * half, f16: half, bf16: half };
         inspection.ok = inspection.problems.is_empty();
         inspection
     }
@@ -110,9 +116,16 @@ impl Inspection {
                 self.problems.push(message);
             }
         }
-        self.parameters = self.components.iter().map(|c| c.parameters).sum();
-        let half = 2 * self.parameters;
-        self.memory = Memory { f32: 2 * half, f16: half, bf16: half };
+    }
+
+    fn look_at_contrastive(&mut self, dir: &Path) {
+        if let Some(stem) = self.note(ContrastiveModel::weights(dir)) {
+            self.count(dir, stem, "");
+        }
+        if let Some(model) = self.note(ContrastiveModel::load(dir, &LoadOptions::default())) {
+            self.family = Some(model.family().to_owned());
+            self.native_size = Some(model.preprocessing().size as usize);
+        }
     }
 
     fn note<T, E: std::fmt::Display>(&mut self, result: Result<T, E>) -> Option<T> {

@@ -39,13 +39,13 @@ use elbo_common::class::Prompt;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
 pub use self::clip::{ClipOutput, ClipTextModel};
-pub use self::contrastive::{ContrastiveModel, is_contrastive};
+pub use self::contrastive::ContrastiveModel;
 pub use self::dit::{Dit, LabelCache};
 pub use self::family::Family;
 pub use self::inspect::{Component, Inspection, Memory};
 pub use self::lora::Lora;
 pub use self::mmdit::{ContextCache, Mmdit};
-pub use self::network::{Conditions, Network};
+pub use self::network::{Conditions, Network, TextRows};
 pub use self::options::{LoadOptions, Precision};
 pub use self::pass::Pass;
 pub use self::probe::Probe;

@@ -33,6 +33,45 @@ pub enum Conditions {
     Labels(LabelCache),
     /// For an MMDiT.
     Contexts(ContextCache),
+    /// For a contrastive model.
+    Embeddings(TextRows),
+}
+
+/// Embeddings of texts, of length one.
+#[derive(Debug)]
+pub struct TextRows {
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl TextRows {
+    /// Rows `[N, D]` in f32.
+    pub fn new(rows: &Tensor) -> Result<Self, ModelError> {
+        let width = rows.dim(1)?;
+        Ok(Self { values: rows.flatten_all()?.to_vec1()?, width })
+    }
+
+    /// Number of texts.
+    pub fn len(&self) -> usize {
+        self.values.len() / self.width.max(1)
+    }
+
+    /// Whether there are no texts.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// 1 - cosine of the angle between an image's embedding `[D]` and a text's, in [0, 2].
+    pub fn distance(&self, image: &[f32], text: u32) -> Result<f32, ModelError> {
+        let start = text as usize * self.width;
+        match self.values.get(start..start + self.width) {
+            Some(row) if row.len() == image.len() => {
+                let product: f64 = row.iter().zip(image).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                Ok((1.0 - product).clamp(0.0, 2.0) as f32)
+            }
+            _ => Err(ModelError::Input(format!("no text {text} among {} of width {}", self.len(), self.width))),
+        }
+    }
 }
 
 impl Conditions {
@@ -42,6 +81,7 @@ impl Conditions {
             Self::Prompts(cache) => cache.len(),
             Self::Labels(cache) => cache.len(),
             Self::Contexts(cache) => cache.len(),
+            Self::Embeddings(rows) => rows.len(),
         }
     }
 

@@ -26,14 +26,10 @@ use crate::preprocess::Preprocessing;
 /// Texts encoded at a time, which bounds the memory of their hidden states.
 const TEXTS: usize = 32;
 
-/// Whether a directory holds a model [`ContrastiveModel`] can be loaded from.
-pub fn is_contrastive(dir: &Path) -> bool {
-    config::layout(dir).is_ok()
-}
-
 /// A contrastive image-text model.
 #[derive(Debug)]
 pub struct ContrastiveModel {
+    family: &'static str,
     tokenizer: Tokenizer,
     text: TextTower,
     vision: VisionTower,
@@ -52,6 +48,11 @@ impl ContrastiveModel {
         let weights = Weights::open(dir, config.weights(dir), options)?;
         let root = weights.at("");
         Ok(Self {
+            family: match config.layout {
+                Layout::Clip => "CLIP",
+                Layout::Siglip => "SigLIP",
+                Layout::OpenClip => "OpenCLIP",
+            },
             tokenizer: match config.layout {
                 Layout::Clip | Layout::OpenClip => Tokenizer::clip(dir, config.text.positions)?,
                 Layout::Siglip => Tokenizer::siglip(dir, config.text.positions)?,
@@ -65,6 +66,16 @@ impl ContrastiveModel {
             device: options.device.clone(),
             dtype: options.precision.compute,
         })
+    }
+
+    /// The stem of the weights' file name.
+    pub(crate) fn weights(dir: &Path) -> Result<&'static str, ModelError> {
+        Ok(Config::read(dir)?.weights(dir))
+    }
+
+    /// CLIP, SigLIP or OpenCLIP.
+    pub fn family(&self) -> &'static str {
+        self.family
     }
 
     /// What is to be done to an image file before [`Self::encode_images`].

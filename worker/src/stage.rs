@@ -1,0 +1,170 @@
+//! What turns evaluations into errors: a diffusion model, or a contrastive model alone or in front of one.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use elbo_common::class::Prompt;
+use elbo_common::noise::NoiseSource;
+use elbo_common::policy::Slot;
+use elbo_common::score::{Point, Scorer};
+
+use crate::latent::Latent;
+use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, TextRows, TimeCache};
+use crate::preprocess::Preprocessing;
+
+/// A model with the job's prompts as it takes them.
+#[derive(Debug)]
+pub struct Stage {
+    /// The model.
+    pub model: Model,
+    /// What it needs to know of every prompt of the job; none where every sample brings its own captions, for which the
+    /// model keeps its text encoders.
+    pub conditions: Option<Arc<Conditions>>,
+}
+
+/// What scores.
+#[derive(Debug)]
+pub enum Model {
+    /// By how well it predicts noise.
+    Diffusion(Box<Diffusion>),
+    /// By the angle between embeddings.
+    Contrastive(Box<ContrastiveModel>),
+}
+
+/// A diffusion model with everything its evaluations depend on beside their samples and prompts.
+#[derive(Debug)]
+pub struct Diffusion {
+    /// The model.
+    pub model: DiffusionModel,
+    /// From the network's outputs to errors.
+    pub scorer: Scorer,
+    /// The noise of every slot.
+    pub noise: NoiseSource,
+    /// What the network needs to know of every timestep of the rounds.
+    pub times: TimeCache,
+}
+
+/// A sample at a slot: evaluations of one point differ in the prompt alone.
+#[derive(Clone, Copy, Debug)]
+pub struct PointWork<'a> {
+    /// What the sample's noise is drawn from.
+    pub key: &'a str,
+    /// What the model made of the image.
+    pub latent: &'a Latent,
+    /// The timestep and noise.
+    pub slot: Slot,
+}
+
+impl Stage {
+    /// What is to be done to an image file before [`Stage::encode`].
+    pub fn preprocessing(&self) -> Preprocessing {
+        match &self.model {
+            Model::Diffusion(diffusion) => diffusion.model.preprocessing(),
+            Model::Contrastive(model) => model.preprocessing(),
+        }
+    }
+
+    /// What the model makes of preprocessed pixels `[1, S, S, 3]`: a latent `[h, w, C]`, or an embedding `[D]`.
+    pub fn encode(&self, pixels: &Tensor) -> Result<Vec<f32>, ModelError> {
+        let latent = match &self.model {
+            Model::Diffusion(diffusion) => diffusion.model.encode_images(pixels)?,
+            Model::Contrastive(model) => model.encode_images(pixels)?,
+        };
+        Ok(latent.flatten_all()?.to_vec1()?)
+    }
+
+    /// How many values [`Stage::encode`] gives.
+    pub fn latent_len(&self) -> usize {
+        match &self.model {
+            Model::Diffusion(diffusion) => diffusion.model.latent_shape().iter().product(),
+            Model::Contrastive(model) => model.width(),
+        }
+    }
+
+    /// What the model needs to know of prompts.
+    pub fn conditions_of(&self, prompts: &[Prompt]) -> Result<Conditions, ModelError> {
+        match &self.model {
+            Model::Diffusion(diffusion) => diffusion.model.conditions(prompts),
+            Model::Contrastive(model) => {
+                let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
+                Ok(Conditions::Embeddings(TextRows::new(&model.encode_texts(&texts)?)?))
+            }
+        }
+    }
+
+    /// The errors of evaluations, pairs of a point and a condition with points ascending, in their order.
+    pub fn errors(
+        &self,
+        points: &[PointWork<'_>],
+        conditions: &Conditions,
+        evaluations: &[(u32, u32)],
+    ) -> Result<Vec<f32>, ModelError> {
+        let errors = match (&self.model, conditions) {
+            (Model::Diffusion(diffusion), _) => diffusion.errors(points, conditions, evaluations)?,
+            (Model::Contrastive(_), Conditions::Embeddings(texts)) => evaluations
+                .iter()
+                .map(|(point, text)| texts.distance(points[*point as usize].latent, *text))
+                .collect::<Result<_, _>>()?,
+            (Model::Contrastive(_), _) => {
+                return Err(ModelError::Input("conditions of another family of models".into()));
+            }
+        };
+        if errors.iter().all(|e| e.is_finite()) { Ok(errors) } else { Err(ModelError::NotFinite) }
+    }
+}
+
+impl Diffusion {
+    fn errors(
+        &self,
+        points: &[PointWork<'_>],
+        conditions: &Conditions,
+        evaluations: &[(u32, u32)],
+    ) -> Result<Vec<f32>, ModelError> {
+        let ([c, h, w], schedule) = (self.model.latent_shape(), self.scorer.schedule());
+        let size = c * h * w;
+        let (mut noise, mut noisy) = (vec![0.0f32; points.len() * size], vec![0.0f32; points.len() * size]);
+        let mut drawn = vec![0.0f32; size];
+        for (i, point) in points.iter().enumerate() {
+            self.noise.fill(point.key, point.slot.noise, &mut drawn);
+            let range = i * size..(i + 1) * size;
+            to_channels_last(&drawn, c, &mut noise[range.clone()]);
+            let mix = schedule.mix(point.slot.timestep);
+            mix.add_noise(point.latent, &noise[range.clone()], &mut noisy[range]);
+        }
+        let timesteps: Vec<u32> = points.iter().map(|point| point.slot.timestep).collect();
+        let latents = Tensor::from_slice(&noisy, (points.len(), h, w, c), &Device::Cpu)?;
+        let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations };
+        let output = self.model.network().forward(&pass, &self.times, conditions)?;
+        let values = output.elem_count() / evaluations.len().max(1);
+        let mut output = output.flatten_all()?.to_vec1::<f32>()?;
+        let errors = evaluations.iter().zip(output.chunks_mut(values.max(1))).map(|((at, _), output)| {
+            let at = *at as usize;
+            let range = at * size..(at + 1) * size;
+            let (noise, noisy) = (&noise[range.clone()], &noisy[range]);
+            self.scorer.error(Point { latent: points[at].latent, noise, noisy, timestep: timesteps[at] }, output)
+        });
+        Ok(errors.collect())
+    }
+}
+
+/// [C, H, W] to [H, W, C].
+fn to_channels_last(planes: &[f32], channels: usize, out: &mut [f32]) {
+    let pixels = planes.len() / channels.max(1);
+    for (c, plane) in planes.chunks(pixels.max(1)).enumerate() {
+        for (pixel, value) in plane.iter().enumerate() {
+            out[pixel * channels + c] = *value;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn planes_become_channels_last() {
+        let mut out = [0.0; 6];
+        to_channels_last(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, &mut out);
+        assert_eq!(out, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    }
+}
