@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use elbo_coordinator::MaxBad;
-use serde::Deserialize;
 
-use crate::job_args::JobArgs;
+use crate::job_args::{JobArgs, JobSource};
+use crate::progress::ProgressMode;
 
 /// Label image corpora with a text-to-image diffusion model, without training.
 #[derive(Debug, Parser)]
@@ -47,21 +47,6 @@ impl Command {
     pub(crate) fn is_service(&self) -> bool {
         matches!(self, Self::Coordinator(_) | Self::Worker(_))
     }
-}
-
-/// How progress is shown.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum ProgressMode {
-    /// A bar on a terminal, plain lines elsewhere
-    #[default]
-    Auto,
-    /// A line now and then
-    Plain,
-    /// One JSON object a second
-    Json,
-    /// Nothing
-    None,
 }
 
 /// Where to compute.
@@ -145,17 +130,6 @@ pub(crate) struct LabelArgs {
     /// How to run.
     #[command(flatten)]
     pub(crate) run: RunArgs,
-}
-
-/// The job's flags, or a file with them.
-#[derive(Debug, Args)]
-pub(crate) struct JobSource {
-    /// TOML file with the job's flags as keys; flags override it
-    #[arg(long, env = "ELBO_JOB", value_name = "FILE")]
-    pub(crate) job: Option<PathBuf>,
-    /// The flags.
-    #[command(flatten)]
-    pub(crate) flags: JobArgs,
 }
 
 /// The shared secret of a coordinator and its workers.

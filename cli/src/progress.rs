@@ -3,11 +3,26 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use elbo_coordinator::Progress;
 use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressStyle};
+use serde::Deserialize;
 use tokio::sync::watch;
 
-use crate::args::ProgressMode;
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ProgressMode {
+    /// A bar on a terminal, plain lines elsewhere
+    #[default]
+    Auto,
+    /// A line now and then
+    Plain,
+    /// One JSON object a second
+    Json,
+    /// Nothing
+    None,
+}
 
 /// Shows progress until the job ends.
 pub(crate) async fn show(mode: ProgressMode, progress: watch::Receiver<Progress>) {

@@ -2,6 +2,7 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
+pub mod numbers;
 pub mod web;
 
 use std::path::{Path, PathBuf};

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_common::model_files::is_contrastive;
+use elbo_tests::copy_tree;
+use elbo_tests::numbers::assert_close;
 use elbo_worker::models::{ContrastiveModel, LoadOptions, ModelError, Precision};
 use serde_json::{Value, json};
 
@@ -41,27 +43,10 @@ fn pixels(model: &ContrastiveModel) -> Tensor {
     Tensor::from_vec(values, (3, side, side, 3), &Device::Cpu).unwrap()
 }
 
-fn flat(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Asserts that the largest difference is at most `tolerance` times the largest magnitude.
-fn assert_close(name: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
-    assert_eq!(found.dims(), expected.dims(), "{name}");
-    let (found, expected) = (flat(found), flat(expected));
-    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    let difference = found.iter().zip(&expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
-    println!("{name}: {:.2e}", difference / scale);
-    assert!(difference <= tolerance * scale, "{name}: {difference} against a scale of {scale}");
-}
-
 /// A copy of a model that a test may damage.
 fn copied(kind: &str) -> tempfile::TempDir {
     let to = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(fixtures().join(kind)).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
-    }
+    copy_tree(&fixtures().join(kind), to.path());
     to
 }
 

@@ -5,23 +5,12 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor, safetensors};
+use candle_core::{DType, Device, safetensors};
+use elbo_tests::numbers::{assert_close, channels_last};
 use elbo_worker::models::{ClipTextModel, LoadOptions, Pass, Probe, TextEmbeddings, Unet, VaeEncoder};
 
-fn channels_last(tensor: &Tensor) -> Tensor {
-    tensor.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()
-}
-
-/// Asserts that the largest difference is at most 1e-4 of the largest magnitude.
-fn assert_close(name: &str, found: &Tensor, expected: &Tensor) {
-    assert_eq!(found.dims(), expected.dims(), "{name}");
-    let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let (found, expected) = (values(found), values(expected));
-    let scale = expected.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let difference = found.iter().zip(&expected).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-    println!("{name}: {:.1e} of {scale:.3}", difference / scale);
-    assert!(difference <= 1e-4 * scale, "{name}: {difference} against a scale of {scale}");
-}
+/// Of the largest magnitude.
+const TOLERANCE: f64 = 1e-4;
 
 #[test]
 #[ignore = "needs a model written by tests/full_size/make.py"]
@@ -35,12 +24,12 @@ fn a_model_of_full_size_matches_diffusers() {
     let ids: Vec<Vec<u32>> = integers("ids").chunks(77).map(<[u32]>::to_vec).collect();
     let encoder = ClipTextModel::load(&dir.join("text_encoder"), &options).unwrap();
     let embeds = encoder.forward(&ids, &mut Probe::none()).unwrap().last_hidden_state;
-    assert_close("embeds", &embeds, &reference["embeds"]);
+    assert_close("embeds", &embeds, &reference["embeds"], TOLERANCE);
     drop(encoder);
 
     let vae = VaeEncoder::load(&dir.join("vae"), &options).unwrap();
     let latents = vae.encode(&channels_last(&reference["pixels"]), &mut Probe::none()).unwrap();
-    assert_close("latents", &latents, &channels_last(&reference["latents"]));
+    assert_close("latents", &latents, &channels_last(&reference["latents"]), TOLERANCE);
     drop(vae);
 
     let started = Instant::now();
@@ -54,5 +43,5 @@ fn a_model_of_full_size_matches_diffusers() {
         Pass { latents: &channels_last(&reference["x_t"]), timesteps: &timesteps, evaluations: &[(0, 0), (0, 1)] };
     let epsilon = unet.forward(&input, &times, &prompts).unwrap();
     println!("two evaluations took {:.1?} on one core", started.elapsed());
-    assert_close("epsilon", &epsilon, &channels_last(&reference["epsilon"]));
+    assert_close("epsilon", &epsilon, &channels_last(&reference["epsilon"]), TOLERANCE);
 }

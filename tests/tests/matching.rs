@@ -1,5 +1,7 @@
 //! Lists of images, captions of their own, pairs as in Winoground, and several prompts per class.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
+
 use std::path::{Path, PathBuf};
 
 use elbo_common::ids::ClassIndex;

@@ -1,5 +1,7 @@
 //! The whole job against PyTorch + diffusers: same images, same noise, same schedule (`tests/peer/classify.py`).
 
+#![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
+
 use elbo_tests::{classes, elbo, images, model, predictions, root, run_ok};
 use serde_json::Value;
 use tempfile::TempDir;

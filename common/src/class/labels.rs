@@ -123,12 +123,12 @@ impl Classes {
                 }
             };
             classes.name_class(line, class, &row.classname)?;
+            let text = labels.name(label);
             let label = Some(label as i32);
             if let Some(twice) = classes.prompts.iter().find(|prompt| prompt.label == label) {
                 let other = classes.name(twice.class);
                 return Err(wrong(format!("the model's class {} already stands for '{other}'", row.model_class)));
             }
-            let text = labels.name(label.unwrap_or_default() as u32);
             classes.prompts.push(Prompt { text, class, label });
         }
         if classes.prompts.is_empty() { Err(ClassError::Empty) } else { Ok(classes) }

@@ -6,10 +6,11 @@ use candle_core::{Device, Tensor, safetensors};
 use elbo_common::loss::Loss;
 use elbo_common::schedule::NoiseSchedule;
 use elbo_common::score::{Point, Scorer};
+use elbo_tests::numbers::{assert_close, flat};
 use elbo_worker::models::{DiffusionModel, Pass};
 
 use crate::for_each;
-use crate::reference::{Reference, assert_close, flat, times};
+use crate::reference::{Reference, times};
 
 /// Classes in the table of errors.
 const CLASSES: usize = 10;

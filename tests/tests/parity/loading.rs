@@ -5,9 +5,10 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_tests::copy_tree;
+use elbo_tests::numbers::assert_close;
 use elbo_worker::models::{DiffusionModel, ModelError, Pass};
 
-use crate::reference::{Reference, assert_close, times};
+use crate::reference::{Reference, times};
 
 /// A copy of a directory that a test may damage.
 pub(crate) fn copied(from: &Path) -> tempfile::TempDir {
@@ -169,4 +170,29 @@ fn an_index_that_does_not_fit_its_shards_is_named() {
     }
     write(("conv_in.weight", "part-1.safetensors"));
     assert!(DiffusionModel::load(model.path()).is_ok());
+}
+
+#[test]
+fn old_names_and_shapes_of_the_autoencoders_attention_are_understood() {
+    let reference = Reference::open("digits-sd");
+    let model = copied(&reference.model);
+    rewrite(&model.path().join("vae/diffusion_pytorch_model.safetensors"), |tensors| {
+        for (new, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
+            for part in ["weight", "bias"] {
+                let prefix = "encoder.mid_block.attentions.0";
+                let tensor = tensors.remove(&format!("{prefix}.{new}.{part}")).unwrap();
+                let (rows, tensor) = (tensor.dim(0).unwrap(), tensor);
+                let tensor = if part == "weight" { tensor.reshape((rows, rows, 1, 1)).unwrap() } else { tensor };
+                tensors.insert(format!("{prefix}.{old}.{part}"), tensor);
+            }
+        }
+    });
+    // Some checkpoints carry positions that are none of the weights.
+    rewrite(&model.path().join("text_encoder/model.safetensors"), |tensors| {
+        let ids = Tensor::arange(0i64, 77, &Device::Cpu).unwrap().reshape((1, 77)).unwrap();
+        tensors.insert("text_model.embeddings.position_ids".into(), ids);
+    });
+    let old = DiffusionModel::load(model.path()).unwrap();
+    let found = old.encode_images(&reference.pixels()).unwrap();
+    assert_close("latents", &found, &reference.channels_last("latents_mean"), 1e-5);
 }

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_common::class::Prompt;
 use elbo_common::ids::ClassIndex;
 use elbo_common::schedule::NoiseSchedule;
+use elbo_tests::numbers::{channels_last, flat};
 use elbo_worker::models::{Conditions, DiffusionModel};
 
 pub(crate) struct Reference {
@@ -97,31 +98,6 @@ impl Reference {
         };
         (part("latents_mean", i, mix.signal) + part("noise", k, mix.noise)).unwrap()
     }
-}
-
-pub(crate) fn channels_last(tensor: &Tensor) -> Tensor {
-    let rank = tensor.rank();
-    let mut order: Vec<usize> = (0..rank).collect();
-    order[rank - 3..].rotate_left(1);
-    tensor.permute(order).unwrap().contiguous().unwrap()
-}
-
-pub(crate) fn flat(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Asserts that the largest difference is at most `tolerance` times the largest magnitude.
-pub(crate) fn assert_close(name: &str, found: &Tensor, expected: &Tensor, tolerance: f64) {
-    assert_eq!(found.dims(), expected.dims(), "{name}");
-    let (found, expected) = (flat(found), flat(expected));
-    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    let difference = found.iter().zip(&expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs()));
-    println!("{name}: {:.2e}", difference / scale);
-    assert!(difference <= tolerance * scale, "{name}: {difference} against a scale of {scale}");
-}
-
-pub(crate) fn bits(tensor: &Tensor) -> Vec<u32> {
-    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
 }
 
 /// A network's timesteps as it sees them.

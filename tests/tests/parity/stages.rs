@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_tests::numbers::{assert_close, bits, channels_last};
 use elbo_worker::models::{Conditions, Dit, LoadOptions, ModelError, Network, Pass, Probe, VaeEncoder};
 
 use crate::for_each;
-use crate::reference::{Reference, assert_close, bits, channels_last, times};
+use crate::reference::{Reference, times};
 
 for_each!(check_latents:
     latents_of_digits_sd "digits-sd",

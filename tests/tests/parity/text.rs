@@ -1,13 +1,14 @@
 //! Tokenizers and text encoders.
 
 use candle_core::Tensor;
+use elbo_tests::numbers::assert_close;
 use elbo_worker::models::{
     ClipTextModel, ClipTokenizer, DiffusionModel, LoadOptions, Probe, T5Encoder, T5Tokenizer, TextEmbeddings,
 };
 
 use crate::for_each;
 use crate::loading::copied;
-use crate::reference::{Reference, assert_close};
+use crate::reference::Reference;
 
 for_each!(check_clip:
     digits_sd "digits-sd",

@@ -8,21 +8,15 @@ use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_common::job::ModelDtype;
 use elbo_common::loss::Loss;
 use elbo_tests::model;
+use elbo_tests::numbers::{channels_last, difference, flat};
 use elbo_worker::models::{DiffusionModel, LoadOptions, Lora, ModelError, Pass};
 
 use crate::errors::table;
-use crate::reference::{Reference, channels_last, flat, times};
+use crate::for_each;
+use crate::reference::{Reference, times};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
-}
-
-/// The largest difference, relative to the largest magnitude.
-fn difference(found: &Tensor, expected: &Tensor) -> f64 {
-    assert_eq!(found.dims(), expected.dims());
-    let (found, expected) = (flat(found), flat(expected));
-    let scale = expected.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    found.iter().zip(&expected).fold(0.0f64, |m, (a, b)| m.max((a - b).abs())) / scale
 }
 
 /// Mean and largest relative difference of two tables.
@@ -32,16 +26,30 @@ fn relative(found: &[f64], expected: &[f64]) -> (f64, f64) {
     (all.iter().sum::<f64>() / all.len() as f64, all.iter().fold(0.0, |m, v| m.max(*v)))
 }
 
-#[test]
-fn half_precision_loses_no_more_than_twice_what_pytorch_loses() {
-    let reference = Reference::open("digits-sd");
-    let theirs = safetensors::load(fixtures().join("digits-sd/precision.safetensors"), &Device::Cpu).unwrap();
+for_each!(check_half_precision:
+    half_precision_of_digits_sd "digits-sd",
+    half_precision_of_stable_diffusion_1 "sd15",
+    half_precision_of_stable_diffusion_2 "sd2-eps",
+    half_precision_of_stable_diffusion_2_v "sd2-v",
+    half_precision_of_sdxl "sdxl",
+    half_precision_of_stable_diffusion_3 "sd3",
+    half_precision_of_stable_diffusion_35 "sd35",
+    half_precision_of_digits_dit "digits-dit",
+);
+
+/// In half precision, errors move no more than twice as far as PyTorch's own half precision moves them.
+fn check_half_precision(fixture: &str) {
+    let reference = Reference::open(fixture);
+    let theirs = safetensors::load(fixtures().join(fixture).join("precision.safetensors"), &Device::Cpu).unwrap();
     let exact = flat(reference.get("mse"));
-    for (dtype, name) in [(ModelDtype::F16, "mse.float16"), (ModelDtype::Bf16, "mse.bfloat16")] {
+    for (dtype, name) in [(ModelDtype::F16, "float16"), (ModelDtype::Bf16, "bfloat16")] {
         let model = DiffusionModel::load_with(&reference.model, &LoadOptions::new(Device::Cpu, dtype)).unwrap();
         let ours = table(&reference, &model, &reference.schedule(), Loss::L2);
         let (ours, theirs) = (relative(&ours, &exact), relative(&flat(&theirs[name]), &exact));
-        println!("{name}: mean {:.2e}, largest {:.2e}; PyTorch's {:.2e}, {:.2e}", ours.0, ours.1, theirs.0, theirs.1);
+        println!(
+            "{fixture} {name}: mean {:.1e}, largest {:.1e}; PyTorch's {:.1e}, {:.1e}",
+            ours.0, ours.1, theirs.0, theirs.1
+        );
         assert!(ours.0 > 0.0 && ours.0 < 2.0 * theirs.0 && ours.1 < 2.0 * theirs.1);
     }
 }
@@ -82,12 +90,12 @@ fn adapters_of_all_formats_match_diffusers_and_peft() {
         let model = with_loras(loras).unwrap();
         let found = predict(&reference, &model);
         let expected_output = channels_last(&expected[name]);
-        let (error, effect) = (difference(&found, &expected_output), difference(&plain, &expected_output));
+        let (error, effect) = (difference(name, &found, &expected_output), difference(name, &plain, &expected_output));
         println!("{name}: {error:.2e}, where the adapter changes {effect:.2}");
         assert!(error < 2e-5 && effect > 0.01, "{name}: {error}");
         if name == "diffusers" {
             let text = model.encode_texts(&reference.strings("prompts")[..10]).unwrap();
-            assert!(difference(&text.tokens, &expected["text"]) < 2e-5);
+            assert!(difference("text", &text.tokens, &expected["text"]) < 2e-5);
         }
     }
 }

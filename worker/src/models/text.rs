@@ -44,9 +44,9 @@ pub struct TextEncoders {
 #[derive(Debug)]
 enum Encoding {
     /// Stable Diffusion 1.x and 2.x: one encoder's last hidden state.
-    Last(Clip),
+    Last(Box<Clip>),
     /// SDXL: both encoders' states before the last layer side by side; the second's pooled embedding.
-    Two(Clip, Clip),
+    Two(Box<(Clip, Clip)>),
     /// Stable Diffusion 3: as SDXL padded to the network's `width`, followed by T5's tokens (zeros where there is no T5);
     /// both pooled embeddings side by side.
     Three { clips: Box<(Clip, Clip)>, t5: Option<Box<(T5Tokenizer, T5Encoder)>>, width: usize },
@@ -77,13 +77,13 @@ impl Clip {
 impl TextEncoders {
     /// The one encoder of Stable Diffusion 1.x and 2.x in the model directory `dir`.
     pub fn stable_diffusion(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
-        Ok(Self { family: Encoding::Last(Clip::load(dir, "", options)?) })
+        Ok(Self { family: Encoding::Last(Box::new(Clip::load(dir, "", options)?)) })
     }
 
     /// The two encoders of SDXL.
     pub fn sdxl(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let clips = (Clip::load(dir, "", options)?, Clip::load(dir, "_2", options)?);
-        Ok(Self { family: Encoding::Two(clips.0, clips.1) })
+        Ok(Self { family: Encoding::Two(Box::new(clips)) })
     }
 
     /// The three encoders of Stable Diffusion 3, of which T5 may be absent, for a network whose text tokens are `width` wide.
@@ -130,8 +130,8 @@ impl TextEncoders {
     fn encode_chunk(&self, texts: &[String]) -> Result<TextEmbeddings, ModelError> {
         match &self.family {
             Encoding::Last(clip) => Ok(TextEmbeddings { tokens: clip.encode(texts)?.last_hidden_state, pooled: None }),
-            Encoding::Two(first, second) => {
-                let (first, (second, pooled)) = (first.encode(texts)?, second.encode_pooled(texts)?);
+            Encoding::Two(clips) => {
+                let (first, (second, pooled)) = (clips.0.encode(texts)?, clips.1.encode_pooled(texts)?);
                 let tokens = Tensor::cat(&[&first.penultimate, &second], 2)?;
                 Ok(TextEmbeddings { tokens, pooled: Some(pooled) })
             }

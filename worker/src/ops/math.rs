@@ -92,7 +92,7 @@ pub(crate) fn gelu(x: f32) -> f32 {
 /// GELU's tanh approximation (Hendrycks & Gimpel, 2016), which is `x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))`.
 #[inline(always)]
 pub(crate) fn gelu_tanh(x: f32) -> f32 {
-    const TWICE_ROOT: f32 = 1.595_769_1;
+    const TWICE_ROOT: f32 = 1.595_769;
     x / (1.0 + exp(-TWICE_ROOT * x * (x * x).mul_add(0.044_715, 1.0)))
 }
 

@@ -1,9 +1,7 @@
-//! The job's flags: from the command line, `ELBO_*` variables and job.toml to a specification.
+//! From flags to a job's specification.
 
-use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use clap::Args;
 use elbo_common::class::{ClassError, Classes, ModelLabels};
 use elbo_common::dataset;
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
@@ -15,31 +13,9 @@ use elbo_common::noise::NoiseScope;
 use elbo_common::policy::{Policy, RoundSlots};
 use elbo_common::preset::Preset;
 use elbo_common::store::Location;
-use elbo_coordinator::MaxBad;
-use serde::{Deserialize, Deserializer};
 
-use crate::args::{JobSource, ProgressMode};
+use super::{JobArgs, NoiseScopeName, PolicyName};
 use crate::failure::usage;
-
-/// Which prompts are evaluated on what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum PolicyName {
-    /// The schedule of Li et al. (2023): --keep and --samples
-    Reference,
-    /// Every prompt on every slot: --samples N
-    Exhaustive,
-}
-
-/// Whether samples share the noise of a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum NoiseScopeName {
-    /// Every sample draws its own noise
-    Sample,
-    /// All samples share one noise per slot
-    Shared,
-}
 
 /// What a model takes for a class.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,197 +38,7 @@ impl Takes {
     }
 }
 
-/// The job's flags; keys of job.toml too, with `-` or `_`.
-#[derive(Clone, Debug, Default, Args, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-#[command(next_help_heading = "Job")]
-pub(crate) struct JobArgs {
-    /// Images: a directory, a URL prefix like s3://bucket/images, or a list: a .txt file with a path or URL per line, or a .csv
-    /// file with the column path (or key, image, file_name) and, if there are labels, label
-    #[arg(long, env = "ELBO_IMAGES", value_name = "SRC")]
-    pub(crate) images: Option<String>,
-    /// Classes: one per line, or CSV with the columns prompt,classname,classidx; for class-conditional models classidx is
-    /// the model's label [default there: all of its classes]
-    #[arg(long, env = "ELBO_CLASSES", value_name = "FILE")]
-    pub(crate) classes: Option<PathBuf>,
-    /// For class-conditional models, which of their classes stand for which of yours: CSV with the columns
-    /// model_class,classname,classidx
-    #[arg(long, env = "ELBO_CLASS_MAP", value_name = "FILE", conflicts_with = "classes")]
-    #[serde(alias = "class-map")]
-    pub(crate) class_map: Option<PathBuf>,
-    /// Prompt for every class, with {} for its name (repeatable) [default: "a photo of a {}"]
-    #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub(crate) template: Vec<String>,
-    /// Image-text matching: every image is judged by its own captions, which stand in this column of the .csv list as a JSON
-    /// array, or in several columns (COLUMN,COLUMN). The list's label is the right caption or its position; images with one
-    /// value in its column pair share their slots' noise, for `elbo report`'s text, image and group scores
-    #[arg(long, env = "ELBO_CANDIDATES", value_name = "COLUMN")]
-    pub(crate) candidates: Option<String>,
-    /// How a class's prompts make its score: max (its best prompt counts) or mean (--keep then counts classes) [default: max]
-    #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
-    #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
-    pub(crate) prompt_ensemble: Option<PromptEnsemble>,
-    /// Diffusion model in diffusers layout, or a CLIP, SigLIP or OpenCLIP model: a directory, hf://owner/name[@revision], or a
-    /// URL like s3://bucket/model
-    #[arg(long, env = "ELBO_MODEL", value_name = "SRC")]
-    pub(crate) model: Option<String>,
-    /// LoRA in peft's or diffusers' format to merge into the model, with a scale [default: 1] (repeatable)
-    #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub(crate) lora: Vec<String>,
-    /// A CLIP, SigLIP or OpenCLIP model that picks the K prompts the model is asked about
-    #[arg(long, env = "ELBO_SHORTLIST", value_name = "MODEL:K", conflicts_with = "candidates")]
-    pub(crate) shortlist: Option<String>,
-    /// Who is evaluated on what [default: reference; exhaustive with --candidates]
-    #[arg(long, value_enum, env = "ELBO_POLICY")]
-    pub(crate) policy: Option<PolicyName>,
-    /// Prompts (classes with --prompt-ensemble mean) that stay after each stage [default: 5,1]
-    #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub(crate) keep: Vec<u32>,
-    /// Timesteps evaluated in all by the end of each stage [default: 25,250; exhaustive: 100]
-    #[arg(long, env = "ELBO_SAMPLES", value_delimiter = ',', value_name = "N,N")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub(crate) samples: Vec<u32>,
-    /// Noises per timestep [default: 1]
-    #[arg(long, env = "ELBO_TRIALS", value_name = "N")]
-    pub(crate) trials: Option<u32>,
-    /// A published schedule: pets, cifar10, stl10, food, aircraft, flowers, objectnet or imagenet
-    #[arg(long, env = "ELBO_PRESET", value_name = "NAME", conflicts_with = "policy")]
-    #[serde(deserialize_with = "from_str")]
-    pub(crate) preset: Option<Preset>,
-    /// Error of an evaluation: l2, l1 or huber; vlb or l2+vlb for models with a learned variance [default: l2]
-    #[arg(long, env = "ELBO_LOSS")]
-    #[serde(deserialize_with = "from_str")]
-    pub(crate) loss: Option<Loss>,
-    /// Element type of the network: f32, f16 or bf16; on the CPU weights are rounded to it and computed with in f32
-    /// [default: f32]
-    #[arg(long, env = "ELBO_DTYPE")]
-    #[serde(deserialize_with = "from_str")]
-    pub(crate) dtype: Option<ModelDtype>,
-    /// Image side in pixels [default: the model's]
-    #[arg(long, env = "ELBO_SIZE", value_name = "PIXELS")]
-    pub(crate) size: Option<u32>,
-    /// Shift of flow matching's timesteps towards the noise (Stable Diffusion 3) [default: none]
-    #[arg(long, env = "ELBO_TIMESTEP_SHIFT", value_name = "FACTOR")]
-    #[serde(alias = "timestep-shift")]
-    pub(crate) timestep_shift: Option<f32>,
-    /// Seed of the noise [default: 0]
-    #[arg(long, env = "ELBO_SEED")]
-    pub(crate) seed: Option<u64>,
-    /// Safetensors file whose tensor `noise` [N, C, H, W] replaces the seeded noise
-    #[arg(long, env = "ELBO_NOISE", value_name = "FILE")]
-    pub(crate) noise: Option<String>,
-    /// Whether samples share noise [default: sample]
-    #[arg(long, value_enum, env = "ELBO_NOISE_SCOPE")]
-    #[serde(alias = "noise-scope")]
-    pub(crate) noise_scope: Option<NoiseScopeName>,
-    /// Also write every single evaluation's error
-    #[arg(long, env = "ELBO_WRITE_ERRORS")]
-    #[serde(alias = "write-errors")]
-    pub(crate) write_errors: bool,
-    /// Labels for the report: `parent` (the image's directory) or a CSV file with the columns key,label [default: the list's]
-    #[arg(long, env = "ELBO_LABEL_FROM", value_name = "parent|FILE")]
-    #[serde(alias = "label-from")]
-    pub(crate) label_from: Option<String>,
-    /// Only the first N images of the listing: sorted by path, or in a list's order
-    #[arg(long, env = "ELBO_LIMIT", value_name = "N")]
-    pub(crate) limit: Option<u64>,
-    /// Images per shard, the unit of output [default: 1000]
-    #[arg(long, env = "ELBO_SHARD_SIZE", value_name = "N")]
-    #[serde(alias = "shard-size")]
-    pub(crate) shard_size: Option<u32>,
-    // Keys of job.toml alone: on the command line these belong to the commands that run a job.
-    /// Where results go.
-    #[arg(skip)]
-    pub(crate) out: Option<String>,
-    /// Device to compute on.
-    #[arg(skip)]
-    pub(crate) device: Option<String>,
-    /// Embedded workers.
-    #[arg(skip)]
-    pub(crate) workers: Option<NonZeroUsize>,
-    /// Evaluations in a batch.
-    #[arg(skip)]
-    pub(crate) batch: Option<NonZeroUsize>,
-    /// Quarantined samples to bear.
-    #[arg(skip)]
-    #[serde(alias = "max-bad", deserialize_with = "from_str")]
-    pub(crate) max_bad: Option<MaxBad>,
-    /// How to show progress.
-    #[arg(skip)]
-    pub(crate) progress: Option<ProgressMode>,
-}
-
-fn one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Vec<T>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMany<T> {
-        One(T),
-        Many(Vec<T>),
-    }
-    Ok(match OneOrMany::deserialize(from)? {
-        OneOrMany::One(one) => vec![one],
-        OneOrMany::Many(many) => many,
-    })
-}
-
-fn from_str<'de, D: Deserializer<'de>, T: std::str::FromStr<Err = String>>(from: D) -> Result<Option<T>, D::Error> {
-    String::deserialize(from)?.parse().map(Some).map_err(serde::de::Error::custom)
-}
-
-impl JobSource {
-    /// The flags over the job file's keys.
-    pub(crate) fn resolve(&self) -> anyhow::Result<JobArgs> {
-        let Some(path) = &self.job else { return Ok(self.flags.clone()) };
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| anyhow::anyhow!("reading the job file {}: {e}", path.display()))?;
-        let file: JobArgs =
-            toml::from_str(&text).map_err(|e| usage(format!("the job file {}: {e}", path.display())))?;
-        Ok(self.flags.clone().over(file))
-    }
-}
-
 impl JobArgs {
-    /// These flags, with what they leave open taken from a file.
-    fn over(self, file: Self) -> Self {
-        let many = |flags: Vec<u32>, file: Vec<u32>| if flags.is_empty() { file } else { flags };
-        Self {
-            images: self.images.or(file.images),
-            classes: self.classes.or(file.classes),
-            class_map: self.class_map.or(file.class_map),
-            template: if self.template.is_empty() { file.template } else { self.template },
-            candidates: self.candidates.or(file.candidates),
-            prompt_ensemble: self.prompt_ensemble.or(file.prompt_ensemble),
-            model: self.model.or(file.model),
-            lora: if self.lora.is_empty() { file.lora } else { self.lora },
-            shortlist: self.shortlist.or(file.shortlist),
-            policy: self.policy.or(file.policy),
-            keep: many(self.keep, file.keep),
-            samples: many(self.samples, file.samples),
-            trials: self.trials.or(file.trials),
-            preset: self.preset.or(file.preset),
-            loss: self.loss.or(file.loss),
-            dtype: self.dtype.or(file.dtype),
-            size: self.size.or(file.size),
-            timestep_shift: self.timestep_shift.or(file.timestep_shift),
-            seed: self.seed.or(file.seed),
-            noise: self.noise.or(file.noise),
-            noise_scope: self.noise_scope.or(file.noise_scope),
-            write_errors: self.write_errors || file.write_errors,
-            label_from: self.label_from.or(file.label_from),
-            limit: self.limit.or(file.limit),
-            shard_size: self.shard_size.or(file.shard_size),
-            out: self.out.or(file.out),
-            device: self.device.or(file.device),
-            workers: self.workers.or(file.workers),
-            batch: self.batch.or(file.batch),
-            max_bad: self.max_bad.or(file.max_bad),
-            progress: self.progress.or(file.progress),
-        }
-    }
-
     /// The classes, from their file or from a class-conditional model, whose labels they are; none where every image
     /// brings its own captions.
     pub(crate) fn read_classes(&self, takes: &Takes) -> anyhow::Result<Classes> {
@@ -466,36 +252,6 @@ fn absolute(path: &Path) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_job_file_takes_the_flags_names_with_either_separator() {
-        let file: JobArgs = toml::from_str(
-            "images = 'x'\nkeep = [3, 1]\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\nprogress = 'json'",
-        )
-        .unwrap();
-        assert_eq!(file.keep, [3, 1]);
-        assert_eq!(file.label_from.as_deref(), Some("parent"));
-        assert_eq!(file.noise_scope, Some(NoiseScopeName::Shared));
-        assert_eq!(file.loss, Some(Loss::L1));
-        assert_eq!(file.max_bad, Some(MaxBad::Percent(2.0)));
-        assert_eq!((file.batch.map(NonZeroUsize::get), file.progress), (Some(8), Some(ProgressMode::Json)));
-        let error = toml::from_str::<JobArgs>("imags = 'x'").unwrap_err().to_string();
-        assert!(error.contains("unknown field `imags`"));
-    }
-
-    #[test]
-    fn the_example_in_deploy_is_a_job_file() {
-        let file: JobArgs = toml::from_str(include_str!("../../deploy/job.toml")).unwrap();
-        assert_eq!((file.preset, file.out.as_deref()), (Some(Preset::Pets), Some("s3://bucket/labels")));
-    }
-
-    #[test]
-    fn flags_override_the_file() {
-        let file = JobArgs { seed: Some(1), limit: Some(9), ..JobArgs::default() };
-        let flags = JobArgs { seed: Some(2), ..JobArgs::default() };
-        let merged = flags.over(file);
-        assert_eq!((merged.seed, merged.limit), (Some(2), Some(9)));
-    }
 
     #[test]
     fn the_default_schedule_fits_few_classes_but_an_explicit_one_is_taken_by_its_word() {
