@@ -3,9 +3,10 @@
 use std::fmt;
 use std::path::Path;
 
+use elbo_common::model_files::{MODEL_INDEX, components};
 use serde::Deserialize;
 
-use super::checkpoint::{ModelError, read_json, unsupported};
+use super::checkpoint::{ModelError, read, read_json, unsupported};
 
 /// A family of models, told by `model_index.json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +31,7 @@ struct ModelIndex {
 impl Family {
     /// The family of the model in `dir`.
     pub fn of(dir: &Path) -> Result<Self, ModelError> {
-        let path = dir.join("model_index.json");
+        let path = dir.join(MODEL_INDEX);
         let index: ModelIndex = read_json(&path)?;
         match index.class.as_str() {
             "StableDiffusionPipeline" => Ok(Self::StableDiffusion),
@@ -46,7 +47,7 @@ impl Family {
         let suffixes: &[&'static str] = match self {
             Self::StableDiffusion => &[""],
             Self::Sdxl => &["", "_2"],
-            Self::Sd3 if dir.join("text_encoder_3").is_dir() => &["", "_2", "_3"],
+            Self::Sd3 if has_t5(dir) => &["", "_2", "_3"],
             Self::Sd3 => &["", "_2"],
             Self::Dit => &[],
         };
@@ -60,6 +61,12 @@ impl Family {
             Self::Sd3 | Self::Dit => "transformer",
         }
     }
+}
+
+/// Whether a Stable Diffusion 3 model brings T5: named by `model_index.json`, and there.
+pub(super) fn has_t5(dir: &Path) -> bool {
+    let named = read(&dir.join(MODEL_INDEX)).ok().and_then(|bytes| components(&bytes).ok());
+    named.is_some_and(|components| components.contains("text_encoder_3")) && dir.join("text_encoder_3").is_dir()
 }
 
 impl fmt::Display for Family {

@@ -56,15 +56,22 @@ pub(crate) fn grid_embedding(
     dtype: DType,
 ) -> Result<Tensor> {
     let quarter = width / 4;
-    let position = |i: usize, count: usize| (i as f32 / (count as f32 / base as f32) / scale as f32) as f64;
+    // One axis: sines, then cosines, of every place's angles.
+    let axis = |count: usize| -> Vec<Vec<f32>> {
+        let place = |i: usize| f64::from(i as f32 / (count as f32 / base as f32) / scale as f32);
+        let angle = |i: usize, k: usize| place(i) * 10_000f64.powf(-(k as f64) / quarter as f64);
+        let waves = |i: usize| {
+            let sines = (0..quarter).map(move |k| angle(i, k).sin() as f32);
+            sines.chain((0..quarter).map(move |k| angle(i, k).cos() as f32)).collect()
+        };
+        (0..count).map(waves).collect()
+    };
+    let (of_rows, of_columns) = (axis(rows), axis(columns));
     let mut values = Vec::with_capacity(rows * columns * width);
-    for row in 0..rows {
-        for column in 0..columns {
-            for place in [position(column, columns), position(row, rows)] {
-                let angle = |i: usize| place * 10_000f64.powf(-(i as f64) / quarter as f64);
-                values.extend((0..quarter).map(|i| angle(i).sin() as f32));
-                values.extend((0..quarter).map(|i| angle(i).cos() as f32));
-            }
+    for of_row in &of_rows {
+        for of_column in &of_columns {
+            values.extend_from_slice(of_column);
+            values.extend_from_slice(of_row);
         }
     }
     Tensor::from_vec(values, (1, rows * columns, width), device)?.to_dtype(dtype)

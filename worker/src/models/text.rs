@@ -7,6 +7,7 @@ use candle_core::Tensor;
 
 use super::checkpoint::ModelError;
 use super::clip::{ClipOutput, ClipTextModel};
+use super::family::has_t5;
 use super::options::LoadOptions;
 use super::probe::Probe;
 use super::t5::{T5Encoder, T5Tokenizer};
@@ -93,11 +94,10 @@ impl TextEncoders {
             let both = clips.0.model.width() + clips.1.model.width();
             return Err(ModelError::Input(format!("text encoders of width {both} for a network that takes {width}")));
         }
-        let t5 = dir.join("text_encoder_3");
-        let t5 = match t5.is_dir() {
+        let t5 = match has_t5(dir) {
             true => {
                 let tokenizer = T5Tokenizer::open(&dir.join("tokenizer_3"), T5_LENGTH)?;
-                Some(Box::new((tokenizer, T5Encoder::load(&t5, options)?)))
+                Some(Box::new((tokenizer, T5Encoder::load(&dir.join("text_encoder_3"), options)?)))
             }
             false => None,
         };
