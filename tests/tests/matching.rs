@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use elbo_common::ids::ClassIndex;
 use elbo_common::predictions::{Prediction, decode_errors};
-use elbo_tests::{classes, elbo, images, json, model, predictions, run, run_ok, some_images, sorted, stderr};
+use elbo_tests::{classes, elbo, images, json, model, predictions, results, run, run_ok, some_images, sorted, stderr};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -109,6 +109,44 @@ fn captions_may_be_a_json_array_of_any_length() {
     assert_eq!(json(&mut plan)["evaluations_total"], 32);
     let report = json(elbo().arg("report").arg(out.path()).arg("--json"));
     assert_eq!((report["accuracy"]["top1"].as_f64(), report["pairs"].is_null()), (Some(1.0), true), "{report}");
+}
+
+#[test]
+fn captions_in_blocks_of_other_samples_give_the_same_bytes() {
+    let dir = TempDir::new().unwrap();
+    let list = pairs(dir.path(), 5);
+    let flags = ["--candidates", "caption_0,caption_1", "--samples", "12", "--shard-size", "4", "--write-errors"];
+    // One worker takes whole shards into a block; three share them.
+    let (one, three) = (label(&list, &flags), label(&list, &[&flags[..], &["--workers", "3"]].concat()));
+    assert_eq!(results(one.path()).len(), 6);
+    assert!(results(one.path()) == results(three.path()));
+}
+
+#[test]
+fn the_reference_policy_keeps_all_captions_where_there_are_few_and_leaves_such_pairs_unscored() {
+    let dir = TempDir::new().unwrap();
+    let list = pairs(dir.path(), 1);
+    let image = sorted(&images().join("two")).remove(0);
+    let mut rows = std::fs::read_to_string(&list).unwrap().replace(",pair\n", ",pair,caption_2\n");
+    rows = rows.replace(",pair 0\n", ",pair 0,\n");
+    rows.push_str(&format!("{},2,{THREE},{EIGHT},,a photo of the digit two\n", image.display()));
+    std::fs::write(&list, rows).unwrap();
+    let flags = ["--candidates", "caption_0,caption_1,caption_2", "--policy", "reference", "--trials", "1"];
+    let evaluations = |out: &TempDir| predictions(out.path()).iter().map(|row| row.evaluations).collect::<Vec<_>>();
+
+    // Four slots for all captions, four more for two of them.
+    let kept = label(&list, &[&flags[..], &["--keep", "2,1", "--samples", "4,8"]].concat());
+    assert_eq!(evaluations(&kept), [16, 16, 20]);
+    let report = json(elbo().arg("report").arg(kept.path()).arg("--json"));
+    assert_eq!((report["pairs"]["n"].as_u64(), report["pairs"]["incomplete"].as_u64()), (Some(1), Some(0)));
+
+    // A pair whose captions were not all scored on the same slots is named, not silently scored.
+    let left = label(&list, &[&flags[..], &["--keep", "1,1", "--samples", "4,8"]].concat());
+    assert_eq!(evaluations(&left), [12, 12, 16]);
+    let report = json(elbo().arg("report").arg(left.path()).arg("--json"));
+    assert_eq!((report["pairs"]["n"].as_u64(), report["pairs"]["incomplete"].as_u64()), (Some(0), Some(1)));
+    let text = run_ok(elbo().arg("report").arg(left.path())).stdout;
+    assert!(String::from_utf8_lossy(&text).contains("pair 0: its captions were not scored on the same slots"));
 }
 
 #[test]
