@@ -188,9 +188,8 @@ impl fmt::Display for Report {
             write!(f, ", {:.1} a labelled sample", self.evaluations as f64 / self.labelled as f64)?;
         }
         writeln!(f, "; {} computed more than once", self.evaluations_recomputed)?;
-        match self.prompt_ensemble {
-            PromptEnsemble::Max => writeln!(f, "a class scored as its best prompt (--prompt-ensemble max)")?,
-            PromptEnsemble::Mean => writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?,
+        if self.prompt_ensemble == PromptEnsemble::Mean {
+            writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?;
         }
         match self.accuracy {
             Some(Accuracy { top1, top5, mean_per_class }) => {
