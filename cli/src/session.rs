@@ -111,7 +111,9 @@ pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &R
     let loading = job.clone();
     let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.models)).await?;
     let problem = Arc::new(problem.map_err(|e| match e {
-        ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) => usage(e),
+        ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) | ProblemError::Shortlist(_) => {
+            usage(e)
+        }
         other => other.into(),
     })?);
     let job = open(job, out, run.fresh).await?;

@@ -161,6 +161,7 @@ fn a_shortlist_decides_who_the_diffusion_model_is_asked_about() {
     let rows = predictions(label(digits.path(), &model(), &flags).path());
     let contrastive = predictions(label(digits.path(), &clip(), &["--classes", &file]).path());
     let alone = predictions(label(digits.path(), &model(), &schedule).path());
+    let mut compared = 0;
     for ((row, contrastive), alone) in rows.iter().zip(&contrastive).zip(&alone) {
         let scores = &row.labelled().unwrap().scores;
         let (listed, others) = scores.split_at(4);
@@ -175,15 +176,20 @@ fn a_shortlist_decides_who_the_diffusion_model_is_asked_about() {
             let same = alone.labelled().unwrap().scores.iter().find(|s| s.class == score.class).unwrap();
             if same.n == score.n {
                 assert_eq!(score.mean_error, same.mean_error);
+                compared += 1;
             }
         }
     }
+    assert!(compared >= rows.len(), "{compared}");
     let mut plan = elbo();
     plan.args(["plan", "--json", "--model"]).arg(model()).args(&flags);
     assert_eq!(json(&mut plan)["evaluations_per_image"], 10 + 4 * 4 + 2 * 4);
     let short = format!("{}:1", clip().display());
     let refused = refusal(&model(), &[&schedule[..], &["--shortlist", &short]].concat());
     assert!(refused.contains("--shortlist 1"), "{refused}");
+    let diffusion = format!("{}:4", model().display());
+    let refused = refusal(&model(), &[&schedule[..], &["--shortlist", &diffusion]].concat());
+    assert!(refused.contains("needs a CLIP"), "{refused}");
 }
 
 #[test]

@@ -57,6 +57,11 @@ pub enum ProblemError {
     /// The model knows classes by their labels and can't read captions.
     #[error("--candidates needs a model with a text encoder, and this one is conditioned on classes: use --classes")]
     NoCaptions,
+    /// What is to make the shortlist is a diffusion model.
+    #[error(
+        "--shortlist needs a CLIP, SigLIP or OpenCLIP model, and {0} is none: give one of these in front of --model"
+    )]
+    Shortlist(PathBuf),
     /// The image size does not fit.
     #[error("--size {size} does not fit the model: it must be a multiple of {factor} pixels")]
     Size {
@@ -81,6 +86,9 @@ impl Problem {
         let rounds = spec.rounds(NoiseSchedule::timesteps_of_model(&models.model)?)?;
         let mut stages = Vec::new();
         if let Some(shortlist) = &models.shortlist {
+            if !is_contrastive(shortlist) {
+                return Err(ProblemError::Shortlist(shortlist.clone()));
+            }
             stages.push(contrastive(spec, shortlist)?);
         }
         stages.push(match is_contrastive(&models.model) {

@@ -75,6 +75,7 @@ impl JobArgs {
             (labels.is_some(), "a class-conditional model", "it knows classes and reads no captions"),
             (self.class_map.is_some(), "--class-map", "captions are no classes of a model"),
             (self.classes.is_some(), "--classes", "every image is judged by its own captions"),
+            (self.shortlist.is_some(), "--shortlist", "captions are few"),
             (!self.template.is_empty(), "--template", "captions are taken as they are"),
             (self.prompt_ensemble == Some(PromptEnsemble::Mean), "--prompt-ensemble mean", "a caption is one prompt"),
         ];
@@ -287,5 +288,8 @@ mod tests {
         let mean = JobArgs { prompt_ensemble: Some(PromptEnsemble::Mean), ..JobArgs::default() };
         assert!(refused(mean).contains("--prompt-ensemble mean"));
         assert!(refused(JobArgs { images: Some("photos".into()), ..JobArgs::default() }).contains("a .csv file"));
+        assert!(
+            refused(JobArgs { shortlist: Some("clip:5".into()), ..JobArgs::default() }).contains("--shortlist and")
+        );
     }
 }

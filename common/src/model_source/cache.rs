@@ -10,6 +10,7 @@ use futures::StreamExt;
 use url::Url;
 
 use super::{Remote, RemoteFile, SourceError};
+use crate::model_files::{MODEL_INDEX, is_contrastive};
 
 /// Attempts that bring no byte before a file is given up.
 const ATTEMPTS: u32 = 5;
@@ -49,7 +50,8 @@ impl Cache {
     pub(super) fn snapshot(&self, name: &str) -> Option<PathBuf> {
         let pointed = std::fs::read_to_string(self.root.join("refs").join(name)).ok();
         let directory = self.directory(pointed.as_deref().map_or(name, str::trim));
-        directory.join(crate::model_files::MODEL_INDEX).is_file().then_some(directory)
+        let is_model = directory.join(MODEL_INDEX).is_file() || is_contrastive(&directory);
+        is_model.then_some(directory)
     }
 
     /// Makes a branch or tag point to a revision whose files are all here.
@@ -194,4 +196,23 @@ fn place(blob: &Path, link: &Path, depth: usize) -> io::Result<()> {
         std::fs::hard_link(blob, &temporary)?;
     }
     std::fs::rename(&temporary, link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_fetched_before_is_found_whatever_the_kind_of_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path().to_owned());
+        for (revision, file) in [("1a", "model_index.json"), ("2b", "config.json"), ("3c", "open_clip_config.json")] {
+            assert_eq!(cache.snapshot(revision), None);
+            std::fs::create_dir_all(cache.directory(revision)).unwrap();
+            assert_eq!(cache.snapshot(revision), None);
+            std::fs::write(cache.directory(revision).join(file), "{}").unwrap();
+            cache.point("main", revision).unwrap();
+            assert_eq!(cache.snapshot("main"), Some(cache.directory(revision)));
+        }
+    }
 }

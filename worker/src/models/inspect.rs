@@ -97,12 +97,12 @@ impl Inspection {
         }
         let options = LoadOptions::default();
         for (suffix, component) in family.text_encoders(dir) {
-            self.count(&dir.join(&component), "model", "");
+            self.count(&dir.join(&component), "model", &[""]);
             self.note(check_text_encoder(dir, suffix, &component, &options));
         }
         let network_dir = dir.join(family.network());
-        self.count(&network_dir, "diffusion_pytorch_model", "");
-        self.count(&dir.join("vae"), "diffusion_pytorch_model", "encoder");
+        self.count(&network_dir, "diffusion_pytorch_model", &[""]);
+        self.count(&dir.join("vae"), "diffusion_pytorch_model", &["encoder.", "quant_conv."]);
         let network = self.note(Network::load(family, &network_dir, &options));
         let vae = self.note(VaeEncoder::load(&dir.join("vae"), &options));
         if let (Some(network), Some(vae)) = (network, vae) {
@@ -120,7 +120,7 @@ impl Inspection {
 
     fn look_at_contrastive(&mut self, dir: &Path) {
         if let Some(stem) = self.note(ContrastiveModel::weights(dir)) {
-            self.count(dir, stem, "");
+            self.count(dir, stem, &[""]);
         }
         if let Some(model) = self.note(ContrastiveModel::load(dir, &LoadOptions::default())) {
             self.family = Some(model.family().to_owned());
@@ -132,13 +132,13 @@ impl Inspection {
         result.map_err(|error| self.problems.push(error.to_string())).ok()
     }
 
-    /// Counts the parameters below `prefix` in a component's weights.
-    fn count(&mut self, dir: &Path, stem: &str, prefix: &str) {
+    /// Counts the parameters of a component's weights whose names start with one of `prefixes`.
+    fn count(&mut self, dir: &Path, stem: &str, prefixes: &[&str]) {
         // What can't be opened is told by loading it.
         let Ok(weights) = Weights::open(dir, stem, &LoadOptions::default()) else { return };
         let (mut parameters, mut stored) = (0, BTreeMap::new());
         for (key, shape, dtype) in weights.entries() {
-            if key.starts_with(prefix) && !key.ends_with("position_ids") {
+            if prefixes.iter().any(|prefix| key.starts_with(prefix)) && !key.ends_with("position_ids") {
                 let size = shape.iter().map(|side| *side as u64).product::<u64>();
                 parameters += size;
                 *stored.entry(dtype).or_insert(0) += size;
