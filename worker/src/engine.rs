@@ -3,7 +3,7 @@
 //! A CPU device runs one *lane* per core: a thread that evaluates whole batches by itself, so that activations stay in
 //! its cache and no thread waits for another inside a layer. Blocks are cut into batches that cross samples, slots and
 //! prompts; lanes take them from one short queue, so the next block's batches follow the last one's without a gap.
-//! An evaluation's error does not depend on the batch it is in (see [`crate::ops`]), so neither does any result.
+//! An evaluation's error does not depend on the batch it is in (see [`elbo_kernels`]), so neither does any result.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

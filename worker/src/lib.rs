@@ -1,16 +1,14 @@
 //! The worker: leases blocks from a coordinator, evaluates them on one device, and reports sums.
 //!
 //! [`worker`] is the life of a worker from joining to leaving; [`prepare`] turns a leased block into latents
-//! ([`preprocess`], then the model's VAE); [`engine`] evaluates them with the networks of [`models`], which are written in
-//! the operations of [`ops`]; [`report`] delivers the results and keeps what is not acknowledged.
+//! ([`elbo_images`], then the model's VAE); [`engine`] evaluates them with the networks of [`models`], which are written in
+//! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged.
 
 pub mod client;
 pub mod engine;
 pub mod latent;
 pub mod models;
-pub mod ops;
 pub mod prepare;
-pub mod preprocess;
 pub mod problem;
 pub mod report;
 pub mod stage;

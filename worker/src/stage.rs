@@ -10,7 +10,7 @@ use elbo_common::score::{Point, Scorer};
 
 use crate::latent::Latent;
 use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, TextRows, TimeCache};
-use crate::preprocess::Preprocessing;
+use elbo_images::Preprocessing;
 
 /// A model with the job's prompts as it takes them.
 #[derive(Debug)]

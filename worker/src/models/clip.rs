@@ -14,7 +14,7 @@ use super::encoder::{EncoderConfig, EncoderLayer, activation};
 use super::layers::{layer_norm, linear_no_bias};
 use super::options::LoadOptions;
 use super::probe::Probe;
-use crate::ops::{LayerNorm, Linear};
+use elbo_kernels::{LayerNorm, Linear};
 
 /// What this needs of the text encoder's `config.json`, with transformers' defaults.
 #[derive(Debug, Deserialize)]

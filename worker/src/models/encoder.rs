@@ -7,7 +7,7 @@ use candle_core::Tensor;
 
 use super::checkpoint::{ModelError, Params, unsupported};
 use super::layers::{joined, layer_norm, linear};
-use crate::ops::{Activation, LayerNorm, Linear, Rows, activate, self_attention};
+use elbo_kernels::{Activation, LayerNorm, Linear, Rows, activate, self_attention};
 
 /// What the layers of a transformer have in common.
 #[derive(Clone, Copy, Debug)]

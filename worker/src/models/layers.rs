@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 
 use super::checkpoint::{ModelError, Params};
-use crate::ops::{Conv2d, GroupNorm, LayerNorm, Linear, Padding};
+use elbo_kernels::{Conv2d, GroupNorm, LayerNorm, Linear, Padding};
 
 /// A linear layer with bias.
 pub(crate) fn linear(p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Linear, ModelError> {

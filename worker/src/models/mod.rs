@@ -57,7 +57,7 @@ pub use self::unet::{PromptCache, Unet};
 pub use self::vae::VaeEncoder;
 
 use self::checkpoint::unsupported;
-use crate::preprocess::Preprocessing;
+use elbo_images::Preprocessing;
 
 /// A diffusion model of any family.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::checkpoint::{ModelError, Params};
-use crate::ops::{Linear, Rows};
+use elbo_kernels::{Linear, Rows};
 
 /// A convolution over non-overlapping patches, which on channels-last images is a linear layer of a patch's values.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use super::checkpoint::{ModelError, Params, Weights, read, read_json, unsupporte
 use super::layers::linear_no_bias;
 use super::options::LoadOptions;
 use super::probe::Probe;
-use crate::ops::{Activation, Linear, activate};
+use elbo_kernels::{Activation, Linear, activate};
 
 /// What this needs of the encoder's `config.json`, with transformers' defaults.
 #[derive(Debug, Deserialize)]

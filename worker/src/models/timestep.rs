@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::checkpoint::{ModelError, Params};
 use super::layers::linear;
-use crate::ops::{Activation, Linear, activate};
+use elbo_kernels::{Activation, Linear, activate};
 
 /// The sinusoids of Vaswani et al. (2017) with diffusers' switches.
 #[derive(Clone, Copy, Debug)]

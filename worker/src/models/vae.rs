@@ -11,7 +11,7 @@ use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
 use super::layers::{conv3x3, group_norm, joined, linear};
 use super::options::LoadOptions;
 use super::probe::Probe;
-use crate::ops::{Conv2d, Fused, GroupNorm, Linear, Padding, Rows, self_attention};
+use elbo_kernels::{Conv2d, Fused, GroupNorm, Linear, Padding, Rows, self_attention};
 
 /// diffusers' epsilon of every norm in the autoencoder.
 const EPS: f64 = 1e-6;

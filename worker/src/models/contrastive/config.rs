@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::{open_clip, processor};
 use crate::models::checkpoint::{ModelError, read_json, unsupported};
 use crate::models::encoder::{EncoderConfig, activation};
-use crate::preprocess::Preprocessing;
+use elbo_images::Preprocessing;
 
 /// Whose names the weights carry, and whose architecture the model has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

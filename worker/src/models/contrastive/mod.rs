@@ -21,7 +21,7 @@ use self::tokenizer::Tokenizer;
 use self::vision::VisionTower;
 use super::checkpoint::{ModelError, Weights};
 use super::options::LoadOptions;
-use crate::preprocess::Preprocessing;
+use elbo_images::Preprocessing;
 
 /// Texts encoded at a time, which bounds the memory of their hidden states.
 const TEXTS: usize = 32;

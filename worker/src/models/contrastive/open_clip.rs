@@ -9,8 +9,8 @@ use super::config::{Config, Layout, Pool, TextConfig, VisionConfig};
 use super::processor::{OPENAI, check_std};
 use crate::models::checkpoint::{ModelError, read_json, unsupported};
 use crate::models::encoder::EncoderConfig;
-use crate::ops::Activation;
-use crate::preprocess::{Filter, Preprocessing};
+use elbo_images::{Filter, Preprocessing};
+use elbo_kernels::Activation;
 
 /// The configuration's name.
 pub(super) const FILE: &str = "open_clip_config.json";

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::config::Layout;
 use crate::models::checkpoint::{ModelError, read_json, unsupported};
-use crate::preprocess::{Filter, Preprocessing};
+use elbo_images::{Filter, Preprocessing};
 
 /// The mean and standard deviation of R, G and B that OpenAI trained CLIP with.
 pub(super) const OPENAI: ([f32; 3], [f32; 3]) =

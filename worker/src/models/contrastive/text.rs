@@ -6,7 +6,7 @@ use super::config::{Config, Layout, Pool};
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::encoder::EncoderLayer;
 use crate::models::layers::{layer_norm, linear, linear_no_bias};
-use crate::ops::{LayerNorm, Linear};
+use elbo_kernels::{LayerNorm, Linear};
 
 /// The text tower.
 #[derive(Debug)]

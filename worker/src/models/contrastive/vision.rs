@@ -6,7 +6,7 @@ use super::config::{Config, Layout, VisionConfig};
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::encoder::{EncoderLayer, Mlp};
 use crate::models::layers::{layer_norm, linear, linear_no_bias};
-use crate::ops::{KeyValues, LayerNorm, Linear, cross_attention};
+use elbo_kernels::{KeyValues, LayerNorm, Linear, cross_attention};
 
 /// The image tower.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use super::names::Names;
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::layers::{joined, linear};
 use crate::models::probe::Probe;
-use crate::ops::{Activation, Linear, Modulation, activate, self_attention};
+use elbo_kernels::{Activation, Linear, Modulation, activate, self_attention};
 
 /// diffusers' epsilon of adaptive norms.
 pub(super) const EPS: f64 = 1e-6;

@@ -21,7 +21,7 @@ use super::pass::{Indices, Pass};
 use super::patch::{PatchEmbed, grid_embedding, unpatchify};
 use super::probe::Probe;
 use super::timestep::{EmbeddingMlp, Sinusoid, TimeCache};
-use crate::ops::{Activation, Linear, Modulation, activate, gather};
+use elbo_kernels::{Activation, Linear, Modulation, activate, gather};
 
 /// Values of the timestep's sinusoid.
 const SINUSOID: usize = 256;

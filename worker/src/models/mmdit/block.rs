@@ -6,7 +6,7 @@ use super::config::MmditConfig;
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::layers::{joined, linear};
 use crate::models::probe::Probe;
-use crate::ops::{Activation, Linear, Modulation, QueryKeyNorm, activate, self_attention};
+use elbo_kernels::{Activation, Linear, Modulation, QueryKeyNorm, activate, self_attention};
 
 /// diffusers' epsilon of all norms.
 pub(super) const EPS: f64 = 1e-6;

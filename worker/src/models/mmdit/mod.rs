@@ -20,7 +20,7 @@ use super::patch::{PatchEmbed, unpatchify};
 use super::probe::Probe;
 use super::text::TextEmbeddings;
 use super::timestep::{EmbeddingMlp, Sinusoid, TimeCache};
-use crate::ops::{Activation, Linear, Modulation, activate, gather};
+use elbo_kernels::{Activation, Linear, Modulation, activate, gather};
 
 /// The timestep's sinusoid.
 const SINUSOID: Sinusoid = Sinusoid { width: 256, flip_sin_to_cos: true, freq_shift: 0.0 };

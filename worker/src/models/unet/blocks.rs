@@ -9,7 +9,7 @@ use super::transformer::Transformer;
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::layers::conv3x3;
 use crate::models::probe::Probe;
-use crate::ops::{Conv2d, Fused, Padding, upsample_nearest2x};
+use elbo_kernels::{Conv2d, Fused, Padding, upsample_nearest2x};
 
 /// DownBlock2D or CrossAttnDownBlock2D.
 #[derive(Debug)]

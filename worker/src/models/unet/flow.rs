@@ -6,7 +6,7 @@
 use candle_core::{Result, Tensor, bail};
 
 use crate::models::pass::Indices;
-use crate::ops::{KeyValues, Rows};
+use elbo_kernels::{KeyValues, Rows};
 
 /// Activations with one image per point (shared) or one per evaluation.
 #[derive(Clone, Debug)]

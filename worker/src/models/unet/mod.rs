@@ -29,7 +29,7 @@ use super::pass::{Indices, Pass};
 use super::probe::Probe;
 use super::text::TextEmbeddings;
 use super::timestep::{EmbeddingMlp, Sinusoid, TimeCache};
-use crate::ops::{Activation, Conv2d, Fused, GroupNorm, KeyValues, Linear, Padding, activate, gather};
+use elbo_kernels::{Activation, Conv2d, Fused, GroupNorm, KeyValues, Linear, Padding, activate, gather};
 
 pub use self::flow::PromptCache;
 

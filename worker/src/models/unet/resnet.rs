@@ -6,7 +6,7 @@ use super::config::UnetConfig;
 use super::flow::{Batch, Flow};
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::layers::{conv3x3, group_norm, linear, projection};
-use crate::ops::{Conv2d, Fused, GroupNorm, Linear, Padding, Rows};
+use elbo_kernels::{Conv2d, Fused, GroupNorm, Linear, Padding, Rows};
 
 /// Hands out consecutive numbers to the resnets and cross-attentions as they are loaded.
 #[derive(Debug, Default)]
@@ -140,7 +140,7 @@ impl Resnet {
             }
             _ => {
                 let other = if x.shared { Rows::direct(&skip.tensor) } else { batch.rows(skip) };
-                let tensor = crate::ops::concat_channels(&x.tensor, other)?;
+                let tensor = elbo_kernels::concat_channels(&x.tensor, other)?;
                 self.forward(&Flow { tensor, shared: x.shared }, batch)
             }
         }

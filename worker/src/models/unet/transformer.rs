@@ -7,7 +7,7 @@ use super::flow::{Batch, Flow};
 use super::resnet::Slots;
 use crate::models::checkpoint::{ModelError, Params};
 use crate::models::layers::{group_norm, joined, layer_norm, linear, linear_no_bias};
-use crate::ops::{FeedForward, GroupNorm, LayerNorm, Linear, Rows, cross_attention, self_attention};
+use elbo_kernels::{FeedForward, GroupNorm, LayerNorm, Linear, Rows, cross_attention, self_attention};
 
 /// diffusers' epsilon of the transformer's group norm.
 const GROUP_EPS: f64 = 1e-6;
