@@ -2,23 +2,39 @@
 //!
 //! A listing is made once per job, before anything is computed, and becomes the manifest. So it is strict: whatever can't
 //! be listed is an error now rather than images silently missing in the end. What an image holds is not looked at; a file
-//! that is no image is listed, and quarantined when it is read. A source is a [`directory`] or a [`file_list`].
+//! that is no image is listed, and quarantined when it is read.
+//!
+//! A [`pattern`] names files and directories; what lies there is found by [`walk`]ing it. Files are images, or hold images:
+//! tar shards ([`webdataset`]) and Parquet files ([`rows`]), of which headers and columns other than the images are read.
+//! A [`file_list`] names its images itself. Whatever is found goes through the [`Collector`], one sample at a time, so that
+//! a listing needs no more memory for a million images than for a thousand.
 
-mod directory;
+mod collector;
 mod file_list;
 mod label;
+mod pattern;
 mod reader;
+mod rows;
+mod walk;
+mod webdataset;
 
 use std::path::PathBuf;
 
-pub use label::{LabelError, LabelSource, unknown_labels};
-pub use reader::{Reader, read_object};
+use futures::{StreamExt, TryStreamExt};
 
-use self::directory::is_image;
+use self::collector::Collector;
+pub use self::collector::{Found, SampleSink};
+pub use self::label::{LabelError, LabelSource, UnknownLabels};
+use self::pattern::Pattern;
+pub use self::pattern::canonical;
+pub use self::reader::{Image, ReadError, Reader, read_object};
+use self::walk::{Intake, Kind};
 use crate::class::Classes;
-use crate::ids::SampleId;
-use crate::manifest::Sample;
-use crate::store::{Location, Store, StoreError};
+use crate::store::{Location, StoreError};
+use crate::table::TableError;
+
+/// Tar and Parquet files looked into at a time.
+const CONTAINERS: usize = 16;
 
 /// Extensions of the files that are taken for images, in lowercase.
 pub const EXTENSIONS: [&str; 10] = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"];
@@ -40,7 +56,7 @@ pub enum DatasetError {
     /// No file of the source is an image.
     #[error(
         "listing the images: no image in {source_name}, where {others} other files were seen; images are files ending in \
-         {}",
+         {}, or lie in .tar or .parquet files",
         EXTENSIONS.map(|e| format!(".{e}")).join(" ")
     )]
     NoImages {
@@ -81,6 +97,74 @@ pub enum DatasetError {
         /// What is wrong and what would be right.
         problem: String,
     },
+    /// A pattern that can't be one.
+    #[error("--images {pattern}: {problem}")]
+    Pattern {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// Files of several kinds.
+    #[error(
+        "listing the images: {source_name} holds {first} ({first_example}) and {other} ({other_example}): say which are \
+         meant by a pattern, like '{source_name}/**/*.{extension}'"
+    )]
+    Mixed {
+        /// The source.
+        source_name: String,
+        /// The kind seen first.
+        first: &'static str,
+        /// A file of it.
+        first_example: String,
+        /// The other kind.
+        other: &'static str,
+        /// A file of it.
+        other_example: String,
+        /// The extension of a file of the first kind.
+        extension: String,
+    },
+    /// A tar or Parquet file that can't be used as a whole.
+    #[error("listing the images: {file} {problem}")]
+    Container {
+        /// The file.
+        file: String,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// Two samples with one key.
+    #[error("listing the images: there are two images named {key}, and a key must name one: {second} is the second")]
+    Duplicate {
+        /// The key.
+        key: String,
+        /// Where the second one lies.
+        second: String,
+    },
+    /// The server does not list.
+    #[error(
+        "listing the images: {url} can't be listed ({reason}): name the files, as in 'https://host/shard-{{000..099}}.tar', \
+         or give a .txt or .csv list of images"
+    )]
+    Unlistable {
+        /// The directory.
+        url: String,
+        /// The server's answer.
+        reason: String,
+    },
+    /// Images that bring no captions.
+    #[error(
+        "listing the images: {source_name} holds image files, which bring no '{candidates}' along: with --candidates give \
+         --images a .csv list, .parquet files or .tar shards"
+    )]
+    NoCaptions {
+        /// The source.
+        source_name: String,
+        /// As asked for.
+        candidates: String,
+    },
+    /// The manifest can't be made of the listing.
+    #[error(transparent)]
+    Table(#[from] TableError),
     /// A label that is none of the sample's captions.
     #[error(
         "the label of {key} is '{label}', which is none of its captions: give the right caption, or its position counted \
@@ -100,27 +184,36 @@ pub enum DatasetError {
     Label(#[from] LabelError),
 }
 
-/// An image as found, before it is numbered and labelled.
-#[derive(Debug, Default)]
-struct Found {
-    key: String,
-    location: String,
-    size: u64,
-    etag: Option<String>,
-    label: Option<String>,
-    candidates: Vec<String>,
-    pair: Option<String>,
-}
-
 /// What a listing takes in beside the images.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ListOptions<'a> {
-    /// Where labels come from, if not from the list.
+    /// Where labels come from, if not from the source itself.
     pub label_from: Option<&'a LabelSource>,
-    /// The column of a list with every sample's captions, or several columns with commas between them.
+    /// Where every sample's captions stand: the column of a list or Parquet file, or several with commas between them; the
+    /// extension of a tar's members, or a field of its .json members.
     pub candidates: Option<&'a str>,
+    /// The column of Parquet files with the images, where it can't be told.
+    pub image_column: Option<&'a str>,
+    /// The job's classes: a Parquet file's own class names are taken for labels only where they are among them, and its
+    /// class numbers otherwise.
+    pub classes: Option<&'a Classes>,
     /// Only the first so many samples.
     pub limit: Option<u64>,
+}
+
+impl<'a> ListOptions<'a> {
+    /// The column or field that holds the labels, where one is named.
+    fn label_column(&self) -> Option<&'a str> {
+        match self.label_from {
+            Some(LabelSource::Column(name)) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// Whether the labels that a source brings are of interest.
+    fn takes_labels(&self) -> bool {
+        matches!(self.label_from, None | Some(LabelSource::Column(_)))
+    }
 }
 
 /// Whether a source is a list of images: a `.csv` or `.txt` file.
@@ -134,47 +227,69 @@ pub fn is_list(source: &str) -> bool {
     [".csv", ".txt"].iter().any(|extension| name.ends_with(extension))
 }
 
-/// Lists the images of `source`: those below a local directory or a prefix URL, sorted by key, or those a list names, in
-/// its order.
+/// Lists the images of `source` into `sink` and tells how many there are.
 ///
-/// In a directory, hidden files and directories (whose names start with a dot) are skipped and symbolic links are followed.
-pub async fn list(source: &str, options: &ListOptions<'_>) -> Result<Vec<Sample>, DatasetError> {
-    let location = Location::parse(source)?;
-    let mut found = match is_list(source) {
-        true => file_list::list(&location, options).await?,
-        false => list_below(&location).await?,
-    };
-    let labels = options.label_from.map(|from| from.labels(found.iter().map(|f| f.key.as_str()))).transpose()?;
-    found.truncate(options.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
-    let samples = (0..).zip(found).map(|(id, found)| {
-        let label = match &labels {
-            Some(labels) => labels.of(&found.key),
-            None => found.label,
-        };
-        let Found { key, location, size, etag, candidates, pair, .. } = found;
-        let label = label.map(|label| caption_of(&candidates, label)).transpose();
-        let label = label.map_err(|label| DatasetError::NotACaption { key: key.clone(), label })?;
-        Ok(Sample { id: SampleId(id), key, location, size, etag, label, candidates, pair })
-    });
-    samples.collect()
-}
-
-/// The images below a directory or a URL prefix, sorted by key.
-async fn list_below(location: &Location) -> Result<Vec<Found>, DatasetError> {
-    let (mut found, others) = match location {
-        // Listing comes before everything else in a job: nobody waits for this thread.
-        Location::Local(root) => directory::list_local(root)?,
-        Location::Remote(url) => directory::list_store(&Store::open(location)?, url).await?,
-    };
-    if found.is_empty() {
-        return Err(match location {
-            // A store lists nothing below an object.
-            Location::Remote(url) if is_image(url.path()) => DatasetError::IsFile(location.to_string()),
-            _ => DatasetError::NoImages { source_name: location.to_string(), others },
+/// Those below a directory or a prefix URL come sorted by key; those of several files or patterns in the order these are
+/// named; those in a tar shard, a Parquet file or a list in its own order. In a directory, hidden files and directories
+/// (whose names start with a dot) are skipped and symbolic links are followed.
+pub async fn list(source: &str, options: &ListOptions<'_>, sink: &mut dyn SampleSink) -> Result<u64, DatasetError> {
+    let mut collector = Collector::new(options, sink)?;
+    let reader = Reader::new();
+    if is_list(source) {
+        file_list::list(&Location::parse(source)?, options, &reader, &mut collector).await?;
+        return collector.finish();
+    }
+    let pattern = Pattern::parse(source)?;
+    let mut intake = Intake::new(pattern.base.to_string(), &mut collector);
+    if pattern.targets.len() > 1 {
+        intake.expect_duplicates();
+    }
+    if !walk_all(&pattern, &reader, false, &mut intake).await? {
+        intake.clear();
+        walk_all(&pattern, &reader, true, &mut intake).await?;
+    }
+    let (kind, files) = intake.finish()?;
+    if let (Kind::Image, Some(candidates)) = (kind, options.candidates) {
+        return Err(DatasetError::NoCaptions {
+            source_name: pattern.base.to_string(),
+            candidates: candidates.to_owned(),
         });
     }
-    found.sort_by(|a, b| a.key.cmp(&b.key));
-    Ok(found)
+    let mut looked_into = futures::stream::iter(files)
+        .map(|file| {
+            let reader = &reader;
+            async move {
+                match kind {
+                    Kind::Table => rows::list(reader, &file, options).await,
+                    Kind::Image | Kind::Shard => webdataset::list(reader, &file, options).await,
+                }
+            }
+        })
+        .buffered(CONTAINERS);
+    while let Some(found) = looked_into.try_next().await? {
+        for sample in found {
+            if !collector.add(sample)? {
+                return collector.finish();
+            }
+        }
+    }
+    drop(looked_into);
+    collector.finish()
+}
+
+/// Walks all targets; `false` once one came out of order and must be `sort`ed.
+async fn walk_all(
+    pattern: &Pattern,
+    reader: &Reader,
+    sort: bool,
+    intake: &mut Intake<'_, '_>,
+) -> Result<bool, DatasetError> {
+    for target in &pattern.targets {
+        if !walk::walk(&pattern.base, target, reader, sort, intake).await? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The caption a label means, by its text or its position; the label itself where there are no captions, or as an error
@@ -185,6 +300,22 @@ fn caption_of(captions: &[String], label: String) -> Result<String, String> {
     }
     let classes = Classes::of_captions(captions);
     classes.with_label(&label).map(|class| classes.name(class).to_owned()).ok_or(label)
+}
+
+/// Refuses captions that can't be told apart.
+fn check_captions(captions: &[String]) -> Result<(), String> {
+    if captions.is_empty() {
+        return Err("there is no caption: give every image at least one, or leave the image out".into());
+    }
+    for (i, caption) in captions.iter().enumerate() {
+        if caption.trim().is_empty() {
+            return Err(format!("caption {i} is empty: positions count from 0 without gaps"));
+        }
+        if captions[..i].contains(caption) {
+            return Err(format!("the caption '{caption}' is there twice: captions of one image must differ"));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

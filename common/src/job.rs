@@ -141,6 +141,9 @@ pub struct JobSpec {
     /// The column of the image list that holds every sample's own captions, or several columns with commas between them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub candidates: Option<String>,
+    /// The column of Parquet files with the images, where it can't be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_column: Option<String>,
     /// What shortens the list of contenders first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shortlist: Option<Shortlist>,

@@ -6,8 +6,8 @@ use crate::ids::ShardId;
 
 /// Spec, fingerprint, versions, totals and timings.
 pub const JOB: &str = "job.json";
-/// The dataset as listed.
-pub const MANIFEST: &str = "manifest/part-00000.parquet";
+/// Directory of the dataset as listed.
+pub const MANIFEST: &str = "manifest";
 /// Directory of the predictions.
 pub const PREDICTIONS: &str = "predictions";
 /// Directory of single evaluations' errors (`--write-errors`).
@@ -36,7 +36,7 @@ fn shard_file(directory: &str, shard: ShardId) -> Path {
     Path::from(format!("{directory}/shard-{:05}.parquet", shard.0))
 }
 
-/// The manifest.
-pub fn manifest() -> Path {
-    Path::from(MANIFEST)
+/// One of the manifest's files.
+pub fn manifest(part: u32) -> Path {
+    Path::from(format!("{MANIFEST}/part-{part:05}.parquet"))
 }

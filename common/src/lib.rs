@@ -17,6 +17,7 @@ pub mod manifest;
 pub mod model_files;
 pub mod model_source;
 pub mod noise;
+mod parquet_file;
 pub mod policy;
 pub mod predictions;
 pub mod preset;

@@ -1,24 +1,41 @@
 //! The dataset as listed, persisted as Parquet before the first evaluation; a resume never lists again.
 //!
-//! A shard is a row group, so that a coordinator over millions of samples decodes only the shards it works on. What stays
-//! in memory is the compressed file.
+//! A shard is a row group, and [`SHARDS_PER_PART`] of them are a file, so that a coordinator over millions of samples reads
+//! the shards it works on and nothing else. What it keeps in memory is a hash per shard: `job.json` holds the hash of these
+//! hashes, so no changed shard is ever worked on, however late it is read.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow_array::builder::{ListBuilder, StringBuilder};
 use arrow_array::{Array, ArrayRef, ListArray, StringArray, UInt64Array};
 use arrow_schema::{DataType, Field, Schema};
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
 use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use parquet::errors::ParquetError;
 use serde::{Deserialize, Serialize};
 
 use crate::class::Classes;
+use crate::dataset::{DatasetError, SampleSink};
 use crate::ids::{SampleId, ShardId};
+use crate::layout;
+use crate::parquet_file::ParquetFile;
+use crate::record::ManifestRecord;
+use crate::store::{Store, StoreError};
 use crate::table::{self, Columns, Row, TableError};
+
+/// Shards in a file of the manifest.
+pub const SHARDS_PER_PART: u32 = 64;
+
+/// The key of a file's metadata with the hash of each of its shards.
+const DIGESTS: &str = "elbo.shard_digests";
+
+/// Footers read at a time.
+const FOOTERS: usize = 8;
 
 /// One image of the dataset.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,11 +44,13 @@ pub struct Sample {
     pub id: SampleId,
     /// Its path relative to the source; with the etag, its identity.
     pub key: String,
-    /// Where a worker reads it: an absolute local path or a URL.
+    /// The file a worker reads it from: an absolute local path or a URL.
     pub location: String,
-    /// Size in bytes.
+    /// Where in that file it is; none where it is the whole file.
+    pub part: Option<Part>,
+    /// Size in bytes; 0 where it can't be known without reading it.
     pub size: u64,
-    /// The store's entity tag.
+    /// The entity tag of the file.
     pub etag: Option<String>,
     /// The label, where the dataset brings one.
     pub label: Option<String>,
@@ -39,6 +58,23 @@ pub struct Sample {
     pub candidates: Vec<String>,
     /// Names the sample with the same captions that it is paired with.
     pub pair: Option<String>,
+}
+
+/// An image's place in a file that holds many.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Part {
+    /// A member of a tar archive: the sample's size in bytes, from this offset on.
+    Member {
+        /// The position of its first byte.
+        offset: u64,
+    },
+    /// A cell of a Parquet file.
+    Cell {
+        /// The row, counted from 0 over the whole file.
+        row: u64,
+        /// The column; fields of structs after dots, as in `image.bytes`.
+        column: String,
+    },
 }
 
 impl Sample {
@@ -49,115 +85,238 @@ impl Sample {
             captions => Cow::Owned(Classes::of_captions(captions)),
         }
     }
+
+    /// Row and column, where it is a cell of a table.
+    fn cell(&self) -> Option<(u64, &str)> {
+        match &self.part {
+            Some(Part::Cell { row, column }) => Some((*row, column)),
+            _ => None,
+        }
+    }
 }
 
-/// A persisted listing.
-#[derive(Clone, Debug)]
+/// A manifest that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// A file of it is not there.
+    #[error("{0} is missing, though job.json speaks of it: restore it, or start over with --fresh")]
+    Missing(Path),
+    /// What it says is not what was listed.
+    #[error("{0} is not the one that was listed: restore it, or start over with --fresh")]
+    Changed(Path),
+    /// It was written by an earlier version.
+    #[error(
+        "{0} was written by an earlier version of elbo: finish the job with that version, or start over with --fresh"
+    )]
+    Older(Path),
+    /// A file of it can't be decoded.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The store fails.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Makes a manifest of samples as they are listed. What it keeps is compressed: tens of bytes a sample.
+pub struct ManifestWriter {
+    shard_size: usize,
+    pending: Vec<Sample>,
+    part: Option<table::Writer<Sample>>,
+    /// Of the shards in the part.
+    digests: Vec<String>,
+    parts: Vec<Bytes>,
+    /// Of all shards' hashes.
+    root: blake3::Hasher,
+    samples: u64,
+    captions: BTreeMap<usize, u64>,
+}
+
+impl std::fmt::Debug for ManifestWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ManifestWriter").field("samples", &self.samples).finish_non_exhaustive()
+    }
+}
+
+impl ManifestWriter {
+    /// An empty manifest with `shard_size` samples to a shard.
+    pub fn new(shard_size: u32) -> Self {
+        Self {
+            shard_size: shard_size.max(1) as usize,
+            pending: Vec::new(),
+            part: None,
+            digests: Vec::new(),
+            parts: Vec::new(),
+            root: blake3::Hasher::new(),
+            samples: 0,
+            captions: BTreeMap::new(),
+        }
+    }
+
+    fn end_shard(&mut self) -> Result<(), TableError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let digest = digest_of(&self.pending);
+        let mut part = match self.part.take() {
+            Some(part) => part,
+            None => table::Writer::new()?,
+        };
+        part.group(&self.pending)?;
+        self.pending.clear();
+        self.root.update(digest.as_bytes());
+        self.digests.push(digest.to_hex().to_string());
+        self.part = Some(part);
+        if self.digests.len() == SHARDS_PER_PART as usize { self.end_part() } else { Ok(()) }
+    }
+
+    fn end_part(&mut self) -> Result<(), TableError> {
+        if let Some(mut part) = self.part.take() {
+            part.note(DIGESTS, std::mem::take(&mut self.digests).join(" "));
+            self.parts.push(part.finish()?);
+        }
+        Ok(())
+    }
+
+    /// The manifest's files, and what `job.json` says of them.
+    pub fn finish(mut self) -> Result<(Vec<(Path, Bytes)>, ManifestRecord), TableError> {
+        self.end_shard()?;
+        self.end_part()?;
+        let digest = self.root.finalize().to_hex().to_string();
+        let record = ManifestRecord { samples: self.samples, digest, captions: self.captions };
+        Ok(((0..).map(layout::manifest).zip(self.parts).collect(), record))
+    }
+}
+
+impl SampleSink for ManifestWriter {
+    fn take(&mut self, sample: Sample) -> Result<(), DatasetError> {
+        self.samples += 1;
+        *self.captions.entry(sample.candidates.len()).or_default() += 1;
+        self.pending.push(sample);
+        if self.pending.len() == self.shard_size { Ok(self.end_shard()?) } else { Ok(()) }
+    }
+
+    fn clear(&mut self) {
+        *self = Self::new(self.shard_size as u32);
+    }
+}
+
+/// A persisted listing, read shard by shard.
+#[derive(Debug)]
 pub struct Manifest {
-    bytes: Bytes,
-    metadata: ArrowReaderMetadata,
+    store: Store,
+    record: ManifestRecord,
     shard_size: u32,
-    len: u64,
-    digest: String,
-    caption_counts: BTreeMap<usize, u64>,
+    digests: Vec<blake3::Hash>,
+    /// The file read last: shards are mostly asked for in order.
+    recent: Mutex<Option<(u32, Arc<OpenPart>)>>,
+}
+
+#[derive(Debug)]
+struct OpenPart {
+    file: ParquetFile,
+    metadata: ArrowReaderMetadata,
+}
+
+impl OpenPart {
+    async fn open(store: &Store, index: u32) -> Result<Self, ManifestError> {
+        let path = layout::manifest(index);
+        let (file, _) = ParquetFile::find(store.inner(), path.clone()).await.map_err(|source| match source {
+            object_store::Error::NotFound { .. } => ManifestError::Missing(path.clone()),
+            source => StoreError::Object { action: "reading", path: path.to_string(), source }.into(),
+        })?;
+        let metadata = file.metadata().await.map_err(|e| table::unread::<Sample>(path.as_ref(), e))?;
+        Ok(Self { file, metadata })
+    }
+
+    /// The hashes of the shards it holds.
+    fn digests(&self, path: &Path) -> Result<Vec<blake3::Hash>, ManifestError> {
+        let metadata = self.metadata.metadata().file_metadata().key_value_metadata();
+        let noted = metadata.and_then(|pairs| pairs.iter().find(|pair| pair.key == DIGESTS)?.value.as_deref());
+        let noted = noted.ok_or_else(|| ManifestError::Older(path.clone()))?;
+        let digests: Result<Vec<_>, _> = noted.split_whitespace().map(blake3::Hash::from_hex).collect();
+        let digests = digests.map_err(|_| ManifestError::Changed(path.clone()))?;
+        if digests.len() == self.metadata.metadata().num_row_groups() {
+            Ok(digests)
+        } else {
+            Err(ManifestError::Changed(path.clone()))
+        }
+    }
 }
 
 impl Manifest {
-    /// The samples as a manifest file, `shard_size` to a shard. Their ids must be their positions.
-    pub fn write_bytes(samples: &[Sample], shard_size: u32) -> Result<Bytes, TableError> {
-        table::encode(samples, shard_size.max(1) as usize, &[])
-    }
-
-    /// Opens a manifest file written for shards of `shard_size` samples.
-    pub fn parse(bytes: Bytes, shard_size: u32) -> Result<Self, TableError> {
-        let manifest = Self::open(bytes)?;
-        // A single shard may be shorter than the job's shards.
-        let fits = match manifest.shards() {
-            0 => true,
-            1 => manifest.len <= u64::from(shard_size),
-            _ => manifest.shard_size == shard_size,
-        };
-        if fits {
-            Ok(Self { shard_size, ..manifest })
-        } else {
-            Err(wrong(format!("its shards hold {} samples, not {shard_size}", manifest.shard_size)))
+    /// Opens the manifest in `store` that `record` speaks of, with `shard_size` samples to a shard; reads the footers of its
+    /// files, and no sample.
+    pub async fn open(store: &Store, record: &ManifestRecord, shard_size: u32) -> Result<Self, ManifestError> {
+        let shards = record.samples.div_ceil(u64::from(shard_size.max(1))) as u32;
+        let digests = |index| async move { OpenPart::open(store, index).await?.digests(&layout::manifest(index)) };
+        let footers = futures::stream::iter(0..shards.div_ceil(SHARDS_PER_PART)).map(digests).buffered(FOOTERS);
+        let digests = footers.try_concat().await?;
+        let mut root = blake3::Hasher::new();
+        digests.iter().for_each(|digest| _ = root.update(digest.as_bytes()));
+        if root.finalize().to_hex().as_str() != record.digest {
+            return Err(ManifestError::Changed(layout::MANIFEST.into()));
         }
-    }
-
-    /// Opens a manifest file, taking the size of shards from the file.
-    pub fn open(bytes: Bytes) -> Result<Self, TableError> {
-        let metadata = table::metadata::<Sample>(&bytes)?;
-        let sizes: Vec<_> = metadata.metadata().row_groups().iter().map(|g| g.num_rows() as u64).collect();
-        let (shard_size, len) = (sizes.first().copied().unwrap_or(1), sizes.iter().sum());
-        let last = sizes.last().copied().unwrap_or_default();
-        let shard_size = u32::try_from(shard_size).map_err(|_| wrong(format!("a shard of {shard_size} samples")))?;
-        if last > u64::from(shard_size) || sizes.iter().rev().skip(1).any(|&size| size != u64::from(shard_size)) {
-            return Err(wrong("its shards differ in size"));
-        }
-        let (digest, caption_counts) = (String::new(), BTreeMap::new());
-        let mut manifest = Self { bytes, metadata, shard_size, len, digest, caption_counts };
-        manifest.survey()?;
-        Ok(manifest)
+        let (store, record) = (store.clone(), record.clone());
+        Ok(Self { store, record, shard_size: shard_size.max(1), digests, recent: Mutex::default() })
     }
 
     /// How many samples there are.
     pub fn len(&self) -> u64 {
-        self.len
+        self.record.samples
     }
 
     /// Whether there is no sample.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// How many shards there are.
     pub fn shards(&self) -> u32 {
-        self.metadata.metadata().num_row_groups() as u32
+        self.digests.len() as u32
     }
 
     /// How many samples have so many captions of their own.
     pub fn caption_counts(&self) -> &BTreeMap<usize, u64> {
-        &self.caption_counts
-    }
-
-    /// The BLAKE3 hash, in hexadecimal, of the samples' identities (key, etag, size, label, captions, pair) in order.
-    ///
-    /// Where the images lie is not part of it, nor how the samples are cut into shards.
-    pub fn digest(&self) -> &str {
-        &self.digest
+        &self.record.captions
     }
 
     /// The ids of a shard's samples; empty where there is no such shard.
     pub fn ids(&self, shard: ShardId) -> Range<u64> {
-        let first = shard.first_sample(self.shard_size).0.min(self.len);
-        first..(first + u64::from(self.shard_size)).min(self.len)
+        let first = shard.first_sample(self.shard_size).0.min(self.len());
+        first..(first + u64::from(self.shard_size)).min(self.len())
     }
 
     /// The samples of a shard; none where there is no such shard.
-    pub fn shard(&self, shard: ShardId) -> Result<Vec<Sample>, TableError> {
-        if shard.0 >= self.shards() {
-            return Ok(Vec::new());
-        }
-        let samples: Vec<Sample> = table::decode_groups(&self.bytes, &self.metadata, vec![shard.0 as usize])?;
-        if samples.iter().map(|sample| sample.id.0).eq(self.ids(shard)) {
-            Ok(samples)
-        } else {
-            Err(wrong(format!("the sample ids of shard {shard} are not their positions")))
-        }
+    pub async fn shard(&self, shard: ShardId) -> Result<Vec<Sample>, ManifestError> {
+        let Some(digest) = self.digests.get(shard.0 as usize) else { return Ok(Vec::new()) };
+        let index = shard.0 / SHARDS_PER_PART;
+        let (part, path) = (self.part(index).await?, layout::manifest(index));
+        let group = (shard.0 % SHARDS_PER_PART) as usize;
+        let samples: Vec<Sample> = table::read_groups(&part.file, path.as_ref(), &part.metadata, vec![group]).await?;
+        let listed = samples.iter().map(|sample| sample.id.0).eq(self.ids(shard)) && digest_of(&samples) == *digest;
+        if listed { Ok(samples) } else { Err(ManifestError::Changed(path)) }
     }
 
-    /// Looks at every sample once.
-    fn survey(&mut self) -> Result<(), TableError> {
-        let mut hasher = blake3::Hasher::new();
-        for shard in 0..self.shards() {
-            for sample in self.shard(ShardId(shard))? {
-                hash_identity(&mut hasher, &sample);
-                *self.caption_counts.entry(sample.candidates.len()).or_default() += 1;
-            }
+    async fn part(&self, index: u32) -> Result<Arc<OpenPart>, ManifestError> {
+        if let Some((_, part)) = self.recent().as_ref().filter(|(recent, _)| *recent == index) {
+            return Ok(Arc::clone(part));
         }
-        self.digest = hasher.finalize().to_hex().to_string();
-        Ok(())
+        let part = Arc::new(OpenPart::open(&self.store, index).await?);
+        *self.recent() = Some((index, Arc::clone(&part)));
+        Ok(part)
     }
+
+    fn recent(&self) -> std::sync::MutexGuard<'_, Option<(u32, Arc<OpenPart>)>> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The hash of the samples' identities (key, etag, size, label, captions, pair) in order; where the images lie is not part
+/// of it.
+fn digest_of(samples: &[Sample]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    samples.iter().for_each(|sample| hash_identity(&mut hasher, sample));
+    hasher.finalize()
 }
 
 /// Every field is preceded by its length (or absence), so that no two different lists of samples hash the same bytes.
@@ -183,10 +342,6 @@ fn hash_field(hasher: &mut blake3::Hasher, text: Option<&str>) {
     hasher.update(text.unwrap_or_default().as_bytes());
 }
 
-fn wrong(problem: impl Into<String>) -> TableError {
-    TableError::Rows { table: Sample::TABLE, problem: problem.into() }
-}
-
 impl Row for Sample {
     const TABLE: &'static str = "manifest";
 
@@ -200,6 +355,9 @@ impl Row for Sample {
             Field::new("label", DataType::Utf8, true),
             Field::new_list("candidates", caption(), true),
             Field::new("pair", DataType::Utf8, true),
+            Field::new("offset", DataType::UInt64, true),
+            Field::new("row", DataType::UInt64, true),
+            Field::new("column", DataType::Utf8, true),
         ])
     }
 
@@ -213,6 +371,12 @@ impl Row for Sample {
             Arc::new(StringArray::from_iter(rows.iter().map(|r| r.label.as_ref()))),
             Arc::new(caption_lists(rows)),
             Arc::new(StringArray::from_iter(rows.iter().map(|r| r.pair.as_ref()))),
+            Arc::new(UInt64Array::from_iter(rows.iter().map(|r| match r.part {
+                Some(Part::Member { offset }) => Some(offset),
+                _ => None,
+            }))),
+            Arc::new(UInt64Array::from_iter(rows.iter().map(|r| r.cell().map(|(row, _)| row)))),
+            Arc::new(StringArray::from_iter(rows.iter().map(|r| r.cell().map(|(_, column)| column)))),
         ])
     }
 
@@ -223,27 +387,33 @@ impl Row for Sample {
         let size: &UInt64Array = columns.required("size")?;
         let etag: &StringArray = columns.nullable("etag")?;
         let label: &StringArray = columns.nullable("label")?;
-        // Manifests of earlier versions have neither of these.
-        let candidates: Option<&ListArray> = columns.optional("candidates")?;
-        let pair: Option<&StringArray> = columns.optional("pair")?;
+        let candidates: &ListArray = columns.nullable("candidates")?;
+        let pair: &StringArray = columns.nullable("pair")?;
+        let offset: &UInt64Array = columns.nullable("offset")?;
+        let row: &UInt64Array = columns.nullable("row")?;
+        let column: &StringArray = columns.nullable("column")?;
         let text = |column: &StringArray, i| column.is_valid(i).then(|| column.value(i).to_owned());
         for i in 0..columns.len() {
             rows.push(Self {
                 id: SampleId(id.value(i)),
                 key: key.value(i).to_owned(),
                 location: location.value(i).to_owned(),
+                part: match text(column, i) {
+                    Some(column) if row.is_valid(i) => Some(Part::Cell { row: row.value(i), column }),
+                    _ => offset.is_valid(i).then(|| Part::Member { offset: offset.value(i) }),
+                },
                 size: size.value(i),
                 etag: text(etag, i),
                 label: text(label, i),
-                candidates: match candidates.filter(|lists| lists.is_valid(i)) {
-                    Some(lists) => {
-                        let values = lists.value(i);
+                candidates: match candidates.is_valid(i) {
+                    true => {
+                        let values = candidates.value(i);
                         let captions: &StringArray = columns.inner("candidates", &values)?;
                         captions.iter().flatten().map(str::to_owned).collect()
                     }
-                    None => Vec::new(),
+                    false => Vec::new(),
                 },
-                pair: pair.and_then(|pair| text(pair, i)),
+                pair: text(pair, i),
             });
         }
         Ok(())
@@ -266,126 +436,4 @@ fn caption_lists(rows: &[Sample]) -> ListArray {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn samples(n: u64) -> Vec<Sample> {
-        (0..n)
-            .map(|i| Sample {
-                id: SampleId(i),
-                key: format!("cat/{i:04}.png"),
-                location: format!("/images/cat/{i:04}.png"),
-                size: 100 + i,
-                etag: (i % 2 == 0).then(|| format!("tag{i}")),
-                label: (i % 3 == 0).then(|| "cat".to_owned()),
-                candidates: (0..i % 3).map(|k| format!("caption {k}")).collect(),
-                pair: (i % 4 == 0).then(|| format!("pair {}", i / 8)),
-            })
-            .collect()
-    }
-
-    fn manifest(samples: &[Sample], shard_size: u32) -> Manifest {
-        Manifest::parse(Manifest::write_bytes(samples, shard_size).unwrap(), shard_size).unwrap()
-    }
-
-    #[test]
-    fn every_shard_holds_its_own_samples() {
-        let all = samples(25);
-        let manifest = manifest(&all, 10);
-        assert_eq!((manifest.len(), manifest.shards()), (25, 3));
-        let read: Vec<_> = (0..3).map(|k| manifest.shard(ShardId(k)).unwrap()).collect();
-        assert_eq!(read.iter().map(Vec::len).collect::<Vec<_>>(), [10, 10, 5]);
-        assert_eq!(read.concat(), all);
-        assert_eq!(manifest.ids(ShardId(2)), 20..25);
-        assert_eq!(manifest.shard(ShardId(3)).unwrap(), []);
-    }
-
-    #[test]
-    fn a_shard_larger_than_a_decoder_batch_is_one_row_group() {
-        let all = samples(5000);
-        let manifest = manifest(&all, 4000);
-        assert_eq!(manifest.shards(), 2);
-        assert_eq!(manifest.shard(ShardId(0)).unwrap(), all[..4000]);
-    }
-
-    #[test]
-    fn equal_samples_give_equal_bytes() {
-        assert_eq!(Manifest::write_bytes(&samples(25), 10).unwrap(), Manifest::write_bytes(&samples(25), 10).unwrap());
-    }
-
-    #[test]
-    fn the_digest_covers_identity_and_neither_location_nor_shards() {
-        let all = samples(25);
-        let digest = manifest(&all, 10).digest().to_owned();
-        assert_eq!(digest.len(), 64);
-        assert_eq!(manifest(&all, 7).digest(), digest);
-        let changed = |change: fn(&mut Sample)| {
-            let mut all = all.clone();
-            change(&mut all[3]);
-            manifest(&all, 10).digest() == digest
-        };
-        assert!(changed(|s| s.location = "/elsewhere".into()));
-        assert!(!changed(|s| s.key = "cat/x.png".into()));
-        assert!(!changed(|s| s.etag = Some(String::new())));
-        assert!(!changed(|s| s.size += 1));
-        assert!(!changed(|s| s.label = None));
-        assert!(!changed(|s| s.candidates = vec!["a".into()]));
-        assert!(!changed(|s| s.pair = Some("p".into())));
-        assert!(!changed(|s| (s.candidates, s.pair) = (vec!["p".into()], None)));
-    }
-
-    #[test]
-    fn samples_are_counted_by_their_captions() {
-        assert_eq!(manifest(&samples(25), 10).caption_counts(), &[(0, 9), (1, 8), (2, 8)].into());
-    }
-
-    /// A row as it was before samples could bring captions.
-    struct Older(Sample);
-
-    impl Row for Older {
-        const TABLE: &'static str = "manifest";
-
-        fn schema() -> Schema {
-            let fields = Sample::schema().fields;
-            Schema::new(
-                fields
-                    .iter()
-                    .filter(|f| !["candidates", "pair"].contains(&f.name().as_str()))
-                    .cloned()
-                    .collect::<Vec<_>>(),
-            )
-        }
-
-        fn columns(rows: &[Self]) -> Result<Vec<ArrayRef>, ParquetError> {
-            let samples: Vec<_> = rows.iter().map(|row| row.0.clone()).collect();
-            Ok(Sample::columns(&samples)?.into_iter().take(6).collect())
-        }
-
-        fn read(_: &Columns<'_>, _: &mut Vec<Self>) -> Result<(), TableError> {
-            unreachable!("only written")
-        }
-    }
-
-    #[test]
-    fn a_manifest_without_captions_and_pairs_is_that_of_samples_without_them() {
-        let mut plain = samples(25);
-        plain.iter_mut().for_each(|s| (s.candidates, s.pair) = (Vec::new(), None));
-        let rows: Vec<_> = plain.iter().cloned().map(Older).collect();
-        let older = Manifest::parse(table::encode(&rows, 10, &[]).unwrap(), 10).unwrap();
-        assert_eq!(older.shard(ShardId(1)).unwrap(), plain[10..20]);
-        assert_eq!(manifest(&plain, 10).digest(), older.digest());
-    }
-
-    #[test]
-    fn a_manifest_of_another_job_is_refused() {
-        let error = |bytes, size| Manifest::parse(bytes, size).unwrap_err().to_string();
-        let bytes = Manifest::write_bytes(&samples(25), 10).unwrap();
-        assert!(error(bytes, 20).contains("its shards hold 10 samples, not 20"));
-        let mut moved = samples(25);
-        moved[11].id = SampleId(3);
-        let bytes = Manifest::write_bytes(&moved, 10).unwrap();
-        assert!(error(bytes, 10).contains("shard 1 are not their positions"));
-        assert!(error(Bytes::from_static(b"no"), 10).contains("reading the manifest"));
-        assert_eq!(Manifest::parse(Manifest::write_bytes(&[], 10).unwrap(), 10).unwrap().shards(), 0);
-    }
-}
+mod tests;

@@ -1,5 +1,7 @@
 //! `job.json`: what a job is and how far it got, for people and for the next start.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,8 @@ pub struct ManifestRecord {
     pub samples: u64,
     /// Hash over their identities.
     pub digest: String,
+    /// How many samples have so many captions of their own.
+    pub captions: BTreeMap<usize, u64>,
 }
 
 /// Versions of what wrote the output.
@@ -132,6 +136,7 @@ mod tests {
             classes: Classes::parse("prompt,classname,classidx\na cat,cat,7\na dog,dog,-1\n", &[]).unwrap(),
             prompt_ensemble: PromptEnsemble::Mean,
             candidates: None,
+            image_column: None,
             shortlist: None,
             policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
             loss: Loss::Huber,
@@ -157,7 +162,7 @@ mod tests {
             state: JobState::Unfinished,
             fingerprint: identity.fingerprint("m"),
             identity,
-            manifest: ManifestRecord { samples: 3, digest: "m".into() },
+            manifest: ManifestRecord { samples: 3, digest: "m".into(), captions: [(0, 3)].into() },
             versions: Versions { elbo: "1".into(), protocol: 1 },
             totals: None,
             timings: None,

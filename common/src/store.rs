@@ -43,6 +43,17 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Whether another attempt may succeed.
+    pub fn is_transient(&self) -> bool {
+        use object_store::Error;
+        match self {
+            Self::Object { source, .. } => matches!(source, Error::Generic { .. } | Error::JoinError { .. }),
+            Self::Location { .. } | Self::Directory { .. } => false,
+        }
+    }
+}
+
 /// A store whose paths are relative to one directory or URL prefix.
 #[derive(Clone, Debug)]
 pub struct Store {

@@ -3,15 +3,21 @@
 //! Parquet is what DuckDB, Polars, pandas and Hugging Face datasets read without being told how. A table is written from
 //! its rows alone: no clock, no host and no thread order reaches its bytes, so writing it twice is harmless.
 
+use std::marker::PhantomData;
+
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_schema::{Schema, SchemaRef};
 use bytes::Bytes;
-use parquet::arrow::ArrowWriter;
+use futures::TryStreamExt;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::{ArrowWriter, ParquetRecordBatchStreamBuilder};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
+
+use crate::parquet_file::{ParquetFile, store_error};
+use crate::store::StoreError;
 
 /// A table that can't be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +40,14 @@ pub enum TableError {
         table: &'static str,
         /// Why.
         source: ParquetError,
+    },
+    /// The store does not give the bytes.
+    #[error("reading the {table}: {source}")]
+    Store {
+        /// Which table.
+        table: &'static str,
+        /// Why not.
+        source: StoreError,
     },
     /// A column is missing or holds something else.
     #[error("reading the {table}: column '{column}' {problem}; the file was written by another program or version")]
@@ -89,11 +103,6 @@ impl<'a> Columns<'a> {
         self.typed(name, column)
     }
 
-    /// A column that may be missing.
-    pub(crate) fn optional<T: Array + 'static>(&self, name: &str) -> Result<Option<&'a T>, TableError> {
-        self.batch.column_by_name(name).map(|column| self.typed(name, column)).transpose()
-    }
-
     /// A column without nulls.
     pub(crate) fn required<T: Array + 'static>(&self, name: &str) -> Result<&'a T, TableError> {
         self.full(name, self.nullable::<T>(name)?)
@@ -122,22 +131,78 @@ impl<'a> Columns<'a> {
 
 /// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata.
 pub(crate) fn encode<R: Row>(rows: &[R], group: usize, meta: &[(String, String)]) -> Result<Bytes, TableError> {
-    let fail = |source| TableError::Encode { table: R::TABLE, source };
-    let schema = SchemaRef::new(R::schema());
-    let meta = meta.iter().map(|(key, value)| KeyValue::new(key.clone(), value.clone())).collect();
-    let group = group.max(1);
-    let properties = WriterProperties::builder()
-        .set_compression(Compression::ZSTD(ZstdLevel::default()))
-        .set_max_row_group_row_count(Some(group))
-        .set_key_value_metadata(Some(meta))
-        .build();
-    let mut writer = ArrowWriter::try_new(Vec::new(), SchemaRef::clone(&schema), Some(properties)).map_err(fail)?;
-    for rows in rows.chunks(group) {
-        let columns = R::columns(rows).map_err(fail)?;
-        let batch = RecordBatch::try_new(SchemaRef::clone(&schema), columns).map_err(|e| fail(e.into()))?;
-        writer.write(&batch).and_then(|()| writer.flush()).map_err(fail)?;
+    let mut writer = Writer::new()?;
+    meta.iter().for_each(|(key, value)| writer.note(key, value));
+    rows.chunks(group.max(1)).try_for_each(|rows| writer.group(rows))?;
+    writer.finish()
+}
+
+/// Encodes a table row group by row group.
+pub(crate) struct Writer<R> {
+    writer: ArrowWriter<Vec<u8>>,
+    schema: SchemaRef,
+    rows: PhantomData<R>,
+}
+
+impl<R: Row> Writer<R> {
+    /// A table without rows.
+    pub(crate) fn new() -> Result<Self, TableError> {
+        let schema = SchemaRef::new(R::schema());
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(ZstdLevel::default()))
+            .set_max_row_group_row_count(None)
+            .build();
+        let writer = ArrowWriter::try_new(Vec::new(), SchemaRef::clone(&schema), Some(properties));
+        Ok(Self { writer: writer.map_err(failed::<R>)?, schema, rows: PhantomData })
     }
-    writer.into_inner().map(Bytes::from).map_err(fail)
+
+    /// Adds a row group.
+    pub(crate) fn group(&mut self, rows: &[R]) -> Result<(), TableError> {
+        let columns = R::columns(rows).map_err(failed::<R>)?;
+        let batch = RecordBatch::try_new(SchemaRef::clone(&self.schema), columns).map_err(|e| failed::<R>(e.into()))?;
+        self.writer.write(&batch).and_then(|()| self.writer.flush()).map_err(failed::<R>)
+    }
+
+    /// Adds to the file's key-value metadata.
+    pub(crate) fn note(&mut self, key: impl Into<String>, value: impl Into<String>) {
+        self.writer.append_key_value_metadata(KeyValue::new(key.into(), value.into()));
+    }
+
+    /// The file.
+    pub(crate) fn finish(self) -> Result<Bytes, TableError> {
+        self.writer.into_inner().map(Bytes::from).map_err(failed::<R>)
+    }
+}
+
+fn failed<R: Row>(source: ParquetError) -> TableError {
+    TableError::Encode { table: R::TABLE, source }
+}
+
+/// What went wrong while `path` was read: the store, or what it gave.
+pub(crate) fn unread<R: Row>(path: &str, error: ParquetError) -> TableError {
+    match store_error(error) {
+        Ok(source) => {
+            let source = StoreError::Object { action: "reading", path: path.to_owned(), source };
+            TableError::Store { table: R::TABLE, source }
+        }
+        Err(source) => TableError::Decode { table: R::TABLE, source },
+    }
+}
+
+/// Reads the rows of some row groups of a file where it lies.
+pub(crate) async fn read_groups<R: Row>(
+    file: &ParquetFile,
+    path: &str,
+    metadata: &ArrowReaderMetadata,
+    groups: Vec<usize>,
+) -> Result<Vec<R>, TableError> {
+    let reader = ParquetRecordBatchStreamBuilder::new_with_metadata(file.clone(), metadata.clone());
+    let mut batches = reader.with_row_groups(groups).build().map_err(|e| unread::<R>(path, e))?;
+    let mut rows = Vec::new();
+    while let Some(batch) = batches.try_next().await.map_err(|e| unread::<R>(path, e))? {
+        R::read(&Columns { table: R::TABLE, batch: &batch }, &mut rows)?;
+    }
+    Ok(rows)
 }
 
 /// Decodes all rows.

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::ids::ShardId;
 use crate::layout;
-use crate::manifest::{Manifest, Sample};
+use crate::manifest::{Manifest, ManifestError, Sample};
 use crate::predictions::{self, Outcome, Prediction, Quarantined};
 use crate::store::{Store, StoreError};
 use crate::table::TableError;
@@ -22,12 +22,9 @@ const PROBLEMS_SHOWN: usize = 100;
 /// An output that can't be checked at all.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
-    /// There is no manifest.
-    #[error("verifying {0}: there is no {path}; give the --out of a job that has started", path = layout::MANIFEST)]
-    NoManifest(String),
     /// The manifest can't be read.
     #[error("verifying the output: {0}")]
-    Manifest(#[from] TableError),
+    Manifest(#[from] ManifestError),
     /// The store can't be read.
     #[error("verifying the output: {0}; check that the location can be read and try again")]
     Store(#[from] StoreError),
@@ -71,13 +68,10 @@ impl std::fmt::Display for Verification {
 }
 
 /// Checks the predictions and quarantine files of `out` against its manifest.
-pub async fn verify(out: &Store, fingerprint: String) -> Result<Verification, VerifyError> {
-    let bytes = out.read(&layout::manifest()).await?;
-    let bytes = bytes.ok_or_else(|| VerifyError::NoManifest(out.location().to_string()))?;
-    let manifest = Manifest::open(bytes)?;
+pub async fn verify(out: &Store, manifest: &Manifest, fingerprint: String) -> Result<Verification, VerifyError> {
     let mut check = Check::new(manifest.len());
     for shard in (0..manifest.shards()).map(ShardId) {
-        let samples = manifest.shard(shard)?;
+        let samples = manifest.shard(shard).await?;
         let (predictions, quarantine) = (layout::predictions(shard), layout::quarantine(shard));
         let rows = match out.read(&predictions).await? {
             Some(bytes) => check.decoded(&predictions, predictions::decode_predictions(bytes)),

@@ -183,6 +183,7 @@ mod tests {
             id: elbo_common::ids::SampleId(0),
             key: "k".into(),
             location: "/k".into(),
+            part: None,
             size: 1,
             etag: None,
             label: None,

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
-use elbo_common::dataset::{self, LabelSource, ListOptions};
+use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink, UnknownLabels};
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::ShardId;
+use elbo_common::job::JobSpec;
 use elbo_common::layout;
-use elbo_common::manifest::Manifest;
+use elbo_common::manifest::{Manifest, ManifestError, ManifestWriter, Sample};
 use elbo_common::policy::{PolicyError, RoundSlots};
 use elbo_common::record::{JobRecord, JobState, ManifestRecord, RecordError, Versions};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
@@ -28,17 +28,12 @@ pub enum JobError {
         /// What differs, a line each.
         differences: Vec<String>,
     },
-    /// The manifest is gone or not the one recorded.
-    #[error("{location}/manifest is {problem}, though job.json speaks of it: restore it, or start over with --fresh")]
-    Manifest {
-        /// The output.
-        location: String,
-        /// What is wrong.
-        problem: &'static str,
-    },
+    /// The manifest can't be read, or is not the one that was listed.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     /// Labels that are not classes.
-    #[error("{}; add the classes, remove those images, or leave out their labels", describe_unknown(.0))]
-    UnknownLabels(Vec<(String, usize, String)>),
+    #[error("{}; add the classes, remove those images, or leave labels out with --label-from none", describe_unknown(.0))]
+    UnknownLabels(Vec<(String, u64, String)>),
     /// The scheduler's configuration is missing or can't be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
@@ -62,7 +57,7 @@ pub enum JobError {
     Ledger(#[from] LedgerError),
 }
 
-fn describe_unknown(labels: &[(String, usize, String)]) -> String {
+fn describe_unknown(labels: &[(String, u64, String)]) -> String {
     let named: Vec<_> =
         labels.iter().take(5).map(|(label, count, key)| format!("'{label}' ({count} images, such as {key})")).collect();
     let more = labels.len().saturating_sub(5);
@@ -122,15 +117,17 @@ impl Job {
         let shard_size = identity.spec.shard_size;
         let (record, manifest) = match (known, listed) {
             (Some(record), _) => {
-                let manifest = read_manifest(&out, &record, shard_size).await?;
+                let manifest = Manifest::open(&out, &record.manifest, shard_size).await?;
                 (record, manifest)
             }
             (None, listed) => {
-                let bytes = Manifest::write_bytes(&listed.unwrap_or_default(), shard_size)?;
-                let manifest = Manifest::parse(bytes.clone(), shard_size)?;
-                out.write(&layout::manifest(), bytes).await?;
-                let record = new_record(identity, &manifest);
+                let (files, listed) = listed.unwrap_or_else(|| ManifestWriter::new(shard_size)).finish()?;
+                for (path, bytes) in files {
+                    out.write(&path, bytes).await?;
+                }
+                let record = new_record(identity, listed);
                 record.write(&out).await?;
+                let manifest = Manifest::open(&out, &record.manifest, shard_size).await?;
                 (record, manifest)
             }
         };
@@ -174,34 +171,56 @@ pub fn rounds_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Vec<
     Ok(identity.spec.rounds(NoiseSchedule::timesteps_of_model(model)?)?)
 }
 
-async fn list(identity: &JobIdentity) -> Result<Vec<elbo_common::manifest::Sample>, JobError> {
+/// Lists a job's images; labels must be classes.
+async fn list(identity: &JobIdentity) -> Result<ManifestWriter, JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
-    let (candidates, limit) = (spec.candidates.as_deref(), spec.limit);
-    let samples =
-        dataset::list(&spec.images, &ListOptions { label_from: label_from.as_ref(), candidates, limit }).await?;
-    if spec.candidates.is_some() {
-        // Labels are captions: the listing saw to that.
-        return Ok(samples);
+    let mut listing =
+        Listing { spec, manifest: ManifestWriter::new(spec.shard_size), unknown: UnknownLabels::default() };
+    dataset::list(&spec.images, &list_options(spec, label_from.as_ref()), &mut listing).await?;
+    let unknown = listing.unknown.into_sorted();
+    if unknown.is_empty() { Ok(listing.manifest) } else { Err(JobError::UnknownLabels(unknown)) }
+}
+
+/// How a job's images are listed.
+pub fn list_options<'a>(spec: &'a JobSpec, label_from: Option<&'a LabelSource>) -> ListOptions<'a> {
+    ListOptions {
+        label_from,
+        candidates: spec.candidates.as_deref(),
+        image_column: spec.image_column.as_deref(),
+        classes: spec.candidates.is_none().then_some(&spec.classes),
+        limit: spec.limit,
     }
-    let unknown = dataset::unknown_labels(&samples, &spec.classes);
-    if unknown.is_empty() { Ok(samples) } else { Err(JobError::UnknownLabels(unknown)) }
 }
 
-async fn read_manifest(out: &Store, record: &JobRecord, shard_size: u32) -> Result<Manifest, JobError> {
-    let wrong = |problem| JobError::Manifest { location: out.location().to_string(), problem };
-    let bytes: Bytes = out.read(&layout::manifest()).await?.ok_or_else(|| wrong("missing"))?;
-    let manifest = Manifest::parse(bytes, shard_size)?;
-    if manifest.digest() == record.manifest.digest { Ok(manifest) } else { Err(wrong("not the one that was listed")) }
+/// A manifest in the making, and the labels that are no class.
+struct Listing<'a> {
+    spec: &'a JobSpec,
+    manifest: ManifestWriter,
+    unknown: UnknownLabels,
 }
 
-fn new_record(identity: JobIdentity, manifest: &Manifest) -> JobRecord {
-    let digest = manifest.digest().to_owned();
+impl SampleSink for Listing<'_> {
+    fn take(&mut self, sample: Sample) -> Result<(), DatasetError> {
+        // Where images bring captions, labels are captions: the listing saw to that.
+        if self.spec.candidates.is_none() {
+            self.unknown.note(&sample, &self.spec.classes);
+        }
+        self.manifest.take(sample)
+    }
+
+    fn clear(&mut self) {
+        self.unknown.clear();
+        self.manifest.clear();
+    }
+}
+
+fn new_record(identity: JobIdentity, manifest: ManifestRecord) -> JobRecord {
     JobRecord {
         state: JobState::Unfinished,
-        fingerprint: identity.fingerprint(&digest),
+        fingerprint: identity.fingerprint(&manifest.digest),
         identity,
-        manifest: ManifestRecord { samples: manifest.len(), digest },
+        manifest,
         versions: Versions { elbo: env!("CARGO_PKG_VERSION").into(), protocol: elbo_proto::PROTOCOL },
         totals: None,
         timings: None,
@@ -216,7 +235,7 @@ async fn discard(out: &Store) -> Result<(), StoreError> {
         layout::PREDICTIONS,
         layout::ERRORS,
         layout::QUARANTINE,
-        "manifest",
+        layout::MANIFEST,
         "report.html",
     ] {
         if prefix.contains('.') {

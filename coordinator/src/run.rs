@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::ShardId;
-use elbo_common::manifest::Manifest;
+use elbo_common::manifest::{Manifest, ManifestError};
 use elbo_common::policy::RoundSlots;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
 use elbo_common::store::{Store, StoreError};
@@ -38,6 +38,9 @@ pub enum RunError {
     /// A table could not be read or written.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// The manifest could not be read.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     /// The job could not be described to workers.
     #[error("describing the job: {0}")]
     Json(#[from] serde_json::Error),
@@ -223,7 +226,7 @@ impl Coordinator {
     async fn open_shards(&self) -> Result<(), RunError> {
         loop {
             let Some(shard) = self.shared.brain().wants_shard() else { return Ok(()) };
-            let samples = self.manifest.shard(shard)?;
+            let samples = self.manifest.shard(shard).await?;
             let records = self.shared.ledger.records(shard).await?;
             tracing::debug!(%shard, samples = samples.len(), records = records.len(), "shard opened");
             self.shared.brain().open_shard(shard, samples, records);

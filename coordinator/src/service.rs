@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_common::ids::{Epoch, LeaseId};
-use elbo_common::manifest::Sample;
+use elbo_common::manifest::{Part, Sample};
 use elbo_common::record::JobRecord;
 use elbo_proto::{PROTOCOL, v1};
 use tokio::sync::{Notify, watch};
@@ -153,6 +153,12 @@ fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
         captions: s.candidates,
         // Both images of a pair see the same noise on the same slots, so that their errors compare.
         noise_key: s.pair.unwrap_or_default(),
+        part: s.part.map(|part| match part {
+            Part::Member { offset } => v1::sample::Part::Member(v1::Member { offset }),
+            Part::Cell { row, column } => v1::sample::Part::Cell(v1::Cell { row, column }),
+        }),
+        size: s.size,
+        etag: s.etag.unwrap_or_default(),
     };
     let samples = grant.samples.into_iter().map(sample).collect();
     let units = grant

@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use serde_json::json;
+
+use crate::sorted;
 
 /// The files of one revision of a repository, by path.
 pub type Files = BTreeMap<String, Vec<u8>>;
@@ -37,6 +40,27 @@ pub struct Web {
 }
 
 impl Web {
+    /// Serves the files below a directory, at [`Web::files`].
+    pub fn serve(directory: &Path) -> Self {
+        let mut files = Files::new();
+        let mut pending = vec![directory.to_owned()];
+        while let Some(path) = pending.pop() {
+            if path.is_dir() {
+                pending.extend(sorted(&path));
+            } else {
+                let name = path.strip_prefix(directory).expect("below").to_string_lossy().into_owned();
+                files.insert(name, std::fs::read(&path).expect("reading"));
+            }
+        }
+        let revisions = [("main".to_owned(), ("commit".to_owned(), files))];
+        Self::start(Site { models: [("plain/data".to_owned(), revisions.into())].into(), ..Site::default() })
+    }
+
+    /// The URL of the directory that is served.
+    pub fn files(&self) -> String {
+        format!("{}/plain/data", self.url)
+    }
+
     /// Starts serving.
     pub fn start(site: Site) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -75,9 +99,11 @@ impl Drop for Web {
 /// What a request says.
 #[derive(Debug, Default)]
 struct Request {
-    head: bool,
+    method: String,
     path: String,
     from: usize,
+    /// The position after the last byte asked for.
+    to: Option<usize>,
     token: String,
 }
 
@@ -87,21 +113,23 @@ impl Site {
         let note =
             if request.from > 0 { format!("{} from {}", request.path, request.from) } else { request.path.clone() };
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(note);
+        let ranged = request.from > 0 || request.to.is_some();
         let (status, body) = match self.find(&request) {
-            Ok(body) if request.from > 0 => (206, body),
-            Ok(body) => (200, body),
+            // Only WebDAV servers list.
+            _ if !["get", "head"].contains(&request.method.as_str()) => (405, Vec::new()),
+            Ok(body) => (if ranged { 206 } else { 200 }, body),
             Err(status) => (status, Vec::new()),
         };
         let (from, total) = (request.from.min(body.len()), body.len());
-        let mut part = &body[from..];
+        let mut part = &body[from..request.to.unwrap_or(total).clamp(from, total)];
         write!(stream, "HTTP/1.1 {status} -\r\nConnection: close\r\nContent-Length: {}\r\n", part.len())?;
         write!(stream, "ETag: \"{total}\"\r\nLast-Modified: Wed, 21 Oct 2015 07:28:00 GMT\r\n")?;
-        write!(stream, "Content-Range: bytes {from}-{}/{total}\r\n\r\n", total.saturating_sub(1))?;
+        write!(stream, "Content-Range: bytes {from}-{}/{total}\r\n\r\n", (from + part.len()).saturating_sub(1))?;
         let mut cut = self.cut.lock().unwrap_or_else(PoisonError::into_inner);
         if cut.is_some_and(|cut| cut < part.len()) {
             part = &part[..cut.take().unwrap_or_default()];
         }
-        if request.head { Ok(()) } else { stream.write_all(part) }
+        if request.method == "head" { Ok(()) } else { stream.write_all(part) }
     }
 
     fn find(&self, request: &Request) -> Result<Vec<u8>, u16> {
@@ -146,13 +174,14 @@ fn read(stream: &TcpStream) -> std::io::Result<Request> {
         let (name, value) = line.split_once(' ').unwrap_or_default();
         match (i, name.to_ascii_lowercase().as_str()) {
             (0, method) => {
-                request.head = method == "head";
+                request.method = method.to_owned();
                 request.path = value.split(' ').next().unwrap_or_default().to_owned();
             }
             (_, "authorization:") => request.token = value.to_owned(),
             (_, "range:") => {
-                let from = value.trim_start_matches("bytes=").split('-').next().unwrap_or_default();
+                let (from, last) = value.trim_start_matches("bytes=").split_once('-').unwrap_or_default();
                 request.from = from.parse().unwrap_or_default();
+                request.to = last.parse().ok().map(|last: usize| last + 1);
             }
             _ => {}
         }

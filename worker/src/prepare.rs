@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use elbo_common::class::{Classes, Prompt};
-use elbo_common::dataset::Reader;
+use elbo_common::dataset::{Image, ReadError, Reader};
 use elbo_common::ids::{PromptIndex, Round, SampleId};
+use elbo_common::manifest::Part;
 use elbo_common::unit::{Unit, UnitId};
 use elbo_proto::v1;
 use futures::StreamExt;
@@ -53,6 +54,9 @@ pub enum BlockError {
     /// Some of its samples' captions can't be encoded.
     #[error("encoding the captions: {0}")]
     Captions(ModelError),
+    /// The images' storage does not answer.
+    #[error("{0}; check the storage of the images, then start the worker again")]
+    Storage(ReadError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),
@@ -167,7 +171,7 @@ impl Preparer {
         &self,
         sample: v1::Sample,
         stages: BTreeSet<usize>,
-    ) -> Result<Result<Vec<(Key, Latent)>, BadSample>, EngineStopped> {
+    ) -> Result<Result<Vec<(Key, Latent)>, BadSample>, BlockError> {
         let id = SampleId(sample.id);
         let bad = |stage, error: String| Ok(Err(BadSample { sample: id, stage, error }));
         let mut latents = Vec::new();
@@ -180,8 +184,10 @@ impl Preparer {
             }
             let file = match bytes.take() {
                 Some(bytes) => bytes,
-                None => match self.reader.read(&sample.location).await {
+                None => match self.reader.read(&image_of(&sample)).await {
                     Ok(bytes) => bytes,
+                    // Nothing is known of the image: it may be as good as any.
+                    Err(error) if error.is_transient() => return Err(BlockError::Storage(error)),
                     Err(error) => return bad("read", error.to_string()),
                 },
             };
@@ -204,6 +210,16 @@ impl Preparer {
         }
         Ok(Ok(latents))
     }
+}
+
+/// Where a sample's image lies.
+fn image_of(sample: &v1::Sample) -> Image {
+    let part = sample.part.as_ref().map(|part| match part {
+        v1::sample::Part::Member(v1::Member { offset }) => Part::Member { offset: *offset },
+        v1::sample::Part::Cell(v1::Cell { row, column }) => Part::Cell { row: *row, column: column.clone() },
+    });
+    let etag = Some(sample.etag.clone()).filter(|etag| !etag.is_empty());
+    Image { location: sample.location.clone(), part, size: sample.size, etag }
 }
 
 /// The captions of a block's samples one list after the other, each different list once: where each sample's start among

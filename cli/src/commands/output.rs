@@ -35,10 +35,8 @@ async fn predictions(store: &Store) -> anyhow::Result<Vec<Prediction>> {
 }
 
 /// Every sample of the manifest, with its prediction if there is one yet.
-async fn caption_rows(store: &Store) -> anyhow::Result<Vec<(Sample, Option<Prediction>)>> {
-    let bytes = store.read(&layout::manifest()).await?;
-    let bytes = bytes.ok_or_else(|| anyhow::anyhow!("{} has no {}", store.location(), layout::MANIFEST))?;
-    let manifest = Manifest::open(bytes)?;
+async fn caption_rows(store: &Store, record: &JobRecord) -> anyhow::Result<Vec<(Sample, Option<Prediction>)>> {
+    let manifest = Manifest::open(store, &record.manifest, record.identity.spec.shard_size).await?;
     let mut rows = Vec::new();
     for shard in (0..manifest.shards()).map(ShardId) {
         let predictions = match store.read(&layout::predictions(shard)).await? {
@@ -46,7 +44,7 @@ async fn caption_rows(store: &Store) -> anyhow::Result<Vec<(Sample, Option<Predi
             None => Vec::new(),
         };
         let mut of_sample: BTreeMap<_, _> = predictions.into_iter().map(|row| (row.sample, row)).collect();
-        rows.extend(manifest.shard(shard)?.into_iter().map(|sample| {
+        rows.extend(manifest.shard(shard).await?.into_iter().map(|sample| {
             let prediction = of_sample.remove(&sample.id);
             (sample, prediction)
         }));
@@ -70,7 +68,7 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
     let recomputed = record.totals.map_or(0, |t| t.evaluations_recomputed);
     let spec = &record.identity.spec;
     if spec.candidates.is_some() {
-        return Ok(Report::of_captions(caption_rows(store).await?, recomputed));
+        return Ok(Report::of_captions(caption_rows(store, record).await?, recomputed));
     }
     Ok(Report::new(predictions(store).await?, &spec.classes, spec.prompt_ensemble, recomputed))
 }
@@ -78,7 +76,8 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
 /// `elbo verify`.
 pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
     let (store, record) = open(&args.out).await?;
-    let verification = verify::verify(&store, record.fingerprint).await?;
+    let manifest = Manifest::open(&store, &record.manifest, record.identity.spec.shard_size).await?;
+    let verification = verify::verify(&store, &manifest, record.fingerprint).await?;
     if args.json {
         println!("{}", serde_json::to_string(&verification)?);
     } else {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use elbo_common::dataset::{self, LabelSource, ListOptions};
+use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::manifest::Sample;
 use elbo_common::model_source::{ModelSource, Wanted};
@@ -57,10 +57,16 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         None => None,
         Some(images) => {
             let label_from = flags.label_from.as_deref().map(LabelSource::from);
-            let (candidates, limit) = (flags.candidates.as_deref(), flags.limit);
-            let samples =
-                dataset::list(images, &ListOptions { label_from: label_from.as_ref(), candidates, limit }).await?;
-            Some(caption_counts(&samples))
+            let options = ListOptions {
+                label_from: label_from.as_ref(),
+                candidates: flags.candidates.as_deref(),
+                image_column: flags.image_column.as_deref(),
+                classes: of_job.is_some().then_some(&classes),
+                limit: flags.limit,
+            };
+            let mut counts = CaptionCounts::default();
+            dataset::list(images, &options, &mut counts).await?;
+            Some(counts.0)
         }
     };
     let contenders = |captions| of_job.clone().unwrap_or_else(|| Contenders::prompts(captions));
@@ -85,10 +91,18 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
 }
 
 /// How many samples have so many captions of their own.
-fn caption_counts(samples: &[Sample]) -> BTreeMap<usize, u64> {
-    let mut counts = BTreeMap::new();
-    samples.iter().for_each(|sample| *counts.entry(sample.candidates.len()).or_default() += 1);
-    counts
+#[derive(Debug, Default)]
+struct CaptionCounts(BTreeMap<usize, u64>);
+
+impl SampleSink for CaptionCounts {
+    fn take(&mut self, sample: Sample) -> Result<(), DatasetError> {
+        *self.0.entry(sample.candidates.len()).or_default() += 1;
+        Ok(())
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
 }
 
 fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {

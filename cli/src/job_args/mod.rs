@@ -43,8 +43,9 @@ pub(crate) enum NoiseScopeName {
 #[serde(default, deny_unknown_fields)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
-    /// Images: a directory, a URL prefix like s3://bucket/images, or a list: a .txt file with a path or URL per line, or a .csv
-    /// file with the column path (or key, image, file_name) and, if there are labels, label
+    /// Images: a directory or URL prefix (s3://, gs://, az://, https://) with images, WebDataset .tar shards or .parquet files
+    /// below it; a pattern of these, like 's3://bucket/shard-{000..099}.tar' or 'photos/**/*.jpg'; or a list: a .txt file with
+    /// a path or URL per line, or a .csv file with a column path (or key, image, file_name, filename, url)
     #[arg(long, env = "ELBO_IMAGES", value_name = "SRC")]
     pub(crate) images: Option<String>,
     /// Classes: one per line, or CSV with the columns prompt,classname,classidx; for class-conditional models classidx is
@@ -60,11 +61,16 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) template: Vec<String>,
-    /// Image-text matching: every image is judged by its own captions, which stand in this column of the .csv list as a JSON
-    /// array, or in several columns (COLUMN,COLUMN). The list's label is the right caption or its position; images with one
+    /// Image-text matching: every image is judged by its own captions, which stand in this column of the .csv list or .parquet
+    /// files as an array, in several columns (COLUMN,COLUMN), or in this field of .json members or the lines of members with
+    /// this extension (like txt) of .tar shards. The label is the right caption or its position; images of a list with one
     /// value in its column pair share their slots' noise, for `elbo report`'s text, image and group scores
     #[arg(long, env = "ELBO_CANDIDATES", value_name = "COLUMN")]
     pub(crate) candidates: Option<String>,
+    /// The column of .parquet files with the images [default: the one that can hold them, or is called image]
+    #[arg(long, env = "ELBO_IMAGE_COLUMN", value_name = "COLUMN")]
+    #[serde(alias = "image-column")]
+    pub(crate) image_column: Option<String>,
     /// How a class's prompts make its score: max (its best prompt counts) or mean (--keep then counts classes) [default: max]
     #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
     #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
@@ -128,8 +134,10 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_WRITE_ERRORS")]
     #[serde(alias = "write-errors")]
     pub(crate) write_errors: bool,
-    /// Labels for the report: `parent` (the image's directory) or a CSV file with the columns key,label [default: the list's]
-    #[arg(long, env = "ELBO_LABEL_FROM", value_name = "parent|FILE")]
+    /// Labels for the report: `parent` (the image's directory), a CSV file with the columns key,label, a column of the list or
+    /// Parquet files (for .tar shards the extension of a member, or a field of the .json member), or `none` [default: the
+    /// column label; .cls, the .json field label, or .txt]
+    #[arg(long, env = "ELBO_LABEL_FROM", value_name = "parent|FILE|column:NAME|none")]
     #[serde(alias = "label-from")]
     pub(crate) label_from: Option<String>,
     /// Only the first N images of the listing: sorted by path, or in a list's order
@@ -211,6 +219,7 @@ impl JobArgs {
             class_map: self.class_map.or(file.class_map),
             template: if self.template.is_empty() { file.template } else { self.template },
             candidates: self.candidates.or(file.candidates),
+            image_column: self.image_column.or(file.image_column),
             prompt_ensemble: self.prompt_ensemble.or(file.prompt_ensemble),
             model: self.model.or(file.model),
             lora: if self.lora.is_empty() { file.lora } else { self.lora },

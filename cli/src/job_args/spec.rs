@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use elbo_common::class::{ClassError, Classes, ModelLabels};
-use elbo_common::dataset;
+use elbo_common::dataset::{self, LabelSource};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist, rounds};
 use elbo_common::loss::Loss;
@@ -12,7 +12,6 @@ use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
 use elbo_common::policy::{Policy, RoundSlots};
 use elbo_common::preset::Preset;
-use elbo_common::store::Location;
 
 use super::{JobArgs, NoiseScopeName, PolicyName};
 use crate::failure::usage;
@@ -82,12 +81,7 @@ impl JobArgs {
         if let Some((_, flag, reason)) = refused.iter().find(|(given, ..)| *given) {
             return Err(usage(format!("{flag} and --candidates exclude each other, since {reason}: leave one out")));
         }
-        match self.images.as_deref() {
-            Some(images) if !dataset::is_list(images) => Err(usage(
-                "--candidates names a column of a list of images: give --images a .csv file rather than a directory",
-            )),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// How the prompts of a class make its score.
@@ -211,12 +205,13 @@ impl JobArgs {
             return Err(usage("--shard-size must be at least 1"));
         }
         Ok(JobSpec {
-            images: Location::parse(images)?.to_string(),
+            images: dataset::canonical(images)?,
             model: model.to_string(),
             lora: self.lora.iter().map(|text| lora(text)).collect::<anyhow::Result<_>>()?,
             classes,
             prompt_ensemble: self.ensemble(),
             candidates: self.candidates.clone(),
+            image_column: self.image_column.clone(),
             shortlist,
             policy,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
@@ -232,8 +227,10 @@ impl JobArgs {
             write_errors: self.write_errors,
             label_from: match self.label_from.as_deref() {
                 None => None,
-                Some("parent") => Some("parent".into()),
-                Some(file) => Some(absolute(Path::new(file))?),
+                Some(text) => Some(match LabelSource::from(text) {
+                    LabelSource::File(file) => absolute(&file)?,
+                    other => other.to_string(),
+                }),
             },
             limit: self.limit,
             shard_size,
@@ -287,7 +284,6 @@ mod tests {
         assert!(refused(JobArgs { template: vec!["{}".into()], ..JobArgs::default() }).contains("--template"));
         let mean = JobArgs { prompt_ensemble: Some(PromptEnsemble::Mean), ..JobArgs::default() };
         assert!(refused(mean).contains("--prompt-ensemble mean"));
-        assert!(refused(JobArgs { images: Some("photos".into()), ..JobArgs::default() }).contains("a .csv file"));
         assert!(
             refused(JobArgs { shortlist: Some("clip:5".into()), ..JobArgs::default() }).contains("--shortlist and")
         );

@@ -6,16 +6,17 @@ use std::path::{Path as FsPath, PathBuf};
 use futures::{StreamExt, TryStreamExt};
 use url::Url;
 
-use super::directory::{local_etag, url_of};
-use super::{DatasetError, Found, ListOptions, Reader, caption_of, read_object};
+use super::collector::Collector;
+use super::walk::{local_etag, url_of};
+use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions, read_object};
 use crate::store::{Location, StoreError};
 
 /// Names of the column with the paths, the first that is there counts.
-const PATH_COLUMNS: [&str; 4] = ["path", "key", "image", "file_name"];
+pub(super) const PATH_COLUMNS: [&str; 6] = ["path", "key", "image", "file_name", "filename", "url"];
 /// Names of the column that says which samples are a pair.
 const PAIR_COLUMNS: [&str; 2] = ["pair", "pair_id"];
-/// Objects asked for at a time.
-const ASKED: usize = 32;
+/// Files asked for at a time.
+pub(super) const ASKED: usize = 128;
 
 /// A line of the list.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -36,8 +37,14 @@ struct Columns {
     candidates: Vec<(String, usize)>,
 }
 
-/// The images of the list at `location`, in its order; of as many as `options` allow it is checked that they are there.
-pub(super) async fn list(location: &Location, options: &ListOptions<'_>) -> Result<Vec<Found>, DatasetError> {
+/// Takes in the images of the list at `location`, in its order; of as many as `options` allow it is checked that they are
+/// there.
+pub(super) async fn list(
+    location: &Location,
+    options: &ListOptions<'_>,
+    reader: &Reader,
+    collector: &mut Collector<'_>,
+) -> Result<(), DatasetError> {
     let list = List { name: location.to_string(), base: Base::of(location) };
     let text = read(location).await.map_err(|problem| list.wrong(problem))?;
     let text = text.trim_start_matches('\u{feff}');
@@ -65,16 +72,22 @@ pub(super) async fn list(location: &Location, options: &ListOptions<'_>) -> Resu
         located.push((entry, image));
     }
     located.truncate(options.limit.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)));
-    let reader = Reader::new();
-    let (reader, list) = (&reader, &list);
-    futures::stream::iter(located)
+    let list = &list;
+    collector.expect_duplicates();
+    let mut found = futures::stream::iter(located)
         .map(|(entry, image)| async move {
-            let line = entry.line;
-            find(reader, entry, image).await.map_err(|problem| list.line(line, problem))
+            let Entry { line, key, label, candidates, pair } = entry;
+            let found = find(reader, &key, image).await.map_err(|problem| list.line(line, problem))?;
+            let (location, size, etag) = found;
+            Ok::<_, DatasetError>(Found { key, location, part: None, size, etag, label, candidates, pair })
         })
-        .buffered(ASKED)
-        .try_collect()
-        .await
+        .buffered(ASKED);
+    while let Some(found) = found.try_next().await? {
+        if !collector.add(found)? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 async fn read(location: &Location) -> Result<String, String> {
@@ -95,9 +108,9 @@ fn plain(text: &str) -> Vec<Entry> {
         .collect()
 }
 
-/// Sees whether an image is there.
-async fn find(reader: &Reader, entry: Entry, image: Location) -> Result<Found, String> {
-    let (location, size, etag) = match image {
+/// Sees whether an image is there: where, of what size, and with which tag.
+pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<(String, u64, Option<String>), String> {
+    Ok(match image {
         Location::Local(path) => {
             let metadata = std::fs::metadata(&path).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => format!("there is no {}", path.display()),
@@ -110,29 +123,32 @@ async fn find(reader: &Reader, entry: Entry, image: Location) -> Result<Found, S
             (location.to_owned(), metadata.len(), local_etag(&metadata))
         }
         Location::Remote(url) => {
+            if url.query().is_some() {
+                return Err(
+                    "a URL with a query can't be read: give one without, and credentials by the environment".into()
+                );
+            }
             let location = url.to_string();
             let object = reader.head(&location).await.map_err(|e| match e {
                 StoreError::Object { source: object_store::Error::NotFound { .. }, .. } => {
-                    format!("there is no {}", entry.key)
+                    format!("there is no {key}")
                 }
                 other => other.to_string(),
             })?;
             (location, object.size, object.e_tag)
         }
-    };
-    let Entry { line: _, key, label, candidates, pair } = entry;
-    Ok(Found { key, location, size, etag, label, candidates, pair })
+    })
 }
 
 /// What relative paths are relative to: where the list lies.
 #[derive(Debug)]
-enum Base {
+pub(super) enum Base {
     Directory(PathBuf),
     Prefix(Url),
 }
 
 impl Base {
-    fn of(list: &Location) -> Self {
+    pub(super) fn of(list: &Location) -> Self {
         match list {
             Location::Local(path) => Self::Directory(path.parent().unwrap_or(FsPath::new("/")).to_owned()),
             Location::Remote(url) => {
@@ -146,7 +162,7 @@ impl Base {
     }
 
     /// Where the image written as `key` lies.
-    fn locate(&self, key: &str) -> Result<Location, StoreError> {
+    pub(super) fn locate(&self, key: &str) -> Result<Location, StoreError> {
         // A one-letter scheme is a drive letter, not a URL.
         let is_url = Url::parse(key).is_ok_and(|url| url.scheme().len() > 1);
         match self {
@@ -185,7 +201,7 @@ impl List {
             let filled = |column: Option<usize>| column.map(cell).filter(|text| !text.is_empty()).map(str::to_owned);
             let candidates = captions(&columns.candidates, cell).map_err(|problem| self.line(line, problem))?;
             // A label that something else decides may be anything.
-            let label = filled(columns.label).filter(|_| options.label_from.is_none());
+            let label = filled(columns.label).filter(|_| options.takes_labels());
             let label = label.map(|label| caption_of(&candidates, label)).transpose().map_err(|label| {
                 let problem =
                     format!("the label '{label}' is none of the captions: give the right one, or its position");
@@ -215,7 +231,13 @@ impl List {
         let candidates = candidates.collect::<Result<Vec<_>, _>>()?;
         // Pairs are of images with the same captions.
         let pair = PAIR_COLUMNS.iter().find_map(|name| position(name)).filter(|_| !candidates.is_empty());
-        Ok(Columns { path, label: position("label"), pair, candidates })
+        let label = match options.label_column() {
+            None => position("label"),
+            Some(name) => Some(position(name).ok_or_else(|| {
+                self.wrong(format!("has no column '{name}', which --label-from names; there are {}", header.join(", ")))
+            })?),
+        };
+        Ok(Columns { path, label, pair, candidates })
     }
 }
 
@@ -232,17 +254,7 @@ fn captions<'a>(columns: &[(String, usize)], cell: impl Fn(usize) -> &'a str) ->
             cells.into_iter().take(filled).collect()
         }
     };
-    if captions.is_empty() {
-        return Err("there is no caption: give every image at least one, or leave the image out".into());
-    }
-    for (i, caption) in captions.iter().enumerate() {
-        if caption.trim().is_empty() {
-            return Err(format!("caption {i} is empty: positions count from 0 without gaps"));
-        }
-        if captions[..i].contains(caption) {
-            return Err(format!("the caption '{caption}' is there twice: captions of one image must differ"));
-        }
-    }
+    check_captions(&captions)?;
     Ok(captions)
 }
 

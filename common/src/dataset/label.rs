@@ -12,13 +12,22 @@ use crate::manifest::Sample;
 pub enum LabelSource {
     /// The directory an image lies in; images directly in the source have no label.
     Parent,
+    /// Nowhere: labels that the source brings are left out.
+    None,
+    /// A column of a Parquet file or list; the extension of a tar's members, or a field of its .json members.
+    Column(String),
     /// A CSV file with the columns `key` and `label`; images it does not name have no label.
     File(PathBuf),
 }
 
 impl From<&str> for LabelSource {
     fn from(text: &str) -> Self {
-        if text == "parent" { Self::Parent } else { Self::File(text.into()) }
+        match text.strip_prefix("column:") {
+            Some(name) => Self::Column(name.to_owned()),
+            None if text == "parent" => Self::Parent,
+            None if text == "none" => Self::None,
+            None => Self::File(text.into()),
+        }
     }
 }
 
@@ -26,6 +35,8 @@ impl fmt::Display for LabelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Parent => f.write_str("parent"),
+            Self::None => f.write_str("none"),
+            Self::Column(name) => write!(f, "column:{name}"),
             Self::File(path) => path.display().fmt(f),
         }
     }
@@ -84,36 +95,50 @@ pub enum LabelError {
     },
 }
 
-/// Labels by key.
+/// Labels by key, in the place of those the source brings.
 #[derive(Debug)]
 pub(super) enum Labels {
     Parent,
-    File(HashMap<String, String>),
+    None,
+    File { path: PathBuf, labels: HashMap<String, String>, used: bool },
 }
 
 impl LabelSource {
-    /// Reads the labels and checks that they are about the images with these `keys`.
-    pub(super) fn labels<'a>(&self, mut keys: impl Iterator<Item = &'a str>) -> Result<Labels, LabelError> {
-        let Self::File(path) = self else { return Ok(Labels::Parent) };
-        let labels = read(path)?;
-        let first = keys.next().unwrap_or_default();
-        if labels.contains_key(first) || keys.any(|key| labels.contains_key(key)) {
-            Ok(Labels::File(labels))
-        } else {
-            Err(LabelError::NoMatch { path: path.clone(), example: first.to_owned() })
-        }
+    /// Reads the labels; nothing where the source brings them.
+    pub(super) fn open(&self) -> Result<Option<Labels>, LabelError> {
+        Ok(match self {
+            Self::Parent => Some(Labels::Parent),
+            Self::None => Some(Labels::None),
+            Self::Column(_) => None,
+            Self::File(path) => Some(Labels::File { path: path.clone(), labels: read(path)?, used: false }),
+        })
     }
 }
 
 impl Labels {
     /// The label of a key.
-    pub(super) fn of(&self, key: &str) -> Option<String> {
+    pub(super) fn of(&mut self, key: &str) -> Option<String> {
         match self {
             Self::Parent => {
                 let directory = key.rsplit_once('/')?.0;
                 Some(directory.rsplit_once('/').map_or(directory, |(_, name)| name).to_owned())
             }
-            Self::File(labels) => labels.get(key).cloned(),
+            Self::None => None,
+            Self::File { labels, used, .. } => {
+                let label = labels.get(key).cloned();
+                *used |= label.is_some();
+                label
+            }
+        }
+    }
+
+    /// Fails where a label file is about other images than these, of which `example` is one.
+    pub(super) fn check_used(&self, example: &str) -> Result<(), LabelError> {
+        match self {
+            Self::File { path, used: false, .. } => {
+                Err(LabelError::NoMatch { path: path.clone(), example: example.to_owned() })
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -144,21 +169,35 @@ fn read(path: &std::path::Path) -> Result<HashMap<String, String>, LabelError> {
     Ok(labels)
 }
 
-/// The labels that are no class, most frequent first: label, how many samples have it, the key of one.
+/// The labels that are no class, with how many samples have them and the key of one.
 ///
-/// Such samples count in no accuracy, so a job warns of them before it starts.
-pub fn unknown_labels(samples: &[Sample], classes: &Classes) -> Vec<(String, usize, String)> {
-    let mut counts: BTreeMap<&str, (usize, &str)> = BTreeMap::new();
-    for sample in samples {
-        if let Some(label) = &sample.label {
-            counts.entry(label).or_insert((0, &sample.key)).0 += 1;
+/// Such samples count in no accuracy, so a job refuses them before it starts.
+#[derive(Clone, Debug, Default)]
+pub struct UnknownLabels(BTreeMap<String, (u64, String)>);
+
+impl UnknownLabels {
+    /// Different labels that are kept; by then the list tells enough.
+    const KEPT: usize = 1000;
+
+    /// Looks at a sample's label.
+    pub fn note(&mut self, sample: &Sample, classes: &Classes) {
+        let Some(label) = sample.label.as_deref().filter(|label| classes.with_label(label).is_none()) else { return };
+        if let Some((count, _)) = self.0.get_mut(label) {
+            *count += 1;
+        } else if self.0.len() < Self::KEPT {
+            self.0.insert(label.to_owned(), (1, sample.key.clone()));
         }
     }
-    let mut unknown: Vec<_> = counts
-        .into_iter()
-        .filter(|(label, _)| classes.with_label(label).is_none())
-        .map(|(label, (count, key))| (label.to_owned(), count, key.to_owned()))
-        .collect();
-    unknown.sort_by_key(|(_, count, _)| std::cmp::Reverse(*count));
-    unknown
+
+    /// Label, number of samples and the key of one, most frequent first.
+    pub fn into_sorted(self) -> Vec<(String, u64, String)> {
+        let mut unknown: Vec<_> = self.0.into_iter().map(|(label, (count, key))| (label, count, key)).collect();
+        unknown.sort_by_key(|(_, count, _)| std::cmp::Reverse(*count));
+        unknown
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
 }

@@ -1,48 +1,195 @@
 //! Reading one image, wherever it lies.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path as FsPath, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use object_store::path::Path;
-use object_store::{ObjectMeta, ObjectStoreExt, ObjectStoreScheme};
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme};
 use url::Url;
 
+use super::rows::{CellError, Cells};
+use crate::manifest::{Part, Sample};
 use crate::store::{Location, Store, StoreError};
 
-/// Reads images by their [`location`](crate::manifest::Sample::location), keeping one store per bucket: a store holds the
-/// connections and credentials, which are too dear to make for every image.
-#[derive(Debug, Default)]
+/// Where an image lies, as it was listed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// The file: an absolute local path or a URL.
+    pub location: String,
+    /// Where in that file; none where it is the whole file.
+    pub part: Option<Part>,
+    /// Size in bytes; 0 where it is not known.
+    pub size: u64,
+    /// The file's entity tag.
+    pub etag: Option<String>,
+}
+
+impl From<&Sample> for Image {
+    fn from(sample: &Sample) -> Self {
+        let Sample { location, part, size, etag, .. } = sample.clone();
+        Self { location, part, size, etag }
+    }
+}
+
+/// An image that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The store fails.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The file is not what was listed.
+    #[error("{file} has changed since it was listed: restore it, or list the images anew with --fresh")]
+    Changed {
+        /// The file.
+        file: String,
+    },
+    /// It is too large.
+    #[error(
+        "the image has {size} bytes, more than the {limit} an image may have: shrink it, or remove it from the dataset"
+    )]
+    TooLarge {
+        /// Its size.
+        size: u64,
+        /// The most there may be.
+        limit: u64,
+    },
+    /// The cell of a Parquet file holds no image.
+    #[error("row {row} of {file} holds no image: {problem}")]
+    Cell {
+        /// The file.
+        file: String,
+        /// The row, counted from 0.
+        row: u64,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+impl ReadError {
+    /// Whether another attempt may succeed: nothing is said about the image then.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_transient(),
+            _ => false,
+        }
+    }
+}
+
+/// Reads images, keeping one store per bucket: a store holds the connections and credentials, which are too dear to make
+/// for every image.
+#[derive(Debug)]
 pub struct Reader {
     stores: Mutex<HashMap<Url, Store>>,
+    cells: Cells,
+    /// The most bytes an image may have.
+    limit: u64,
+}
+
+impl Default for Reader {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Reader {
     /// A reader without open stores.
     pub fn new() -> Self {
-        Self::default()
+        Self { stores: Mutex::default(), cells: Cells::default(), limit: u64::MAX }
+    }
+
+    /// Refuses images of more than `limit` bytes before they are in memory.
+    pub fn with_limit(self, limit: u64) -> Self {
+        Self { limit, ..self }
     }
 
     /// Reads a whole image. Where there is none, the error's source is [`object_store::Error::NotFound`].
-    pub async fn read(&self, location: &str) -> Result<Bytes, StoreError> {
-        let failed = |source| StoreError::Object { action: "reading", path: location.to_owned(), source };
-        match Location::parse(location)? {
-            Location::Local(path) => read_local(path).await.map_err(failed),
-            Location::Remote(url) => {
-                let (root, path) = split(&url).map_err(failed)?;
-                let object = self.store(root)?.inner().get(&path).await.map_err(failed)?;
-                object.bytes().await.map_err(failed)
+    pub async fn read(&self, image: &Image) -> Result<Bytes, ReadError> {
+        if image.size > self.limit {
+            return Err(ReadError::TooLarge { size: image.size, limit: self.limit });
+        }
+        let range = match &image.part {
+            None => None,
+            Some(Part::Member { offset }) => Some(*offset..offset.saturating_add(image.size)),
+            Some(Part::Cell { row, column }) => return self.read_cell(image, *row, column).await,
+        };
+        let named = |source| StoreError::Object { action: "reading", path: image.location.clone(), source };
+        match Location::parse(&image.location)? {
+            Location::Local(path) => {
+                let (expected, limit) = (range.is_none().then_some(image.size).filter(|size| *size > 0), self.limit);
+                let location = image.location.clone();
+                tokio::task::spawn_blocking(move || read_local(&path, range, expected, limit, location))
+                    .await
+                    .map_err(|e| named(e.into()))?
             }
+            Location::Remote(url) => {
+                let (store, path) = self.locate(&url)?;
+                let if_match = image.etag.clone();
+                let options = GetOptions { range: range.map(GetRange::Bounded), if_match, ..GetOptions::default() };
+                let changed = || ReadError::Changed { file: image.location.clone() };
+                let object = store.inner().get_opts(&path, options).await.map_err(|error| match error {
+                    object_store::Error::Precondition { .. } => changed(),
+                    error => named(error).into(),
+                })?;
+                if image.part.is_none() && object.meta.size > self.limit {
+                    return Err(ReadError::TooLarge { size: object.meta.size, limit: self.limit });
+                }
+                Ok(object.bytes().await.map_err(named)?)
+            }
+        }
+    }
+
+    async fn read_cell(&self, image: &Image, row: u64, column: &str) -> Result<Bytes, ReadError> {
+        let (store, path) = self.locate_any(&image.location)?;
+        let wrong = |error| match error {
+            CellError::Store(source) => {
+                StoreError::Object { action: "reading", path: image.location.clone(), source }.into()
+            }
+            CellError::Changed => ReadError::Changed { file: image.location.clone() },
+            CellError::Cell(problem) => ReadError::Cell { file: image.location.clone(), row, problem },
+        };
+        // The size and time of a local file may differ from machine to machine.
+        let etag = image.etag.as_deref().filter(|_| store.location().local().is_none());
+        let bytes = self.cells.read(&store, &path, etag, row, column).await.map_err(wrong)?;
+        match bytes.len() as u64 {
+            size if size > self.limit => Err(ReadError::TooLarge { size, limit: self.limit }),
+            _ => Ok(bytes),
         }
     }
 
     /// Size and tag of an image that is on a store, without reading it.
     pub(super) async fn head(&self, url: &str) -> Result<ObjectMeta, StoreError> {
+        let (store, path) = self.locate_any(url)?;
         let failed = |source| StoreError::Object { action: "asking for", path: url.to_owned(), source };
-        let generic = |e: url::ParseError| failed(object_store::Error::Generic { store: "URL", source: e.into() });
-        let (root, path) = split(&Url::parse(url).map_err(generic)?).map_err(failed)?;
-        self.store(root)?.inner().head(&path).await.map_err(failed)
+        store.inner().head(&path).await.map_err(failed)
+    }
+
+    /// The store a file is on, and its path there.
+    pub(super) fn locate_any(&self, location: &str) -> Result<(Store, Path), StoreError> {
+        match Location::parse(location)? {
+            Location::Local(path) => {
+                let failed = |source| StoreError::Object { action: "reading", path: location.to_owned(), source };
+                let within = Path::from_absolute_path(&path).map_err(|e| failed(e.into()))?;
+                Ok((Store::open(&Location::Local(PathBuf::from("/")))?, within))
+            }
+            Location::Remote(url) => self.locate(&url),
+        }
+    }
+
+    /// The store a URL is on, and its path there.
+    pub(super) fn locate(&self, url: &Url) -> Result<(Store, Path), StoreError> {
+        let failed =
+            |source| StoreError::Object { action: "reading", path: Location::Remote(url.clone()).to_string(), source };
+        let (root, path) = split(url).map_err(failed)?;
+        Ok((self.store(root)?, path))
+    }
+
+    /// The store with what lies below a URL.
+    pub(super) fn below(&self, url: &Url) -> Result<Store, StoreError> {
+        Store::open(&Location::Remote(url.clone()))
     }
 
     fn store(&self, root: Url) -> Result<Store, StoreError> {
@@ -56,18 +203,50 @@ impl Reader {
     }
 }
 
-/// Reads one image by its location; a [`Reader`] is better for many.
-pub async fn read_object(location: &str) -> Result<Bytes, StoreError> {
-    Reader::new().read(location).await
+/// Reads one whole file by its location; a [`Reader`] is better for many.
+pub async fn read_object(location: &str) -> Result<Bytes, ReadError> {
+    Reader::new().read(&Image { location: location.to_owned(), part: None, size: 0, etag: None }).await
 }
 
-async fn read_local(path: PathBuf) -> Result<Bytes, object_store::Error> {
-    let name = path.display().to_string();
-    tokio::task::spawn_blocking(move || std::fs::read(path)).await?.map(Bytes::from).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => object_store::Error::NotFound { path: name, source: e.into() },
-        std::io::ErrorKind::PermissionDenied => object_store::Error::PermissionDenied { path: name, source: e.into() },
-        _ => object_store::Error::Generic { store: "local file", source: e.into() },
-    })
+/// A local file, or a range of it. Its time of change may differ from machine to machine; its `expected` size may not.
+fn read_local(
+    path: &FsPath,
+    range: Option<std::ops::Range<u64>>,
+    expected: Option<u64>,
+    limit: u64,
+    location: String,
+) -> Result<Bytes, ReadError> {
+    let failed = |e: std::io::Error| StoreError::Object {
+        action: "reading",
+        path: location.clone(),
+        source: io_error(&location, e),
+    };
+    let mut file = File::open(path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
+    let changed = || ReadError::Changed { file: location.clone() };
+    if expected.is_some_and(|expected| expected != size) {
+        return Err(changed());
+    }
+    let (start, length) = range.map_or((0, size), |range| (range.start, range.end - range.start));
+    if length > limit {
+        return Err(ReadError::TooLarge { size: length, limit });
+    }
+    file.seek(SeekFrom::Start(start)).map_err(failed)?;
+    let mut bytes = Vec::with_capacity(length.min(size) as usize);
+    file.take(length).read_to_end(&mut bytes).map_err(failed)?;
+    if (bytes.len() as u64) < length { Err(changed()) } else { Ok(bytes.into()) }
+}
+
+fn io_error(path: &str, error: std::io::Error) -> object_store::Error {
+    let (path, source) = (path.to_owned(), error.into());
+    let kind = |source: &Box<dyn std::error::Error + Send + Sync>| {
+        source.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
+    };
+    match kind(&source) {
+        Some(std::io::ErrorKind::NotFound) => object_store::Error::NotFound { path, source },
+        Some(std::io::ErrorKind::PermissionDenied) => object_store::Error::PermissionDenied { path, source },
+        _ => object_store::Error::Generic { store: "local file", source },
+    }
 }
 
 /// The URL of the bucket and the object's path in it.
@@ -91,6 +270,10 @@ mod tests {
         (root.to_string(), path.to_string())
     }
 
+    fn image(path: &FsPath, size: u64) -> Image {
+        Image { location: path.to_str().unwrap().to_owned(), part: None, size, etag: Some("0-0".into()) }
+    }
+
     #[test]
     fn a_url_is_a_bucket_and_a_path_in_it() {
         assert_eq!(parts("s3://bucket/a/b%20c.png"), ("s3://bucket/".into(), "a/b c.png".into()));
@@ -106,15 +289,36 @@ mod tests {
     #[tokio::test]
     async fn a_missing_image_is_not_found_and_named() {
         let error = read_object("/no/such/image.png").await.unwrap_err();
-        assert!(error.to_string().contains("/no/such/image.png"));
-        assert!(matches!(error, StoreError::Object { source: object_store::Error::NotFound { .. }, .. }));
+        assert!(error.to_string().contains("/no/such/image.png") && !error.is_transient());
+        assert!(matches!(
+            error,
+            ReadError::Store(StoreError::Object { source: object_store::Error::NotFound { .. }, .. })
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_local_image_must_have_the_size_that_was_listed_whatever_its_time() {
+        let root = tempfile::TempDir::new().unwrap();
+        let path = root.path().join("a.png");
+        std::fs::write(&path, b"0123456789").unwrap();
+        let reader = Reader::new().with_limit(10);
+        assert_eq!(&reader.read(&image(&path, 10)).await.unwrap()[..], b"0123456789");
+        assert!(matches!(reader.read(&image(&path, 9)).await, Err(ReadError::Changed { .. })));
+        let member = |offset, size| Image { part: Some(Part::Member { offset }), ..image(&path, size) };
+        assert_eq!(&reader.read(&member(3, 4)).await.unwrap()[..], b"3456");
+        assert!(matches!(reader.read(&member(8, 4)).await, Err(ReadError::Changed { .. })));
+        assert!(matches!(reader.read(&member(0, 11)).await, Err(ReadError::TooLarge { .. })));
+        // A size that nobody knows is found out before the file is in memory.
+        std::fs::write(&path, b"01234567890").unwrap();
+        assert!(matches!(reader.read(&image(&path, 0)).await, Err(ReadError::TooLarge { size: 11, limit: 10 })));
     }
 
     #[tokio::test]
     async fn stores_are_opened_once_per_bucket() {
         let reader = Reader::new();
         for key in ["a", "b"] {
-            let _ = reader.read(&format!("memory:///{key}.png")).await;
+            let location = format!("memory:///{key}.png");
+            let _ = reader.read(&Image { location, part: None, size: 0, etag: None }).await;
         }
         assert_eq!(reader.stores.lock().unwrap().len(), 1);
     }

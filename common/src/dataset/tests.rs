@@ -2,13 +2,20 @@ use std::fs;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
 use object_store::memory::InMemory;
 use object_store::path::Path;
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    PutMultipartOptions, PutOptions, PutPayload, PutResult, Result as Outcome,
+};
 use tempfile::TempDir;
 use url::Url;
 
 use super::*;
-use crate::class::Classes;
+use crate::manifest::Sample;
+use crate::store::Store;
 
 fn dataset(files: &[&str]) -> TempDir {
     let root = TempDir::new().unwrap();
@@ -26,7 +33,14 @@ async fn list_dir(
     limit: Option<u64>,
 ) -> Result<Vec<Sample>, DatasetError> {
     let options = ListOptions { label_from: labels, limit, ..ListOptions::default() };
-    list(root.path().to_str().unwrap(), &options).await
+    list_all(root.path().to_str().unwrap(), &options).await
+}
+
+async fn list_all(source: &str, options: &ListOptions<'_>) -> Result<Vec<Sample>, DatasetError> {
+    let mut samples = Vec::new();
+    let count = list(source, options, &mut samples).await?;
+    assert_eq!(count, samples.len() as u64);
+    Ok(samples)
 }
 
 fn keys(samples: &[Sample]) -> Vec<&str> {
@@ -58,7 +72,9 @@ async fn the_parent_directory_is_the_label() {
     let labels: Vec<_> = samples.iter().map(|s| s.label.as_deref()).collect();
     assert_eq!(labels, [Some("cat"), None, Some("dog")]);
     let classes = Classes::parse("cat", &[]).unwrap();
-    assert_eq!(unknown_labels(&samples, &classes), [("dog".to_owned(), 1, "train/dog/1.png".to_owned())]);
+    let mut unknown = UnknownLabels::default();
+    samples.iter().for_each(|sample| unknown.note(sample, &classes));
+    assert_eq!(unknown.into_sorted(), [("dog".to_owned(), 1, "train/dog/1.png".to_owned())]);
 }
 
 #[tokio::test]
@@ -86,14 +102,14 @@ async fn a_label_file_labels_the_keys_it_names() {
 
 #[tokio::test]
 async fn sources_without_images_say_what_was_looked_for() {
-    let error = list("/no/such/images", &ListOptions::default()).await.unwrap_err().to_string();
+    let error = list_all("/no/such/images", &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("/no/such/images does not exist"), "{error}");
     let root = dataset(&["a.txt", "b.csv"]);
     let error = list_dir(&root, None, None).await.unwrap_err().to_string();
     assert!(error.contains("2 other files") && error.contains(".png .jpg"), "{error}");
     let file = root.path().join("a.png.gz");
     fs::write(&file, "x").unwrap();
-    let error = list(file.to_str().unwrap(), &ListOptions::default()).await.unwrap_err().to_string();
+    let error = list_all(file.to_str().unwrap(), &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("is a file"), "{error}");
 }
 
@@ -123,18 +139,146 @@ async fn links_are_followed_unless_they_lead_in_a_circle() {
 }
 
 #[tokio::test]
+async fn keys_are_sorted_as_a_whole_across_directories() {
+    let root = dataset(&["a/x.png", "a-b/x.png", "a.png", "a0/x.png", "a/b/x.png", "a/b.png", "é.png"]);
+    let samples = list_dir(&root, None, None).await.unwrap();
+    let mut sorted = keys(&samples);
+    sorted.sort_unstable();
+    assert_eq!(keys(&samples), sorted);
+    assert_eq!(sorted.len(), 7);
+}
+
+#[tokio::test]
+async fn patterns_name_files_and_directories() {
+    let root = dataset(&["train/cat/0.png", "train/dog/1.jpg", "val/cat/2.png", "test/cat/3.png"]);
+    let at = |pattern: &str| format!("{}/{pattern}", root.path().display());
+    for (pattern, expected) in [
+        ("{val,train}", vec!["val/cat/2.png", "train/cat/0.png", "train/dog/1.jpg"]),
+        ("t*", vec!["test/cat/3.png", "train/cat/0.png", "train/dog/1.jpg"]),
+        ("**/*.jpg", vec!["train/dog/1.jpg"]),
+        ("*/cat/[02].png", vec!["train/cat/0.png", "val/cat/2.png"]),
+        ("train/cat/0.png", vec!["0.png"]),
+    ] {
+        let samples = list_all(&at(pattern), &ListOptions::default()).await.unwrap();
+        assert_eq!(keys(&samples), expected, "{pattern}");
+        assert!(samples.iter().all(|s| s.location.ends_with(&s.key)));
+    }
+    for (pattern, message) in [
+        ("{train,t*}", "there are two images named train/cat/0.png"),
+        ("*/bird", "no image in"),
+        ("{val,nowhere}", "nowhere does not exist"),
+    ] {
+        let error = list_all(&at(pattern), &ListOptions::default()).await.unwrap_err().to_string();
+        assert!(error.contains(message), "{pattern}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn files_of_several_kinds_are_refused_with_the_pattern_that_tells_them_apart() {
+    let root = dataset(&["0.png", "old/backup.tar"]);
+    let error = list_dir(&root, None, None).await.unwrap_err().to_string();
+    assert!(error.contains("images (0.png) and tar shards (old/backup.tar)"), "{error}");
+    assert!(error.contains("/**/*.png'"), "{error}");
+}
+
+#[tokio::test]
+async fn images_without_captions_are_refused_where_captions_are_asked_for() {
+    let root = dataset(&["0.png"]);
+    let options = ListOptions { candidates: Some("captions"), ..ListOptions::default() };
+    let error = list_all(root.path().to_str().unwrap(), &options).await.unwrap_err().to_string();
+    assert!(error.contains("bring no 'captions' along"), "{error}");
+}
+
+#[tokio::test]
+async fn labels_that_a_list_brings_may_be_left_out() {
+    let root = dataset(&["0.png"]);
+    let csv = root.path().join("list.csv");
+    fs::write(&csv, "path,label,breed\n0.png,cat,7\n").unwrap();
+    for (from, label) in [(None, Some("cat")), (Some("none"), None), (Some("column:breed"), Some("7"))] {
+        let from = from.map(LabelSource::from);
+        let options = ListOptions { label_from: from.as_ref(), ..ListOptions::default() };
+        let samples = list_all(csv.to_str().unwrap(), &options).await.unwrap();
+        assert_eq!(samples[0].label.as_deref(), label);
+    }
+}
+
+/// Lists objects from the last to the first.
+#[derive(Debug)]
+struct Backwards(InMemory);
+
+impl std::fmt::Display for Backwards {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("backwards")
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Backwards {
+    async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Outcome<PutResult> {
+        self.0.put_opts(path, payload, options).await
+    }
+
+    async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Outcome<Box<dyn MultipartUpload>> {
+        self.0.put_multipart_opts(path, options).await
+    }
+
+    async fn get_opts(&self, path: &Path, options: GetOptions) -> Outcome<GetResult> {
+        self.0.get_opts(path, options).await
+    }
+
+    fn delete_stream(&self, paths: BoxStream<'static, Outcome<Path>>) -> BoxStream<'static, Outcome<Path>> {
+        self.0.delete_stream(paths)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Outcome<ObjectMeta>> {
+        let objects = self.0.list(prefix).collect::<Vec<_>>();
+        objects.map(|objects| futures::stream::iter(objects.into_iter().rev())).flatten_stream().boxed()
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Outcome<ListResult> {
+        self.0.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Outcome<()> {
+        self.0.copy_opts(from, to, options).await
+    }
+}
+
+async fn poured(store: Arc<dyn object_store::ObjectStore>, url: &Url, sort: bool) -> (bool, Vec<Sample>) {
+    let store = Store::from_parts(store, Location::Remote(url.clone()));
+    let mut samples = Vec::new();
+    let mut collector = Collector::new(&ListOptions::default(), &mut samples).unwrap();
+    let mut intake = Intake::new("source".into(), &mut collector);
+    let in_order = walk::walk_remote(&store, url, "", |_| true, sort, &mut intake).await.unwrap();
+    (in_order, samples)
+}
+
+#[tokio::test]
 async fn objects_get_urls_that_lead_back_to_them() {
     let memory = Arc::new(InMemory::new());
     let url = Url::parse("s3://user:secret@bucket/images?token=secret").unwrap();
-    let store = Store::from_parts(memory, Location::Remote(url.clone()));
+    let store = Store::from_parts(memory.clone(), Location::Remote(url.clone()));
     for key in ["cat/a b#1%.png", "cat/.hidden/x.png", "list.txt"] {
         store.write(&Path::parse(key).unwrap(), Bytes::from_static(b"x")).await.unwrap();
     }
-    let (found, others) = directory::list_store(&store, &url).await.unwrap();
-    assert_eq!(others, 1);
-    assert_eq!(found.len(), 1);
-    assert_eq!(found[0].key, "cat/a b#1%.png");
-    assert_eq!(found[0].location, "s3://bucket/images/cat/a%20b%231%25.png");
-    let back = Url::parse(&found[0].location).unwrap();
+    let (in_order, samples) = poured(memory, &url, false).await;
+    assert!(in_order);
+    assert_eq!(keys(&samples), ["cat/a b#1%.png"]);
+    assert_eq!(samples[0].location, "s3://bucket/images/cat/a%20b%231%25.png");
+    let back = Url::parse(&samples[0].location).unwrap();
     assert_eq!(Path::from_url_path(back.path()).unwrap().as_ref(), "images/cat/a b#1%.png");
+}
+
+#[tokio::test]
+async fn objects_listed_out_of_order_are_sorted() {
+    let url = Url::parse("s3://bucket/images").unwrap();
+    let memory = InMemory::new();
+    for key in ["a.png", "b.png", "c.png"] {
+        memory.put(&Path::from(key), Bytes::from_static(b"x").into()).await.unwrap();
+    }
+    let store = Arc::new(Backwards(memory));
+    assert!(!poured(store.clone(), &url, false).await.0);
+    let (in_order, samples) = poured(store, &url, true).await;
+    assert!(in_order);
+    assert_eq!(keys(&samples), ["a.png", "b.png", "c.png"]);
 }

@@ -173,6 +173,7 @@ mod tests {
             id: SampleId(0),
             key: key.into(),
             location: format!("/{key}"),
+            part: None,
             size: 1,
             etag: None,
             label: label.map(str::to_owned),

@@ -21,6 +21,7 @@ fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {
             id: SampleId(id),
             key: format!("{id}.png"),
             location: format!("/{id}.png"),
+            part: None,
             size: 1,
             etag: None,
             label: None,

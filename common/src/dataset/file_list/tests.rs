@@ -23,7 +23,9 @@ impl Listed {
     async fn list(&self, name: &str, text: &str, options: ListOptions<'_>) -> Result<Vec<Sample>, DatasetError> {
         let path = self.0.path().join(name);
         fs::write(&path, text).unwrap();
-        list(path.to_str().unwrap(), &options).await
+        let mut samples = Vec::new();
+        list(path.to_str().unwrap(), &options, &mut samples).await?;
+        Ok(samples)
     }
 
     async fn error(&self, name: &str, text: &str, candidates: Option<&str>) -> String {
