@@ -8,15 +8,18 @@
 //! ```
 //! Writes are acknowledged when durable. Opening fences any coordinator that had the ledger open.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use elbo_common::ids::{Epoch, Round, SampleId, ShardId};
 use elbo_common::layout;
-use elbo_common::store::Store;
+use elbo_common::store::{Location, Store};
 use elbo_common::unit::UnitId;
 use elbo_proto::v1;
 use prost::Message;
+use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, WriteBatch};
 
 use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult};
@@ -54,6 +57,8 @@ pub struct Ledger {
     db: Db,
     epoch: Epoch,
     sequence: AtomicU64,
+    /// The epoch and sequence of every record of the shards in work, so that a commit deletes them without a scan.
+    records: Mutex<HashMap<ShardId, Vec<(Epoch, u64)>>>,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -92,6 +97,47 @@ fn result_prefix(shard: ShardId) -> String {
     format!("result/{:08x}/", shard.0)
 }
 
+fn result_key(shard: ShardId, epoch: Epoch, sequence: u64) -> String {
+    format!("{}{:016x}/{sequence:016x}", result_prefix(shard), epoch.0)
+}
+
+/// The reverse of [`result_key`].
+fn parse_result_key(key: &[u8]) -> Option<(Epoch, u64)> {
+    let mut parts = std::str::from_utf8(key).ok()?.rsplit('/');
+    let (sequence, epoch) = (parts.next()?, parts.next()?);
+    Some((Epoch(u64::from_str_radix(epoch, 16).ok()?), u64::from_str_radix(sequence, 16).ok()?))
+}
+
+/// How the database keeps its size in bounds: what shards leave behind when they are done is compacted and deleted within
+/// minutes, where the defaults would leave it for a quarter of an hour.
+fn settings(location: &Location) -> Settings {
+    let minutes = |n: u64| Duration::from_secs(60 * n);
+    let collect = |interval, min_age| {
+        Some(GarbageCollectorDirectoryOptions { interval: Some(interval), min_age, dry_run: false })
+    };
+    Settings {
+        l0_sst_size_bytes: 16 << 20,
+        // Writers wait when the store takes no more, rather than fill the memory.
+        max_unflushed_bytes: 64 << 20,
+        compactor_options: Some(CompactorOptions {
+            // No scan of ours takes so long.
+            checkpoint_lifetime: minutes(2),
+            max_concurrent_compactions: 2,
+            ..CompactorOptions::default()
+        }),
+        garbage_collector_options: Some(GarbageCollectorOptions {
+            wal_options: collect(minutes(1), minutes(1)),
+            compacted_options: collect(minutes(1), minutes(2)),
+            manifest_options: collect(minutes(5), minutes(60)),
+            compactions_options: collect(minutes(5), minutes(60)),
+            // Local files know no conditional overwrite; without it nothing would ever be deleted.
+            boundary_files_enabled: !matches!(location, Location::Local(_)),
+            ..GarbageCollectorOptions::default()
+        }),
+        ..Settings::default()
+    }
+}
+
 fn done_key(shard: ShardId) -> String {
     format!("{DONE}{:08x}", shard.0)
 }
@@ -110,14 +156,15 @@ fn broken(key: &[u8], reason: impl ToString) -> LedgerError {
 impl Ledger {
     /// Opens an output's ledger, makes it where there is none, and begins a new epoch.
     pub async fn open(out: &Store) -> Result<Self, LedgerError> {
-        let db = Db::open(layout::LEDGER, out.inner()).await.map_err(failed("opening"))?;
+        let db = Db::builder(layout::LEDGER, out.inner()).with_settings(settings(out.location()));
+        let db = db.build().await.map_err(failed("opening"))?;
         let before = match db.get(EPOCH).await.map_err(failed("reading"))? {
             None => 0,
             Some(bytes) => u64::from_le_bytes(
                 bytes.as_ref().try_into().map_err(|_| broken(EPOCH.as_bytes(), "it is not eight bytes"))?,
             ),
         };
-        let ledger = Self { db, epoch: Epoch(before + 1), sequence: AtomicU64::new(0) };
+        let ledger = Self { db, epoch: Epoch(before + 1), sequence: AtomicU64::new(0), records: Mutex::default() };
         let mut batch = WriteBatch::new();
         batch.put(EPOCH, ledger.epoch.0.to_le_bytes());
         ledger.write(batch).await?;
@@ -155,6 +202,10 @@ impl Ledger {
         self.write(batch).await
     }
 
+    fn known_records(&self) -> MutexGuard<'_, HashMap<ShardId, Vec<(Epoch, u64)>>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes a record durable: when this returns, no crash loses it. A record that speaks of several shards is split.
     pub async fn append(&self, record: &Record, shard_size: u32) -> Result<(), LedgerError> {
         let mut parts: BTreeMap<ShardId, StoredRecord> = BTreeMap::new();
@@ -167,33 +218,34 @@ impl Ledger {
         let mut batch = WriteBatch::new();
         for (shard, part) in parts {
             let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-            let key = format!("{}{:016x}/{sequence:016x}", result_prefix(shard), self.epoch.0);
-            batch.put(key, part.encode_to_vec());
+            batch.put(result_key(shard, self.epoch, sequence), part.encode_to_vec());
+            self.known_records().entry(shard).or_default().push((self.epoch, sequence));
         }
         if batch.is_empty() { Ok(()) } else { self.write(batch).await }
     }
 
-    /// The records of an open shard, in the order they were appended.
+    /// The records of a shard, in the order they were appended; to be asked for before any is appended.
     pub async fn records(&self, shard: ShardId) -> Result<Vec<Record>, LedgerError> {
         let mut entries = self.db.scan_prefix(result_prefix(shard), ..).await.map_err(failed("reading"))?;
-        let mut records = Vec::new();
+        let (mut records, mut known) = (Vec::new(), Vec::new());
         while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
             let stored = StoredRecord::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
+            known.push(parse_result_key(&entry.key).ok_or_else(|| broken(&entry.key, "its key is not a record's"))?);
             let results = stored.results.into_iter().map(from_wire).collect::<Option<Vec<_>>>();
             records.push(Record {
                 results: results.ok_or_else(|| broken(&entry.key, "a result names no unit"))?,
                 failures: stored.failures.into_iter().map(failure_from_wire).collect(),
             });
         }
+        self.known_records().insert(shard, known);
         Ok(records)
     }
 
     /// Marks a shard as committed and drops its records, in one atomic write.
     pub async fn commit(&self, shard: ShardId, totals: ShardTotals) -> Result<(), LedgerError> {
         let mut batch = WriteBatch::new();
-        let mut entries = self.db.scan_prefix(result_prefix(shard), ..).await.map_err(failed("reading"))?;
-        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
-            batch.delete(&entry.key);
+        for (epoch, sequence) in self.known_records().remove(&shard).unwrap_or_default() {
+            batch.delete(result_key(shard, epoch, sequence));
         }
         let ShardTotals { samples, quarantined, evaluations, recomputed, spared } = totals;
         let stored = StoredTotals { samples, quarantined, evaluations, recomputed, spared };
@@ -258,7 +310,6 @@ pub fn failure_from_wire(wire: v1::SampleFailure) -> SampleFailure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use elbo_common::store::Location;
     use slatedb::object_store::memory::InMemory;
     use std::sync::Arc;
 

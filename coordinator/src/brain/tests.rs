@@ -1,10 +1,11 @@
 //! The brain driven through whole jobs, in any order of results and with faults, without a network or a clock.
 
 use super::*;
+use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{PromptIndex, Round};
 use elbo_common::noise::{NoiseScope, NoiseSource};
 use elbo_common::policy::Policy;
-use elbo_common::unit::Cut;
+use elbo_common::unit::{Cut, Unit};
 
 const SHARD_SIZE: u32 = 4;
 
@@ -28,6 +29,11 @@ fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {
             pair: None,
         })
         .collect()
+}
+
+fn open(brain: &mut Brain, shard: ShardId, samples: u64, records: Vec<Record>) {
+    let restored = Shard::restore(brain.job(), manifest(shard, samples), records);
+    brain.open_shard(shard, restored);
 }
 
 fn brain(samples: u64, epoch: u64) -> Brain {
@@ -107,7 +113,7 @@ impl World {
     fn steward(&mut self) {
         while let Some(shard) = self.brain.wants_shard() {
             let records = self.ledger.get(&shard).cloned().unwrap_or_default();
-            self.brain.open_shard(shard, manifest(shard, self.samples), records);
+            open(&mut self.brain, shard, self.samples, records);
         }
         for shard in self.brain.finished_shards() {
             let (_, outcomes, totals) = self.brain.finished(shard).unwrap();
@@ -115,7 +121,7 @@ impl World {
             assert!(before.is_none_or(|b| b == outcomes), "a shard written twice must not differ");
             self.ledger.remove(&shard);
             self.totals.insert(shard, totals);
-            self.brain.close_shard(shard, totals);
+            self.brain.close_shard(shard);
         }
     }
 
@@ -259,7 +265,7 @@ fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
 
 fn started() -> (Brain, Grant) {
     let mut brain = brain(4, 1);
-    brain.open_shard(ShardId(0), manifest(ShardId(0), 4), vec![]);
+    open(&mut brain, ShardId(0), 4, vec![]);
     brain.join("w", "host", "cpu", Duration::ZERO);
     let grant = brain.grant("w", 0.0, Duration::ZERO).unwrap();
     (brain, grant)
@@ -333,7 +339,7 @@ fn a_grant_whose_reply_was_lost_is_granted_again() {
 #[test]
 fn a_failing_sample_is_found_by_bisection_and_only_it_is_given_up() {
     let mut brain = brain(4, 1);
-    brain.open_shard(ShardId(0), manifest(ShardId(0), 4), vec![]);
+    open(&mut brain, ShardId(0), 4, vec![]);
     brain.join("a", "host", "cpu", Duration::ZERO);
     brain.join("b", "host", "cpu", Duration::ZERO);
     let (mut given_up, mut failures) = (Vec::new(), 0);
