@@ -65,6 +65,12 @@ pub(crate) fn read_token(args: &TokenArgs) -> anyhow::Result<Option<String>> {
     Ok(token)
 }
 
+/// Raises the soft limit of open files, usually 1,024, to the hard one: every worker is a connection.
+pub(crate) fn allow_connections() {
+    // Where that is refused, fewer workers can connect.
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+}
+
 /// The name of this host.
 pub(crate) fn host() -> String {
     hostname::get().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())

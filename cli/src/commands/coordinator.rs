@@ -27,6 +27,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         .ok()
         .filter(|d| *d >= Duration::from_millis(500))
         .ok_or_else(|| usage("--lease-seconds must be at least 0.5"))?;
+    session::allow_connections();
     let job = session::identify(&flags).await?;
     let stop = stop::on_signal()?;
     let listener = TcpListener::bind(args.listen)
