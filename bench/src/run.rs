@@ -26,11 +26,8 @@ use crate::{BenchError, oracle};
 /// Training timesteps of the model that is made up.
 const TIMESTEPS: u32 = 1000;
 
-/// Workers come one after the other over so long.
-const JOINING: Duration = Duration::from_secs(10);
-
-/// The next measurement begins so long after the last worker has come.
-const WARMING_UP: Duration = Duration::from_secs(10);
+/// Workers come one after the other over a sixth of the time that is measured, which begins after another sixth.
+const JOINING: u32 = 6;
 
 /// The pause after a worker died until another takes its place.
 const REPLACED_AFTER: Duration = Duration::from_secs(5);
@@ -163,7 +160,8 @@ impl Bench<'_> {
     async fn steady(&self, coordinator: &mut Coordinator, rate: f64) -> Result<Steady, BenchError> {
         let (tally, stop) = (Arc::new(Tally::default()), CancellationToken::new());
         let count = self.options.workers;
-        let phase = JOINING + WARMING_UP + self.options.seconds;
+        let joining = self.options.seconds / JOINING;
+        let phase = 2 * joining + self.options.seconds;
         let mut crew = JoinSet::new();
         let mut able = 0.0;
         for i in 0..count {
@@ -178,7 +176,7 @@ impl Bench<'_> {
             let worker = self.worker(&coordinator.address, behaviour, &tally)?;
             let successor = self.worker(&coordinator.address, successor, &tally)?;
             // Neighbours in rate don't come together.
-            let delay = JOINING.mul_f64((i * 7919 % count.max(1)) as f64 / count as f64);
+            let delay = joining.mul_f64((i * 7919 % count.max(1)) as f64 / count as f64);
             let stop = stop.clone();
             crew.spawn(async move {
                 tokio::time::sleep(delay).await;
@@ -190,7 +188,7 @@ impl Bench<'_> {
                 true
             });
         }
-        tokio::time::sleep(JOINING + WARMING_UP).await;
+        tokio::time::sleep(2 * joining).await;
         coordinator.check()?;
         coordinator.forget_peak()?;
         drop((tally.take_lease_seconds(), tally.take_report_seconds()));

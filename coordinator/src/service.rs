@@ -314,9 +314,11 @@ impl v1::coordinator_server::Coordinator for Service {
         if !given_up.is_empty() {
             shared.persist(Record { results: Vec::new(), failures: given_up }, None).await?;
         }
-        // A block that failed is not for the worker it failed on.
-        shared.work.notify_waiters();
-        shared.steward.notify_one();
+        if !error.is_empty() {
+            // A block that failed is for anyone but the worker it failed on.
+            shared.work.notify_waiters();
+        }
+        shared.announce(&mut shared.brain());
         Ok(Response::new(v1::ReleaseReply {}))
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use elbo_bench::Options;
+use elbo_common::job::DEFAULT_SHARD_SIZE;
 
 use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs};
 use crate::failure::usage;
@@ -29,6 +30,13 @@ async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
         return Err(usage(format!(
             "--classes {} is too few for the schedule {}, which keeps {most}: give more, or another --preset",
             args.classes, args.preset
+        )));
+    }
+    let needed = args.shards.saturating_mul(u64::from(DEFAULT_SHARD_SIZE));
+    if args.samples.get() <= needed {
+        return Err(usage(format!(
+            "--samples {} is too few: {} shards of {DEFAULT_SHARD_SIZE} images are finished, and some have to be left; give more, or fewer --shards",
+            args.samples, args.shards
         )));
     }
     let options = Options {

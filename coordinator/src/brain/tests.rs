@@ -5,7 +5,7 @@ use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{PromptIndex, Round};
 use elbo_common::noise::{NoiseScope, NoiseSource};
 use elbo_common::policy::Policy;
-use elbo_common::unit::{Cut, Unit};
+use elbo_common::unit::{Cut, Unit, UnitId};
 
 const SHARD_SIZE: u32 = 4;
 
@@ -422,4 +422,50 @@ fn memory_is_bounded_by_the_window_whatever_the_corpus() {
         }
     }
     assert!(world.committed.len() > 100);
+}
+
+#[test]
+fn fewer_shards_are_open_the_more_their_outcomes_weigh() {
+    let policy = LeasePolicy::default();
+    let window = |prompts: usize, shard_size| {
+        let contenders = Contenders::prompts(prompts);
+        let rounds = Policy::exhaustive(&[10], 1).unwrap().rounds(1000, Some(&contenders)).unwrap();
+        policy.window(&JobShape::new(rounds, contenders, &[(0, 1_000_000)].into(), shard_size, false))
+    };
+    assert_eq!(window(10, 1000), policy.window);
+    let large = window(1000, 1000);
+    assert!((2..20).contains(&large));
+    assert!(large as u64 * 1_000_000 * size_of::<ScoredPrompt>() as u64 <= policy.memory);
+    // Two are open whatever they take: one to finish, one to go on with.
+    assert_eq!(window(100_000, 1000), 2);
+}
+
+#[test]
+fn a_restored_shard_hands_out_what_is_left_and_nothing_twice() {
+    let (mut before, mut known) = (brain(4, 1), Vec::new());
+    open(&mut before, ShardId(0), 4, vec![]);
+    before.join("w", "host", "cpu", Duration::ZERO);
+    // Sample 0 comes to its second round, sample 1 to half of its first.
+    for unit in before.grant("w", 1e6, Duration::ZERO).unwrap().units.iter().filter(|u| u.id.sample.0 < 2) {
+        if unit.id.sample.0 == 0 || unit.id.prompts == 0 {
+            known.push(Record { results: vec![evaluate(unit)], failures: vec![] });
+        }
+    }
+    let mut after = brain(4, 2);
+    let reported: Vec<_> = known.iter().map(|record| record.results[0].id).collect();
+    open(&mut after, ShardId(0), 4, known);
+    after.join("w", "host", "cpu", Duration::ZERO);
+    let mut granted: Vec<UnitId> = Vec::new();
+    while let Some(grant) = after.grant("w", 10.0, Duration::ZERO) {
+        granted.extend(grant.units.iter().map(|unit| unit.id));
+    }
+    let shape = shape(4, true);
+    let first = Cut::new(shape.rounds()[0].slots.len(), 70);
+    let mut expected: Vec<_> = (1..4).flat_map(|sample| first.ids(SampleId(sample), Round(0))).collect();
+    expected.retain(|unit| !reported.contains(unit));
+    expected.extend(Cut::new(shape.rounds()[1].slots.len(), 3).ids(SampleId(0), Round(1)));
+    granted.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(granted, expected);
+    assert!(!after.has_ready(), "what is counted as ready must be gone when all is granted");
 }
