@@ -1,10 +1,11 @@
 //! The command line. Flag names are a contract; `JobArgs` are also the keys of job.toml and `ELBO_*` variables.
 
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use elbo_common::preset::Preset;
 use elbo_coordinator::MaxBad;
 
 use crate::job_args::{JobArgs, JobSource};
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Plan(Box<PlanArgs>),
     /// Show what a model is, what it needs, and what would make it fail
     Inspect(InspectArgs),
+    /// Measure parts of the system on this machine
+    Bench(BenchArgs),
 }
 
 impl Command {
@@ -87,6 +90,9 @@ pub(crate) struct RunArgs {
     /// Resume the job in --out (the default)
     #[arg(long)]
     pub(crate) resume: bool,
+    /// Give the images that an earlier run quarantined another try, after their cause was mended
+    #[arg(long, conflicts_with = "fresh")]
+    pub(crate) retry_quarantined: bool,
     /// Quarantined samples to bear before the job is ended: a number or a share like 5% [default: 10%]
     #[arg(long, env = "ELBO_MAX_BAD")]
     pub(crate) max_bad: Option<MaxBad>,
@@ -228,6 +234,57 @@ pub(crate) struct PlanArgs {
 pub(crate) struct InspectArgs {
     /// A directory, hf://owner/name[@revision], or a URL like s3://bucket/model
     pub(crate) model: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `elbo bench`.
+#[derive(Debug, Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub(crate) command: BenchCommand,
+}
+
+/// What can be measured.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// The coordinator, over generated images and with simulated workers: listing, CPU time, memory, ledger, restart
+    Coordinator(BenchCoordinatorArgs),
+}
+
+/// `elbo bench coordinator`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchCoordinatorArgs {
+    /// Images
+    #[arg(long, default_value = "10000")]
+    pub(crate) samples: NonZeroU64,
+    /// Classes, each of one prompt
+    #[arg(long, default_value = "1000")]
+    pub(crate) classes: u32,
+    /// Schedule: pets, cifar10, stl10, food, aircraft, flowers, objectnet or imagenet
+    #[arg(long, default_value = "imagenet")]
+    pub(crate) preset: Preset,
+    /// Simulated workers: some come late, some straggle, some die and are replaced
+    #[arg(long, default_value = "1000")]
+    pub(crate) workers: NonZeroUsize,
+    /// Evaluations per second of the average worker; a phase for each
+    #[arg(long, value_delimiter = ',', default_value = "92,1000")]
+    pub(crate) rate: Vec<f64>,
+    /// Seconds that workers of each rate are measured
+    #[arg(long, default_value = "60")]
+    pub(crate) seconds: f64,
+    /// Shards that workers answering at once have to finish, in at most ten times as long
+    #[arg(long, default_value = "4")]
+    pub(crate) shards: u64,
+    /// Seconds of rest before the size of the ledger is looked at
+    #[arg(long, default_value = "180")]
+    pub(crate) settle: f64,
+    /// Directory for the images and the job, kept for the next benchmark [default: a temporary one, removed]
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -65,6 +65,12 @@ pub(crate) fn read_token(args: &TokenArgs) -> anyhow::Result<Option<String>> {
     Ok(token)
 }
 
+/// Raises the soft limit of open files, usually 1,024, to the hard one: every worker is a connection.
+pub(crate) fn allow_connections() {
+    // Where that is refused, fewer workers can connect.
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+}
+
 /// The name of this host.
 pub(crate) fn host() -> String {
     hostname::get().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
@@ -95,9 +101,16 @@ pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Resu
 }
 
 /// Takes a job up in an output.
-pub(crate) async fn open(job: Identified, out: &str, fresh: bool) -> anyhow::Result<Job> {
+pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
     let store = Store::create(&Location::parse(out)?)?;
-    match Job::open(job.identity, &job.models.model, store, JobOptions { fresh }).await {
+    match Job::open(
+        job.identity,
+        &job.models.model,
+        store,
+        JobOptions { fresh: run.fresh, retry_quarantined: run.retry_quarantined },
+    )
+    .await
+    {
         Err(JobError::Policy(error)) => Err(usage(error)),
         opened => Ok(opened?),
     }
@@ -116,7 +129,7 @@ pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &R
         }
         other => other.into(),
     })?);
-    let job = open(job, out, run.fresh).await?;
+    let job = open(job, out, run).await?;
     if job.is_done() {
         return already_done(job).await;
     }

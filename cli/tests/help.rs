@@ -4,7 +4,8 @@ use std::process::Command;
 
 #[test]
 fn every_command_explains_itself() {
-    for command in ["demo", "label", "coordinator", "worker", "status", "report", "verify", "plan", "inspect"] {
+    for command in ["demo", "label", "coordinator", "worker", "status", "report", "verify", "plan", "inspect", "bench"]
+    {
         let output = Command::new(env!("CARGO_BIN_EXE_elbo")).args([command, "--help"]).output().unwrap();
         assert!(output.status.success());
         assert!(String::from_utf8_lossy(&output.stdout).contains(&format!("Usage: elbo {command}")));

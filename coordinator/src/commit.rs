@@ -8,12 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use elbo_common::class::Classes;
 use elbo_common::ensemble::Contenders;
-use elbo_common::ids::{ClassIndex, Round, ShardId};
+use elbo_common::ids::{ClassIndex, Round, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::manifest::Sample;
 use elbo_common::policy::RoundSlots;
 use elbo_common::predictions::{self, ErrorRow, Labelled, Outcome as RowOutcome, Prediction, Quarantined, Score};
 use elbo_common::record::JobRecord;
+use elbo_common::store::{Store, StoreError};
 use elbo_common::table::TableError;
 use object_store::path::Path;
 
@@ -28,6 +29,48 @@ pub struct Finishing {
     pub manifest: Vec<Sample>,
     /// How they ended, in the same order.
     pub outcomes: Vec<Finished>,
+    /// The rows of samples that ended before the shard was opened again.
+    pub kept: Kept,
+}
+
+/// What an earlier commit of a shard wrote of its sound samples.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    rows: BTreeMap<SampleId, Prediction>,
+    errors: BTreeMap<SampleId, Vec<ErrorRow>>,
+}
+
+/// An earlier commit that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum KeptError {
+    /// The output can't be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A file of it is damaged.
+    #[error(transparent)]
+    Table(#[from] TableError),
+}
+
+impl Kept {
+    /// Reads the files of a shard; nothing where it was never committed.
+    pub async fn read(out: &Store, shard: ShardId) -> Result<Self, KeptError> {
+        let mut kept = Self::default();
+        if let Some(bytes) = out.read(&layout::predictions(shard)).await? {
+            let rows = predictions::decode_predictions(bytes)?;
+            kept.rows = rows.into_iter().filter(|row| row.labelled().is_some()).map(|row| (row.sample, row)).collect();
+        }
+        if let Some(bytes) = out.read(&layout::errors(shard)).await? {
+            for row in predictions::decode_errors(bytes)? {
+                kept.errors.entry(row.sample).or_default().push(row);
+            }
+        }
+        Ok(kept)
+    }
+
+    /// The samples, and the evaluations that each took.
+    pub fn evaluations(&self) -> Vec<(SampleId, u64)> {
+        self.rows.iter().map(|(sample, row)| (*sample, u64::from(row.evaluations))).collect()
+    }
 }
 
 /// How often a sample is tried before it is given up, by where it failed.
@@ -41,8 +84,17 @@ pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> R
     let meta = [("elbo.job".to_owned(), job.identity.digest()), ("elbo.version".to_owned(), job.versions.elbo.clone())];
     let of_job = spec.contenders();
     let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    let kept = &finishing.kept;
     for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
         rows.push(match &finished.outcome {
+            Outcome::Kept => {
+                errors.extend(kept.errors.get(&sample.id).into_iter().flatten().copied());
+                let gone = || TableError::Rows {
+                    table: "predictions",
+                    problem: format!("the row of {} is gone, which was there when the shard was opened", sample.key),
+                };
+                kept.rows.get(&sample.id).cloned().ok_or_else(gone)?
+            }
             Outcome::Scored { prompts, errors: single } => {
                 let classes = sample.classes(&spec.classes);
                 let contenders = of_job.clone().unwrap_or_else(|| Contenders::prompts(prompts.len()));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink, UnknownLabels};
 use elbo_common::fingerprint::JobIdentity;
-use elbo_common::ids::ShardId;
+use elbo_common::ids::{Epoch, ShardId};
 use elbo_common::job::JobSpec;
 use elbo_common::layout;
 use elbo_common::manifest::{Manifest, ManifestError, ManifestWriter, Sample};
@@ -70,6 +70,8 @@ fn describe_unknown(labels: &[(String, u64, String)]) -> String {
 pub struct JobOptions {
     /// Discard what an earlier job left in the output.
     pub fresh: bool,
+    /// Give the samples that an earlier run quarantined another try.
+    pub retry_quarantined: bool,
 }
 
 /// A job that is ready to run.
@@ -87,6 +89,8 @@ pub struct Job {
     pub ledger: Ledger,
     /// Shards committed already.
     pub done: BTreeMap<ShardId, ShardTotals>,
+    /// Shards whose quarantined samples get another try, and since which epoch.
+    pub retried: BTreeMap<ShardId, Epoch>,
 }
 
 impl Job {
@@ -145,7 +149,26 @@ impl Job {
         let present = out.list(layout::PREDICTIONS).await?;
         let mut done = ledger.done().await?;
         done.retain(|shard, _| present.contains(&layout::predictions(*shard)));
-        Ok(Self { out, record, manifest, rounds, ledger, done })
+        let mut job = Self { out, record, manifest, rounds, ledger, done, retried: BTreeMap::new() };
+        if options.retry_quarantined {
+            job.retry_quarantined().await?;
+        }
+        job.retried = job.ledger.retried().await?;
+        Ok(job)
+    }
+
+    /// Opens the shards with quarantined samples again. `job.json` says so first: were this interrupted in between, the job
+    /// would be found done and say so again.
+    async fn retry_quarantined(&mut self) -> Result<(), JobError> {
+        let mut shards = self.ledger.begun().await?;
+        shards.extend(self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(shard, _)| *shard));
+        if self.record.state == JobState::Done && !shards.is_empty() {
+            self.record.state = JobState::Unfinished;
+            self.record.totals = None;
+            self.record.write(&self.out).await?;
+        }
+        self.done.retain(|shard, _| !shards.contains(shard));
+        Ok(self.ledger.retry(shards).await?)
     }
 
     /// Whether every shard is committed.

@@ -5,18 +5,23 @@
 //! fingerprint                        the job the ledger belongs to
 //! result/<shard>/<epoch>/<sequence>  a Record: results and failures of an open shard
 //! done/<shard>                       totals of a committed shard, whose results are gone
+//! retry/<shard>                      u64, the epoch in which its quarantined samples were given another try: failures of
+//!                                    earlier epochs are void, predictions written before stay
 //! ```
 //! Writes are acknowledged when durable. Opening fences any coordinator that had the ledger open.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use elbo_common::ids::{Epoch, Round, SampleId, ShardId};
 use elbo_common::layout;
-use elbo_common::store::Store;
+use elbo_common::store::{Location, Store};
 use elbo_common::unit::UnitId;
 use elbo_proto::v1;
 use prost::Message;
+use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, WriteBatch};
 
 use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult};
@@ -54,6 +59,8 @@ pub struct Ledger {
     db: Db,
     epoch: Epoch,
     sequence: AtomicU64,
+    /// The epoch and sequence of every record of the shards in work, so that a commit deletes them without a scan.
+    records: Mutex<HashMap<ShardId, Vec<(Epoch, u64)>>>,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -87,9 +94,66 @@ struct StoredTotals {
 const EPOCH: &str = "epoch";
 const FINGERPRINT: &str = "fingerprint";
 const DONE: &str = "done/";
+const RESULT: &str = "result/";
+const RETRY: &str = "retry/";
 
 fn result_prefix(shard: ShardId) -> String {
-    format!("result/{:08x}/", shard.0)
+    format!("{RESULT}{:08x}/", shard.0)
+}
+
+fn result_key(shard: ShardId, epoch: Epoch, sequence: u64) -> String {
+    format!("{}{:016x}/{sequence:016x}", result_prefix(shard), epoch.0)
+}
+
+fn retry_key(shard: ShardId) -> String {
+    format!("{RETRY}{:08x}", shard.0)
+}
+
+/// The shard that follows a prefix in a key.
+fn parse_shard(key: &[u8], prefix: &str) -> Option<ShardId> {
+    let digits = std::str::from_utf8(key).ok()?.strip_prefix(prefix)?.get(..8)?;
+    u32::from_str_radix(digits, 16).ok().map(ShardId)
+}
+
+fn parse_u64(key: &[u8], value: &[u8]) -> Result<u64, LedgerError> {
+    Ok(u64::from_le_bytes(value.try_into().map_err(|_| broken(key, "it is not eight bytes"))?))
+}
+
+/// The reverse of [`result_key`].
+fn parse_result_key(key: &[u8]) -> Option<(Epoch, u64)> {
+    let mut parts = std::str::from_utf8(key).ok()?.rsplit('/');
+    let (sequence, epoch) = (parts.next()?, parts.next()?);
+    Some((Epoch(u64::from_str_radix(epoch, 16).ok()?), u64::from_str_radix(sequence, 16).ok()?))
+}
+
+/// How the database keeps its size in bounds: what shards leave behind when they are done is compacted and deleted within
+/// minutes, where the defaults would leave it for a quarter of an hour.
+fn settings(location: &Location) -> Settings {
+    let minutes = |n: u64| Duration::from_secs(60 * n);
+    let collect = |interval, min_age| {
+        Some(GarbageCollectorDirectoryOptions { interval: Some(interval), min_age, dry_run: false })
+    };
+    Settings {
+        l0_sst_size_bytes: 16 << 20,
+        // Writers wait when the store takes no more, rather than fill the memory.
+        max_unflushed_bytes: 64 << 20,
+        compactor_options: Some(CompactorOptions {
+            // No scan of ours takes so long.
+            checkpoint_lifetime: minutes(2),
+            max_concurrent_compactions: 2,
+            ..CompactorOptions::default()
+        }),
+        garbage_collector_options: Some(GarbageCollectorOptions {
+            wal_options: collect(minutes(1), minutes(1)),
+            compacted_options: collect(minutes(1), minutes(2)),
+            manifest_options: collect(minutes(5), minutes(60)),
+            compactions_options: collect(minutes(5), minutes(60)),
+            // Local files know no conditional overwrite; without it nothing would ever be deleted.
+            boundary_files_enabled: !matches!(location, Location::Local(_)),
+            ..GarbageCollectorOptions::default()
+        }),
+        ..Settings::default()
+    }
 }
 
 fn done_key(shard: ShardId) -> String {
@@ -110,14 +174,13 @@ fn broken(key: &[u8], reason: impl ToString) -> LedgerError {
 impl Ledger {
     /// Opens an output's ledger, makes it where there is none, and begins a new epoch.
     pub async fn open(out: &Store) -> Result<Self, LedgerError> {
-        let db = Db::open(layout::LEDGER, out.inner()).await.map_err(failed("opening"))?;
+        let db = Db::builder(layout::LEDGER, out.inner()).with_settings(settings(out.location()));
+        let db = db.build().await.map_err(failed("opening"))?;
         let before = match db.get(EPOCH).await.map_err(failed("reading"))? {
             None => 0,
-            Some(bytes) => u64::from_le_bytes(
-                bytes.as_ref().try_into().map_err(|_| broken(EPOCH.as_bytes(), "it is not eight bytes"))?,
-            ),
+            Some(bytes) => parse_u64(EPOCH.as_bytes(), &bytes)?,
         };
-        let ledger = Self { db, epoch: Epoch(before + 1), sequence: AtomicU64::new(0) };
+        let ledger = Self { db, epoch: Epoch(before + 1), sequence: AtomicU64::new(0), records: Mutex::default() };
         let mut batch = WriteBatch::new();
         batch.put(EPOCH, ledger.epoch.0.to_le_bytes());
         ledger.write(batch).await?;
@@ -155,6 +218,10 @@ impl Ledger {
         self.write(batch).await
     }
 
+    fn known_records(&self) -> MutexGuard<'_, HashMap<ShardId, Vec<(Epoch, u64)>>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes a record durable: when this returns, no crash loses it. A record that speaks of several shards is split.
     pub async fn append(&self, record: &Record, shard_size: u32) -> Result<(), LedgerError> {
         let mut parts: BTreeMap<ShardId, StoredRecord> = BTreeMap::new();
@@ -167,38 +234,74 @@ impl Ledger {
         let mut batch = WriteBatch::new();
         for (shard, part) in parts {
             let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-            let key = format!("{}{:016x}/{sequence:016x}", result_prefix(shard), self.epoch.0);
-            batch.put(key, part.encode_to_vec());
+            batch.put(result_key(shard, self.epoch, sequence), part.encode_to_vec());
+            self.known_records().entry(shard).or_default().push((self.epoch, sequence));
         }
         if batch.is_empty() { Ok(()) } else { self.write(batch).await }
     }
 
-    /// The records of an open shard, in the order they were appended.
-    pub async fn records(&self, shard: ShardId) -> Result<Vec<Record>, LedgerError> {
+    /// The records of a shard, in the order they were appended; to be asked for before any is appended. Failures from before
+    /// the epoch in which the shard was `retried` are left out.
+    pub async fn records(&self, shard: ShardId, retried: Option<Epoch>) -> Result<Vec<Record>, LedgerError> {
         let mut entries = self.db.scan_prefix(result_prefix(shard), ..).await.map_err(failed("reading"))?;
-        let mut records = Vec::new();
+        let (mut records, mut known) = (Vec::new(), Vec::new());
         while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
             let stored = StoredRecord::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
+            let place = parse_result_key(&entry.key).ok_or_else(|| broken(&entry.key, "its key is not a record's"))?;
+            known.push(place);
+            let failures = if retried.is_some_and(|retried| place.0 < retried) { Vec::new() } else { stored.failures };
             let results = stored.results.into_iter().map(from_wire).collect::<Option<Vec<_>>>();
             records.push(Record {
                 results: results.ok_or_else(|| broken(&entry.key, "a result names no unit"))?,
-                failures: stored.failures.into_iter().map(failure_from_wire).collect(),
+                failures: failures.into_iter().map(failure_from_wire).collect(),
             });
         }
+        self.known_records().insert(shard, known);
         Ok(records)
     }
 
     /// Marks a shard as committed and drops its records, in one atomic write.
     pub async fn commit(&self, shard: ShardId, totals: ShardTotals) -> Result<(), LedgerError> {
         let mut batch = WriteBatch::new();
-        let mut entries = self.db.scan_prefix(result_prefix(shard), ..).await.map_err(failed("reading"))?;
-        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
-            batch.delete(&entry.key);
+        for (epoch, sequence) in self.known_records().remove(&shard).unwrap_or_default() {
+            batch.delete(result_key(shard, epoch, sequence));
         }
         let ShardTotals { samples, quarantined, evaluations, recomputed, spared } = totals;
         let stored = StoredTotals { samples, quarantined, evaluations, recomputed, spared };
         batch.put(done_key(shard), stored.encode_to_vec());
+        batch.delete(retry_key(shard));
         self.write(batch).await
+    }
+
+    /// Gives the quarantined samples of some shards another try, in one atomic write.
+    pub async fn retry(&self, shards: impl IntoIterator<Item = ShardId>) -> Result<(), LedgerError> {
+        let mut batch = WriteBatch::new();
+        for shard in shards {
+            batch.delete(done_key(shard));
+            batch.put(retry_key(shard), self.epoch.0.to_le_bytes());
+        }
+        if batch.is_empty() { Ok(()) } else { self.write(batch).await }
+    }
+
+    /// The shards whose quarantined samples get another try, and since which epoch.
+    pub async fn retried(&self) -> Result<BTreeMap<ShardId, Epoch>, LedgerError> {
+        let mut entries = self.db.scan_prefix(RETRY, ..).await.map_err(failed("reading"))?;
+        let mut retried = BTreeMap::new();
+        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
+            let shard = parse_shard(&entry.key, RETRY).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
+            retried.insert(shard, Epoch(parse_u64(&entry.key, &entry.value)?));
+        }
+        Ok(retried)
+    }
+
+    /// The shards that are in work: there are records of them.
+    pub async fn begun(&self) -> Result<BTreeSet<ShardId>, LedgerError> {
+        let mut entries = self.db.scan_prefix(RESULT, ..).await.map_err(failed("reading"))?;
+        let mut begun = BTreeSet::new();
+        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
+            begun.insert(parse_shard(&entry.key, RESULT).ok_or_else(|| broken(&entry.key, "it names no shard"))?);
+        }
+        Ok(begun)
     }
 
     /// The committed shards and their totals.
@@ -206,11 +309,10 @@ impl Ledger {
         let mut entries = self.db.scan_prefix(DONE, ..).await.map_err(failed("reading"))?;
         let mut done = BTreeMap::new();
         while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
-            let hex = String::from_utf8_lossy(&entry.key[DONE.len()..]).into_owned();
-            let shard = u32::from_str_radix(&hex, 16).map_err(|e| broken(&entry.key, e))?;
+            let shard = parse_shard(&entry.key, DONE).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
             let stored = StoredTotals::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
             let StoredTotals { samples, quarantined, evaluations, recomputed, spared } = stored;
-            done.insert(ShardId(shard), ShardTotals { samples, quarantined, evaluations, recomputed, spared });
+            done.insert(shard, ShardTotals { samples, quarantined, evaluations, recomputed, spared });
         }
         Ok(done)
     }
@@ -258,7 +360,6 @@ pub fn failure_from_wire(wire: v1::SampleFailure) -> SampleFailure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use elbo_common::store::Location;
     use slatedb::object_store::memory::InMemory;
     use std::sync::Arc;
 
@@ -292,8 +393,8 @@ mod tests {
         assert_eq!(second.epoch(), Epoch(2));
         assert_eq!(second.fingerprint().await.unwrap().as_deref(), Some("f"));
         second.append(&record(3), 10).await.unwrap();
-        assert_eq!(second.records(ShardId(0)).await.unwrap(), [record(1), record(5), record(3)]);
-        assert!(second.records(ShardId(1)).await.unwrap().is_empty());
+        assert_eq!(second.records(ShardId(0), None).await.unwrap(), [record(1), record(5), record(3)]);
+        assert!(second.records(ShardId(1), None).await.unwrap().is_empty());
     }
 
     #[tokio::test]
@@ -304,8 +405,8 @@ mod tests {
         ledger.append(&record(21), 10).await.unwrap();
         let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, recomputed: 4, spared: 7 };
         ledger.commit(ShardId(0), totals).await.unwrap();
-        assert!(ledger.records(ShardId(0)).await.unwrap().is_empty());
-        assert_eq!(ledger.records(ShardId(2)).await.unwrap().len(), 1);
+        assert!(ledger.records(ShardId(0), None).await.unwrap().is_empty());
+        assert_eq!(ledger.records(ShardId(2), None).await.unwrap().len(), 1);
         assert_eq!(ledger.done().await.unwrap(), BTreeMap::from([(ShardId(0), totals)]));
     }
 
@@ -316,5 +417,28 @@ mod tests {
         let _second = Ledger::open(&out).await.unwrap();
         let error = first.append(&record(1), 10).await.unwrap_err();
         assert!(matches!(error, LedgerError::Fenced), "{error}");
+    }
+
+    #[tokio::test]
+    async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_committed_again() {
+        let out = store();
+        let first = Ledger::open(&out).await.unwrap();
+        first.append(&record(1), 10).await.unwrap();
+        first.commit(ShardId(7), ShardTotals { quarantined: 1, ..ShardTotals::default() }).await.unwrap();
+        let second = Ledger::open(&out).await.unwrap();
+        assert_eq!(second.begun().await.unwrap(), [ShardId(0)].into());
+        second.retry([ShardId(0), ShardId(7)]).await.unwrap();
+        assert!(second.done().await.unwrap().is_empty());
+        second.append(&record(5), 10).await.unwrap();
+        // Not closed: as after a kill.
+        let third = Ledger::open(&out).await.unwrap();
+        let retried = third.retried().await.unwrap();
+        assert_eq!(retried, [(ShardId(0), Epoch(2)), (ShardId(7), Epoch(2))].into());
+        let without_failures = Record { failures: Vec::new(), ..record(1) };
+        let records = third.records(ShardId(0), retried.get(&ShardId(0)).copied()).await.unwrap();
+        assert_eq!(records, [without_failures, record(5)]);
+        third.commit(ShardId(0), ShardTotals::default()).await.unwrap();
+        assert_eq!(third.retried().await.unwrap().into_keys().collect::<Vec<_>>(), [ShardId(7)]);
+        assert!(third.begun().await.unwrap().is_empty());
     }
 }

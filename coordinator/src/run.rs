@@ -1,27 +1,37 @@
 //! Running a job: the server workers talk to, and the steward that opens, commits and ends.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use elbo_common::ensemble::Contenders;
-use elbo_common::ids::ShardId;
+use elbo_common::ids::{Epoch, ShardId};
+use elbo_common::layout;
 use elbo_common::manifest::{Manifest, ManifestError};
 use elbo_common::policy::RoundSlots;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
 use elbo_common::store::{Store, StoreError};
 use elbo_common::table::TableError;
 use elbo_proto::{MAX_MESSAGE_BYTES, v1};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::brain::{Brain, JobShape, LeasePolicy};
-use crate::commit::{self, Finishing};
+use crate::brain::{Brain, JobShape, LeasePolicy, Shard, ShardTotals};
+use crate::commit::{self, Finishing, Kept, KeptError};
 use crate::job::Job;
 use crate::ledger::LedgerError;
 use crate::progress::Progress;
 use crate::service::{Service, Shared, Token};
+
+/// How often silent workers are looked for and progress is published.
+const TICK: Duration = Duration::from_millis(200);
+
+/// Shards committed at a time: while one is uploaded, another is encoded. Each takes memory for its files.
+const COMMITS: usize = 2;
 
 /// A job that could not be finished.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +51,9 @@ pub enum RunError {
     /// The manifest could not be read.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// What an earlier commit wrote could not be read.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     /// The job could not be described to workers.
     #[error("describing the job: {0}")]
     Json(#[from] serde_json::Error),
@@ -137,6 +150,8 @@ pub struct Coordinator {
     out: Store,
     manifest: Manifest,
     rounds: Vec<RoundSlots>,
+    /// Shards whose quarantined samples get another try, and since which epoch.
+    retried: BTreeMap<ShardId, Epoch>,
     options: Options,
     stop: CancellationToken,
 }
@@ -144,7 +159,7 @@ pub struct Coordinator {
 impl Coordinator {
     /// A coordinator for an opened job; cancelling `stop` interrupts it.
     pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
-        let Job { out, record, manifest, rounds, ledger, done } = job;
+        let Job { out, record, manifest, rounds, ledger, done, retried } = job;
         let spec = &record.identity.spec;
         // Where every sample brings its own captions, nothing competes in those without.
         let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
@@ -154,7 +169,7 @@ impl Coordinator {
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
         shared.publish();
-        Ok(Self { shared, out, manifest, rounds, options, stop })
+        Ok(Self { shared, out, manifest, rounds, retried, options, stop })
     }
 
     /// Follows the job's progress.
@@ -172,7 +187,6 @@ impl Coordinator {
         let ended = self.steward().await;
         // Waiting workers are told to leave; those in the middle of a block get a moment to hand over what they have.
         self.shared.closing.cancel();
-        self.shared.changed.notify_waiters();
         if !matches!(ended, Err(RunError::Ledger(_))) {
             self.await_departures().await;
         }
@@ -193,66 +207,108 @@ impl Coordinator {
     }
 
     /// Opens shards as work runs low, commits finished ones, takes silent workers' leases back. `true` when all is done.
+    ///
+    /// Neither a commit nor an opening keeps the others waiting, nor the workers.
     async fn steward(&self) -> Result<bool, RunError> {
+        let mut commits = FuturesUnordered::new();
+        let mut opening = FuturesUnordered::new();
+        let mut tick = tokio::time::interval(TICK);
         let shared = &self.shared;
-        let mut tick = tokio::time::interval(Duration::from_millis(200));
         loop {
-            let changed = shared.changed.notified();
-            self.open_shards().await?;
-            self.commit_shards().await?;
+            if commits.len() < COMMITS
+                && let Some(finishing) = self.finishing()
+            {
+                commits.push(self.commit_shard(finishing));
+                continue;
+            }
+            if opening.is_empty()
+                && let Some(shard) = self.shared.brain().wants_shard()
+            {
+                opening.push(self.open_shard(shard));
+            }
             self.check_quarantine()?;
             if shared.brain().is_done() {
                 return Ok(true);
             }
-            if shared.closing.is_cancelled() {
-                return Ok(false);
-            }
             tokio::select! {
-                () = changed => {}
-                () = self.stop.cancelled() => return Ok(false),
-                _ = tick.tick() => {
-                    shared.ledger.check()?;
-                    let silent = shared.brain().expire(shared.now());
-                    for worker in silent {
-                        tracing::warn!(worker, "worker gave no sign of life: its leases go to others");
-                        shared.changed.notify_waiters();
-                    }
-                    shared.publish();
-                }
+                () = shared.steward.notified() => {}
+                Some(committed) = commits.next() => committed?,
+                Some(opened) = opening.next() => opened?,
+                () = self.stop.cancelled() => break,
+                () = shared.closing.cancelled() => return Ok(false),
+                _ = tick.tick() => self.tick()?,
             }
         }
+        while let Some(committed) = commits.next().await {
+            committed?;
+        }
+        Ok(false)
     }
 
-    async fn open_shards(&self) -> Result<(), RunError> {
-        loop {
-            let Some(shard) = self.shared.brain().wants_shard() else { return Ok(()) };
-            let samples = self.manifest.shard(shard).await?;
-            let records = self.shared.ledger.records(shard).await?;
-            tracing::debug!(%shard, samples = samples.len(), records = records.len(), "shard opened");
-            self.shared.brain().open_shard(shard, samples, records);
-            self.shared.changed.notify_waiters();
+    fn tick(&self) -> Result<(), RunError> {
+        let shared = &self.shared;
+        shared.ledger.check()?;
+        let silent = shared.brain().expire(shared.now());
+        if !silent.is_empty() {
+            shared.work.notify_waiters();
         }
-    }
-
-    async fn commit_shards(&self) -> Result<(), RunError> {
-        let finished = self.shared.brain().finished_shards();
-        for shard in finished {
-            self.commit_shard(shard).await?;
+        for worker in silent {
+            tracing::warn!(worker, "worker gave no sign of life: its leases go to others");
         }
+        shared.publish();
         Ok(())
     }
 
+    async fn open_shard(&self, shard: ShardId) -> Result<(), RunError> {
+        let mut samples = self.manifest.shard(shard).await?;
+        let retried = self.retried.get(&shard).copied();
+        let records = self.shared.ledger.records(shard, retried).await?;
+        let kept = match retried {
+            Some(_) => Kept::read(&self.out, shard).await?.evaluations(),
+            None => Vec::new(),
+        };
+        if retried.is_some() {
+            // Who asks for another try may have put a sound file in the place of a bad one.
+            for sample in samples.iter_mut().filter(|sample| sample.part.is_none()) {
+                (sample.size, sample.etag) = (0, None);
+            }
+        }
+        tracing::debug!(%shard, samples = samples.len(), records = records.len(), "shard opened");
+        let job = Arc::clone(self.shared.brain().job());
+        let restoring = tokio::task::spawn_blocking(move || Shard::restore(&job, samples, &kept, records));
+        let restored = restoring.await.map_err(|_| RunError::Task("reader"))?;
+        let mut brain = self.shared.brain();
+        brain.open_shard(shard, restored);
+        self.shared.announce(&mut brain);
+        Ok(())
+    }
+
+    /// The next finished shard, which is being committed from here on.
+    fn finishing(&self) -> Option<(Finishing, ShardTotals)> {
+        let mut brain = self.shared.brain();
+        let shard = *brain.finished_shards().first()?;
+        let (manifest, outcomes, totals) = brain.finished(shard)?;
+        Some((Finishing { shard, manifest, outcomes, kept: Kept::default() }, totals))
+    }
+
     /// The commit rule: files first, by atomic puts of content that is a pure function of the job; then the ledger's mark.
-    async fn commit_shard(&self, shard: ShardId) -> Result<(), RunError> {
-        let Some((manifest, outcomes, totals)) = self.shared.brain().finished(shard) else { return Ok(()) };
-        let (shared, rounds) = (Arc::clone(&self.shared), self.rounds.clone());
-        let encode = move || commit::files(&Finishing { shard, manifest, outcomes }, &shared.record, &rounds);
+    async fn commit_shard(&self, (mut finishing, totals): (Finishing, ShardTotals)) -> Result<(), RunError> {
+        if self.retried.contains_key(&finishing.shard) {
+            finishing.kept = Kept::read(&self.out, finishing.shard).await?;
+        }
+        let (shared, rounds, shard) = (Arc::clone(&self.shared), self.rounds.clone(), finishing.shard);
+        let encode = move || commit::files(&finishing, &shared.record, &rounds);
         let files = tokio::task::spawn_blocking(encode).await.map_err(|_| RunError::Task("encoder"))??;
+        let quarantine = layout::quarantine(shard);
+        if !files.iter().any(|(path, _)| *path == quarantine) {
+            // An earlier try may have left one.
+            self.out.delete(&quarantine).await?;
+        }
         for (path, bytes) in files {
             self.out.write(&path, bytes).await?;
         }
         self.shared.ledger.commit(shard, totals).await?;
-        self.shared.brain().close_shard(shard, totals);
+        self.shared.brain().close_shard(shard);
         tracing::info!(%shard, samples = totals.samples, quarantined = totals.quarantined, "shard committed");
         Ok(())
     }
@@ -270,7 +326,7 @@ impl Coordinator {
     /// Waits, but not for long, until workers have left.
     async fn await_departures(&self) {
         let patience = tokio::time::Instant::now() + Duration::from_secs(5);
-        while !self.shared.brain().workers().is_empty() && tokio::time::Instant::now() < patience {
+        while !self.shared.brain().is_alone() && tokio::time::Instant::now() < patience {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

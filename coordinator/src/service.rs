@@ -29,8 +29,11 @@ pub(crate) struct Shared {
     job_json: String,
     started: Instant,
     heartbeat: Duration,
-    /// Something changed: work became ready, a shard finished, the job ended.
-    pub(crate) changed: Notify,
+    /// Work became ready. One waiting worker is woken, and wakes the next if it leaves some: a report must not wake a
+    /// thousand workers to find work for one. What may suit some workers and not others wakes all.
+    pub(crate) work: Notify,
+    /// The steward has something to open or commit.
+    pub(crate) steward: Notify,
     /// No more leases: the job is done, or the coordinator stops.
     pub(crate) closing: CancellationToken,
     pub(crate) progress: watch::Sender<Progress>,
@@ -55,7 +58,8 @@ impl Shared {
             job_json,
             started: Instant::now(),
             heartbeat,
-            changed: Notify::new(),
+            work: Notify::new(),
+            steward: Notify::new(),
             closing,
             progress: watch::Sender::new(Progress::default()),
             failure: Mutex::new(None),
@@ -87,7 +91,16 @@ impl Shared {
     pub(crate) fn fail(&self, error: LedgerError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.closing.cancel();
-        self.changed.notify_waiters();
+    }
+
+    /// Tells those concerned what an event has led to.
+    pub(crate) fn announce(&self, brain: &mut Brain) {
+        if brain.has_ready() {
+            self.work.notify_one();
+        }
+        if brain.wants_shard().is_some() || brain.has_finished_shard() {
+            self.steward.notify_one();
+        }
     }
 
     pub(crate) fn take_failure(&self) -> Option<LedgerError> {
@@ -102,8 +115,9 @@ impl Shared {
             self.fail(error);
             return Err(status);
         }
-        self.brain().apply(record, worker);
-        self.changed.notify_waiters();
+        let mut brain = self.brain();
+        brain.apply(record, worker);
+        self.announce(&mut brain);
         Ok(())
     }
 }
@@ -197,7 +211,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = &self.shared;
         let mut brain = shared.brain();
         brain.join(&join.worker, &join.host, &join.device, shared.now());
-        shared.changed.notify_waiters();
+        shared.announce(&mut brain);
         Ok(Response::new(v1::JoinReply {
             epoch: brain.epoch().0,
             job_json: shared.job_json.clone(),
@@ -213,13 +227,15 @@ impl v1::coordinator_server::Coordinator for Service {
             let mut brain = shared.brain();
             let epoch = brain.epoch().0;
             let held: Vec<_> = held.iter().filter(|h| h.epoch == epoch).map(|h| LeaseId(h.lease)).collect();
-            brain.keep_only(&worker, &held);
+            if brain.keep_only(&worker, &held) {
+                shared.announce(&mut brain);
+            }
         }
         let wait = Duration::from_millis(u64::from(wait_ms)).min(LONGEST_POLL);
         let deadline = tokio::time::Instant::now() + wait;
         loop {
             // Registered before looking, so that a change in between is not missed.
-            let changed = shared.changed.notified();
+            let work = shared.work.notified();
             if shared.closing.is_cancelled() {
                 let leave = v1::Leave { done: shared.brain().is_done() };
                 return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Leave(leave)) }));
@@ -230,13 +246,15 @@ impl v1::coordinator_server::Coordinator for Service {
                     return Err(rejoin());
                 }
                 if let Some(grant) = brain.grant(&worker, evaluations_per_second, shared.now()) {
+                    shared.announce(&mut brain);
                     let block = to_block(brain.epoch(), grant);
+                    drop(brain);
                     tracing::debug!(worker, lease = block.lease, units = block.units.len(), "leased");
                     return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }));
                 }
             }
             tokio::select! {
-                () = changed => {}
+                () = work => {}
                 () = shared.closing.cancelled() => {}
                 () = tokio::time::sleep_until(deadline) => {
                     return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Idle(v1::Idle {})) }));
@@ -256,7 +274,7 @@ impl v1::coordinator_server::Coordinator for Service {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
                 // A report that outlived a coordinator: the steward opens the shard now.
-                shared.changed.notify_waiters();
+                shared.steward.notify_one();
                 return Err(Status::unavailable(format!("{error} yet: send the report again")));
             }
             Err(error) => {
@@ -302,7 +320,11 @@ impl v1::coordinator_server::Coordinator for Service {
         if !given_up.is_empty() {
             shared.persist(Record { results: Vec::new(), failures: given_up }, None).await?;
         }
-        shared.changed.notify_waiters();
+        if !error.is_empty() {
+            // A block that failed is for anyone but the worker it failed on.
+            shared.work.notify_waiters();
+        }
+        shared.announce(&mut shared.brain());
         Ok(Response::new(v1::ReleaseReply {}))
     }
 

@@ -27,13 +27,14 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         .ok()
         .filter(|d| *d >= Duration::from_millis(500))
         .ok_or_else(|| usage("--lease-seconds must be at least 0.5"))?;
+    session::allow_connections();
     let job = session::identify(&flags).await?;
     let stop = stop::on_signal()?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("listening on {}: choose another address with --listen", args.listen))?;
     let run = args.run.over(&flags);
-    let job = session::open(job, &out, run.fresh).await?;
+    let job = session::open(job, &out, &run).await?;
     if job.is_done() {
         let done = session::already_done(job).await?;
         return output::summary(&out, done).await;

@@ -1,5 +1,6 @@
 //! The commands, a file each.
 
+mod bench;
 mod coordinator;
 mod demo;
 mod inspect;
@@ -23,5 +24,6 @@ pub(crate) async fn run(command: Command) -> anyhow::Result<()> {
         Command::Verify(args) => output::verify(args).await,
         Command::Plan(args) => plan::run(*args).await,
         Command::Inspect(args) => inspect::run(args).await,
+        Command::Bench(args) => bench::run(args).await,
     }
 }

@@ -6,6 +6,8 @@ use elbo_common::ids::LeaseId;
 use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
+use super::{Brain, JobShape, Shard};
+
 /// How leases are sized and when they end.
 #[derive(Clone, Copy, Debug)]
 pub struct LeasePolicy {
@@ -15,13 +17,21 @@ pub struct LeasePolicy {
     pub block_seconds: f64,
     /// Evaluations of a block for a worker whose rate is unknown.
     pub first_block: u64,
-    /// Shards open at a time, which bounds the coordinator's memory.
+    /// Shards open at a time, however small they are.
     pub window: usize,
+    /// Bytes that the outcomes of open shards may take; two shards are open whatever they take.
+    pub memory: u64,
 }
 
 impl Default for LeasePolicy {
     fn default() -> Self {
-        Self { time_to_live: Duration::from_secs(30), block_seconds: 60.0, first_block: 256, window: 8 }
+        Self {
+            time_to_live: Duration::from_secs(30),
+            block_seconds: 60.0,
+            first_block: 256,
+            window: 256,
+            memory: 384 << 20,
+        }
     }
 }
 
@@ -40,21 +50,15 @@ impl LeasePolicy {
     }
 
     /// Evaluations that should be ready so that every worker finds a full block and a spare one.
-    pub(super) fn ready_target(&self, workers: usize, rates: &[f64]) -> u64 {
-        let rate: f64 = rates.iter().sum();
+    pub(super) fn ready_target(&self, workers: usize, rate: f64) -> u64 {
         ((2.0 * self.block_seconds * rate) as u64).max(self.first_block * workers as u64).max(1)
     }
-}
 
-/// A worker the coordinator knows.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Worker {
-    pub(super) host: String,
-    pub(super) device: String,
-    pub(super) last_seen: Duration,
-    pub(super) rate: f64,
-    pub(super) evaluations: u64,
-    pub(super) unreported: u64,
+    /// How many shards may be open: more small ones than large ones, so that memory is bounded.
+    pub(super) fn window(&self, job: &JobShape) -> usize {
+        let fit = self.memory / job.shard_bytes().max(1);
+        usize::try_from(fit.max(2)).unwrap_or(usize::MAX).min(self.window)
+    }
 }
 
 /// A block out on lease.
@@ -64,14 +68,6 @@ pub(super) struct Lease {
     /// Units not reported yet.
     pub(super) units: Vec<UnitId>,
     pub(super) attempt: u32,
-}
-
-/// Units whose evaluation failed as a block.
-#[derive(Clone, Debug)]
-pub(super) struct Suspects {
-    pub(super) units: Vec<UnitId>,
-    pub(super) attempts: u32,
-    pub(super) failed_on: String,
 }
 
 /// A lease as the worker gets it.
@@ -85,4 +81,98 @@ pub struct Grant {
     pub units: Vec<Unit>,
     /// The samples the units speak of.
     pub samples: Vec<Sample>,
+}
+
+impl Brain {
+    /// Leases units to a worker; `None` when nothing is ready.
+    pub fn grant(&mut self, worker: &str, rate: f64, now: Duration) -> Option<Grant> {
+        if !self.workers.seen(worker, now) {
+            return None;
+        }
+        self.workers.set_rate(worker, rate);
+        let (units, attempt) = match self.take_suspects(worker) {
+            Some(suspects) => (suspects.units, suspects.attempts),
+            None => (self.take_ready(worker, rate)?, 0),
+        };
+        let lease = LeaseId(self.next_lease);
+        self.next_lease += 1;
+        let shard = self.shard_of(units.first()?.sample);
+        let open = self.open.get_mut(&shard)?;
+        let block: Vec<Unit> = units.iter().filter_map(|&id| open.lease(id, lease)).collect();
+        let samples = open.samples_of(&block);
+        self.leases.insert(lease, Lease { worker: worker.to_owned(), units, attempt });
+        self.workers.add_lease(worker, lease);
+        Some(Grant { lease, attempt, units: block, samples })
+    }
+
+    fn take_ready(&mut self, worker: &str, rate: f64) -> Option<Vec<UnitId>> {
+        loop {
+            let target = self.policy.block_evaluations(rate, self.ready_evaluations(), self.workers.len());
+            // Older shards first, so that they get committed; but latents a worker has at hand come before.
+            let own = self.open.values_mut().find(|s| s.has_ready_for(worker));
+            let shard = match own {
+                Some(shard) => shard,
+                None => self.open.values_mut().find(|s| s.ready_evaluations() > 0)?,
+            };
+            // A queue may hold nothing but units that were settled meanwhile: then it is empty now, and the next is tried.
+            let units = shard.take(worker, target);
+            if !units.is_empty() {
+                return Some(units);
+            }
+        }
+    }
+
+    /// Forgets a lease.
+    pub(super) fn end_lease(&mut self, id: LeaseId) -> Option<Lease> {
+        let lease = self.leases.remove(&id)?;
+        self.workers.remove_lease(&lease.worker, id);
+        Some(lease)
+    }
+
+    /// Notes that a leased unit needs no more work.
+    pub(super) fn settle(&mut self, id: LeaseId, unit: UnitId) {
+        if let Some(lease) = self.leases.get_mut(&id) {
+            lease.units.retain(|u| *u != unit);
+            if lease.units.is_empty() {
+                self.end_lease(id);
+            }
+        }
+    }
+
+    /// A worker hands leases back.
+    pub fn release(&mut self, leases: &[LeaseId]) {
+        for lease in leases {
+            if let Some(lease) = self.end_lease(*lease) {
+                self.unlease(&lease.units);
+                lease.units.into_iter().for_each(|unit| self.make_ready(unit));
+            }
+        }
+    }
+
+    /// Takes back what `worker` was granted but does not hold: a grant whose reply was lost would else be waited for as
+    /// long as the worker lives. Returns whether there was any.
+    pub fn keep_only(&mut self, worker: &str, held: &[LeaseId]) -> bool {
+        let lost: Vec<_> = self.workers.leases(worker).filter(|lease| !held.contains(lease)).collect();
+        self.release(&lost);
+        !lost.is_empty()
+    }
+
+    pub(super) fn unlease(&mut self, units: &[UnitId]) {
+        for unit in units {
+            if let Some(shard) = self.open_shard_of(*unit) {
+                shard.unlease(*unit);
+            }
+        }
+    }
+
+    fn make_ready(&mut self, unit: UnitId) {
+        if let Some(shard) = self.open_shard_of(unit) {
+            shard.make_ready(unit);
+        }
+    }
+
+    fn open_shard_of(&mut self, unit: UnitId) -> Option<&mut Shard> {
+        let shard = self.shard_of(unit.sample);
+        self.open.get_mut(&shard)
+    }
 }

@@ -8,7 +8,7 @@ use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
 use super::sample::{Finished, SampleState};
-use super::{JobShape, SampleFailure, ShardTotals, UnitResult};
+use super::{JobShape, Record, SampleFailure, ShardTotals, UnitResult};
 
 /// Why a result adds nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,28 +44,40 @@ pub struct Shard {
     unfinished: usize,
     /// Ready units of samples nobody has latents of.
     fresh: VecDeque<Ready>,
-    /// Ready units of samples whose latents a worker has at hand.
+    /// The first sample whose first units are not queued yet: all are ready from here on.
+    unqueued: usize,
+    /// Ready units of samples whose latents a worker has at hand; no queue is empty.
     by_worker: HashMap<String, VecDeque<Ready>>,
     ready_evaluations: u64,
     pub(super) totals: ShardTotals,
 }
 
 impl Shard {
-    pub(super) fn new(job: &Arc<JobShape>, manifest: Vec<Sample>) -> Self {
+    /// A shard of these samples, with what the ledger remembers of it. Those `kept` are done, after so many evaluations.
+    pub fn restore(job: &Arc<JobShape>, manifest: Vec<Sample>, kept: &[(SampleId, u64)], records: Vec<Record>) -> Self {
         let states: Vec<_> = manifest.iter().map(|s| SampleState::new(job, s)).collect();
         let mut shard = Self {
             job: Arc::clone(job),
             first: manifest.first().map_or(0, |s| s.id.0),
             unfinished: states.iter().filter(|s| !s.is_finished()).count(),
             fresh: VecDeque::new(),
+            unqueued: 0,
             by_worker: HashMap::new(),
-            ready_evaluations: 0,
+            ready_evaluations: states.iter().map(|s| s.first_evaluations(job)).sum(),
             totals: ShardTotals::default(),
             manifest,
             states,
         };
-        for unit in shard.states.iter().flat_map(|s| s.unit_ids(job)).collect::<Vec<_>>() {
-            shard.push_ready(unit, None);
+        for (sample, evaluations) in kept {
+            shard.keep(*sample, *evaluations);
+        }
+        for record in records {
+            for result in record.results {
+                shard.apply(result, None);
+            }
+            for failure in record.failures {
+                shard.quarantine(failure);
+            }
         }
         shard
     }
@@ -75,14 +87,21 @@ impl Shard {
         (index < self.states.len()).then_some(index)
     }
 
+    fn ready(&self, index: usize) -> impl Iterator<Item = Ready> + '_ {
+        let state = &self.states[index];
+        let job = &self.job;
+        state.unit_ids(job).into_iter().map(|unit| Ready { unit, evaluations: state.unit_evaluations(job, unit) })
+    }
+
     /// Queues a unit of its sample's current round.
-    fn push_ready(&mut self, unit: UnitId, worker: Option<&str>) {
-        let Some(index) = self.index(unit.sample) else { return };
-        let ready = Ready { unit, evaluations: self.states[index].unit_evaluations(&self.job, unit) };
+    fn push_ready(&mut self, ready: Ready, worker: Option<&str>) {
         self.ready_evaluations += ready.evaluations;
-        match worker {
-            Some(worker) => self.by_worker.entry(worker.to_owned()).or_default().push_back(ready),
+        match worker.map(|worker| (worker, self.by_worker.get_mut(worker))) {
             None => self.fresh.push_back(ready),
+            Some((_, Some(queue))) => queue.push_back(ready),
+            Some((worker, None)) => {
+                self.by_worker.insert(worker.to_owned(), VecDeque::from([ready]));
+            }
         }
     }
 
@@ -92,16 +111,17 @@ impl Shard {
     }
 
     pub(super) fn has_ready_for(&self, worker: &str) -> bool {
-        self.by_worker.get(worker).is_some_and(|q| !q.is_empty())
+        self.by_worker.contains_key(worker)
     }
 
     /// Takes ready units worth about `target` evaluations, at least one: first those whose latents the worker has, then
     /// fresh ones, then those others have latents of, since affinity never makes anyone wait.
     pub(super) fn take(&mut self, worker: &str, target: u64) -> Vec<UnitId> {
         let mut taken = Vec::new();
-        let mut evaluations = 0;
+        let (mut evaluations, mut robbed) = (0, None);
         while evaluations < target {
-            let Some(ready) = self.pop(worker) else { break };
+            let own = self.pop_of(worker, VecDeque::pop_front).or_else(|| self.pop_fresh());
+            let Some(ready) = own.or_else(|| self.steal(&mut robbed)) else { break };
             self.ready_evaluations = self.ready_evaluations.saturating_sub(ready.evaluations);
             if self.is_wanted(ready.unit) {
                 evaluations += ready.evaluations;
@@ -112,14 +132,37 @@ impl Shard {
         taken
     }
 
-    fn pop(&mut self, worker: &str) -> Option<Ready> {
-        if let Some(ready) = self.by_worker.get_mut(worker).and_then(VecDeque::pop_front) {
-            return Some(ready);
+    fn pop_of(&mut self, worker: &str, pop: fn(&mut VecDeque<Ready>) -> Option<Ready>) -> Option<Ready> {
+        let queue = self.by_worker.get_mut(worker)?;
+        let ready = pop(queue);
+        if queue.is_empty() {
+            self.by_worker.remove(worker);
         }
-        if let Some(ready) = self.fresh.pop_front() {
-            return Some(ready);
+        ready
+    }
+
+    fn pop_fresh(&mut self) -> Option<Ready> {
+        while self.fresh.is_empty() && self.unqueued < self.states.len() {
+            let index = self.unqueued;
+            self.unqueued += 1;
+            if self.states[index].is_in_first_round() {
+                self.fresh = self.ready(index).collect();
+            } else {
+                // The ledger had results for it, and what came after is queued.
+                let first = self.states[index].first_evaluations(&self.job);
+                self.ready_evaluations = self.ready_evaluations.saturating_sub(first);
+            }
         }
-        self.by_worker.values_mut().filter(|q| !q.is_empty()).max_by_key(|q| q.len())?.pop_back()
+        self.fresh.pop_front()
+    }
+
+    /// A unit out of the longest queue, whose owner is the last to come to it; and on out of the same.
+    fn steal(&mut self, robbed: &mut Option<String>) -> Option<Ready> {
+        let still = robbed.as_ref().is_some_and(|worker| self.by_worker.contains_key(worker));
+        if !still {
+            *robbed = self.by_worker.iter().max_by_key(|(_, queue)| queue.len()).map(|(worker, _)| worker.clone());
+        }
+        self.pop_of(robbed.as_deref()?, VecDeque::pop_back)
     }
 
     /// Whether a unit still has to be evaluated by somebody.
@@ -138,14 +181,15 @@ impl Shard {
 
     pub(super) fn unlease(&mut self, id: UnitId) {
         if let Some(index) = self.index(id.sample) {
-            self.states[index].unlease(&self.job, id);
+            self.states[index].unlease(id);
         }
     }
 
     /// Puts a unit that came back where anyone finds it.
     pub(super) fn make_ready(&mut self, id: UnitId) {
-        if self.is_wanted(id) {
-            self.push_ready(id, None);
+        if let Some(index) = self.index(id.sample).filter(|_| self.is_wanted(id)) {
+            let evaluations = self.states[index].unit_evaluations(&self.job, id);
+            self.push_ready(Ready { unit: id, evaluations }, None);
         }
     }
 
@@ -164,7 +208,7 @@ impl Shard {
         ids.into_iter().filter_map(|id| self.index(id)).map(|i| self.manifest[i].clone()).collect()
     }
 
-    pub(super) fn check(&self, result: &UnitResult) -> Result<(), Refusal> {
+    pub(super) fn check(&mut self, result: &UnitResult) -> Result<(), Refusal> {
         let index = self.index(result.id.sample).ok_or(Refusal::Invalid("there is no such sample"))?;
         match self.states[index].check(&self.job, result) {
             Ok(true) => Ok(()),
@@ -182,19 +226,26 @@ impl Shard {
             if self.states[index].is_finished() {
                 self.finish_one(index);
             } else {
-                for id in self.states[index].unit_ids(&self.job) {
-                    self.push_ready(id, worker);
-                }
+                let next: Vec<_> = self.ready(index).collect();
+                next.into_iter().for_each(|ready| self.push_ready(ready, worker));
             }
         }
         Some(Applied { unit, lease: settled.lease, evaluations: settled.evaluations })
+    }
+
+    fn keep(&mut self, sample: SampleId, evaluations: u64) {
+        if let Some(index) = self.index(sample).filter(|&i| !self.states[i].is_finished()) {
+            self.states[index].keep(evaluations);
+            self.totals.evaluations += evaluations;
+            self.finish_one(index);
+        }
     }
 
     pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<(LeaseId, UnitId)> {
         let Some(index) = self.index(failure.sample).filter(|&i| !self.states[i].is_finished()) else {
             return Vec::new();
         };
-        let held = self.states[index].quarantine(&self.job, failure);
+        let held = self.states[index].quarantine(failure);
         self.totals.quarantined += 1;
         self.finish_one(index);
         held
@@ -211,13 +262,9 @@ impl Shard {
         self.unfinished == 0
     }
 
-    /// The samples as listed.
-    pub fn manifest(&self) -> &[Sample] {
-        &self.manifest
-    }
-
-    /// How every finished sample ended, in manifest order.
-    pub fn outcomes(&self) -> Vec<Finished> {
-        self.states.iter().filter_map(SampleState::finished).collect()
+    /// The samples as listed, and how every finished one ended, in manifest order.
+    pub fn into_outcomes(self) -> (Vec<Sample>, Vec<Finished>) {
+        let outcomes = self.states.into_iter().filter_map(SampleState::into_finished).collect();
+        (self.manifest, outcomes)
     }
 }

@@ -1,10 +1,11 @@
 //! The brain driven through whole jobs, in any order of results and with faults, without a network or a clock.
 
 use super::*;
+use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{PromptIndex, Round};
 use elbo_common::noise::{NoiseScope, NoiseSource};
 use elbo_common::policy::Policy;
-use elbo_common::unit::Cut;
+use elbo_common::unit::{Cut, Unit, UnitId};
 
 const SHARD_SIZE: u32 = 4;
 
@@ -29,6 +30,11 @@ fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {
             pair: None,
         })
         .collect()
+}
+
+fn open(brain: &mut Brain, shard: ShardId, samples: u64, records: Vec<Record>) {
+    let restored = Shard::restore(brain.job(), manifest(shard, samples), &[], records);
+    brain.open_shard(shard, restored);
 }
 
 fn brain(samples: u64, epoch: u64) -> Brain {
@@ -108,7 +114,7 @@ impl World {
     fn steward(&mut self) {
         while let Some(shard) = self.brain.wants_shard() {
             let records = self.ledger.get(&shard).cloned().unwrap_or_default();
-            self.brain.open_shard(shard, manifest(shard, self.samples), records);
+            open(&mut self.brain, shard, self.samples, records);
         }
         for shard in self.brain.finished_shards() {
             let (_, outcomes, totals) = self.brain.finished(shard).unwrap();
@@ -116,7 +122,7 @@ impl World {
             assert!(before.is_none_or(|b| b == outcomes), "a shard written twice must not differ");
             self.ledger.remove(&shard);
             self.totals.insert(shard, totals);
-            self.brain.close_shard(shard, totals);
+            self.brain.close_shard(shard);
         }
     }
 
@@ -260,7 +266,7 @@ fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
 
 fn started() -> (Brain, Grant) {
     let mut brain = brain(4, 1);
-    brain.open_shard(ShardId(0), manifest(ShardId(0), 4), vec![]);
+    open(&mut brain, ShardId(0), 4, vec![]);
     brain.join("w", "host", "cpu", Duration::ZERO);
     let grant = brain.grant("w", 0.0, Duration::ZERO).unwrap();
     (brain, grant)
@@ -334,7 +340,7 @@ fn a_grant_whose_reply_was_lost_is_granted_again() {
 #[test]
 fn a_failing_sample_is_found_by_bisection_and_only_it_is_given_up() {
     let mut brain = brain(4, 1);
-    brain.open_shard(ShardId(0), manifest(ShardId(0), 4), vec![]);
+    open(&mut brain, ShardId(0), 4, vec![]);
     brain.join("a", "host", "cpu", Duration::ZERO);
     brain.join("b", "host", "cpu", Duration::ZERO);
     let (mut given_up, mut failures) = (Vec::new(), 0);
@@ -417,4 +423,71 @@ fn memory_is_bounded_by_the_window_whatever_the_corpus() {
         }
     }
     assert!(world.committed.len() > 100);
+}
+
+#[test]
+fn fewer_shards_are_open_the_more_their_outcomes_weigh() {
+    let policy = LeasePolicy::default();
+    let window = |prompts: usize, shard_size| {
+        let contenders = Contenders::prompts(prompts);
+        let rounds = Policy::exhaustive(&[10], 1).unwrap().rounds(1000, Some(&contenders)).unwrap();
+        policy.window(&JobShape::new(rounds, contenders, &[(0, 1_000_000)].into(), shard_size, false))
+    };
+    assert_eq!(window(10, 1000), policy.window);
+    let large = window(1000, 1000);
+    assert!((2..20).contains(&large));
+    assert!(large as u64 * 1_000_000 * size_of::<ScoredPrompt>() as u64 <= policy.memory);
+    // Two are open whatever they take: one to finish, one to go on with.
+    assert_eq!(window(100_000, 1000), 2);
+}
+
+#[test]
+fn a_restored_shard_hands_out_what_is_left_and_nothing_twice() {
+    let (mut before, mut known) = (brain(4, 1), Vec::new());
+    open(&mut before, ShardId(0), 4, vec![]);
+    before.join("w", "host", "cpu", Duration::ZERO);
+    // Sample 0 comes to its second round, sample 1 to half of its first.
+    for unit in before.grant("w", 1e6, Duration::ZERO).unwrap().units.iter().filter(|u| u.id.sample.0 < 2) {
+        if unit.id.sample.0 == 0 || unit.id.prompts == 0 {
+            known.push(Record { results: vec![evaluate(unit)], failures: vec![] });
+        }
+    }
+    let mut after = brain(4, 2);
+    let reported: Vec<_> = known.iter().map(|record| record.results[0].id).collect();
+    open(&mut after, ShardId(0), 4, known);
+    after.join("w", "host", "cpu", Duration::ZERO);
+    let mut granted: Vec<UnitId> = Vec::new();
+    while let Some(grant) = after.grant("w", 10.0, Duration::ZERO) {
+        granted.extend(grant.units.iter().map(|unit| unit.id));
+    }
+    let shape = shape(4, true);
+    let first = Cut::new(shape.rounds()[0].slots.len(), 70);
+    let mut expected: Vec<_> = (1..4).flat_map(|sample| first.ids(SampleId(sample), Round(0))).collect();
+    expected.retain(|unit| !reported.contains(unit));
+    expected.extend(Cut::new(shape.rounds()[1].slots.len(), 3).ids(SampleId(0), Round(1)));
+    granted.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(granted, expected);
+    assert!(!after.has_ready(), "what is counted as ready must be gone when all is granted");
+}
+
+#[test]
+fn a_shard_that_is_opened_again_leaves_alone_what_it_keeps() {
+    let mut brain = brain(4, 1);
+    let kept: Vec<_> = [0, 1, 3].map(|id| (SampleId(id), 800)).to_vec();
+    let shard = Shard::restore(brain.job(), manifest(ShardId(0), 4), &kept, Vec::new());
+    brain.open_shard(ShardId(0), shard);
+    brain.join("w", "host", "cpu", Duration::ZERO);
+    while let Some(grant) = brain.grant("w", 1e9, Duration::ZERO) {
+        assert!(grant.units.iter().all(|unit| unit.id.sample == SampleId(2)));
+        let results = grant.units.iter().map(evaluate).collect();
+        let report = Record { results, failures: Vec::new() };
+        let checked = brain.check("w", Epoch(1), grant.lease, report, Duration::ZERO).unwrap();
+        brain.apply(checked.record, Some("w"));
+    }
+    let (_, outcomes, totals) = brain.finished(ShardId(0)).unwrap();
+    let scored: Vec<_> = outcomes.iter().map(|o| matches!(o.outcome, Outcome::Scored { .. })).collect();
+    assert_eq!(scored, [false, false, true, false]);
+    assert_eq!((totals.samples, totals.quarantined), (4, 0));
+    assert_eq!(totals.evaluations + totals.spared, brain.job().planned_evaluations());
 }

@@ -1,0 +1,63 @@
+//! Measures the real coordinator, a process of its own, over a generated dataset, from outside and by what it answers to
+//! thousands of simulated workers.
+//!
+//! [`stage`] makes what a job needs and is never counted, [`process`] starts, watches and kills the coordinator, [`oracle`]
+//! knows the errors every evaluation "has", [`simulated`] is a worker without a model, and [`run()`] goes through the phases.
+
+pub mod oracle;
+pub mod process;
+pub mod report;
+mod run;
+pub mod simulated;
+pub mod stage;
+
+use std::path::PathBuf;
+
+pub use report::Report;
+pub use run::{Options, run};
+
+/// A benchmark that could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A file or directory of the stage.
+    #[error("{action} {path}: {source}; give --dir a directory with room")]
+    Stage {
+        /// What was tried.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The coordinator could not be started.
+    #[error("starting {program}: {source}")]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The coordinator ended though nobody asked it to.
+    #[error("the coordinator ended ({status}): its log is {log}")]
+    Ended {
+        /// Its exit status.
+        status: String,
+        /// Where its log is.
+        log: PathBuf,
+    },
+    /// The coordinator does not answer as it should.
+    #[error("the coordinator {0}")]
+    Answer(String),
+    /// The system does not tell what a process uses.
+    #[error("reading {0}: this benchmark needs Linux's /proc")]
+    Proc(PathBuf),
+    /// A simulated worker can't be made.
+    #[error(transparent)]
+    Client(#[from] elbo_worker::client::ClientError),
+    /// A prediction can't be read.
+    #[error(transparent)]
+    Table(#[from] elbo_common::table::TableError),
+    /// The schedule does not fit the classes.
+    #[error(transparent)]
+    Policy(#[from] elbo_common::policy::PolicyError),
+}

@@ -1,0 +1,342 @@
+//! The phases of a benchmark: start, steady work, flat out, rest, kill and restart.
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use elbo_common::ensemble::Contenders;
+use elbo_common::policy::costs;
+use elbo_common::predictions::decode_predictions;
+use elbo_common::preset::Preset;
+use elbo_proto::v1;
+use elbo_proto::v1::coordinator_client::CoordinatorClient;
+use elbo_worker::client::CallError;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::process::{Coordinator, bytes_below};
+use crate::report::{Feeds, FlatOut, Predictions, Quantiles, Report, Start, Steady};
+use crate::simulated::{Behaviour, Simulated, Tally};
+use crate::stage::Stage;
+use crate::{BenchError, oracle};
+
+/// Training timesteps of the model that is made up.
+const TIMESTEPS: u32 = 1000;
+
+/// Workers come one after the other over a sixth of the time that is measured, which begins after another sixth.
+const JOINING: u32 = 6;
+
+/// The pause after a worker died until another takes its place.
+const REPLACED_AFTER: Duration = Duration::from_secs(5);
+
+/// Workers that take ten times as long as they said, one in so many.
+const STRAGGLERS: usize = 50;
+
+/// Workers that die some time during a phase, one in so many.
+const MORTALS: usize = 20;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The `elbo` program.
+    pub program: PathBuf,
+    /// Where files go; a temporary directory where absent.
+    pub dir: Option<PathBuf>,
+    /// Images.
+    pub samples: u64,
+    /// Classes.
+    pub classes: u32,
+    /// Schedule.
+    pub preset: Preset,
+    /// Simulated workers.
+    pub workers: usize,
+    /// Evaluations per second of the average worker, a phase for each.
+    pub rates: Vec<f64>,
+    /// How long each phase of steady work is measured.
+    pub seconds: Duration,
+    /// Shards to be committed flat out, in at most ten times as long.
+    pub shards: u64,
+    /// How long the ledger rests before its size is looked at.
+    pub settle: Duration,
+}
+
+/// Carries a benchmark out; `note` is told what is going on.
+pub async fn run(options: &Options, note: impl Fn(&str)) -> Result<Report, BenchError> {
+    let temporary = match options.dir {
+        Some(_) => None,
+        None => Some(tempfile::tempdir().map_err(|source| BenchError::Stage {
+            action: "creating",
+            path: std::env::temp_dir(),
+            source,
+        })?),
+    };
+    let dir = options.dir.clone().or_else(|| temporary.as_ref().map(|d| d.path().to_owned())).unwrap_or_default();
+    let Options { samples, classes, .. } = *options;
+    note(&format!("making {samples} empty images in {}", dir.display()));
+    let stage = tokio::task::spawn_blocking(move || Stage::make(&dir, samples, classes))
+        .await
+        .map_err(|error| BenchError::Answer(format!("was not reached: {error}")))??;
+    let bench = Bench { options, stage, workers: AtomicU64::new(0) };
+    note("starting the coordinator");
+    let mut coordinator = bench.start()?;
+    let start = bench.until_first_lease(&mut coordinator).await?;
+    let mut steady = Vec::new();
+    for &rate in &options.rates {
+        note(&format!("{} workers of {rate} evaluations/s", options.workers));
+        steady.push(bench.steady(&mut coordinator, rate).await?);
+    }
+    note(&format!("{} workers that answer at once", options.workers));
+    let flat_out = bench.flat_out(&mut coordinator).await?;
+    note("killing the coordinator and starting it again");
+    coordinator.kill()?;
+    let mut again = bench.start()?;
+    let restart = Start { manifest_seconds: None, ..bench.until_first_lease(&mut again).await? };
+    again.kill()?;
+    Ok(Report {
+        samples,
+        classes,
+        preset: options.preset.to_string(),
+        workers: options.workers,
+        start,
+        steady,
+        flat_out,
+        restart,
+        predictions: bench.check()?,
+    })
+}
+
+struct Bench<'a> {
+    options: &'a Options,
+    stage: Stage,
+    /// Workers so far: their names differ.
+    workers: AtomicU64,
+}
+
+impl Bench<'_> {
+    fn start(&self) -> Result<Coordinator, BenchError> {
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+        let port = free.map_err(|error| BenchError::Answer(format!("has no port to listen on: {error}")))?.port();
+        Coordinator::start(&self.options.program, &self.stage, self.options.preset.name(), port)
+    }
+
+    fn worker(&self, address: &str, behaviour: Behaviour, tally: &Arc<Tally>) -> Result<Simulated, BenchError> {
+        let name = format!("simulated-{}", self.workers.fetch_add(1, Ordering::Relaxed));
+        Ok(Simulated::new(address, name, behaviour, Arc::clone(tally))?)
+    }
+
+    /// A coordinator listens from the beginning and answers once it has its job.
+    async fn until_first_lease(&self, coordinator: &mut Coordinator) -> Result<Start, BenchError> {
+        let idle = Behaviour { rate: 1.0, slowness: 1.0, dies_after: None };
+        let probe = self.worker(&coordinator.address, idle, &Arc::default())?;
+        let job = self.stage.out.join("job.json");
+        let mut manifest = None;
+        let mut first = std::pin::pin!(probe.first_lease());
+        loop {
+            tokio::select! {
+                leased = &mut first => {
+                    leased.map_err(unanswered)?;
+                    break;
+                }
+                () = tokio::time::sleep(Duration::from_millis(20)) => {
+                    coordinator.check()?;
+                    if manifest.is_none() && job.exists() {
+                        manifest = Some(coordinator.started.elapsed().as_secs_f64());
+                    }
+                }
+            }
+        }
+        Ok(Start {
+            manifest_seconds: manifest,
+            first_lease_seconds: coordinator.started.elapsed().as_secs_f64(),
+            cpu_seconds: coordinator.cpu()?.as_secs_f64(),
+            memory: coordinator.memory()?,
+        })
+    }
+
+    /// Workers of a rate that differ, come late, straggle, die and are replaced.
+    async fn steady(&self, coordinator: &mut Coordinator, rate: f64) -> Result<Steady, BenchError> {
+        let (tally, stop) = (Arc::new(Tally::default()), CancellationToken::new());
+        let count = self.options.workers;
+        let joining = self.options.seconds / JOINING;
+        let phase = 2 * joining + self.options.seconds;
+        let mut crew = JoinSet::new();
+        let mut able = 0.0;
+        for i in 0..count {
+            // Evenly spread from half to one and a half of the rate.
+            let own = rate * (0.5 + i as f64 / count as f64);
+            let slowness = if i % STRAGGLERS == STRAGGLERS / 2 { 10.0 } else { 1.0 };
+            able += own / slowness;
+            let share = i as f64 / count as f64;
+            let dies_after = (i % MORTALS == MORTALS / 2).then(|| phase.mul_f64(0.2 + 0.8 * share));
+            let behaviour = Behaviour { rate: own, slowness, dies_after };
+            let successor = Behaviour { dies_after: None, ..behaviour };
+            let worker = self.worker(&coordinator.address, behaviour, &tally)?;
+            let successor = self.worker(&coordinator.address, successor, &tally)?;
+            // Neighbours in rate don't come together.
+            let delay = joining.mul_f64((i * 7919 % count.max(1)) as f64 / count as f64);
+            let stop = stop.clone();
+            crew.spawn(async move {
+                tokio::time::sleep(delay).await;
+                if worker.run(stop.clone()).await || stop.is_cancelled() {
+                    return false;
+                }
+                tokio::time::sleep(REPLACED_AFTER).await;
+                successor.run(stop).await;
+                true
+            });
+        }
+        tokio::time::sleep(2 * joining).await;
+        coordinator.check()?;
+        coordinator.forget_peak()?;
+        drop((tally.take_lease_seconds(), tally.take_report_seconds()));
+        let (before, cpu, started) = (Counts::of(&tally), coordinator.cpu()?, Instant::now());
+        tokio::time::sleep(self.options.seconds).await;
+        let (spent, seconds) = ((coordinator.cpu()? - cpu).as_secs_f64(), started.elapsed().as_secs_f64());
+        let (counts, memory) = (Counts::of(&tally).since(before), coordinator.memory()?);
+        let ledger_bytes = bytes_below(&self.stage.out.join("ledger"));
+        let (lease, report) = (tally.take_lease_seconds(), tally.take_report_seconds());
+        coordinator.check()?;
+        stop.cancel();
+        let died = crew.join_all().await.into_iter().filter(|died| *died).count();
+        let per_second = |n: u64| n as f64 / seconds;
+        Ok(Steady {
+            rate,
+            seconds,
+            died,
+            cpu_per_100_workers: spent / seconds / (count as f64 / 100.0),
+            leases_per_second: per_second(counts.leases),
+            reports_per_second: per_second(counts.reports),
+            evaluations_per_second: per_second(counts.evaluations),
+            busy: per_second(counts.evaluations) / able,
+            duplicates: counts.duplicates,
+            refused: counts.refused,
+            lease: Quantiles::of(lease),
+            report: Quantiles::of(report),
+            memory,
+            ledger_bytes,
+        })
+    }
+
+    /// Workers that answer at once, and then a rest.
+    async fn flat_out(&self, coordinator: &mut Coordinator) -> Result<FlatOut, BenchError> {
+        let (tally, stop) = (Arc::new(Tally::default()), CancellationToken::new());
+        let rate = self.options.rates.iter().copied().fold(1.0, f64::max);
+        let mut crew = JoinSet::new();
+        for _ in 0..self.options.workers {
+            let behaviour = Behaviour { rate, slowness: 0.0, dies_after: None };
+            crew.spawn(self.worker(&coordinator.address, behaviour, &tally)?.run(stop.clone()));
+        }
+        let ledger = self.stage.out.join("ledger");
+        coordinator.forget_peak()?;
+        let (cpu, started) = (coordinator.cpu()?, Instant::now());
+        let mut ledger_peak_bytes = 0;
+        while started.elapsed() < self.options.seconds.saturating_mul(10) {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            coordinator.check()?;
+            ledger_peak_bytes = bytes_below(&ledger).max(ledger_peak_bytes);
+            if status(&coordinator.address).await?.shards_done >= self.options.shards {
+                break;
+            }
+        }
+        let (spent, seconds) = ((coordinator.cpu()? - cpu).as_secs_f64(), started.elapsed().as_secs_f64());
+        let (counts, memory) = (Counts::of(&tally), coordinator.memory()?);
+        let report = Quantiles::of(tally.take_report_seconds());
+        stop.cancel();
+        crew.join_all().await;
+        let status = status(&coordinator.address).await?;
+        tokio::time::sleep(self.options.settle).await;
+        coordinator.check()?;
+        let per_cpu_second = |n: u64| n as f64 / spent.max(1e-9);
+        let feeds = |&rate: &f64| Feeds { rate, workers: per_cpu_second(counts.evaluations) / rate };
+        Ok(FlatOut {
+            seconds,
+            cores: spent / seconds,
+            units_per_second: counts.units as f64 / seconds,
+            units_per_cpu_second: per_cpu_second(counts.units),
+            evaluations_per_cpu_second: per_cpu_second(counts.evaluations),
+            feeds: self.options.rates.iter().map(feeds).collect(),
+            duplicates: counts.duplicates,
+            refused: counts.refused,
+            report,
+            shards_done: status.shards_done,
+            shards_active: status.shards_active,
+            memory,
+            ledger_peak_bytes,
+            ledger_settled_bytes: bytes_below(&ledger),
+            settle_seconds: self.options.settle.as_secs_f64(),
+        })
+    }
+
+    /// Compares the predictions of committed shards with what they must be.
+    fn check(&self) -> Result<Predictions, BenchError> {
+        let Options { classes, preset, .. } = *self.options;
+        let contenders = Contenders::prompts(classes as usize);
+        let rounds = preset.policy().rounds(TIMESTEPS, Some(&contenders))?;
+        let planned: u64 = costs(&rounds, &contenders).iter().map(|cost| cost.evaluations).sum();
+        let mut found = Predictions::default();
+        let Ok(files) = std::fs::read_dir(self.stage.out.join("predictions")) else { return Ok(found) };
+        for file in files.flatten() {
+            let read = |source| BenchError::Stage { action: "reading", path: file.path(), source };
+            for row in decode_predictions(Bytes::from(std::fs::read(file.path()).map_err(read)?))? {
+                let class = row.labelled().map(|labelled| labelled.class.0);
+                let expected = oracle::winner(row.sample, classes).map(|prompt| prompt as i32);
+                found.checked += 1;
+                found.wrong += u64::from(class != expected || u64::from(row.evaluations) != planned);
+            }
+        }
+        Ok(found)
+    }
+}
+
+async fn status(address: &str) -> Result<v1::StatusReply, BenchError> {
+    let failed = |error: &dyn std::fmt::Display| BenchError::Answer(format!("tells no status: {error}"));
+    let mut client = CoordinatorClient::connect(address.to_owned()).await.map_err(|e| failed(&e))?;
+    Ok(client.status(v1::StatusRequest {}).await.map_err(|e| failed(&e.message()))?.into_inner())
+}
+
+fn unanswered(error: CallError) -> BenchError {
+    match error {
+        CallError::Rejoin => BenchError::Answer("forgot a worker that had just joined".into()),
+        CallError::Rejected(reason) => BenchError::Answer(format!("refused a call: {reason}")),
+        CallError::Fatal(error) => error.into(),
+    }
+}
+
+/// What a tally holds at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Counts {
+    leases: u64,
+    reports: u64,
+    units: u64,
+    duplicates: u64,
+    evaluations: u64,
+    refused: u64,
+}
+
+impl Counts {
+    fn of(tally: &Tally) -> Self {
+        let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        Self {
+            leases: load(&tally.leases),
+            reports: load(&tally.reports),
+            units: load(&tally.units),
+            duplicates: load(&tally.duplicates),
+            evaluations: load(&tally.evaluations),
+            refused: load(&tally.refused),
+        }
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            leases: self.leases - before.leases,
+            reports: self.reports - before.reports,
+            units: self.units - before.units,
+            duplicates: self.duplicates - before.duplicates,
+            evaluations: self.evaluations - before.evaluations,
+            refused: self.refused - before.refused,
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! `elbo bench`: measures parts of the system on this machine.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use elbo_bench::Options;
+use elbo_common::job::DEFAULT_SHARD_SIZE;
+
+use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs};
+use crate::failure::usage;
+use crate::session;
+
+/// Runs a benchmark.
+pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    match args.command {
+        BenchCommand::Coordinator(args) => coordinator(args).await,
+    }
+}
+
+async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
+    let seconds = |name: &str, seconds: f64| {
+        let duration = Duration::try_from_secs_f64(seconds).ok();
+        duration.ok_or_else(|| usage(format!("--{name} {seconds} is not a time in seconds")))
+    };
+    if let Some(rate) = args.rate.iter().find(|rate| !rate.is_finite() || **rate <= 0.0) {
+        return Err(usage(format!("--rate {rate} must be a positive number of evaluations per second")));
+    }
+    let most = args.preset.keep().iter().copied().max().unwrap_or(1);
+    if args.classes < most {
+        return Err(usage(format!(
+            "--classes {} is too few for the schedule {}, which keeps {most}: give more, or another --preset",
+            args.classes, args.preset
+        )));
+    }
+    let needed = args.shards.saturating_mul(u64::from(DEFAULT_SHARD_SIZE));
+    if args.samples.get() <= needed {
+        return Err(usage(format!(
+            "--samples {} is too few: {} shards of {DEFAULT_SHARD_SIZE} images are finished, and some have to be left; give more, or fewer --shards",
+            args.samples, args.shards
+        )));
+    }
+    let options = Options {
+        program: std::env::current_exe().context("finding this program, which is also the coordinator")?,
+        dir: args.dir,
+        samples: args.samples.get(),
+        classes: args.classes,
+        preset: args.preset,
+        workers: args.workers.get(),
+        rates: args.rate,
+        seconds: seconds("seconds", args.seconds).and_then(|d| match d {
+            Duration::ZERO => Err(usage("--seconds must be more than 0")),
+            d => Ok(d),
+        })?,
+        shards: args.shards,
+        settle: seconds("settle", args.settle)?,
+    };
+    session::allow_connections();
+    let report = elbo_bench::run(&options, |note| eprintln!("{note}")).await?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        println!("{report}");
+    }
+    Ok(())
+}

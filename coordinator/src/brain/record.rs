@@ -1,0 +1,105 @@
+//! What reports bring: results and failures, checked before they are made durable, and the totals they add up to.
+
+use elbo_common::ids::{LeaseId, SampleId, ShardId};
+use elbo_common::record::Totals;
+use elbo_common::unit::UnitId;
+
+/// The sums of one unit as a worker reports them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnitResult {
+    /// The unit.
+    pub id: UnitId,
+    /// Its prompts, as the worker understood them.
+    pub prompts: Vec<u32>,
+    /// How many slots each prompt was evaluated on.
+    pub slots: u32,
+    /// Sum of errors by prompt.
+    pub sum: Vec<f64>,
+    /// Sum of squared errors by prompt.
+    pub sum_sq: Vec<f64>,
+    /// Every error, prompt by prompt, where the job keeps them.
+    pub errors: Vec<f32>,
+}
+
+/// A sample no worker can evaluate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SampleFailure {
+    /// The sample.
+    pub sample: SampleId,
+    /// Where it failed: read, decode, encode or evaluate.
+    pub stage: String,
+    /// Why.
+    pub error: String,
+}
+
+/// What one report adds: the unit of durability.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Record {
+    /// Results of units that were not known.
+    pub results: Vec<UnitResult>,
+    /// Samples that failed.
+    pub failures: Vec<SampleFailure>,
+}
+
+/// A report that can't be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReportError {
+    /// The shard of a result is neither open nor done: open it and check again.
+    #[error("shard {0} is not open")]
+    NotOpen(ShardId),
+    /// The lease was never granted.
+    #[error("lease {0} was never granted by this coordinator")]
+    UnknownLease(LeaseId),
+    /// A result contradicts the job.
+    #[error("the result of sample {sample}, round {round} was refused: {reason}")]
+    Invalid {
+        /// The sample.
+        sample: u64,
+        /// The round.
+        round: u16,
+        /// What is wrong.
+        reason: &'static str,
+    },
+}
+
+/// A checked report.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Checked {
+    /// What is new and must be made durable.
+    pub record: Record,
+    /// Results that were known already.
+    pub duplicates: u32,
+}
+
+/// What a done shard contributed to the job's totals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShardTotals {
+    /// Samples in the shard.
+    pub samples: u64,
+    /// Samples of it that were quarantined.
+    pub quarantined: u64,
+    /// Evaluations its predictions rest on.
+    pub evaluations: u64,
+    /// Evaluations that were reported more than once.
+    pub recomputed: u64,
+    /// Evaluations that were planned and turned out not to be needed: of samples given up, and of classes with fewer
+    /// prompts than others.
+    pub spared: u64,
+}
+
+impl From<ShardTotals> for Totals {
+    fn from(totals: ShardTotals) -> Self {
+        let ShardTotals { samples, quarantined, evaluations, recomputed, spared: _ } = totals;
+        Self { samples, quarantined, evaluations, evaluations_recomputed: recomputed }
+    }
+}
+
+impl ShardTotals {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.samples += other.samples;
+        self.quarantined += other.quarantined;
+        self.evaluations += other.evaluations;
+        self.recomputed += other.recomputed;
+        self.spared += other.spared;
+    }
+}
