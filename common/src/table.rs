@@ -3,6 +3,8 @@
 //! Parquet is what DuckDB, Polars, pandas and Hugging Face datasets read without being told how. A table is written from
 //! its rows alone: no clock, no host and no thread order reaches its bytes, so writing it twice is harmless.
 
+mod object;
+
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_schema::{Schema, SchemaRef};
 use bytes::Bytes;
@@ -10,8 +12,10 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::KeyValue;
+use parquet::file::metadata::{KeyValue, SortingColumn};
 use parquet::file::properties::WriterProperties;
+
+pub(crate) use object::{Object, ReadError};
 
 /// A table that can't be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,27 @@ pub(crate) trait Row: Sized {
     fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError>;
 }
 
+/// What is read of a row: all of it, or a part for which no other column is fetched and decoded.
+pub(crate) trait View: Sized {
+    /// What the table is called in errors.
+    const TABLE: &'static str;
+
+    /// The columns read, by name or by the dotted path of a nested field; none means all.
+    const COLUMNS: &'static [&'static str];
+
+    /// Appends the rows of a batch.
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError>;
+}
+
+impl<R: Row> View for R {
+    const TABLE: &'static str = <R as Row>::TABLE;
+    const COLUMNS: &'static [&'static str] = &[];
+
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
+        <R as Row>::read(columns, rows)
+    }
+}
+
 /// Access to a batch's columns by name and type.
 #[derive(Debug)]
 pub(crate) struct Columns<'a> {
@@ -120,7 +145,9 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata.
+/// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata. Every table is sorted by its first
+/// column, the sample, and says so; each row group and page has the smallest and largest value of every column, by which
+/// readers skip what a query can't match.
 pub(crate) fn encode<R: Row>(rows: &[R], group: usize, meta: &[(String, String)]) -> Result<Bytes, TableError> {
     let fail = |source| TableError::Encode { table: R::TABLE, source };
     let schema = SchemaRef::new(R::schema());
@@ -129,6 +156,7 @@ pub(crate) fn encode<R: Row>(rows: &[R], group: usize, meta: &[(String, String)]
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::default()))
         .set_max_row_group_row_count(Some(group))
+        .set_sorting_columns(Some(vec![SortingColumn { column_idx: 0, descending: false, nulls_first: false }]))
         .set_key_value_metadata(Some(meta))
         .build();
     let mut writer = ArrowWriter::try_new(Vec::new(), SchemaRef::clone(&schema), Some(properties)).map_err(fail)?;

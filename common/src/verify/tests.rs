@@ -1,10 +1,12 @@
 use std::sync::Arc;
 
+use bytes::Bytes;
 use object_store::memory::InMemory;
 
 use super::*;
-use crate::ids::{ClassIndex, SampleId};
-use crate::predictions::{Labelled, encode_predictions, encode_quarantine};
+use crate::ids::ClassIndex;
+use crate::manifest::Manifest;
+use crate::predictions::{Labelled, Outcome, encode_predictions, encode_quarantine};
 use crate::store::Location;
 
 const SHARD_SIZE: u32 = 4;
