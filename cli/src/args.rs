@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Report(OutputArgs),
     /// Check that every sample is exactly once in the predictions
     Verify(OutputArgs),
+    /// Write the predictions as CSV, or as JSON beside the images (WebDataset)
+    Export(ExportArgs),
     /// Count what a job would evaluate, without running it
     Plan(Box<PlanArgs>),
     /// Show what a model is, what it needs, and what would make it fail
@@ -213,6 +215,35 @@ pub(crate) struct OutputArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `elbo export`.
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// A job's output: a directory or a URL
+    pub(crate) out: String,
+    /// csv: one file, a line per image. json: for every image KEY.ext a file KEY.json below --to; for images in a tar, a tar of
+    /// the same name with a member KEY.json for each, in the same order
+    #[arg(long, value_enum)]
+    pub(crate) format: ExportFormat,
+    /// Where to: a file for csv, a directory for json; or a URL like s3://bucket/labels.csv
+    #[arg(long, value_name = "DEST")]
+    pub(crate) to: String,
+    /// Best classes to name, with their mean errors (csv: columns class_1, error_1, ...) [default: csv 5, json all]
+    #[arg(long, value_name = "K")]
+    pub(crate) scores: Option<usize>,
+    /// Replace files that are there; without it, nothing is written where one of them is
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+/// What predictions are exported as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// One file
+    Csv,
+    /// A file per image, or a tar per tar
+    Json,
 }
 
 /// `elbo plan`.

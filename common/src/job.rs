@@ -164,6 +164,9 @@ pub struct JobSpec {
     pub noise_scope: NoiseScope,
     /// The noise file, where one replaces the counter-based noise.
     pub noise: Option<String>,
+    /// How many of a sample's scores are kept, the best ones; all where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
     /// Whether every single evaluation's error is kept.
     pub write_errors: bool,
     /// Where labels come from.

@@ -2,12 +2,14 @@
 //! predictions.
 //!
 //! The numeric core ([`schedule`], [`noise`], [`score`], [`sums`], [`policy`], [`ensemble`], [`unit`]) is synchronous, does no IO
-//! and reads no clock, so that a result is a pure function of the job. [`store`], [`dataset`], [`manifest`] and [`predictions`] are the rim: what is read
+//! and reads no clock, so that a result is a pure function of the job. [`store`], [`dataset`], [`manifest`], [`predictions`], [`output`] and
+//! [`export`] are the rim: what is read
 //! from and written to object storage.
 
 pub mod class;
 pub mod dataset;
 pub mod ensemble;
+pub mod export;
 pub mod fingerprint;
 pub mod ids;
 pub mod job;
@@ -17,6 +19,7 @@ pub mod manifest;
 pub mod model_files;
 pub mod model_source;
 pub mod noise;
+pub mod output;
 mod parquet_file;
 pub mod policy;
 pub mod predictions;

@@ -26,7 +26,7 @@ use crate::layout;
 use crate::parquet_file::ParquetFile;
 use crate::record::ManifestRecord;
 use crate::store::{Store, StoreError};
-use crate::table::{self, Columns, Row, TableError};
+use crate::table::{self, Columns, ReadError, Row, TableError};
 
 /// Shards in a file of the manifest.
 pub const SHARDS_PER_PART: u32 = 64;
@@ -200,6 +200,13 @@ impl SampleSink for ManifestWriter {
     }
 }
 
+fn unread(path: &Path, error: ReadError) -> ManifestError {
+    match error {
+        ReadError::Store(source) => StoreError::Object { action: "reading", path: path.to_string(), source }.into(),
+        ReadError::Table(error) => error.into(),
+    }
+}
+
 /// A persisted listing, read shard by shard.
 #[derive(Debug)]
 pub struct Manifest {
@@ -224,7 +231,7 @@ impl OpenPart {
             object_store::Error::NotFound { .. } => ManifestError::Missing(path.clone()),
             source => StoreError::Object { action: "reading", path: path.to_string(), source }.into(),
         })?;
-        let metadata = file.metadata().await.map_err(|e| table::unread::<Sample>(path.as_ref(), e))?;
+        let metadata = file.metadata().await.map_err(|e| unread(&path, table::unread::<Sample>(e)))?;
         Ok(Self { file, metadata })
     }
 
@@ -292,7 +299,8 @@ impl Manifest {
         let index = shard.0 / SHARDS_PER_PART;
         let (part, path) = (self.part(index).await?, layout::manifest(index));
         let group = (shard.0 % SHARDS_PER_PART) as usize;
-        let samples: Vec<Sample> = table::read_groups(&part.file, path.as_ref(), &part.metadata, vec![group]).await?;
+        let samples = table::groups(&part.file, &part.metadata, vec![group]).await;
+        let samples: Vec<Sample> = samples.map_err(|e| unread(&path, e))?;
         let listed = samples.iter().map(|sample| sample.id.0).eq(self.ids(shard)) && digest_of(&samples) == *digest;
         if listed { Ok(samples) } else { Err(ManifestError::Changed(path)) }
     }

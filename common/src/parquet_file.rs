@@ -25,6 +25,11 @@ pub(crate) struct ParquetFile {
 }
 
 impl ParquetFile {
+    /// A file whose size is known.
+    pub(crate) fn new(store: Arc<dyn ObjectStore>, path: Path, size: u64) -> Self {
+        Self { store, path, size }
+    }
+
     /// The file at `path`, which must be there.
     pub(crate) async fn find(store: Arc<dyn ObjectStore>, path: Path) -> object_store::Result<(Self, ObjectMeta)> {
         let meta = store.head(&path).await?;

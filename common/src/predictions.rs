@@ -17,11 +17,15 @@ use parquet::errors::ParquetError;
 use crate::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use crate::table::{self, Columns, Row, TableError};
 
-/// Rows in a row group of the errors table; the others are one group per shard.
-const ERROR_ROWS_PER_GROUP: usize = 1 << 20;
+mod view;
 
-const OK: &str = "ok";
-const QUARANTINED: &str = "quarantined";
+pub use view::{BEST, Judgement, Named, Tally, Verdict};
+
+/// Rows in a row group of the errors table, and scores in one of the predictions: a reader holds some tens of megabytes.
+const ITEMS_PER_GROUP: usize = 1 << 20;
+
+pub(crate) const OK: &str = "ok";
+pub(crate) const QUARANTINED: &str = "quarantined";
 
 /// What the job says of one sample.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,9 +139,10 @@ impl Prediction {
     }
 }
 
-/// The predictions of a shard as Parquet, with `meta` as the file's key-value metadata.
+/// The predictions of a shard as Parquet, with `meta` as the file's key-value metadata. Usually one row group.
 pub fn encode_predictions(rows: &[Prediction], meta: &[(String, String)]) -> Result<Bytes, TableError> {
-    table::encode(rows, rows.len(), meta)
+    let scores = rows.iter().map(|row| row.scores().len()).max().unwrap_or_default();
+    table::encode(rows, rows.len().min(ITEMS_PER_GROUP / scores.max(1)), meta)
 }
 
 /// The predictions of a Parquet file.
@@ -147,7 +152,7 @@ pub fn decode_predictions(bytes: Bytes) -> Result<Vec<Prediction>, TableError> {
 
 /// Single evaluations' errors as Parquet, with `meta` as the file's key-value metadata.
 pub fn encode_errors(rows: &[ErrorRow], meta: &[(String, String)]) -> Result<Bytes, TableError> {
-    table::encode(rows, ERROR_ROWS_PER_GROUP, meta)
+    table::encode(rows, ITEMS_PER_GROUP, meta)
 }
 
 /// The single errors of a Parquet file.
@@ -211,21 +216,21 @@ impl Row for Prediction {
         let confidence: &Float32Array = columns.nullable("confidence")?;
         let margin: &Float32Array = columns.nullable("margin")?;
         let evaluations: &UInt32Array = columns.required("evaluations")?;
-        let status: &StringArray = columns.required("status")?;
         let error: &StringArray = columns.nullable("error")?;
         let scores: &ListArray = columns.required("scores")?;
         for i in 0..columns.len() {
-            let outcome = match status.value(i) {
-                OK if class.is_valid(i) && class_name.is_valid(i) => Outcome::Labelled(Labelled {
+            let outcome = if view::is_quarantined(columns, i)? {
+                Outcome::Quarantined { error: text(error, i).unwrap_or_default() }
+            } else if class.is_null(i) || class_name.is_null(i) {
+                return Err(columns.wrong("predicted_index", format!("is null in row {i}, whose status is ok")));
+            } else {
+                Outcome::Labelled(Labelled {
                     class: ClassIndex(class.value(i)),
                     class_name: class_name.value(i).to_owned(),
                     confidence: confidence.is_valid(i).then(|| confidence.value(i)),
                     margin: margin.is_valid(i).then(|| margin.value(i)),
                     scores: read_scores(columns, &scores.value(i))?,
-                }),
-                OK => return Err(columns.wrong("predicted_index", format!("is null in row {i}, whose status is ok"))),
-                QUARANTINED => Outcome::Quarantined { error: text(error, i).unwrap_or_default() },
-                other => return Err(columns.wrong("status", format!("is '{other}' in row {i}"))),
+                })
             };
             rows.push(Self {
                 sample: SampleId(sample.value(i)),
@@ -428,6 +433,44 @@ mod tests {
         let metadata = table::metadata::<Prediction>(&bytes).unwrap();
         let pairs = metadata.metadata().file_metadata().key_value_metadata().unwrap();
         assert!(pairs.iter().any(|kv| kv.key == "fingerprint" && kv.value.as_deref() == Some("abc")));
+    }
+
+    #[test]
+    fn readers_can_skip_by_every_column_and_large_files_have_several_row_groups() {
+        let scores =
+            vec![Score { class: ClassIndex(2), mean_error: 0.5, std_error: None, n: 1, round: Round(0) }; 1000];
+        let rows: Vec<_> = (0..2000)
+            .map(|i| Prediction {
+                sample: SampleId(i),
+                key: format!("{i:05}.png"),
+                outcome: Outcome::Labelled(Labelled {
+                    class: ClassIndex(i as i32 / 1000),
+                    class_name: "cat".into(),
+                    confidence: None,
+                    margin: Some(0.5),
+                    scores: scores.clone(),
+                }),
+                ..rows()[0].clone()
+            })
+            .collect();
+        let metadata = table::metadata::<Prediction>(&encode_predictions(&rows, &[]).unwrap()).unwrap();
+        let groups = metadata.metadata().row_groups();
+        assert_eq!(groups.iter().map(|group| group.num_rows()).collect::<Vec<_>>(), [1048, 952]);
+        let bounds = |group: usize, name: &str| {
+            let columns = groups[group].columns().iter();
+            let column = columns.clone().find(|column| column.column_path().string() == name).unwrap();
+            let statistics = column.statistics().unwrap();
+            (statistics.min_bytes_opt().unwrap().to_vec(), statistics.max_bytes_opt().unwrap().to_vec())
+        };
+        let numbers = |from: u64, to: u64| (from.to_le_bytes().to_vec(), to.to_le_bytes().to_vec());
+        assert_eq!(bounds(1, "sample_id"), numbers(1048, 1999));
+        assert_eq!(bounds(1, "predicted_index"), (1i32.to_le_bytes().to_vec(), 1i32.to_le_bytes().to_vec()));
+        assert_eq!(bounds(0, "key"), (b"00000.png".to_vec(), b"01047.png".to_vec()));
+        for name in ["margin", "status", "scores.list.element.class_index", "scores.list.element.mean_error"] {
+            bounds(0, name);
+        }
+        assert_eq!(groups[0].sorting_columns().unwrap()[0].column_idx, 0);
+        assert!(groups[0].columns().iter().all(|c| matches!(c.compression(), parquet::basic::Compression::ZSTD(_))));
     }
 
     #[test]

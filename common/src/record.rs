@@ -21,7 +21,7 @@ pub enum JobState {
 }
 
 /// The manifest's size and hash.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ManifestRecord {
     /// Samples listed.
     pub samples: u64,
@@ -58,7 +58,7 @@ pub struct Totals {
 pub struct Timings {
     /// How many coordinators worked on the job, one after the other.
     pub starts: u64,
-    /// Wall time of the last of them, in seconds.
+    /// Wall time of the last of them, in seconds. How long one ran that was killed is nowhere written down.
     pub seconds: f64,
 }
 
@@ -146,6 +146,7 @@ mod tests {
             seed: u64::MAX,
             noise_scope: NoiseScope::Sample,
             noise: None,
+            top_k: None,
             write_errors: true,
             label_from: Some("parent".into()),
             limit: None,

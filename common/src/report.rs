@@ -1,10 +1,9 @@
 //! What a job amounts to: accuracy where the dataset brings labels, and which samples deserve a look.
 //!
-//! A report is a function of the predictions, and of the manifest where samples bring their own captions; they are read one by
-//! one, so it can be made of any number of them.
+//! A report is a function of the predictions, and of the manifest where samples bring their own captions; they are added one by
+//! one and none is kept, so it can be made of any number of them.
 
-use std::borrow::Borrow;
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::fmt;
 
 use serde::Serialize;
@@ -13,13 +12,17 @@ use crate::class::Classes;
 use crate::ensemble::PromptEnsemble;
 use crate::ids::ClassIndex;
 use crate::manifest::Sample;
-use crate::predictions::{Outcome, Prediction};
+use crate::predictions::{BEST, Judgement, Prediction, Verdict};
+use crate::record::Timings;
 
 mod confusion;
 mod pairs;
+mod reasons;
+mod text;
 
 pub use confusion::Confusion;
 pub use pairs::{PairScores, Share};
+pub use reasons::Reasons;
 
 use pairs::Pairs;
 
@@ -52,9 +55,12 @@ pub struct Report {
     /// The ten samples with the smallest margin, smallest first.
     #[serde(skip)]
     pub uncertain: Vec<Uncertain>,
-    /// Why samples were quarantined, and how many, most frequent first.
+    /// Why samples were quarantined.
     #[serde(skip)]
-    pub reasons: Vec<(String, u64)>,
+    pub reasons: Reasons,
+    /// How long the job took, once it is done.
+    #[serde(skip)]
+    pub timings: Option<Timings>,
 }
 
 /// Shares of right predictions, in [0, 1].
@@ -62,8 +68,8 @@ pub struct Report {
 pub struct Accuracy {
     /// The label's class is predicted.
     pub top1: f64,
-    /// The label's class is among the five best scores.
-    pub top5: f64,
+    /// The label's class is among the five best scores; none where the job kept fewer than five (`--top-k`).
+    pub top5: Option<f64>,
     /// `top1` of each class that occurs as a label, averaged over these classes.
     pub mean_per_class: f64,
 }
@@ -81,89 +87,90 @@ pub struct Uncertain {
     pub margin: f32,
 }
 
-impl Report {
-    /// The report of `predictions` among `classes`, of which `recomputed` evaluations were computed more than once.
-    pub fn new<P: Borrow<Prediction>>(
-        predictions: impl IntoIterator<Item = P>,
-        classes: &Classes,
-        prompt_ensemble: PromptEnsemble,
-        recomputed: u64,
-    ) -> Self {
-        let mut counts = Counts { confusion: Confusion::new(classes), prompt_ensemble, ..Counts::default() };
-        for prediction in predictions {
-            counts.add(prediction.borrow(), classes);
-        }
-        counts.finish(recomputed)
-    }
-
-    /// The report of samples with their own captions, each with its prediction if there is one yet. A class is a position
-    /// among a sample's captions.
-    pub fn of_captions(rows: impl IntoIterator<Item = (Sample, Option<Prediction>)>, recomputed: u64) -> Self {
-        let (mut counts, mut pairs) = (Counts::default(), Pairs::default());
-        for (sample, prediction) in rows {
-            if let Some(prediction) = &prediction {
-                counts.add(prediction, &Classes::of_captions(&sample.candidates));
-            }
-            pairs.add(&sample, prediction.as_ref());
-        }
-        Self { pairs: pairs.finish(), ..counts.finish(recomputed) }
-    }
-}
-
-/// What is counted on the way.
-#[derive(Debug, Default)]
-struct Counts {
+/// A report in the making.
+#[derive(Clone, Debug, Default)]
+pub struct ReportBuilder {
+    classes: Classes,
+    prompt_ensemble: PromptEnsemble,
+    top_k: Option<u32>,
+    /// What labels mean: looking a name up among a thousand classes takes long for a million samples.
+    meanings: HashMap<String, Option<ClassIndex>>,
+    pairs: Pairs,
     labelled: u64,
     quarantined: u64,
     top5: u64,
     evaluations: u64,
-    prompt_ensemble: PromptEnsemble,
     confusion: Confusion,
     uncertain: Vec<Uncertain>,
-    reasons: BTreeMap<String, u64>,
+    reasons: Reasons,
 }
 
-impl Counts {
-    fn add(&mut self, prediction: &Prediction, classes: &Classes) {
-        self.evaluations += u64::from(prediction.evaluations);
-        let labelled = match &prediction.outcome {
-            Outcome::Labelled(labelled) => labelled,
-            Outcome::Quarantined { error } => {
+impl ReportBuilder {
+    /// A report of predictions among `classes`, none of which are given where every sample brings its own captions; of the
+    /// scores a job may have kept the best `top_k`.
+    pub fn new(classes: &Classes, prompt_ensemble: PromptEnsemble, top_k: Option<u32>) -> Self {
+        Self { classes: classes.clone(), prompt_ensemble, top_k, confusion: Confusion::new(classes), ..Self::default() }
+    }
+
+    /// Takes a prediction in.
+    pub fn add(&mut self, row: &Judgement) {
+        let truth = row.label.as_ref().and_then(|label| match self.meanings.get(label) {
+            Some(meaning) => *meaning,
+            None => *self.meanings.entry(label.clone()).or_insert(self.classes.with_label(label)),
+        });
+        self.count(row, truth);
+    }
+
+    /// Takes in a sample with its own captions, and its prediction if there is one yet. A class is a position among the
+    /// captions.
+    pub fn add_captioned(&mut self, sample: &Sample, prediction: Option<&Prediction>) {
+        if let Some(prediction) = prediction {
+            let captions = Classes::of_captions(&sample.candidates);
+            let truth = prediction.label.as_deref().and_then(|label| captions.with_label(label));
+            self.count(&prediction.into(), truth);
+        }
+        self.pairs.add(sample, prediction);
+    }
+
+    fn count(&mut self, row: &Judgement, truth: Option<ClassIndex>) {
+        self.evaluations += u64::from(row.evaluations);
+        let verdict = match &row.verdict {
+            Ok(verdict) => verdict,
+            Err(error) => {
                 self.quarantined += 1;
-                *self.reasons.entry(error.clone()).or_default() += 1;
+                self.reasons.add(&row.key, error);
                 return;
             }
         };
         self.labelled += 1;
-        if let Some(truth) = prediction.label.as_deref().and_then(|label| classes.with_label(label)) {
-            self.confusion.add(truth, labelled.class);
-            let first_five: Vec<ClassIndex> = labelled.scores.iter().take(5).map(|score| score.class).collect();
-            self.top5 += u64::from(first_five.contains(&truth));
+        if let Some(truth) = truth {
+            self.confusion.add(truth, verdict.class);
+            self.top5 += u64::from(verdict.best.contains(&truth));
         }
-        if let Some(margin) = labelled.margin {
-            self.uncertain(prediction, &labelled.class_name, margin);
-        }
+        self.uncertain(row, verdict);
     }
 
     /// Keeps the sample if its margin is among the smallest so far; equal margins stay in order.
-    fn uncertain(&mut self, prediction: &Prediction, class_name: &str, margin: f32) {
+    fn uncertain(&mut self, row: &Judgement, verdict: &Verdict) {
+        let Some(margin) = verdict.margin else { return };
         let at = self.uncertain.partition_point(|other| other.margin.total_cmp(&margin).is_le());
         if at < UNCERTAIN_SHOWN {
-            let (key, label) = (prediction.key.clone(), prediction.label.clone());
-            self.uncertain.insert(at, Uncertain { key, label, class_name: class_name.to_owned(), margin });
+            let (key, label, class_name) = (row.key.clone(), row.label.clone(), verdict.class_name.clone());
+            self.uncertain.insert(at, Uncertain { key, label, class_name, margin });
             self.uncertain.truncate(UNCERTAIN_SHOWN);
         }
     }
 
-    fn finish(self, evaluations_recomputed: u64) -> Report {
+    /// The report, of a job in which so many evaluations were computed more than once.
+    pub fn finish(self, evaluations_recomputed: u64, timings: Option<Timings>) -> Report {
         let judged = self.confusion.total();
+        let kept = self.top_k.map_or(usize::MAX, |k| k as usize);
+        let has_five = kept >= BEST.min(self.classes.names.len());
         let accuracy = (judged > 0).then(|| Accuracy {
             top1: self.confusion.right() as f64 / judged as f64,
-            top5: self.top5 as f64 / judged as f64,
+            top5: has_five.then_some(self.top5 as f64 / judged as f64),
             mean_per_class: self.confusion.mean_recall(),
         });
-        let mut reasons: Vec<_> = self.reasons.into_iter().collect();
-        reasons.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
         Report {
             samples: self.labelled + self.quarantined,
             labelled: self.labelled,
@@ -172,52 +179,76 @@ impl Counts {
             evaluations: self.evaluations,
             evaluations_recomputed,
             prompt_ensemble: self.prompt_ensemble,
-            pairs: None,
+            pairs: self.pairs.finish(),
             confusion: self.confusion,
             uncertain: self.uncertain,
-            reasons,
+            reasons: self.reasons,
+            timings,
         }
+    }
+}
+
+impl Report {
+    /// What the job took, in all and for an image.
+    fn cost(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} evaluations", self.evaluations)?;
+        if self.labelled > 0 {
+            write!(f, ", {:.1} a labelled image", self.evaluations as f64 / self.labelled as f64)?;
+        }
+        writeln!(f, "; {} computed more than once", self.evaluations_recomputed)?;
+        match self.timings {
+            Some(Timings { starts: 1, seconds }) if self.samples > 0 && seconds > 0.0 => {
+                let samples = self.samples as f64;
+                writeln!(f, "{seconds:.1} s, {:.3} s an image ({:.1} images/s)", seconds / samples, samples / seconds)
+            }
+            // Of a coordinator that was killed nobody wrote down the time.
+            Some(Timings { starts, seconds }) if starts > 1 => {
+                writeln!(f, "{seconds:.1} s in the last of {starts} runs; how long the others took is not recorded")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn accuracy(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(Accuracy { top1, top5, mean_per_class }) = self.accuracy else {
+            return writeln!(f, "\nno accuracy: no labelled sample has a label that is a class");
+        };
+        writeln!(f, "\naccuracy over {} samples with a known label", self.confusion.total())?;
+        for (name, share) in [("top 1", Some(top1)), ("top 5", top5), ("mean per class", Some(mean_per_class))] {
+            match share {
+                Some(share) => writeln!(f, "  {name:<14} {:6.2} %", share * 100.0)?,
+                None => writeln!(f, "  {name:<14}      -   (--top-k kept fewer than five scores)")?,
+            }
+        }
+        if self.confusion.is_nameless() { Ok(()) } else { write!(f, "\n{}", self.confusion) }
+    }
+
+    fn uncertain(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\nmost uncertain samples (margin of the mean error, sample, class, label)")?;
+        for sample in &self.uncertain {
+            let (key, class) = (text::tail(&sample.key, 30), text::head(&sample.class_name, 16));
+            let label = text::head(sample.label.as_deref().unwrap_or("-"), 16);
+            writeln!(f, "  {:>10}  {key}  {class}  {}", format!("{:.3e}", sample.margin), label.trim_end())?;
+        }
+        Ok(())
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} samples: {} labelled, {} quarantined", self.samples, self.labelled, self.quarantined)?;
-        write!(f, "{} evaluations", self.evaluations)?;
-        if self.labelled > 0 {
-            write!(f, ", {:.1} a labelled sample", self.evaluations as f64 / self.labelled as f64)?;
-        }
-        writeln!(f, "; {} computed more than once", self.evaluations_recomputed)?;
+        self.cost(f)?;
         if self.prompt_ensemble == PromptEnsemble::Mean {
             writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?;
         }
-        match self.accuracy {
-            Some(Accuracy { top1, top5, mean_per_class }) => {
-                writeln!(f, "\naccuracy over {} samples with a known label", self.confusion.total())?;
-                for (name, share) in [("top 1", top1), ("top 5", top5), ("mean per class", mean_per_class)] {
-                    writeln!(f, "  {name:<14} {:6.2} %", share * 100.0)?;
-                }
-                if !self.confusion.is_nameless() {
-                    write!(f, "\n{}", self.confusion)?;
-                }
-            }
-            None => writeln!(f, "\nno accuracy: no labelled sample has a label that is a class")?,
-        }
+        self.accuracy(f)?;
         if let Some(pairs) = &self.pairs {
             write!(f, "\n{pairs}")?;
         }
         if !self.uncertain.is_empty() {
-            writeln!(f, "\nmost uncertain samples (margin of the mean error, predicted class, label)")?;
-            for sample in &self.uncertain {
-                let label = sample.label.as_deref().unwrap_or("-");
-                writeln!(f, "  {:.3e}  {}  {}  {}", sample.margin, sample.key, sample.class_name, label)?;
-            }
+            self.uncertain(f)?;
         }
-        if !self.reasons.is_empty() {
-            writeln!(f, "\nquarantined because of")?;
-            self.reasons.iter().try_for_each(|(reason, count)| writeln!(f, "  {count:>6}  {reason}"))?;
-        }
-        Ok(())
+        if self.reasons.is_empty() { Ok(()) } else { write!(f, "\n{}", self.reasons) }
     }
 }
 
@@ -225,7 +256,7 @@ impl fmt::Display for Report {
 mod tests {
     use super::*;
     use crate::ids::{Round, SampleId};
-    use crate::predictions::{Labelled, Score};
+    use crate::predictions::{Labelled, Outcome, Score};
 
     const NAMES: [&str; 7] = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"];
 
@@ -258,10 +289,16 @@ mod tests {
         Classes::parse(&NAMES.join("\n"), &[]).unwrap()
     }
 
+    fn report(rows: &[Prediction], ensemble: PromptEnsemble, recomputed: u64) -> Report {
+        let mut builder = ReportBuilder::new(&classes(), ensemble, None);
+        rows.iter().for_each(|row| builder.add(&row.into()));
+        builder.finish(recomputed, None)
+    }
+
     #[test]
     fn accuracy_counts_what_has_a_prediction_and_a_known_label() {
-        let report = Report::new(
-            [
+        let report = report(
+            &[
                 prediction(0, Some("ant"), &[0, 1, 2, 3, 4, 5, 6], 0.5),
                 prediction(1, Some("ant"), &[1, 2, 3, 4, 0, 5, 6], 0.1),
                 // Sixth of the scores: not in the top five.
@@ -272,7 +309,6 @@ mod tests {
                 prediction(5, None, &[3, 0, 1, 2, 4, 5, 6], 0.6),
                 bad(6, "not an image"),
             ],
-            &classes(),
             PromptEnsemble::Mean,
             7,
         );
@@ -288,7 +324,7 @@ mod tests {
 
     #[test]
     fn without_known_labels_there_is_no_accuracy() {
-        let report = Report::new([prediction(0, None, &[1, 0], 0.5), bad(1, "x")], &classes(), PromptEnsemble::Max, 0);
+        let report = report(&[prediction(0, None, &[1, 0], 0.5), bad(1, "x")], PromptEnsemble::Max, 0);
         let json = serde_json::to_string(&report).unwrap();
         assert!(json.contains(r#""accuracy":null"#), "{json}");
         assert!(report.to_string().contains("no accuracy"));
@@ -298,14 +334,52 @@ mod tests {
     fn the_most_uncertain_samples_and_the_reasons_are_shown() {
         let mut rows: Vec<_> = (0..30).map(|i| prediction(i, None, &[1, 0], ((i * 7) % 30) as f32)).collect();
         rows.extend([bad(30, "empty"), bad(31, "truncated"), bad(32, "truncated")]);
-        let report = Report::new(&rows, &classes(), PromptEnsemble::Max, 0);
+        let report = report(&rows, PromptEnsemble::Max, 0);
         let margins: Vec<_> = report.uncertain.iter().map(|u| u.margin).collect();
         assert_eq!(margins, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
-        assert_eq!(report.reasons, [("truncated".to_owned(), 2), ("empty".to_owned(), 1)]);
+        assert_eq!(report.reasons.counted(), [("truncated", 2), ("empty", 1)]);
         let text = report.to_string();
         assert!(
-            text.contains("33 samples: 30 labelled, 3 quarantined") && text.contains("     2  truncated"),
+            text.contains("33 samples: 30 labelled, 3 quarantined") && text.contains("      2  truncated"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_top_five_that_was_not_kept_is_unknown_and_not_low() {
+        let of = |top_k, ranked: &[i32]| {
+            let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, top_k);
+            builder.add(&(&prediction(0, Some("ant"), ranked, 0.5)).into());
+            builder.finish(0, None)
+        };
+        let cut = of(Some(4), &[1, 2, 3, 4]);
+        assert_eq!(serde_json::to_value(&cut).unwrap()["accuracy"]["top5"], serde_json::Value::Null);
+        assert!(cut.to_string().contains("top 5               -   (--top-k"), "{cut}");
+        assert_eq!(of(Some(5), &[1, 2, 3, 4, 0]).accuracy.unwrap().top5, Some(1.0));
+        // Of two classes the best two are all.
+        let two = Classes::parse("ant\nbee", &[]).unwrap();
+        let mut builder = ReportBuilder::new(&two, PromptEnsemble::Max, Some(2));
+        builder.add(&(&prediction(0, Some("ant"), &[1, 0], 0.5)).into());
+        assert_eq!(builder.finish(0, None).accuracy.unwrap().top5, Some(1.0));
+    }
+
+    #[test]
+    fn time_is_told_for_an_image_where_it_is_known() {
+        let of = |starts| {
+            let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, None);
+            (0..4).for_each(|i| builder.add(&(&prediction(i, None, &[0, 1], 0.5)).into()));
+            builder.finish(0, Some(Timings { starts, seconds: 8.0 })).to_string()
+        };
+        assert!(of(1).contains("8.0 s, 2.000 s an image (0.5 images/s)"), "{}", of(1));
+        assert!(of(3).contains("8.0 s in the last of 3 runs"), "{}", of(3));
+    }
+
+    #[test]
+    fn long_names_do_not_break_the_lines_of_a_terminal() {
+        let mut row = prediction(0, Some("ant"), &[0, 1], 1.2345e-12);
+        row.key = "photos/".repeat(30);
+        row.label = Some("a label ".repeat(20));
+        let report = report(&[row, bad(1, &"endless ".repeat(50))], PromptEnsemble::Max, 0).to_string();
+        assert!(report.lines().all(|line| text::width(line) <= text::WIDTH), "{report}");
     }
 }

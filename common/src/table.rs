@@ -3,21 +3,21 @@
 //! Parquet is what DuckDB, Polars, pandas and Hugging Face datasets read without being told how. A table is written from
 //! its rows alone: no clock, no host and no thread order reaches its bytes, so writing it twice is harmless.
 
+mod stored;
+
 use std::marker::PhantomData;
 
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_schema::{Schema, SchemaRef};
 use bytes::Bytes;
-use futures::TryStreamExt;
+use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder};
-use parquet::arrow::{ArrowWriter, ParquetRecordBatchStreamBuilder};
 use parquet::basic::{Compression, ZstdLevel};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::KeyValue;
+use parquet::file::metadata::{KeyValue, SortingColumn};
 use parquet::file::properties::WriterProperties;
 
-use crate::parquet_file::{ParquetFile, store_error};
-use crate::store::StoreError;
+pub(crate) use self::stored::{ReadError, groups, rows, unread};
 
 /// A table that can't be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -40,14 +40,6 @@ pub enum TableError {
         table: &'static str,
         /// Why.
         source: ParquetError,
-    },
-    /// The store does not give the bytes.
-    #[error("reading the {table}: {source}")]
-    Store {
-        /// Which table.
-        table: &'static str,
-        /// Why not.
-        source: StoreError,
     },
     /// A column is missing or holds something else.
     #[error("reading the {table}: column '{column}' {problem}; the file was written by another program or version")]
@@ -82,6 +74,27 @@ pub(crate) trait Row: Sized {
 
     /// Appends the rows of a batch.
     fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError>;
+}
+
+/// What is read of a row: all of it, or a part for which no other column is fetched and decoded.
+pub(crate) trait View: Sized {
+    /// What the table is called in errors.
+    const TABLE: &'static str;
+
+    /// The columns read, by name or by the dotted path of a nested field; none means all.
+    const COLUMNS: &'static [&'static str];
+
+    /// Appends the rows of a batch.
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError>;
+}
+
+impl<R: Row> View for R {
+    const TABLE: &'static str = <R as Row>::TABLE;
+    const COLUMNS: &'static [&'static str] = &[];
+
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
+        <R as Row>::read(columns, rows)
+    }
 }
 
 /// Access to a batch's columns by name and type.
@@ -129,7 +142,9 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata.
+/// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata. Every table is sorted by its first
+/// column, the sample, and says so; each row group and page has the smallest and largest value of every column, by which
+/// readers skip what a query can't match.
 pub(crate) fn encode<R: Row>(rows: &[R], group: usize, meta: &[(String, String)]) -> Result<Bytes, TableError> {
     let mut writer = Writer::new()?;
     meta.iter().for_each(|(key, value)| writer.note(key, value));
@@ -151,6 +166,7 @@ impl<R: Row> Writer<R> {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::default()))
             .set_max_row_group_row_count(None)
+            .set_sorting_columns(Some(vec![SortingColumn { column_idx: 0, descending: false, nulls_first: false }]))
             .build();
         let writer = ArrowWriter::try_new(Vec::new(), SchemaRef::clone(&schema), Some(properties));
         Ok(Self { writer: writer.map_err(failed::<R>)?, schema, rows: PhantomData })
@@ -176,33 +192,6 @@ impl<R: Row> Writer<R> {
 
 fn failed<R: Row>(source: ParquetError) -> TableError {
     TableError::Encode { table: R::TABLE, source }
-}
-
-/// What went wrong while `path` was read: the store, or what it gave.
-pub(crate) fn unread<R: Row>(path: &str, error: ParquetError) -> TableError {
-    match store_error(error) {
-        Ok(source) => {
-            let source = StoreError::Object { action: "reading", path: path.to_owned(), source };
-            TableError::Store { table: R::TABLE, source }
-        }
-        Err(source) => TableError::Decode { table: R::TABLE, source },
-    }
-}
-
-/// Reads the rows of some row groups of a file where it lies.
-pub(crate) async fn read_groups<R: Row>(
-    file: &ParquetFile,
-    path: &str,
-    metadata: &ArrowReaderMetadata,
-    groups: Vec<usize>,
-) -> Result<Vec<R>, TableError> {
-    let reader = ParquetRecordBatchStreamBuilder::new_with_metadata(file.clone(), metadata.clone());
-    let mut batches = reader.with_row_groups(groups).build().map_err(|e| unread::<R>(path, e))?;
-    let mut rows = Vec::new();
-    while let Some(batch) = batches.try_next().await.map_err(|e| unread::<R>(path, e))? {
-        R::read(&Columns { table: R::TABLE, batch: &batch }, &mut rows)?;
-    }
-    Ok(rows)
 }
 
 /// Decodes all rows.

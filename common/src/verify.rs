@@ -5,30 +5,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bytes::Bytes;
+use futures::stream::{self, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use serde::Serialize;
 
-use crate::ids::ShardId;
+use crate::ids::{SampleId, ShardId};
 use crate::layout;
-use crate::manifest::{Manifest, ManifestError, Sample};
-use crate::predictions::{self, Outcome, Prediction, Quarantined};
-use crate::store::{Store, StoreError};
-use crate::table::TableError;
+use crate::manifest::{Manifest, Sample};
+use crate::output::{Output, OutputError};
+use crate::predictions::{Prediction, Quarantined};
+use crate::store::Store;
 
 /// Problems spelled out; the rest is counted.
 const PROBLEMS_SHOWN: usize = 100;
-
-/// An output that can't be checked at all.
-#[derive(Debug, thiserror::Error)]
-pub enum VerifyError {
-    /// The manifest can't be read.
-    #[error("verifying the output: {0}")]
-    Manifest(#[from] ManifestError),
-    /// The store can't be read.
-    #[error("verifying the output: {0}; check that the location can be read and try again")]
-    Store(#[from] StoreError),
-}
+/// Shards that are read side by side.
+const SHARDS: usize = 4;
 
 /// What was found. Serialises to what `elbo verify --json` prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -67,43 +58,71 @@ impl std::fmt::Display for Verification {
     }
 }
 
-/// Checks the predictions and quarantine files of `out` against its manifest.
-pub async fn verify(out: &Store, manifest: &Manifest, fingerprint: String) -> Result<Verification, VerifyError> {
+/// Checks the predictions and quarantine files of `out` against its manifest. Every column is decoded, so that damage shows
+/// wherever it is, but never more of a file than some hundred rows are in memory.
+pub async fn verify(out: &Store, manifest: &Manifest, fingerprint: String) -> Result<Verification, OutputError> {
+    let output = &Output::new(out);
     let mut check = Check::new(manifest.len());
-    for shard in (0..manifest.shards()).map(ShardId) {
+    let of_shard = |shard| async move {
         let samples = manifest.shard(shard).await?;
-        let (predictions, quarantine) = (layout::predictions(shard), layout::quarantine(shard));
-        let rows = match out.read(&predictions).await? {
-            Some(bytes) => check.decoded(&predictions, predictions::decode_predictions(bytes)),
-            None => {
-                check.problem(format!("{predictions} does not exist ({} samples)", samples.len()));
-                None
-            }
-        };
-        let quarantined = match out.read(&quarantine).await? {
-            Some(bytes) => check.decoded(&quarantine, predictions::decode_quarantine(bytes)),
-            None => None,
-        };
-        check.predictions(&predictions, &samples, rows.as_deref().unwrap_or_default());
-        check.quarantine(&quarantine, rows.as_deref().unwrap_or_default(), quarantined.as_deref().unwrap_or_default());
+        Ok::<_, OutputError>((shard, samples, Found::read(output, shard).await?))
+    };
+    let mut shards = std::pin::pin!(stream::iter((0..manifest.shards()).map(ShardId)).map(of_shard).buffered(SHARDS));
+    while let Some((shard, samples, found)) = shards.try_next().await? {
+        check.shard(shard, &samples, found);
     }
-    for directory in [layout::PREDICTIONS, layout::QUARANTINE] {
-        let expected: BTreeSet<_> = (0..manifest.shards())
-            .map(|k| {
-                if directory == layout::PREDICTIONS {
-                    layout::predictions(ShardId(k))
-                } else {
-                    layout::quarantine(ShardId(k))
-                }
-            })
-            .collect();
-        for path in out.list(directory).await? {
-            if path.extension() == Some("parquet") && !expected.contains(&path) {
-                check.stray(&path, out.read(&path).await?);
-            }
-        }
-    }
+    check.strays(output, out, manifest.shards()).await?;
     Ok(check.finish(fingerprint))
+}
+
+/// What is checked of a prediction.
+#[derive(Debug)]
+struct Checked {
+    sample: SampleId,
+    key: String,
+    label: Option<String>,
+    quarantined: bool,
+}
+
+impl From<Prediction> for Checked {
+    fn from(row: Prediction) -> Self {
+        let quarantined = row.error().is_some();
+        Self { sample: row.sample, key: row.key, label: row.label, quarantined }
+    }
+}
+
+/// What there is of a shard.
+#[derive(Debug)]
+struct Found {
+    predictions: Result<Option<Vec<Checked>>, String>,
+    quarantine: Result<Vec<Quarantined>, String>,
+}
+
+impl Found {
+    async fn read(output: &Output, shard: ShardId) -> Result<Self, OutputError> {
+        let predictions = damage(checked(output, layout::predictions(shard)).await)?;
+        let quarantine = damage(output.quarantine_at(layout::quarantine(shard)).await)?;
+        Ok(Self { predictions, quarantine: quarantine.map(Option::unwrap_or_default) })
+    }
+}
+
+/// The rows of a predictions file, without their scores.
+async fn checked(output: &Output, path: Path) -> Result<Option<Vec<Checked>>, OutputError> {
+    let Some(mut batches) = output.predictions_at(path).await? else { return Ok(None) };
+    let mut rows = Vec::new();
+    while let Some(batch) = batches.try_next().await? {
+        rows.extend(batch.into_iter().map(Checked::from));
+    }
+    Ok(Some(rows))
+}
+
+/// A file that is wrong is a finding; a store that fails is none.
+fn damage<T>(read: Result<T, OutputError>) -> Result<Result<T, String>, OutputError> {
+    match read {
+        Ok(found) => Ok(Ok(found)),
+        Err(error @ OutputError::File { .. }) => Ok(Err(error.to_string())),
+        Err(error) => Err(error),
+    }
 }
 
 /// Counts of everything seen so far.
@@ -125,18 +144,33 @@ impl Check {
         if self.problems.len() < PROBLEMS_SHOWN { self.problems.push(problem) } else { self.unspoken += 1 }
     }
 
-    fn decoded<T>(&mut self, path: &Path, rows: Result<Vec<T>, TableError>) -> Option<Vec<T>> {
-        rows.map_err(|e| self.problem(format!("{path}: {e}"))).ok()
+    fn shard(&mut self, shard: ShardId, samples: &[Sample], found: Found) {
+        let (predictions, quarantine) = (layout::predictions(shard), layout::quarantine(shard));
+        let rows = match found.predictions {
+            Ok(Some(rows)) => rows,
+            Ok(None) => {
+                self.problem(format!("{predictions} does not exist ({} samples)", samples.len()));
+                Vec::new()
+            }
+            Err(problem) => {
+                self.problem(problem);
+                Vec::new()
+            }
+        };
+        let quarantined = found.quarantine.unwrap_or_else(|problem| {
+            self.problem(problem);
+            Vec::new()
+        });
+        self.predictions(&predictions, samples, &rows);
+        self.quarantine(&quarantine, &rows, &quarantined);
     }
 
     /// Counts the rows of one predictions file and compares them with the samples it should hold.
-    fn predictions(&mut self, path: &Path, samples: &[Sample], rows: &[Prediction]) {
+    fn predictions(&mut self, path: &Path, samples: &[Sample], rows: &[Checked]) {
         let own: BTreeMap<_, _> = samples.iter().map(|sample| (sample.id, sample)).collect();
         for row in rows {
-            match row.outcome {
-                Outcome::Labelled(_) => self.predictions += 1,
-                Outcome::Quarantined { .. } => self.quarantined += 1,
-            }
+            let count = if row.quarantined { &mut self.quarantined } else { &mut self.predictions };
+            *count += 1;
             let id = row.sample;
             match self.seen.get_mut(id.0 as usize) {
                 Some(count) => *count = (*count + 1).min(2),
@@ -158,9 +192,9 @@ impl Check {
     }
 
     /// Compares the rows with status quarantined with the quarantine file of the same shard.
-    fn quarantine(&mut self, path: &Path, rows: &[Prediction], quarantined: &[Quarantined]) {
+    fn quarantine(&mut self, path: &Path, rows: &[Checked], quarantined: &[Quarantined]) {
         let mut predicted: BTreeMap<_, _> =
-            rows.iter().filter(|row| row.error().is_some()).map(|row| (row.sample, &row.key)).collect();
+            rows.iter().filter(|row| row.quarantined).map(|row| (row.sample, &row.key)).collect();
         for row in quarantined {
             match predicted.remove(&row.sample) {
                 Some(key) if *key == row.key => {}
@@ -177,14 +211,24 @@ impl Check {
         }
     }
 
-    /// A file that belongs to no shard: its rows count, since every reader of the directory sees them.
-    fn stray(&mut self, path: &Path, bytes: Option<Bytes>) {
-        self.problem(format!("{path} belongs to no shard of the manifest"));
-        if path.prefix_matches(&Path::from(layout::PREDICTIONS))
-            && let Some(rows) = bytes.and_then(|bytes| self.decoded(path, predictions::decode_predictions(bytes)))
-        {
-            self.predictions(path, &[], &rows);
+    /// Files that belong to no shard: their rows count, since every reader of the directory sees them.
+    async fn strays(&mut self, output: &Output, out: &Store, shards: u32) -> Result<(), OutputError> {
+        let directories: [(&str, fn(ShardId) -> Path); 2] =
+            [(layout::PREDICTIONS, layout::predictions), (layout::QUARANTINE, layout::quarantine)];
+        for (directory, path_of) in directories {
+            let expected: BTreeSet<_> = (0..shards).map(|shard| path_of(ShardId(shard))).collect();
+            let found = out.list(directory).await?;
+            for path in found.into_iter().filter(|p| p.extension() == Some("parquet") && !expected.contains(p)) {
+                self.problem(format!("{path} belongs to no shard of the manifest"));
+                if directory == layout::PREDICTIONS {
+                    match damage(checked(output, path.clone()).await)? {
+                        Ok(rows) => self.predictions(&path, &[], &rows.unwrap_or_default()),
+                        Err(problem) => self.problem(problem),
+                    }
+                }
+            }
         }
+        Ok(())
     }
 
     fn finish(mut self, fingerprint: String) -> Verification {

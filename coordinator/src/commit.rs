@@ -81,8 +81,9 @@ fn attempts(stage: &str) -> u32 {
 /// The files of a finished shard, predictions last: where they are, so is all else.
 pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> Result<Vec<(Path, Bytes)>, TableError> {
     let spec = &job.identity.spec;
-    let meta = [("elbo.job".to_owned(), job.identity.digest()), ("elbo.version".to_owned(), job.versions.elbo.clone())];
-    let of_job = spec.contenders();
+    let (of_job, of_scores) = metadata(job);
+    let with_classes = [&of_job[..], &of_scores[..]].concat();
+    let contenders = spec.contenders();
     let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     let kept = &finishing.kept;
     for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
@@ -97,9 +98,9 @@ pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> R
             }
             Outcome::Scored { prompts, errors: single } => {
                 let classes = sample.classes(&spec.classes);
-                let contenders = of_job.clone().unwrap_or_else(|| Contenders::prompts(prompts.len()));
+                let contenders = contenders.clone().unwrap_or_else(|| Contenders::prompts(prompts.len()));
                 errors.extend(single.iter().map(|e| error_row(sample, e, &classes, rounds)));
-                scored(sample, prompts, &classes, &contenders)
+                scored(sample, prompts, &classes, &contenders, spec.top_k)
             }
             Outcome::Quarantined(failure) => {
                 quarantined.push(quarantine_row(sample, failure));
@@ -109,23 +110,52 @@ pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> R
     }
     let mut files = Vec::new();
     if spec.write_errors {
-        files.push((layout::errors(finishing.shard), predictions::encode_errors(&errors, &meta)?));
+        files.push((layout::errors(finishing.shard), predictions::encode_errors(&errors, &with_classes)?));
     }
     if !quarantined.is_empty() {
-        files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &meta)?));
+        files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &of_job)?));
     }
-    files.push((layout::predictions(finishing.shard), predictions::encode_predictions(&rows, &meta)?));
+    files.push((layout::predictions(finishing.shard), predictions::encode_predictions(&rows, &with_classes)?));
     Ok(files)
 }
 
-fn scored(sample: &Sample, prompts: &[ScoredPrompt], classes: &Classes, contenders: &Contenders) -> Prediction {
-    let scores = class_scores(prompts, classes, contenders);
+/// What a file says of its job, so that it can be understood apart from `job.json`: pairs for every file, and pairs for those
+/// that speak of classes by index. A function of the job, like all the rest.
+fn metadata(job: &JobRecord) -> (Vec<(String, String)>, Vec<(String, String)>) {
+    let spec = &job.identity.spec;
+    let pair = |key: &str, value: String| (format!("elbo.{key}"), value);
+    let of_job = vec![
+        pair("fingerprint", job.fingerprint.clone()),
+        pair("version", job.versions.elbo.clone()),
+        pair("protocol", job.versions.protocol.to_string()),
+    ];
+    // What is serialised is plain data whose keys are numbers: that does not fail.
+    let policy = serde_json::to_string(&spec.policy).unwrap_or_default();
+    let classes = serde_json::to_string(&spec.classes.names).unwrap_or_default();
+    let mut of_scores = vec![pair("policy", policy), pair("loss", spec.loss.to_string())];
+    of_scores.extend(spec.top_k.map(|k| pair("top_k", k.to_string())));
+    if spec.candidates.is_none() {
+        of_scores.push(pair("classes", classes));
+    }
+    (of_job, of_scores)
+}
+
+/// Of the scores, the best `top_k` are kept; the margin is known before.
+fn scored(
+    sample: &Sample,
+    prompts: &[ScoredPrompt],
+    classes: &Classes,
+    contenders: &Contenders,
+    top_k: Option<u32>,
+) -> Prediction {
+    let mut scores = class_scores(prompts, classes, contenders);
     let evaluations = prompts.iter().map(|p| p.sums.n).sum();
     let margin = match &scores[..] {
         // Classes that left earlier have means over other slots, which don't compare.
         [best, second, ..] if best.round == second.round => Some(second.mean_error - best.mean_error),
         _ => None,
     };
+    scores.truncate(top_k.map_or(usize::MAX, |k| k as usize));
     let class = scores.first().map_or(ClassIndex(0), |s| s.class);
     let labelled = Labelled { class, class_name: classes.name(class).to_owned(), confidence: None, margin, scores };
     Prediction {
@@ -243,12 +273,70 @@ mod tests {
             pair: None,
         };
         let all = Contenders::prompts(4);
-        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes(), &all);
+        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes(), &all, None);
         assert_eq!(same.labelled().unwrap().margin, Some(0.25));
-        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes(), &all);
+        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes(), &all, None);
         assert_eq!(other.labelled().unwrap().margin, None);
         assert_eq!(other.labelled().unwrap().class_name, "cat");
         assert_eq!(other.evaluations, 7);
+    }
+
+    #[test]
+    fn of_the_scores_the_best_are_kept_and_nothing_else_changes() {
+        let sample = elbo_common::manifest::Sample {
+            id: elbo_common::ids::SampleId(0),
+            key: "k".into(),
+            location: "/k".into(),
+            part: None,
+            size: 1,
+            etag: None,
+            label: None,
+            candidates: Vec::new(),
+            pair: None,
+        };
+        let prompts = [prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75), prompt(3, 0, 2, 0.1)];
+        let of = |top_k| scored(&sample, &prompts, &classes(), &Contenders::prompts(4), top_k);
+        let (mut all, one) = (of(None), of(Some(1)));
+        assert_eq!(all.scores().len(), 3);
+        assert_eq!(of(Some(7)), all);
+        if let RowOutcome::Labelled(labelled) = &mut all.outcome {
+            labelled.scores.truncate(1);
+        }
+        assert_eq!(one, all);
+        assert_eq!(one.labelled().unwrap().margin, Some(0.25));
+    }
+
+    #[test]
+    fn a_file_says_what_its_job_was_and_how_its_classes_are_called() {
+        let spec = serde_json::json!({
+            "images": "/secret/place", "model": "m", "top_k": 5,
+            "classes": {"names": [[-1, "none"], [2, "\"two\""], [10, "ten"]], "prompts": []},
+            "policy": {"name": "exhaustive", "samples": 1, "trials": 1},
+            "loss": "l2", "dtype": "f32", "size": null, "seed": 0, "noise_scope": "sample", "noise": null,
+            "write_errors": false, "label_from": null, "limit": null, "shard_size": 1,
+        });
+        let record = |spec: &serde_json::Value| -> JobRecord {
+            let job = serde_json::json!({
+                "state": "unfinished", "fingerprint": "f", "spec": spec, "model_files": {}, "noise_file": null,
+                "manifest": {"samples": 1, "digest": "d", "captions": {"0": 1}}, "versions": {"elbo": "1.2", "protocol": 3},
+                "totals": null, "timings": null,
+            });
+            serde_json::from_value(job).unwrap()
+        };
+        let (of_job, of_scores) = metadata(&record(&spec));
+        let pairs =
+            |pairs: &[(String, String)]| pairs.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
+        assert_eq!(pairs(&of_job), ["elbo.fingerprint=f", "elbo.version=1.2", "elbo.protocol=3"]);
+        let expected = [
+            r#"elbo.policy={"name":"exhaustive","samples":1,"trials":1}"#,
+            "elbo.loss=l2",
+            "elbo.top_k=5",
+            r#"elbo.classes={"-1":"none","2":"\"two\"","10":"ten"}"#,
+        ];
+        assert_eq!(pairs(&of_scores), expected);
+        let mut captions = spec;
+        captions["candidates"] = "texts".into();
+        assert!(!pairs(&metadata(&record(&captions)).1).iter().any(|pair| pair.starts_with("elbo.classes")));
     }
 
     #[test]

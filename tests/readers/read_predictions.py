@@ -1,9 +1,11 @@
-"""Reads the predictions of an output directory with pyarrow and with DuckDB, and checks that they see the same.
+"""Reads the predictions of an output as people do with five programs, and checks that they see the same.
 
     python read_predictions.py OUT
 
-Prints {pyarrow: {rows, columns, accuracy}, duckdb: {rows, accuracy, mean_scores_len}}; exits with 1 where they differ.
-Accuracy is the share of rows with status ok whose label is the predicted class; null where no such row has a label.
+Prints {rows, columns, metadata, statistics, names, by_reader: {reader: rows}}: the types pyarrow sees, the file's own
+key-value pairs, the smallest and largest value of some columns of every file as DuckDB finds them, and the names DuckDB gives
+the classes by them. A row is [sample_id, key, label, predicted_class, predicted_index, margin, evaluations, status, error,
+number of scores, second-best class, its mean error, whether it has a standard error]. Exits with 1 where readers differ.
 """
 import json
 import math
@@ -11,45 +13,106 @@ import sys
 from pathlib import Path
 
 import duckdb
+import pandas as pd
+import polars as pl
 import pyarrow.parquet as pq
+from datasets import load_dataset
+
+PLAIN = ["sample_id", "key", "label", "predicted_class", "predicted_index", "margin", "evaluations", "status", "error"]
+
+
+def row(record):
+    """A row of whatever dictionary-like thing a reader gives; missing values are None."""
+    plain = [record[name] for name in PLAIN]
+    scores = list(record["scores"])
+    second = scores[1] if len(scores) > 1 else {"class_index": None, "mean_error": None, "std_error": None}
+    nested = [len(scores), second["class_index"], second["mean_error"], second["std_error"] is not None]
+    return [None if isinstance(v, float) and math.isnan(v) else v for v in plain + nested]
 
 
 def with_pyarrow(directory):
-    table = pq.read_table(directory)
-    rows = table.to_pylist()
-    judged = [row for row in rows if row["status"] == "ok" and row["label"] is not None]
-    right = sum(row["label"] == row["predicted_class"] for row in judged)
-    return {
-        "rows": len(rows),
-        "columns": {field.name: str(field.type) for field in table.schema},
-        "accuracy": right / len(judged) if judged else None,
-    }, (sum(len(row["scores"]) for row in rows) / len(rows) if rows else None)
+    return [row(record) for record in pq.read_table(directory).to_pylist()]
 
 
 def with_duckdb(directory):
-    rows, accuracy, mean_scores_len = duckdb.execute(
-        """
-        SELECT count(*),
-               avg((label = predicted_class)::INT) FILTER (status = 'ok' AND label IS NOT NULL),
-               avg(len(scores))
-        FROM read_parquet(?)
+    found = duckdb.execute(
+        f"""
+        SELECT {", ".join(PLAIN)}, len(scores), scores[2].class_index, scores[2].mean_error, scores[2].std_error IS NOT NULL
+        FROM read_parquet(?) ORDER BY sample_id
         """,
         [str(directory / "*.parquet")],
-    ).fetchone()
-    return {"rows": rows, "accuracy": accuracy, "mean_scores_len": mean_scores_len}
+    )
+    return [list(record) for record in found.fetchall()]
 
 
-def same(a, b):
-    return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-12))
+def with_polars(directory):
+    frame = pl.scan_parquet(directory / "*.parquet").sort("sample_id")
+    second = pl.col("scores").list.get(1, null_on_oob=True).struct
+    nested = [
+        pl.col("scores").list.len(),
+        second.field("class_index"),
+        second.field("mean_error"),
+        second.field("std_error").is_not_null().alias("has_std_error"),
+    ]
+    return [list(record) for record in frame.select(PLAIN + nested).collect().rows()]
+
+
+def with_pandas(directory):
+    return [row(record) for record in pd.read_parquet(directory).replace({float("nan"): None}).to_dict("records")]
+
+
+def with_datasets(directory):
+    return [row(record) for record in load_dataset("parquet", data_files=str(directory / "*.parquet"), split="train")]
+
+
+def statistics(directory):
+    found = duckdb.execute(
+        """
+        SELECT path_in_schema, min(stats_min_value::BIGINT), max(stats_max_value::BIGINT)
+        FROM parquet_metadata(?) WHERE path_in_schema IN ('sample_id', 'predicted_index')
+        GROUP BY file_name, path_in_schema ORDER BY path_in_schema, 2
+        """,
+        [str(directory / "*.parquet")],
+    )
+    return [list(record) for record in found.fetchall()]
+
+
+def names(directory):
+    """The names of the classes, as SQL finds them in a file that has left its job behind."""
+    found = duckdb.execute(
+        """
+        SELECT DISTINCT s.class_index, json_extract_string(m.classes, '$."' || s.class_index || '"')
+        FROM (SELECT unnest(scores) AS s FROM read_parquet($1)),
+             (SELECT decode(value) AS classes FROM parquet_kv_metadata($1) WHERE decode(key) = 'elbo.classes' LIMIT 1) m
+        ORDER BY 1
+        """,
+        [str(directory / "*.parquet")],
+    )
+    return [list(record) for record in found.fetchall()]
 
 
 def main():
     directory = Path(sys.argv[1]) / "predictions"
-    (arrow, scores_len), duck = with_pyarrow(directory), with_duckdb(directory)
-    print(json.dumps({"pyarrow": arrow, "duckdb": duck}))
-    pairs = [(arrow["rows"], duck["rows"]), (arrow["accuracy"], duck["accuracy"]), (scores_len, duck["mean_scores_len"])]
-    if not all(same(a, b) for a, b in pairs):
-        sys.exit("pyarrow and duckdb read the predictions differently")
+    readers = [with_pyarrow, with_duckdb, with_polars, with_pandas, with_datasets]
+    rows = {reader.__name__.removeprefix("with_"): reader(directory) for reader in readers}
+    first = sorted(directory.iterdir())[0]
+    metadata = pq.read_metadata(first).metadata
+    print(
+        json.dumps(
+            {
+                "rows": rows["pyarrow"],
+                "columns": {field.name: str(field.type) for field in pq.read_schema(first)},
+                "metadata": {k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"elbo.")},
+                "statistics": statistics(directory),
+                "names": names(directory),
+                "by_reader": {name: len(found) for name, found in rows.items()},
+            }
+        )
+    )
+    for name, found in rows.items():
+        for expected, other in zip(rows["pyarrow"], found, strict=True):
+            if expected != other:
+                sys.exit(f"pyarrow reads {expected}, {name} reads {other}")
 
 
 if __name__ == "__main__":

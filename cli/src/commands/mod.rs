@@ -3,6 +3,7 @@
 mod bench;
 mod coordinator;
 mod demo;
+mod export;
 mod inspect;
 mod label;
 mod output;
@@ -22,6 +23,7 @@ pub(crate) async fn run(command: Command) -> anyhow::Result<()> {
         Command::Status(args) => status::run(args).await,
         Command::Report(args) => output::report(args).await,
         Command::Verify(args) => output::verify(args).await,
+        Command::Export(args) => export::run(args).await,
         Command::Plan(args) => plan::run(*args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Bench(args) => bench::run(args).await,

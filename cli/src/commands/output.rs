@@ -1,55 +1,26 @@
 //! `elbo report` and `elbo verify`, and the summary after a run: what is in an output.
 
-use std::collections::BTreeMap;
+use std::pin::pin;
 
-use elbo_common::ids::ShardId;
-use elbo_common::layout;
-use elbo_common::manifest::{Manifest, Sample};
-use elbo_common::predictions::{Prediction, decode_predictions};
+use elbo_common::manifest::Manifest;
+use elbo_common::output::Output;
 use elbo_common::record::JobRecord;
-use elbo_common::report::Report;
+use elbo_common::report::{Report, ReportBuilder};
 use elbo_common::store::{Location, Store};
 use elbo_common::verify;
+use futures::TryStreamExt;
 use indicatif::HumanCount;
 
 use crate::args::OutputArgs;
 use crate::session::Done;
 
 /// An output that holds a job.
-async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
+pub(super) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
     let store = Store::open(&Location::parse(out)?)?;
     let record = JobRecord::read(&store)
         .await?
         .ok_or_else(|| anyhow::anyhow!("{out} has no job.json: give the --out of a job"))?;
     Ok((store, record))
-}
-
-async fn predictions(store: &Store) -> anyhow::Result<Vec<Prediction>> {
-    let mut rows = Vec::new();
-    for path in store.list(layout::PREDICTIONS).await? {
-        if let Some(bytes) = store.read(&path).await? {
-            rows.extend(decode_predictions(bytes)?);
-        }
-    }
-    Ok(rows)
-}
-
-/// Every sample of the manifest, with its prediction if there is one yet.
-async fn caption_rows(store: &Store, record: &JobRecord) -> anyhow::Result<Vec<(Sample, Option<Prediction>)>> {
-    let manifest = Manifest::open(store, &record.manifest, record.identity.spec.shard_size).await?;
-    let mut rows = Vec::new();
-    for shard in (0..manifest.shards()).map(ShardId) {
-        let predictions = match store.read(&layout::predictions(shard)).await? {
-            Some(bytes) => decode_predictions(bytes)?,
-            None => Vec::new(),
-        };
-        let mut of_sample: BTreeMap<_, _> = predictions.into_iter().map(|row| (row.sample, row)).collect();
-        rows.extend(manifest.shard(shard).await?.into_iter().map(|sample| {
-            let prediction = of_sample.remove(&sample.id);
-            (sample, prediction)
-        }));
-    }
-    Ok(rows)
 }
 
 /// `elbo report`.
@@ -65,12 +36,22 @@ pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
 }
 
 async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report> {
-    let recomputed = record.totals.map_or(0, |t| t.evaluations_recomputed);
     let spec = &record.identity.spec;
+    let output = Output::new(store);
+    let mut report = ReportBuilder::new(&spec.classes, spec.prompt_ensemble, spec.top_k);
     if spec.candidates.is_some() {
-        return Ok(Report::of_captions(caption_rows(store, record).await?, recomputed));
+        let manifest = Manifest::open(store, &record.manifest, spec.shard_size).await?;
+        let mut rows = pin!(output.samples_and_predictions(manifest));
+        while let Some((sample, prediction)) = rows.try_next().await? {
+            report.add_captioned(&sample, prediction.as_ref());
+        }
+    } else {
+        let mut rows = pin!(output.judgements());
+        while let Some(row) = rows.try_next().await? {
+            report.add(&row);
+        }
     }
-    Ok(Report::new(predictions(store).await?, &spec.classes, spec.prompt_ensemble, recomputed))
+    Ok(report.finish(record.totals.map_or(0, |t| t.evaluations_recomputed), record.timings))
 }
 
 /// `elbo verify`.

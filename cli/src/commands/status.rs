@@ -1,9 +1,12 @@
 //! `elbo status`: how far a job is, asked of its coordinator or read from its output.
 
+use std::pin::pin;
+
+use elbo_common::output::Output;
 use elbo_common::record::{JobRecord, JobState};
 use elbo_common::store::{Location, Store};
-use elbo_common::{layout, predictions};
 use elbo_proto::v1;
+use futures::TryStreamExt;
 use indicatif::{HumanCount, HumanDuration};
 use serde::Serialize;
 use tonic::Request;
@@ -103,15 +106,14 @@ async fn of_output(target: &str) -> anyhow::Result<Status> {
         anyhow::anyhow!("{target} has no job.json: give a job's output or a coordinator's http:// URL")
     })?;
     let shards = record.manifest.samples.div_ceil(u64::from(record.identity.spec.shard_size));
-    let (mut done, mut samples, mut quarantined, mut evaluations) = (0, 0, 0, 0);
-    for path in out.list(layout::PREDICTIONS).await? {
-        let Some(bytes) = out.read(&path).await? else { continue };
-        done += 1;
-        for row in predictions::decode_predictions(bytes)? {
-            samples += 1;
-            quarantined += u64::from(row.error().is_some());
-            evaluations += u64::from(row.evaluations);
-        }
+    let output = Output::new(&out);
+    let done = output.shards().await?;
+    let (mut samples, mut quarantined, mut evaluations) = (0, 0, 0);
+    let mut rows = pin!(output.tallies());
+    while let Some(row) = rows.try_next().await? {
+        samples += 1;
+        quarantined += u64::from(row.quarantined);
+        evaluations += u64::from(row.evaluations);
     }
     let finished = record.state == JobState::Done;
     Ok(Status {

@@ -2,7 +2,7 @@
 
 mod spec;
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::Args;
@@ -130,6 +130,11 @@ pub(crate) struct JobArgs {
     #[arg(long, value_enum, env = "ELBO_NOISE_SCOPE")]
     #[serde(alias = "noise-scope")]
     pub(crate) noise_scope: Option<NoiseScopeName>,
+    /// Keep only the best N scores of an image, for jobs with many classes; the prediction and its margin stay the same, but
+    /// the report's top-5 accuracy needs 5 [default: all]
+    #[arg(long, env = "ELBO_TOP_K", value_name = "N")]
+    #[serde(alias = "top-k")]
+    pub(crate) top_k: Option<NonZeroU32>,
     /// Also write every single evaluation's error
     #[arg(long, env = "ELBO_WRITE_ERRORS")]
     #[serde(alias = "write-errors")]
@@ -236,6 +241,7 @@ impl JobArgs {
             seed: self.seed.or(file.seed),
             noise: self.noise.or(file.noise),
             noise_scope: self.noise_scope.or(file.noise_scope),
+            top_k: self.top_k.or(file.top_k),
             write_errors: self.write_errors || file.write_errors,
             label_from: self.label_from.or(file.label_from),
             limit: self.limit.or(file.limit),
@@ -257,10 +263,10 @@ mod tests {
     #[test]
     fn a_job_file_takes_the_flags_names_with_either_separator() {
         let file: JobArgs = toml::from_str(
-            "images = 'x'\nkeep = [3, 1]\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\nprogress = 'json'",
+            "images = 'x'\nkeep = [3, 1]\ntop-k = 5\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\nprogress = 'json'",
         )
         .unwrap();
-        assert_eq!(file.keep, [3, 1]);
+        assert_eq!((file.keep.as_slice(), file.top_k.map(NonZeroU32::get)), (&[3, 1][..], Some(5)));
         assert_eq!(file.label_from.as_deref(), Some("parent"));
         assert_eq!(file.noise_scope, Some(NoiseScopeName::Shared));
         assert_eq!(file.loss, Some(Loss::L1));

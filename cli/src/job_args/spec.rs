@@ -1,5 +1,6 @@
 //! From flags to a job's specification.
 
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use elbo_common::class::{ClassError, Classes, ModelLabels};
@@ -76,6 +77,7 @@ impl JobArgs {
             (self.classes.is_some(), "--classes", "every image is judged by its own captions"),
             (self.shortlist.is_some(), "--shortlist", "captions are few"),
             (!self.template.is_empty(), "--template", "captions are taken as they are"),
+            (self.top_k.is_some(), "--top-k", "the scores of all captions are compared"),
             (self.prompt_ensemble == Some(PromptEnsemble::Mean), "--prompt-ensemble mean", "a caption is one prompt"),
         ];
         if let Some((_, flag, reason)) = refused.iter().find(|(given, ..)| *given) {
@@ -224,6 +226,7 @@ impl JobArgs {
                 Some(NoiseScopeName::Sample) | None => NoiseScope::Sample,
             },
             noise: self.noise.as_deref().map(|path| absolute(Path::new(path))).transpose()?,
+            top_k: self.top_k.map(NonZeroU32::get),
             write_errors: self.write_errors,
             label_from: match self.label_from.as_deref() {
                 None => None,
@@ -284,6 +287,8 @@ mod tests {
         assert!(refused(JobArgs { template: vec!["{}".into()], ..JobArgs::default() }).contains("--template"));
         let mean = JobArgs { prompt_ensemble: Some(PromptEnsemble::Mean), ..JobArgs::default() };
         assert!(refused(mean).contains("--prompt-ensemble mean"));
+        let top_k = JobArgs { top_k: NonZeroU32::new(1), ..JobArgs::default() };
+        assert!(refused(top_k).contains("--top-k and --candidates"));
         assert!(
             refused(JobArgs { shortlist: Some("clip:5".into()), ..JobArgs::default() }).contains("--shortlist and")
         );

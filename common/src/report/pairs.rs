@@ -49,7 +49,7 @@ impl Share {
 }
 
 /// One image of a pair.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Half {
     key: String,
     captions: Vec<String>,
@@ -82,16 +82,33 @@ struct Verdict {
     image: bool,
 }
 
+/// What there is of a pair.
+#[derive(Clone, Debug)]
+enum Pair {
+    /// One image waits for the other.
+    Waiting(Box<Half>),
+    /// Both were there: their captions and scores are no longer needed.
+    Judged(Result<Verdict, String>),
+    /// More than two images.
+    Crowd(usize),
+}
+
 /// The pairs seen so far.
-#[derive(Debug, Default)]
-pub(super) struct Pairs(BTreeMap<String, Vec<Half>>);
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pairs(BTreeMap<String, Pair>);
 
 impl Pairs {
     /// Takes an image in, if it is of a pair.
     pub(super) fn add(&mut self, sample: &Sample, prediction: Option<&Prediction>) {
-        if let Some(pair) = &sample.pair {
-            self.0.entry(pair.clone()).or_default().push(Half::new(sample, prediction));
-        }
+        let Some(name) = &sample.pair else { return };
+        let half = Half::new(sample, prediction);
+        let pair = match self.0.remove(name) {
+            None => Pair::Waiting(Box::new(half)),
+            Some(Pair::Waiting(first)) => Pair::Judged(judge(&first, &half)),
+            Some(Pair::Judged(_)) => Pair::Crowd(3),
+            Some(Pair::Crowd(images)) => Pair::Crowd(images + 1),
+        };
+        self.0.insert(name.clone(), pair);
     }
 
     /// The scores; none where there was no pair.
@@ -100,8 +117,13 @@ impl Pairs {
             return None;
         }
         let (mut n, mut text, mut image, mut group, mut problems) = (0, 0, 0, 0, Vec::new());
-        for (name, halves) in self.0 {
-            match judge(&halves) {
+        for (name, pair) in self.0 {
+            let verdict = match pair {
+                Pair::Judged(verdict) => verdict,
+                Pair::Waiting(_) => Err("it has 1 images, not 2".into()),
+                Pair::Crowd(images) => Err(format!("it has {images} images, not 2")),
+            };
+            match verdict {
                 Ok(verdict) => {
                     n += 1;
                     text += u64::from(verdict.text);
@@ -119,8 +141,7 @@ impl Pairs {
 }
 
 /// Ties count as wrong.
-fn judge(halves: &[Half]) -> Result<Verdict, String> {
-    let [a, b] = halves else { return Err(format!("it has {} images, not 2", halves.len())) };
+fn judge(a: &Half, b: &Half) -> Result<Verdict, String> {
     if a.captions != b.captions || a.captions.len() != 2 {
         return Err(format!("{} and {} do not have the same two captions in the same order", a.key, b.key));
     }
@@ -250,6 +271,9 @@ mod tests {
                 pairs.add(&sample, row.as_ref());
             }
         };
+        for _ in 0..2 {
+            two("crowd", |_, _| ());
+        }
         two("unlabelled", |sample, _| sample.label = None);
         two("same", |sample, _| sample.label = Some("0".into()));
         two("order", |sample, _| sample.candidates.reverse());
@@ -261,11 +285,12 @@ mod tests {
             }
         });
         let scores = pairs.finish().unwrap();
-        assert_eq!((scores.n, scores.incomplete), (1, 7));
+        assert_eq!((scores.n, scores.incomplete), (1, 8));
         assert_eq!(scores.text, Some(Share { score: 1.0, interval: 0.0 }));
         let text = scores.to_string();
         for problem in [
             "lone: it has 1 images, not 2",
+            "crowd: it has 4 images, not 2",
             "unlabelled: y has no label",
             "same: x and y have the same right caption",
             "order: x and y do not have the same two captions",

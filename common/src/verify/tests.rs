@@ -1,12 +1,13 @@
 use std::sync::Arc;
 
+use bytes::Bytes;
 use object_store::memory::InMemory;
 
 use super::*;
 use crate::dataset::SampleSink;
 use crate::ids::{ClassIndex, SampleId};
-use crate::manifest::ManifestWriter;
-use crate::predictions::{Labelled, encode_predictions, encode_quarantine};
+use crate::manifest::{Manifest, ManifestWriter};
+use crate::predictions::{Labelled, Outcome, encode_predictions, encode_quarantine};
 use crate::record::ManifestRecord;
 use crate::store::Location;
 

@@ -1,0 +1,27 @@
+//! `elbo export`: the predictions in formats other tools ask for.
+
+use elbo_common::export::{self, Exported, Format, Options};
+use elbo_common::store::Location;
+
+use crate::args::{ExportArgs, ExportFormat};
+use crate::commands::output;
+
+/// Writes an output's predictions as CSV or JSON.
+pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
+    let (store, record) = output::open(&args.out).await?;
+    let format = match args.format {
+        ExportFormat::Csv => Format::Csv,
+        ExportFormat::Json => Format::Json,
+    };
+    let to = Location::parse(&args.to)?;
+    let options = Options { format, scores: args.scores, force: args.force };
+    let (spec, listed) = (&record.identity.spec, &record.manifest);
+    let Exported { samples, files } = export::export(&store, spec, listed, &to, options).await?;
+    let all = listed.samples;
+    if samples < all {
+        eprintln!("the job is not done: {} of its {all} images have no row yet", all - samples);
+    }
+    let files = if files == 1 { "1 file".to_owned() } else { format!("{files} files") };
+    println!("exported {samples} images to {to} ({files})");
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! Reading what a job wrote, shard by shard in order, in memory that does not grow with the job.
+//!
+//! Files are opened a few at a time, since an object store takes longer to answer than to send; of each, only the columns
+//! that are looked at are fetched.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{ObjectMeta, ObjectStoreExt};
+
+use crate::ids::ShardId;
+use crate::layout;
+use crate::manifest::{Manifest, ManifestError, Sample};
+use crate::parquet_file::ParquetFile;
+use crate::predictions::{Judgement, Named, Prediction, Quarantined, Tally};
+use crate::store::{Store, StoreError};
+use crate::table::{self, ReadError, TableError, View};
+
+/// Files that are opened side by side.
+const OPENED: usize = 4;
+
+/// An output that can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// The manifest can't be read.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A file is not what it should be.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: Path,
+        /// What is wrong.
+        source: TableError,
+    },
+    /// The store can't be read.
+    #[error("{0}; check that the location can be read and try again")]
+    Store(#[from] StoreError),
+}
+
+/// The files of an output.
+#[derive(Clone, Debug)]
+pub struct Output {
+    store: Store,
+}
+
+impl Output {
+    /// The output in a store.
+    pub fn new(store: &Store) -> Self {
+        Self { store: store.clone() }
+    }
+
+    /// How many predictions files there are.
+    pub async fn shards(&self) -> Result<u64, OutputError> {
+        Ok(self.files().await?.len() as u64)
+    }
+
+    /// Every row's status and evaluations.
+    pub fn tallies(&self) -> impl Stream<Item = Result<Tally, OutputError>> + Send {
+        self.all()
+    }
+
+    /// Every row's sample.
+    pub fn named(&self) -> impl Stream<Item = Result<Named, OutputError>> + Send {
+        self.all()
+    }
+
+    /// Every row but for its scores.
+    pub fn judgements(&self) -> impl Stream<Item = Result<Judgement, OutputError>> + Send {
+        self.all()
+    }
+
+    /// Every row.
+    pub fn predictions(&self) -> impl Stream<Item = Result<Prediction, OutputError>> + Send {
+        self.all()
+    }
+
+    /// Every sample of the manifest, with its prediction if there is one yet; for jobs whose samples bring what their scores
+    /// are about.
+    pub fn samples_and_predictions(
+        &self,
+        manifest: Manifest,
+    ) -> impl Stream<Item = Result<(Sample, Option<Prediction>), OutputError>> + Send + use<> {
+        let manifest = Arc::new(manifest);
+        let shards = (0..manifest.shards()).map(ShardId);
+        let output = self.clone();
+        let of_shard = move |shard| {
+            let (output, manifest) = (output.clone(), Arc::clone(&manifest));
+            async move {
+                let samples = manifest.shard(shard).await?;
+                let rows = match output.rows::<Prediction>(layout::predictions(shard)).await? {
+                    Some(rows) => rows.try_concat().await?,
+                    None => Vec::new(),
+                };
+                let mut of_sample: BTreeMap<_, _> = rows.into_iter().map(|row| (row.sample, row)).collect();
+                let pairs = samples.into_iter().map(move |sample| {
+                    let prediction = of_sample.remove(&sample.id);
+                    Ok((sample, prediction))
+                });
+                Ok::<_, OutputError>(futures::stream::iter(pairs))
+            }
+        };
+        futures::stream::iter(shards).map(of_shard).buffered(OPENED).try_flatten()
+    }
+
+    /// The predictions at a path, some at a time; none where there is no such file.
+    pub(crate) async fn predictions_at(
+        &self,
+        path: Path,
+    ) -> Result<Option<impl Stream<Item = Result<Vec<Prediction>, OutputError>> + Send + Unpin>, OutputError> {
+        self.rows(path).await
+    }
+
+    /// The quarantined samples at a path; none where there is no such file.
+    pub(crate) async fn quarantine_at(&self, path: Path) -> Result<Option<Vec<Quarantined>>, OutputError> {
+        match self.rows(path).await? {
+            Some(rows) => rows.try_concat().await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The rows of all predictions files.
+    fn all<V: View + Send + 'static>(&self) -> impl Stream<Item = Result<V, OutputError>> + Send + use<V> {
+        let output = self.clone();
+        let listed = async move {
+            let files = output.files().await?;
+            let open = move |file| {
+                let output = output.clone();
+                async move { output.open::<V>(file).await }
+            };
+            Ok::<_, OutputError>(futures::stream::iter(files).map(open).buffered(OPENED).try_flatten())
+        };
+        let items = |rows: Vec<V>| futures::stream::iter(rows.into_iter().map(Ok));
+        futures::stream::once(listed).try_flatten().map_ok(items).try_flatten()
+    }
+
+    async fn rows<V: View + Send + 'static>(
+        &self,
+        path: Path,
+    ) -> Result<Option<impl Stream<Item = Result<Vec<V>, OutputError>> + Send + Unpin + use<V>>, OutputError> {
+        match self.store.inner().head(&path).await {
+            Ok(file) => self.open(file).await.map(Some),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(source) => Err(unread(&path, ReadError::Store(source))),
+        }
+    }
+
+    async fn open<V: View + Send + 'static>(
+        &self,
+        file: ObjectMeta,
+    ) -> Result<impl Stream<Item = Result<Vec<V>, OutputError>> + Send + Unpin + use<V>, OutputError> {
+        let path = file.location.clone();
+        let rows = table::rows(ParquetFile::new(self.store.inner(), file.location, file.size));
+        let rows = rows.await.map_err(|error| unread(&path, error))?;
+        Ok(rows.map_err(move |error| unread(&path, error)))
+    }
+
+    /// The predictions files in the order of their shards.
+    async fn files(&self) -> Result<Vec<ObjectMeta>, OutputError> {
+        let directory = Path::from(layout::PREDICTIONS);
+        let listed = self.store.inner().list(Some(&directory)).try_collect::<Vec<_>>().await;
+        let mut files =
+            listed.map_err(|source| StoreError::Object { action: "listing", path: directory.to_string(), source })?;
+        files.retain(|file| file.location.extension() == Some("parquet"));
+        // Beyond 99999 shards the numbers, and so the names, grow longer.
+        files.sort_by_key(|file| (file.location.as_ref().len(), file.location.clone()));
+        Ok(files)
+    }
+}
+
+fn unread(path: &Path, error: ReadError) -> OutputError {
+    match error {
+        ReadError::Store(source) => {
+            OutputError::Store(StoreError::Object { action: "reading", path: path.to_string(), source })
+        }
+        ReadError::Table(source) => OutputError::File { path: path.clone(), source },
+    }
+}
+
+#[cfg(test)]
+mod tests;

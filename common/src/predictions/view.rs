@@ -1,0 +1,158 @@
+//! Parts of a prediction, for those who look at every row of a large job: of a thousand scores a row they read what they need.
+
+use arrow_array::{Array, Float32Array, Int32Array, ListArray, StringArray, StructArray, UInt32Array, UInt64Array};
+
+use super::{OK, Outcome, Prediction, QUARANTINED, text};
+use crate::ids::{ClassIndex, SampleId};
+use crate::table::{Columns, Row, TableError, View};
+
+/// Best classes a [`Judgement`] holds.
+pub const BEST: usize = 5;
+
+/// Whether a sample has a class, and what that took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
+    /// Whether it is quarantined.
+    pub quarantined: bool,
+    /// The evaluations its scores rest on.
+    pub evaluations: u32,
+}
+
+/// Which sample a row is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The sample.
+    pub sample: SampleId,
+    /// Its path relative to the source.
+    pub key: String,
+}
+
+/// A prediction without its scores, as a report judges it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Judgement {
+    /// The sample's path relative to the source.
+    pub key: String,
+    /// The label the dataset brings.
+    pub label: Option<String>,
+    /// The evaluations its scores rest on.
+    pub evaluations: u32,
+    /// A class, or the reason why there is none.
+    pub verdict: Result<Verdict, String>,
+}
+
+/// The class of a sample.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Verdict {
+    /// The class.
+    pub class: ClassIndex,
+    /// Its name.
+    pub class_name: String,
+    /// The mean error of the second-best class less that of the best.
+    pub margin: Option<f32>,
+    /// The best classes, best first, at most [`BEST`].
+    pub best: Vec<ClassIndex>,
+}
+
+impl From<&Prediction> for Judgement {
+    fn from(row: &Prediction) -> Self {
+        let verdict = match &row.outcome {
+            Outcome::Labelled(labelled) => Ok(Verdict {
+                class: labelled.class,
+                class_name: labelled.class_name.clone(),
+                margin: labelled.margin,
+                best: labelled.scores.iter().take(BEST).map(|score| score.class).collect(),
+            }),
+            Outcome::Quarantined { error } => Err(error.clone()),
+        };
+        Self { key: row.key.clone(), label: row.label.clone(), evaluations: row.evaluations, verdict }
+    }
+}
+
+impl View for Tally {
+    const TABLE: &'static str = <Prediction as Row>::TABLE;
+    const COLUMNS: &'static [&'static str] = &["status", "evaluations"];
+
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
+        let evaluations: &UInt32Array = columns.required("evaluations")?;
+        for i in 0..columns.len() {
+            let quarantined = is_quarantined(columns, i)?;
+            rows.push(Self { quarantined, evaluations: evaluations.value(i) });
+        }
+        Ok(())
+    }
+}
+
+impl View for Named {
+    const TABLE: &'static str = <Prediction as Row>::TABLE;
+    const COLUMNS: &'static [&'static str] = &["sample_id", "key"];
+
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
+        let sample: &UInt64Array = columns.required("sample_id")?;
+        let key: &StringArray = columns.required("key")?;
+        rows.extend(
+            (0..columns.len()).map(|i| Self { sample: SampleId(sample.value(i)), key: key.value(i).to_owned() }),
+        );
+        Ok(())
+    }
+}
+
+impl View for Judgement {
+    const TABLE: &'static str = <Prediction as Row>::TABLE;
+    const COLUMNS: &'static [&'static str] = &[
+        "key",
+        "label",
+        "predicted_class",
+        "predicted_index",
+        "margin",
+        "evaluations",
+        "status",
+        "error",
+        "scores.list.element.class_index",
+    ];
+
+    fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
+        let key: &StringArray = columns.required("key")?;
+        let label: &StringArray = columns.nullable("label")?;
+        let class_name: &StringArray = columns.nullable("predicted_class")?;
+        let class: &Int32Array = columns.nullable("predicted_index")?;
+        let margin: &Float32Array = columns.nullable("margin")?;
+        let evaluations: &UInt32Array = columns.required("evaluations")?;
+        let error: &StringArray = columns.nullable("error")?;
+        let lists: &ListArray = columns.required("scores")?;
+        let scores: &StructArray = columns.inner("scores", lists.values())?;
+        let of_class =
+            scores.column_by_name("class_index").ok_or_else(|| columns.wrong("scores", "has no field class_index"))?;
+        let scored: &Int32Array = columns.inner("scores", of_class)?;
+        for (i, bounds) in lists.value_offsets().windows(2).enumerate() {
+            let verdict = if is_quarantined(columns, i)? {
+                Err(text(error, i).unwrap_or_default())
+            } else if class.is_null(i) || class_name.is_null(i) {
+                return Err(columns.wrong("predicted_index", format!("is null in row {i}, whose status is ok")));
+            } else {
+                let best = (bounds[0]..bounds[1]).take(BEST).map(|at| ClassIndex(scored.value(at as usize)));
+                Ok(Verdict {
+                    class: ClassIndex(class.value(i)),
+                    class_name: class_name.value(i).to_owned(),
+                    margin: margin.is_valid(i).then(|| margin.value(i)),
+                    best: best.collect(),
+                })
+            };
+            rows.push(Self {
+                key: key.value(i).to_owned(),
+                label: text(label, i),
+                evaluations: evaluations.value(i),
+                verdict,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// What a row's status says.
+pub(super) fn is_quarantined(columns: &Columns<'_>, row: usize) -> Result<bool, TableError> {
+    match columns.required::<StringArray>("status")?.value(row) {
+        OK => Ok(false),
+        QUARANTINED => Ok(true),
+        other => Err(columns.wrong("status", format!("is '{other}' in row {row}"))),
+    }
+}

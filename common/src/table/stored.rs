@@ -1,0 +1,66 @@
+//! Reading a table where it lies: the footer, then of each row group only the columns that are looked at.
+
+use futures::{StreamExt, TryStreamExt};
+use parquet::arrow::arrow_reader::ArrowReaderMetadata;
+use parquet::arrow::{ParquetRecordBatchStreamBuilder, ProjectionMask};
+use parquet::errors::ParquetError;
+
+use super::{Columns, TableError, View};
+use crate::parquet_file::{ParquetFile, store_error};
+
+/// Rows decoded at a time: with a thousand scores each, some megabytes.
+const BATCH: usize = 256;
+
+/// Rows that could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReadError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(object_store::Error),
+    /// The file is wrong.
+    #[error(transparent)]
+    Table(TableError),
+}
+
+/// What went wrong while a table was read: the store, or what it gave.
+pub(crate) fn unread<V: View>(error: ParquetError) -> ReadError {
+    match store_error(error) {
+        Ok(error) => ReadError::Store(error),
+        Err(source) => ReadError::Table(TableError::Decode { table: V::TABLE, source }),
+    }
+}
+
+/// The rows, in order, some at a time. The first of them are there at once, so that several files can be opened side by side
+/// while one is read.
+pub(crate) async fn rows<V: View + Send + 'static>(
+    file: ParquetFile,
+) -> Result<impl futures::Stream<Item = Result<Vec<V>, ReadError>> + Send + Unpin, ReadError> {
+    let builder = ParquetRecordBatchStreamBuilder::new(file).await.map_err(unread::<V>)?;
+    let mask = match V::COLUMNS {
+        [] => ProjectionMask::all(),
+        columns => ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied()),
+    };
+    let mut batches = builder.with_batch_size(BATCH).with_projection(mask).build().map_err(unread::<V>)?;
+    let first = batches.next().await;
+    let rows = futures::stream::iter(first).chain(batches).map_err(unread::<V>).and_then(|batch| async move {
+        let mut rows = Vec::with_capacity(batch.num_rows());
+        V::read(&Columns { table: V::TABLE, batch: &batch }, &mut rows).map_err(ReadError::Table)?;
+        Ok(rows)
+    });
+    Ok(rows.boxed())
+}
+
+/// The rows of some row groups.
+pub(crate) async fn groups<V: View>(
+    file: &ParquetFile,
+    metadata: &ArrowReaderMetadata,
+    groups: Vec<usize>,
+) -> Result<Vec<V>, ReadError> {
+    let reader = ParquetRecordBatchStreamBuilder::new_with_metadata(file.clone(), metadata.clone());
+    let mut batches = reader.with_row_groups(groups).build().map_err(unread::<V>)?;
+    let mut rows = Vec::new();
+    while let Some(batch) = batches.try_next().await.map_err(unread::<V>)? {
+        V::read(&Columns { table: V::TABLE, batch: &batch }, &mut rows).map_err(ReadError::Table)?;
+    }
+    Ok(rows)
+}
