@@ -100,6 +100,8 @@ pub struct FlatOut {
     pub shards_done: u64,
     /// Shards open.
     pub shards_active: u64,
+    /// Evaluations of open shards, whose sums the ledger must hold.
+    pub evaluations_open: u64,
     /// Memory.
     pub memory: Memory,
     /// The largest size of the ledger.
@@ -208,6 +210,7 @@ impl fmt::Display for Report {
         writeln!(f, "  waiting for a report      {}", o.report)?;
         writeln!(f, "  duplicates, refused       {}, {}", o.duplicates, o.refused)?;
         writeln!(f, "  shards                    {} done, {} open", o.shards_done, o.shards_active)?;
+        writeln!(f, "  evaluations in open ones  {}", o.evaluations_open)?;
         writeln!(f, "  memory                    {}", o.memory)?;
         writeln!(
             f,

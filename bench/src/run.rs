@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use elbo_common::ensemble::Contenders;
+use elbo_common::job::DEFAULT_SHARD_SIZE;
 use elbo_common::policy::costs;
 use elbo_common::predictions::decode_predictions;
 use elbo_common::preset::Preset;
@@ -249,6 +250,7 @@ impl Bench<'_> {
         let status = status(&coordinator.address).await?;
         tokio::time::sleep(self.options.settle).await;
         coordinator.check()?;
+        let done_evaluations = status.shards_done * u64::from(DEFAULT_SHARD_SIZE) * self.planned()?;
         let per_cpu_second = |n: u64| n as f64 / spent.max(1e-9);
         let feeds = |&rate: &f64| Feeds { rate, workers: per_cpu_second(counts.evaluations) / rate };
         Ok(FlatOut {
@@ -263,6 +265,7 @@ impl Bench<'_> {
             report,
             shards_done: status.shards_done,
             shards_active: status.shards_active,
+            evaluations_open: status.evaluations.saturating_sub(done_evaluations),
             memory,
             ledger_peak_bytes,
             ledger_settled_bytes: bytes_below(&ledger),
@@ -270,12 +273,16 @@ impl Bench<'_> {
         })
     }
 
+    /// Evaluations of an image.
+    fn planned(&self) -> Result<u64, BenchError> {
+        let contenders = Contenders::prompts(self.options.classes as usize);
+        let rounds = self.options.preset.policy().rounds(TIMESTEPS, Some(&contenders))?;
+        Ok(costs(&rounds, &contenders).iter().map(|cost| cost.evaluations).sum())
+    }
+
     /// Compares the predictions of committed shards with what they must be.
     fn check(&self) -> Result<Predictions, BenchError> {
-        let Options { classes, preset, .. } = *self.options;
-        let contenders = Contenders::prompts(classes as usize);
-        let rounds = preset.policy().rounds(TIMESTEPS, Some(&contenders))?;
-        let planned: u64 = costs(&rounds, &contenders).iter().map(|cost| cost.evaluations).sum();
+        let (classes, planned) = (self.options.classes, self.planned()?);
         let mut found = Predictions::default();
         let Ok(files) = std::fs::read_dir(self.stage.out.join("predictions")) else { return Ok(found) };
         for file in files.flatten() {

@@ -127,9 +127,10 @@ fn parse_result_key(key: &[u8]) -> Option<(Epoch, u64)> {
 }
 
 /// How the database keeps its size in bounds: what shards leave behind when they are done is compacted and deleted within
-/// minutes, where the defaults would leave it for a quarter of an hour.
+/// a minute or two, where the defaults would leave it for half an hour. Files that no manifest speaks of yet are safe at any
+/// age: nothing newer than the newest file of the manifest, or than a compaction in progress, is collected.
 fn settings(location: &Location) -> Settings {
-    let minutes = |n: u64| Duration::from_secs(60 * n);
+    let (minute, half) = (Duration::from_secs(60), Duration::from_secs(30));
     let collect = |interval, min_age| {
         Some(GarbageCollectorDirectoryOptions { interval: Some(interval), min_age, dry_run: false })
     };
@@ -139,15 +140,15 @@ fn settings(location: &Location) -> Settings {
         max_unflushed_bytes: 64 << 20,
         compactor_options: Some(CompactorOptions {
             // No scan of ours takes so long.
-            checkpoint_lifetime: minutes(2),
+            checkpoint_lifetime: minute,
             max_concurrent_compactions: 2,
             ..CompactorOptions::default()
         }),
         garbage_collector_options: Some(GarbageCollectorOptions {
-            wal_options: collect(minutes(1), minutes(1)),
-            compacted_options: collect(minutes(1), minutes(2)),
-            manifest_options: collect(minutes(5), minutes(60)),
-            compactions_options: collect(minutes(5), minutes(60)),
+            wal_options: collect(half, half),
+            compacted_options: collect(half, half),
+            manifest_options: collect(5 * minute, 60 * minute),
+            compactions_options: collect(5 * minute, 60 * minute),
             // Local files know no conditional overwrite; without it nothing would ever be deleted.
             boundary_files_enabled: !matches!(location, Location::Local(_)),
             ..GarbageCollectorOptions::default()

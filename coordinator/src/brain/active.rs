@@ -11,6 +11,12 @@ use elbo_common::unit::{Cut, Unit, UnitId};
 use super::sample::{Outcome, ScoredPrompt, Settled, SlotError};
 use super::{JobShape, UnitResult};
 
+/// Bytes that a prompt of an active sample takes at most: its place in the list, the sums of its round and those before,
+/// and its last round. Once the sample has ended it takes less.
+pub(super) const PROMPT_BYTES: usize = size_of::<PromptIndex>() + 2 * size_of::<Sums>() + size_of::<Round>();
+
+const _: () = assert!(size_of::<ScoredPrompt>() <= PROMPT_BYTES);
+
 #[derive(Clone, Debug)]
 enum UnitState {
     Ready,

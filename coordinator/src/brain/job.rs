@@ -6,7 +6,8 @@ use std::sync::Arc;
 use elbo_common::ensemble::Contenders;
 use elbo_common::policy::{RoundSlots, costs};
 
-use super::sample::{ScoredPrompt, SlotError};
+use super::active::PROMPT_BYTES;
+use super::sample::SlotError;
 
 /// What the brain must know of a job.
 #[derive(Clone, Debug)]
@@ -20,8 +21,8 @@ pub struct JobShape {
     planned: u64,
     /// Evaluations of a sample without captions of its own.
     planned_each: u64,
-    /// Bytes that the outcome of a sample with the most prompts takes.
-    outcome_bytes: u64,
+    /// Bytes that a sample with the most prompts takes between its first evaluation and its commit, at most.
+    sample_bytes: u64,
 }
 
 impl JobShape {
@@ -36,16 +37,16 @@ impl JobShape {
         keep_errors: bool,
     ) -> Self {
         let contenders = Arc::new(contenders);
-        let (planned_each, outcome_bytes) = (evaluations(&rounds, &contenders), 0);
+        let (planned_each, sample_bytes) = (evaluations(&rounds, &contenders), 0);
         let mut job =
-            Self { rounds, contenders, samples: 0, shard_size, keep_errors, planned: 0, planned_each, outcome_bytes };
+            Self { rounds, contenders, samples: 0, shard_size, keep_errors, planned: 0, planned_each, sample_bytes };
         for (captions, count) in samples {
             job.samples += count;
             let (planned, prompts) = (job.planned_of(*captions), job.prompts_of(*captions));
             job.planned += count * planned;
             let errors = if keep_errors { planned * size_of::<SlotError>() as u64 } else { 0 };
-            let bytes = (prompts * size_of::<ScoredPrompt>()) as u64 + errors;
-            job.outcome_bytes = job.outcome_bytes.max(bytes);
+            let bytes = (prompts * PROMPT_BYTES) as u64 + errors;
+            job.sample_bytes = job.sample_bytes.max(bytes);
         }
         job
     }
@@ -85,9 +86,9 @@ impl JobShape {
         if captions == 0 { self.planned_each } else { evaluations(&self.rounds, &Contenders::prompts(captions)) }
     }
 
-    /// Bytes that a shard's outcomes take, all samples ended and none written.
+    /// Bytes that a shard takes at most, with every sample begun and none written.
     pub(super) fn shard_bytes(&self) -> u64 {
-        self.outcome_bytes * u64::from(self.shard_size)
+        self.sample_bytes * u64::from(self.shard_size)
     }
 
     /// How many shards the job has.

@@ -19,7 +19,7 @@ pub struct LeasePolicy {
     pub first_block: u64,
     /// Shards open at a time, however small they are.
     pub window: usize,
-    /// Bytes that the outcomes of open shards may take; two shards are open whatever they take.
+    /// Bytes that the samples of open shards may take; two shards are open whatever they take.
     pub memory: u64,
 }
 
@@ -30,7 +30,7 @@ impl Default for LeasePolicy {
             block_seconds: 60.0,
             first_block: 256,
             window: 256,
-            memory: 384 << 20,
+            memory: 448 << 20,
         }
     }
 }
