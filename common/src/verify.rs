@@ -213,10 +213,9 @@ impl Check {
 
     /// Files that belong to no shard: their rows count, since every reader of the directory sees them.
     async fn strays(&mut self, output: &Output, out: &Store, shards: u32) -> Result<(), OutputError> {
-        let directories: [(&str, fn(ShardId) -> Path); 2] =
-            [(layout::PREDICTIONS, layout::predictions), (layout::QUARANTINE, layout::quarantine)];
-        for (directory, path_of) in directories {
-            let expected: BTreeSet<_> = (0..shards).map(|shard| path_of(ShardId(shard))).collect();
+        for directory in [layout::PREDICTIONS, layout::QUARANTINE] {
+            let of = if directory == layout::PREDICTIONS { layout::predictions } else { layout::quarantine };
+            let expected: BTreeSet<_> = (0..shards).map(|shard| of(ShardId(shard))).collect();
             let found = out.list(directory).await?;
             for path in found.into_iter().filter(|p| p.extension() == Some("parquet") && !expected.contains(p)) {
                 self.problem(format!("{path} belongs to no shard of the manifest"));

@@ -81,8 +81,8 @@ fn attempts(stage: &str) -> u32 {
 /// The files of a finished shard, predictions last: where they are, so is all else.
 pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> Result<Vec<(Path, Bytes)>, TableError> {
     let spec = &job.identity.spec;
-    let (of_job, of_scores) = metadata(job);
-    let with_classes = [&of_job[..], &of_scores[..]].concat();
+    let of_job = job_metadata(job);
+    let with_classes = [&of_job[..], &score_metadata(job)[..]].concat();
     let contenders = spec.contenders();
     let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     let kept = &finishing.kept;
@@ -119,25 +119,27 @@ pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> R
     Ok(files)
 }
 
-/// What a file says of its job, so that it can be understood apart from `job.json`: pairs for every file, and pairs for those
-/// that speak of classes by index. A function of the job, like all the rest.
-fn metadata(job: &JobRecord) -> (Vec<(String, String)>, Vec<(String, String)>) {
+fn pair(key: &str, value: impl ToString) -> (String, String) {
+    (format!("elbo.{key}"), value.to_string())
+}
+
+/// What every file says of its job, so that it can be understood apart from `job.json`. A function of the job, like all the rest.
+fn job_metadata(job: &JobRecord) -> Vec<(String, String)> {
+    let versions = &job.versions;
+    vec![pair("fingerprint", &job.fingerprint), pair("version", &versions.elbo), pair("protocol", versions.protocol)]
+}
+
+/// What a file with scores adds: how they came about, and the names of the classes they have by index.
+fn score_metadata(job: &JobRecord) -> Vec<(String, String)> {
     let spec = &job.identity.spec;
-    let pair = |key: &str, value: String| (format!("elbo.{key}"), value);
-    let of_job = vec![
-        pair("fingerprint", job.fingerprint.clone()),
-        pair("version", job.versions.elbo.clone()),
-        pair("protocol", job.versions.protocol.to_string()),
-    ];
     // What is serialised is plain data whose keys are numbers: that does not fail.
     let policy = serde_json::to_string(&spec.policy).unwrap_or_default();
-    let classes = serde_json::to_string(&spec.classes.names).unwrap_or_default();
-    let mut of_scores = vec![pair("policy", policy), pair("loss", spec.loss.to_string())];
-    of_scores.extend(spec.top_k.map(|k| pair("top_k", k.to_string())));
+    let mut pairs = vec![pair("policy", policy), pair("loss", spec.loss)];
+    pairs.extend(spec.top_k.map(|k| pair("top_k", k)));
     if spec.candidates.is_none() {
-        of_scores.push(pair("classes", classes));
+        pairs.push(pair("classes", serde_json::to_string(&spec.classes.names).unwrap_or_default()));
     }
-    (of_job, of_scores)
+    pairs
 }
 
 /// Of the scores, the best `top_k` are kept; the margin is known before.
@@ -323,7 +325,7 @@ mod tests {
             });
             serde_json::from_value(job).unwrap()
         };
-        let (of_job, of_scores) = metadata(&record(&spec));
+        let (of_job, of_scores) = (job_metadata(&record(&spec)), score_metadata(&record(&spec)));
         let pairs =
             |pairs: &[(String, String)]| pairs.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
         assert_eq!(pairs(&of_job), ["elbo.fingerprint=f", "elbo.version=1.2", "elbo.protocol=3"]);
@@ -336,7 +338,7 @@ mod tests {
         assert_eq!(pairs(&of_scores), expected);
         let mut captions = spec;
         captions["candidates"] = "texts".into();
-        assert!(!pairs(&metadata(&record(&captions)).1).iter().any(|pair| pair.starts_with("elbo.classes")));
+        assert!(!pairs(&score_metadata(&record(&captions))).iter().any(|pair| pair.starts_with("elbo.classes")));
     }
 
     #[test]

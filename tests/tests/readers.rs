@@ -49,6 +49,16 @@ fn expected(out: &Path) -> Vec<Value> {
     predictions(out).into_iter().map(row).collect()
 }
 
+/// The value with its numbers in single precision, which is what the files hold: a double that was printed and parsed may differ
+/// in its last digit.
+fn single(value: Value) -> Value {
+    match value {
+        Value::Array(values) => values.into_iter().map(single).collect(),
+        Value::Number(number) if number.is_f64() => json!(number.as_f64().map(|double| double as f32)),
+        other => other,
+    }
+}
+
 #[test]
 fn five_programs_read_the_same_predictions() {
     let digits = some_images(2);
@@ -60,7 +70,7 @@ fn five_programs_read_the_same_predictions() {
 
     for (out, kept) in [(&all, 10), (&two, 2)] {
         let seen = read(out);
-        assert_eq!(seen["rows"].as_array().unwrap(), &expected(out));
+        assert_eq!(single(seen["rows"].clone()), single(expected(out).into()));
         let counts = seen["by_reader"].as_object().unwrap();
         assert_eq!(counts.len(), 5);
         assert!(counts.values().all(|rows| *rows == 21), "{seen}");
