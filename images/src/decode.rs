@@ -26,6 +26,9 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
 
 fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError> {
     let fail = |error| from_library(format, error);
+    if format == ImageFormat::WebP && is_truncated_riff(bytes) {
+        return Err(ImageError::Truncated { format: name(format) });
+    }
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);
@@ -34,12 +37,18 @@ fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError
     reader.limits(limits);
     let mut decoder = reader.into_decoder().map_err(fail)?;
     let (width, height) = decoder.dimensions();
-    check_size(width, height, u64::from(decoder.color_type().bytes_per_pixel()))?;
+    check_size(name(format), width, height, u64::from(decoder.color_type().bytes_per_pixel()))?;
     // Damaged metadata is no reason to give up an image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let pixels = eight_bits(DynamicImage::from_decoder(decoder).map_err(fail)?);
     let pixels = if is_colour_keyed_png(bytes, format) { pixels.without_alpha() } else { pixels };
     Ok((pixels, orientation.into()))
+}
+
+/// Whether less follows than the container says: a WebP's orientation is its last part, whose loss nothing else would notice.
+fn is_truncated_riff(bytes: &[u8]) -> bool {
+    let size = bytes.get(4..).and_then(|rest| rest.first_chunk());
+    size.is_none_or(|&size| bytes.len() as u64 - 8 < u64::from(u32::from_le_bytes(size)))
 }
 
 /// Whether a PNG may have one transparent colour, in place of alpha (its colour type is gray or RGB): Pillow keeps its colours as they are.

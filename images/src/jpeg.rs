@@ -1,5 +1,11 @@
 //! JPEG: decoded by zune-jpeg itself, rather than through `image`, which copies the file, reads its headers twice more, paints
 //! what is damaged gray, and turns ink into RGB before it could be resized.
+//!
+//! A file that ends before its image does is told apart from a complete one by walking its markers. One that was cut and closed again
+//! with an end marker is found by the decoder, but for the last few blocks; in a progressive file that is a coarser picture, and taken
+//! for one, as by libjpeg.
+
+use std::borrow::Cow;
 
 use image::metadata::Orientation;
 use zune_jpeg::JpegDecoder;
@@ -14,15 +20,21 @@ use crate::{ImageError, check_size};
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     let fail = |reason: String| ImageError::Decode { format: "JPEG", reason };
     let outline = Outline::of(bytes);
-    if !outline.complete {
+    let Some(end) = outline.end else {
         return Err(ImageError::Truncated { format: "JPEG" });
-    }
+    };
     // Strict: damage within the picture is an error, not gray. Bytes between its headers are skipped by every program.
     let options = DecoderOptions::default()
         .set_strict_mode(!outline.padded)
         .set_max_width(usize::from(u16::MAX))
         .set_max_height(usize::from(u16::MAX));
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    let bytes = if outline.scans == 1 && !outline.progressive {
+        // At an end marker the decoder fills up what is missing, at the end of the data it fails. It reads eight bytes ahead.
+        Cow::Owned([&bytes[..end], &[0; 16]].concat())
+    } else {
+        Cow::Borrowed(bytes)
+    };
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
     decoder.decode_headers().map_err(|e| fail(e.to_string()))?;
     let (Some((width, height)), Some(stored)) = (decoder.dimensions(), decoder.input_colorspace()) else {
         return Err(fail("it has no picture".into()));
@@ -35,7 +47,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     };
     // The coefficients of a picture that comes in several scans are kept, two bytes each, until the last one.
     let bytes_per_value = if outline.scans > 1 { 3 } else { 1 };
-    check_size(width as u32, height as u32, (colour.channels() * bytes_per_value) as u64)?;
+    check_size("JPEG", width as u32, height as u32, (colour.channels() * bytes_per_value) as u64)?;
     // Damaged metadata is no reason to give up an image.
     let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
     decoder.set_options(options.jpeg_set_out_colorspace(wanted));
@@ -65,8 +77,9 @@ fn ycck_to_inverted_cmyk(pixel: &mut [u8; 4]) {
 /// What the markers of a file say, without decoding it.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Outline {
-    /// Whether the image has an end. What follows it is not looked at.
-    complete: bool,
+    /// Where the image's end marker is, if there is one. What follows it is not looked at.
+    end: Option<usize>,
+    progressive: bool,
     /// Whether there are bytes between segments that belong to none.
     padded: bool,
     scans: u32,
@@ -81,14 +94,16 @@ impl Outline {
             outline.padded |= start > 0;
             rest = &rest[start..];
             // Any number of FF may precede a marker.
+            let position = bytes.len() - rest.len();
             let Some(fill) = rest.iter().position(|&byte| byte != 0xFF) else { break };
             let marker = rest[fill];
             rest = &rest[fill + 1..];
             match marker {
                 0xD9 => {
-                    outline.complete = outline.scans > 0;
+                    outline.end = Some(position).filter(|_| outline.scans > 0);
                     break;
                 }
+                0xC2 => outline.progressive = true,
                 0x00 | 0x01 | 0xD0..=0xD8 => continue,
                 _ => {}
             }
@@ -128,15 +143,16 @@ mod tests {
     #[test]
     fn an_end_counts_only_where_a_scan_ends() {
         // The end marker in a segment is data; so is FF 00 in a scan, and restart markers don't end it.
-        assert!(!outline(&[1, 0xFF, 0x00, 0xD9, 0xFF, 0xD0, 5]).complete);
-        assert_eq!(outline(&[1, 0xFF, 0xD7, 5, 0xFF, 0xD9]), Outline { complete: true, padded: false, scans: 1 });
-        assert_eq!(outline(&[1, 0xFF, 0xFF, 0xD9, 0xFF, 0xDA]).scans, 1);
-        assert!(!outline(&[1, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF]).complete);
+        assert_eq!(outline(&[1, 0xFF, 0x00, 0xD9, 0xFF, 0xD0, 5]).end, None);
+        let complete = Outline { end: Some(HEADER.len() + 4), scans: 1, ..Outline::default() };
+        assert_eq!(outline(&[1, 0xFF, 0xD7, 5, 0xFF, 0xD9]), complete);
+        assert_eq!(outline(&[1, 0xFF, 0xD7, 5, 0xFF, 0xFF, 0xD9, 0xFF, 0xDA]), complete);
+        assert_eq!(outline(&[1, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF]).end, None);
     }
 
     #[test]
     fn bytes_between_segments_are_noticed() {
-        let outline = outline(&[1, 0xFF, 0xC4, 0, 2, 9, 9, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF, 0xD9]);
-        assert_eq!(outline, Outline { complete: true, padded: true, scans: 2 });
+        let outline = outline(&[1, 0xFF, 0xC2, 0, 2, 9, 9, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF, 0xD9]);
+        assert_eq!(outline, Outline { end: Some(HEADER.len() + 13), progressive: true, padded: true, scans: 2 });
     }
 }

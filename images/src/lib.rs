@@ -215,9 +215,11 @@ impl ImageError {
 }
 
 /// Refuses an image before memory is taken for it.
-fn check_size(width: u32, height: u32, bytes_per_pixel: u64) -> Result<(), ImageError> {
+fn check_size(format: &'static str, width: u32, height: u32, bytes_per_pixel: u64) -> Result<(), ImageError> {
     let pixels = u64::from(width) * u64::from(height);
-    let fits =
-        width.max(height) <= MAX_SIDE && pixels <= MAX_PIXELS && pixels.saturating_mul(bytes_per_pixel) <= MAX_ALLOC;
+    if pixels == 0 {
+        return Err(ImageError::Decode { format, reason: format!("a size of {width} x {height} holds no pixels") });
+    }
+    let fits = width.max(height) <= MAX_SIDE && pixels <= MAX_PIXELS && pixels * bytes_per_pixel <= MAX_ALLOC;
     if fits { Ok(()) } else { Err(ImageError::TooLarge { width, height }) }
 }

@@ -42,9 +42,6 @@ pub(crate) fn fit_to(pixels: Pixels, turn: Turn, size: u32, fit: Fit, filter: Fi
     if !(1..=MAX_SIDE).contains(&size) {
         return Err(fail("no such size is possible".into()));
     }
-    if width == 0 || height == 0 {
-        return Err(fail("it has no pixels".into()));
-    }
     let (pixels, turn) = match fit {
         Fit::HalveThenCrop => (halved(pixels.upright(turn), size), Turn::default()),
         _ => (pixels, turn),

