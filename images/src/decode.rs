@@ -1,85 +1,103 @@
 //! Bytes of an image file to pixels of 8 bits.
 
-use std::io::Cursor;
+use std::io::{Cursor, ErrorKind};
 
-use fast_image_resize::PixelType;
+use image::error::LimitErrorKind;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
-use super::{ImageError, MAX_ALLOC, MAX_SIDE};
+use crate::pixels::{Colour, Pixels, Turn, look_like};
+use crate::{ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, check_size, jpeg};
 
-/// Pixels of 8 bits, interleaved by channel, row by row.
-pub(super) struct Pixels {
-    pub(super) width: u32,
-    pub(super) height: u32,
-    pub(super) kind: PixelType,
-    pub(super) data: Vec<u8>,
-}
-
-impl Pixels {
-    /// R, G and B of every pixel, without alpha.
-    pub(super) fn into_rgb(self) -> Self {
-        let channels = self.kind.size();
-        if channels == 3 {
-            return self;
-        }
-        let pixels = self.data.chunks_exact(channels);
-        let data = match channels {
-            1 | 2 => pixels.flat_map(|pixel| [pixel[0]; 3]).collect(),
-            _ => pixels.flat_map(|pixel| [pixel[0], pixel[1], pixel[2]]).collect(),
-        };
-        Self { kind: PixelType::U8x3, data, ..self }
+/// The first image of a file and how to bring it upright.
+pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
+    if bytes.is_empty() {
+        return Err(ImageError::Empty);
+    }
+    if bytes.len() > MAX_FILE_BYTES {
+        return Err(ImageError::FileTooLarge { bytes: bytes.len() as u64 });
+    }
+    match image::guess_format(bytes) {
+        Ok(ImageFormat::Jpeg) => jpeg::decode(bytes),
+        Ok(format) if format.reading_enabled() => other(bytes, format),
+        _ => Err(ImageError::NotAnImage { what: look_like(bytes) }),
     }
 }
 
-/// The first image of a file, upright.
-pub(super) fn decode(bytes: &[u8]) -> Result<DynamicImage, ImageError> {
-    if bytes.is_empty() {
-        return Err(ImageError::Empty);
+fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError> {
+    let fail = |error| from_library(format, error);
+    if format == ImageFormat::WebP && is_truncated_riff(bytes) {
+        return Err(ImageError::Truncated { format: name(format) });
     }
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_SIDE);
     limits.max_image_height = Some(MAX_SIDE);
     limits.max_alloc = Some(MAX_ALLOC);
-    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(image::ImageError::IoError)?;
-    if reader.format() == Some(ImageFormat::Jpeg) && is_truncated_jpeg(bytes) {
-        return Err(ImageError::Truncated);
-    }
-    reader.limits(limits.clone());
-    let mut decoder = reader.into_decoder()?;
-    limits.reserve(decoder.total_bytes())?;
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(fail)?;
+    let (width, height) = decoder.dimensions();
+    check_size(name(format), width, height, u64::from(decoder.color_type().bytes_per_pixel()))?;
     // Damaged metadata is no reason to give up an image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let mut image = DynamicImage::from_decoder(decoder)?;
-    image.apply_orientation(orientation);
-    Ok(image)
+    let pixels = eight_bits(DynamicImage::from_decoder(decoder).map_err(fail)?);
+    let pixels = if is_colour_keyed_png(bytes, format) { pixels.without_alpha() } else { pixels };
+    Ok((pixels, orientation.into()))
 }
 
-/// Whether a JPEG's last scan has no end: the decoder would paint what is missing gray.
-fn is_truncated_jpeg(bytes: &[u8]) -> bool {
-    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
-    // Neither marker occurs within compressed data, where a byte FF is followed by 00 or a restart marker.
-    match (last([0xFF, 0xDA]), last([0xFF, 0xD9])) {
-        (Some(scan), Some(end)) => end < scan,
-        _ => true,
+/// Whether less follows than the container says: a WebP's orientation is its last part, whose loss nothing else would notice.
+fn is_truncated_riff(bytes: &[u8]) -> bool {
+    let size = bytes.get(4..).and_then(|rest| rest.first_chunk());
+    size.is_none_or(|&size| bytes.len() as u64 - 8 < u64::from(u32::from_le_bytes(size)))
+}
+
+/// Whether a PNG may have one transparent colour, in place of alpha (its colour type is gray or RGB): Pillow keeps its colours as they are.
+fn is_colour_keyed_png(bytes: &[u8], format: ImageFormat) -> bool {
+    format == ImageFormat::Png && matches!(bytes.get(25), Some(0 | 2))
+}
+
+fn from_library(format: ImageFormat, error: image::ImageError) -> ImageError {
+    let format = name(format);
+    match error {
+        image::ImageError::IoError(e) if e.kind() == ErrorKind::UnexpectedEof => ImageError::Truncated { format },
+        image::ImageError::Limits(e) => {
+            let reason = match e.kind() {
+                LimitErrorKind::DimensionError => format!("it is more than {MAX_SIDE} pixels wide or high"),
+                _ => format!("it takes more than {} MiB of memory", MAX_ALLOC >> 20),
+            };
+            ImageError::Decode { format, reason }
+        }
+        error => ImageError::Decode { format, reason: error.to_string() },
+    }
+}
+
+fn name(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Png => "PNG",
+        ImageFormat::Gif => "GIF",
+        ImageFormat::WebP => "WebP",
+        ImageFormat::Tiff => "TIFF",
+        ImageFormat::Bmp => "BMP",
+        ImageFormat::Pnm => "PNM",
+        _ => "image",
     }
 }
 
 /// The image in 8 bits with its own channels: alpha must still be there when it is resized.
-pub(super) fn eight_bits(image: DynamicImage) -> Pixels {
+fn eight_bits(image: DynamicImage) -> Pixels {
     let (width, height) = (image.width(), image.height());
     let high = |values: Vec<u16>| values.into_iter().map(|value| (value >> 8) as u8).collect();
-    let (kind, data) = match image {
-        DynamicImage::ImageLuma8(image) => (PixelType::U8, image.into_raw()),
-        DynamicImage::ImageLumaA8(image) => (PixelType::U8x2, image.into_raw()),
-        DynamicImage::ImageRgb8(image) => (PixelType::U8x3, image.into_raw()),
-        DynamicImage::ImageRgba8(image) => (PixelType::U8x4, image.into_raw()),
-        DynamicImage::ImageLuma16(image) => (PixelType::U8, high(image.into_raw())),
-        DynamicImage::ImageLumaA16(image) => (PixelType::U8x2, high(image.into_raw())),
-        DynamicImage::ImageRgb16(image) => (PixelType::U8x3, high(image.into_raw())),
-        DynamicImage::ImageRgba16(image) => (PixelType::U8x4, high(image.into_raw())),
-        other if other.color().has_alpha() => (PixelType::U8x4, other.into_rgba8().into_raw()),
-        other => (PixelType::U8x3, other.into_rgb8().into_raw()),
+    let (colour, data) = match image {
+        DynamicImage::ImageLuma8(image) => (Colour::Gray, image.into_raw()),
+        DynamicImage::ImageLumaA8(image) => (Colour::GrayAlpha, image.into_raw()),
+        DynamicImage::ImageRgb8(image) => (Colour::Rgb, image.into_raw()),
+        DynamicImage::ImageRgba8(image) => (Colour::Rgba, image.into_raw()),
+        DynamicImage::ImageLuma16(image) => (Colour::Gray, high(image.into_raw())),
+        DynamicImage::ImageLumaA16(image) => (Colour::GrayAlpha, high(image.into_raw())),
+        DynamicImage::ImageRgb16(image) => (Colour::Rgb, high(image.into_raw())),
+        DynamicImage::ImageRgba16(image) => (Colour::Rgba, high(image.into_raw())),
+        other if other.color().has_alpha() => (Colour::Rgba, other.into_rgba8().into_raw()),
+        other => (Colour::Rgb, other.into_rgb8().into_raw()),
     };
-    Pixels { width, height, kind, data }
+    Pixels { width, height, colour, data }
 }

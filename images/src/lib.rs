@@ -8,24 +8,37 @@
 //! | gray, bilevel | resized as gray, then the same in R, G and B |
 //! | palette | its colours, *then* resized (Pillow resizes palette images by nearest neighbour) |
 //! | alpha | resized with premultiplied alpha, then dropped: no background shows through; where a family converts to RGB before it resizes, dropped first |
+//! | one transparent colour (PNG) | that colour: only a palette's transparency is alpha, as for Pillow |
 //! | 16 bits | the high byte |
 //! | 32-bit float RGB TIFF | [0, 1] to 8 bits, clamped; gray TIFF of 32 bits is refused |
-//! | CMYK, YCCK JPEG | RGB by multiplying ink and black, without a colour profile |
+//! | CMYK, YCCK JPEG | resized as it is where a family converts to RGB last; RGB by multiplying ink and black, without a colour profile |
 //! | EXIF orientation | applied first |
 //! | animation | its first frame |
 //!
 //! The format is read from the content; a file's name says nothing. Colour profiles are not applied, as in the reference.
 
 mod decode;
+mod jpeg;
+mod pixels;
 mod resize;
 
-use self::decode::{decode, eight_bits};
+use std::borrow::Cow;
+
+use self::decode::decode;
+use self::pixels::{Pixels, Turn};
 use self::resize::fit_to;
+
+/// The size of a file that is decoded, in bytes. Callers need not fetch more.
+pub const MAX_FILE_BYTES: usize = 256 << 20;
 
 /// The longest side of an image that is decoded, in pixels.
 pub const MAX_SIDE: u32 = 16_384;
 
-/// The memory one image may take to decode, in bytes: a file of a few KB may claim to hold gigabytes.
+/// The pixels of an image that is decoded: RGB of so many fills [`MAX_ALLOC`], and Pillow refuses more.
+pub const MAX_PIXELS: u64 = MAX_ALLOC / 3;
+
+/// The memory one image may take to decode, in bytes: a file of a few KB may claim to hold gigabytes. Counted are the pixels as decoded,
+/// and the coefficients of a JPEG in several scans (progressive): six bytes more a pixel, so that such a one may have 59 megapixels.
 pub const MAX_ALLOC: u64 = 512 << 20;
 
 /// How an image becomes a square.
@@ -94,13 +107,39 @@ impl Preprocessing {
 
     /// Decodes an image file and brings it to `[size, size, 3]` (row, column, channel), normalised.
     pub fn apply(&self, bytes: &[u8]) -> Result<Vec<f32>, ImageError> {
-        let mut pixels = eight_bits(decode(bytes)?);
+        self.prepare(Picture::decode(bytes)?)
+    }
+
+    /// Brings a decoded image to `[size, size, 3]` (row, column, channel), normalised.
+    pub fn prepare(&self, picture: Picture) -> Result<Vec<f32>, ImageError> {
+        let Picture { mut pixels, turn } = picture;
         if self.fit != Fit::CropThenRgb {
             pixels = pixels.into_rgb();
         }
-        let rgb = fit_to(pixels, self.size, self.fit, self.filter)?.into_rgb();
-        let channels = (0..3).cycle();
-        Ok(rgb.data.iter().zip(channels).map(|(v, c)| (f32::from(*v) / 255.0 - self.mean[c]) / self.std[c]).collect())
+        let rgb = fit_to(pixels, turn, self.size, self.fit, self.filter)?.into_rgb();
+        let [r, g, b] = std::array::from_fn(|c| self.normalised(c));
+        let normalise =
+            |&[red, green, blue]: &[u8; 3]| [r[usize::from(red)], g[usize::from(green)], b[usize::from(blue)]];
+        Ok(rgb.data.as_chunks().0.iter().map(normalise).collect::<Vec<_>>().into_flattened())
+    }
+
+    /// What each of the 256 values of a channel becomes.
+    fn normalised(&self, channel: usize) -> [f32; 256] {
+        std::array::from_fn(|value| (value as f32 / 255.0 - self.mean[channel]) / self.std[channel])
+    }
+}
+
+/// A decoded image.
+#[derive(Debug)]
+pub struct Picture {
+    pixels: Pixels,
+    turn: Turn,
+}
+
+impl Picture {
+    /// Decodes the first image of a file.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ImageError> {
+        decode(bytes).map(|(pixels, turn)| Self { pixels, turn })
     }
 }
 
@@ -110,12 +149,47 @@ pub enum ImageError {
     /// The file is empty.
     #[error("decoding the image: the file is empty; replace it, or remove it from the dataset")]
     Empty,
-    /// Not an image of a known format, damaged, or larger than [`MAX_SIDE`] or [`MAX_ALLOC`].
-    #[error("decoding the image: {0}; replace the file, or remove it from the dataset")]
-    Decode(#[from] image::ImageError),
+    /// The file is larger than [`MAX_FILE_BYTES`].
+    #[error(
+        "decoding the image: the file has {bytes} bytes, more than {MAX_FILE_BYTES}; save the image smaller, or remove it from the dataset"
+    )]
+    FileTooLarge {
+        /// Size of the file.
+        bytes: u64,
+    },
+    /// Of no known format.
+    #[error(
+        "decoding the image: the file is {what}; put a JPEG, PNG, WebP, GIF, BMP, TIFF or PNM in its place, or remove it from the dataset"
+    )]
+    NotAnImage {
+        /// What it looks like.
+        what: Cow<'static, str>,
+    },
+    /// Wider or higher than [`MAX_SIDE`], of more than [`MAX_PIXELS`], or more than [`MAX_ALLOC`] bytes.
+    #[error(
+        "decoding the image: {width} x {height} pixels are too many (at most {MAX_SIDE} a side, {MAX_PIXELS} in all and {} MiB of memory); \
+         save the image smaller, or remove it from the dataset", MAX_ALLOC >> 20
+    )]
+    TooLarge {
+        /// Width as the file says.
+        width: u32,
+        /// Height as the file says.
+        height: u32,
+    },
+    /// Damaged, or of a kind that isn't supported.
+    #[error("decoding the image ({format}): {reason}; replace the file, or remove it from the dataset")]
+    Decode {
+        /// Format of the file.
+        format: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
     /// The end of the file is missing.
-    #[error("decoding the image: the file is truncated; replace it, or remove it from the dataset")]
-    Truncated,
+    #[error("decoding the image ({format}): the file is truncated; replace it, or remove it from the dataset")]
+    Truncated {
+        /// Format of the file.
+        format: &'static str,
+    },
     /// The pixels can't be brought to the size asked for.
     #[error("resizing a {width} x {height} image to {size}: {reason}; use a --size between 1 and {MAX_SIDE}")]
     Resize {
@@ -134,142 +208,18 @@ impl ImageError {
     /// What was being done: `decode` or `preprocess`, as the quarantine table names it.
     pub fn stage(&self) -> &'static str {
         match self {
-            Self::Empty | Self::Decode(_) | Self::Truncated => "decode",
             Self::Resize { .. } => "preprocess",
+            _ => "decode",
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use super::*;
-
-    fn fixture(name: &str) -> Vec<u8> {
-        let directory = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/preprocess");
-        std::fs::read(directory.join(name)).unwrap()
+/// Refuses an image before memory is taken for it.
+fn check_size(format: &'static str, width: u32, height: u32, bytes_per_pixel: u64) -> Result<(), ImageError> {
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels == 0 {
+        return Err(ImageError::Decode { format, reason: format!("a size of {width} x {height} holds no pixels") });
     }
-
-    fn stable_diffusion(bytes: &[u8], size: u32) -> Result<Vec<f32>, ImageError> {
-        Preprocessing::stable_diffusion(size).apply(bytes)
-    }
-
-    /// Compares with what Pillow makes of the same file (tests/fixtures/preprocess/make.py), in 1/255.
-    fn assert_like_pillow(image: &str, size: u32) {
-        assert_like(image, &format!("{size}"), &Preprocessing::stable_diffusion(size));
-    }
-
-    fn assert_like(image: &str, variant: &str, preprocessing: &Preprocessing) {
-        let expected = fixture(&format!("{}.{variant}.bin", image.split('.').next().unwrap()));
-        let actual = preprocessing.apply(&fixture(image)).unwrap();
-        assert_eq!(actual.len(), expected.len(), "{image}");
-        let Preprocessing { mean, std, .. } = preprocessing;
-        let actual = actual.iter().zip((0..3).cycle()).map(|(v, c)| (v * std[c] + mean[c]) * 255.0);
-        let differences = actual.zip(&expected).map(|(a, e)| (a - f32::from(*e)).abs());
-        let (max, sum) = differences.fold((0.0f32, 0.0f32), |(max, sum), d| (max.max(d), sum + d));
-        let mean = sum / expected.len() as f32;
-        println!("{image} as {variant}: mean {mean:.3}, max {max:.1}");
-        assert!(mean < 1.0 && max < 4.0, "{image} as {variant}: mean {mean}, max {max}");
-    }
-
-    #[test]
-    fn landscape_and_portrait_are_resized_and_cropped_as_pillow_does() {
-        assert_like_pillow("landscape.png", 32);
-        assert_like_pillow("portrait.png", 32);
-        // Enlarging, with an odd margin.
-        assert_like_pillow("portrait.png", 64);
-    }
-
-    #[test]
-    fn an_image_of_the_right_size_is_only_cropped() {
-        let expected = fixture("landscape.41.bin");
-        let actual = stable_diffusion(&fixture("landscape.png"), 41).unwrap();
-        let exact = expected.iter().map(|&e| f32::from(e) / 255.0 * 2.0 - 1.0);
-        assert!(actual.iter().copied().eq(exact));
-    }
-
-    #[test]
-    fn every_kind_of_pixel_becomes_rgb() {
-        for image in
-            ["gray.png", "palette.png", "alpha.png", "gray_alpha.png", "gray16.png", "rgb16.png", "bilevel.png"]
-        {
-            assert_like_pillow(image, 32);
-        }
-        assert_like_pillow("cmyk.jpg", 32);
-        assert_like_pillow("lossless.webp", 32);
-    }
-
-    #[test]
-    fn exif_orientation_is_applied() {
-        assert_like_pillow("rotated.jpg", 32);
-    }
-
-    #[test]
-    fn dit_images_are_halved_and_cropped_as_its_own_code_does() {
-        for (image, size) in [("landscape.png", 16), ("portrait.png", 32), ("alpha.png", 12), ("palette.png", 15)] {
-            assert_like(image, &format!("dit.{size}"), &Preprocessing::dit(size));
-        }
-    }
-
-    #[test]
-    fn clip_images_are_cropped_as_transformers_does() {
-        let (mean, std) = ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28]);
-        for image in ["landscape.png", "portrait.png", "alpha.png", "palette.png", "gray_alpha.png"] {
-            assert_like(image, "clip.32", &Preprocessing::clip(32, Filter::Bicubic, mean, std));
-        }
-        assert_like("landscape.png", "clip-bilinear.30", &Preprocessing::clip(30, Filter::Bilinear, mean, std));
-    }
-
-    #[test]
-    fn siglip_images_are_squashed_as_transformers_does() {
-        let siglip = |size, filter| Preprocessing::siglip(size, filter, [0.5; 3], [0.5; 3]);
-        for image in ["landscape.png", "alpha.png"] {
-            assert_like(image, "siglip.32", &siglip(32, Filter::Bicubic));
-        }
-        assert_like("portrait.png", "siglip-bilinear.24", &siglip(24, Filter::Bilinear));
-    }
-
-    #[test]
-    fn values_span_minus_one_to_one() {
-        let mut black = b"P5 2 1 255 ".to_vec();
-        black.extend([0, 255]);
-        assert_eq!(stable_diffusion(&black, 1).unwrap(), [-1.0; 3]);
-        let mut white = b"P5 1 2 255 ".to_vec();
-        white.extend([255, 0]);
-        assert_eq!(stable_diffusion(&white, 1).unwrap(), [1.0; 3]);
-    }
-
-    #[test]
-    fn what_is_no_image_fails_at_the_decode_stage() {
-        let jpeg = fixture("rotated.jpg");
-        let png = fixture("landscape.png");
-        let bad: [&[u8]; 5] = [b"", b"hello, world", &png[..png.len() / 2], &jpeg[..jpeg.len() / 2], &jpeg[..20]];
-        for bytes in bad {
-            let error = stable_diffusion(bytes, 32).unwrap_err();
-            assert_eq!(error.stage(), "decode", "{error}");
-            assert!(error.to_string().contains("remove it from the dataset"), "{error}");
-        }
-    }
-
-    #[test]
-    fn claimed_sizes_are_checked_before_memory_is_taken() {
-        for header in ["P6 100000 100000 255 ", "P6 16384 16384 255 ", "P6 17000 1 255 "] {
-            assert_eq!(stable_diffusion(header.as_bytes(), 32).unwrap_err().stage(), "decode", "{header}");
-        }
-    }
-
-    #[test]
-    fn an_extreme_aspect_ratio_costs_no_more_than_the_crop() {
-        let mut line = b"P5 16384 1 255 ".to_vec();
-        line.extend((0..16384).map(|x| (x / 64) as u8));
-        assert_eq!(stable_diffusion(&line, 512).unwrap().len(), 512 * 512 * 3);
-    }
-
-    #[test]
-    fn impossible_sizes_fail_at_the_preprocess_stage() {
-        for size in [0, MAX_SIDE + 1] {
-            assert_eq!(stable_diffusion(&fixture("gray.png"), size).unwrap_err().stage(), "preprocess");
-        }
-    }
+    let fits = width.max(height) <= MAX_SIDE && pixels <= MAX_PIXELS && pixels * bytes_per_pixel <= MAX_ALLOC;
+    if fits { Ok(()) } else { Err(ImageError::TooLarge { width, height }) }
 }

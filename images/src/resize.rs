@@ -4,10 +4,10 @@ use std::error::Error;
 use std::ops::Range;
 
 use fast_image_resize::images::Image;
-use fast_image_resize::{FilterType, MulDiv, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::{FilterType, MulDiv, ResizeAlg, ResizeOptions, Resizer};
 
-use super::decode::Pixels;
-use super::{Filter, Fit, ImageError, MAX_SIDE};
+use crate::pixels::{Pixels, Turn};
+use crate::{Filter, Fit, ImageError, MAX_SIDE};
 
 impl Fit {
     /// The size of the resized image, of which the crop is a part.
@@ -32,28 +32,25 @@ impl Fit {
     }
 }
 
-/// Resizes and crops to `size` x `size`.
+/// Brings upright, resizes and crops to `size` x `size`.
 ///
 /// Only the part of the resized image that the crop keeps is computed, from all the pixels that bear on it. The result is
 /// that of resizing first and cropping then, at a cost that an extreme aspect ratio can't blow up.
-pub(super) fn fit_to(pixels: Pixels, size: u32, fit: Fit, filter: Filter) -> Result<Pixels, ImageError> {
-    let Pixels { width, height, kind, .. } = pixels;
+pub(crate) fn fit_to(pixels: Pixels, turn: Turn, size: u32, fit: Fit, filter: Filter) -> Result<Pixels, ImageError> {
+    let (width, height) = turn.size(pixels.width, pixels.height);
     let fail = |reason: String| ImageError::Resize { width, height, size, reason };
     if !(1..=MAX_SIDE).contains(&size) {
         return Err(fail("no such size is possible".into()));
     }
-    if width == 0 || height == 0 {
-        return Err(fail("it has no pixels".into()));
-    }
-    let pixels = match fit {
-        Fit::HalveThenCrop => halved(pixels, size),
-        _ => pixels,
+    let (pixels, turn) = match fit {
+        Fit::HalveThenCrop => (halved(pixels.upright(turn), size), Turn::default()),
+        _ => (pixels, turn),
     };
-    let (width, height) = (pixels.width, pixels.height);
+    let (width, height) = turn.size(pixels.width, pixels.height);
     let (new_width, new_height) = fit.resized(width, height, size);
     let (left, top) = (fit.offset(new_width, size), fit.offset(new_height, size));
     if (new_width, new_height) == (width, height) {
-        return Ok(crop(&pixels, left, top, size));
+        return Ok(crop(&pixels.upright(turn), left, top, size));
     }
     let columns = source_span(left, size, width, new_width);
     let rows = source_span(top, size, height, new_height);
@@ -61,8 +58,7 @@ pub(super) fn fit_to(pixels: Pixels, size: u32, fit: Fit, filter: Filter) -> Res
         Filter::Bilinear => FilterType::Bilinear,
         Filter::Bicubic => FilterType::CatmullRom,
     };
-    let data = convolve(pixels, columns, rows, size, filter).map_err(|e| fail(e.to_string()))?;
-    Ok(Pixels { width: size, height: size, kind, data })
+    convolve(pixels, turn, columns, rows, size, filter).map_err(|e| fail(e.to_string()))
 }
 
 /// Halves the image while its short side is at least twice `size`.
@@ -75,7 +71,7 @@ fn halved(mut pixels: Pixels, size: u32) -> Pixels {
 
 /// Pillow's BOX filter to half the width and height, rounded down: every pixel is the average of two or three.
 fn halve(pixels: &Pixels) -> Pixels {
-    let (channels, width, height) = (pixels.kind.size(), pixels.width / 2, pixels.height / 2);
+    let (channels, width, height) = (pixels.colour.channels(), pixels.width / 2, pixels.height / 2);
     let (columns, rows) = (averaged(pixels.width, width), averaged(pixels.height, height));
     let mut narrow = Vec::with_capacity(pixels.data.len() / 2);
     for row in pixels.data.chunks_exact(pixels.width as usize * channels) {
@@ -86,7 +82,7 @@ fn halve(pixels: &Pixels) -> Pixels {
     let stride = width as usize * channels;
     let column = |span: &Range<usize>, i| average(span.clone().map(|y| narrow[y * stride + i]));
     let data = rows.iter().flat_map(|span| (0..stride).map(move |i| column(span, i))).collect();
-    Pixels { width, height, kind: pixels.kind, data }
+    Pixels { width, height, colour: pixels.colour, data }
 }
 
 /// Which of `from` pixels each of `to` pixels averages.
@@ -115,33 +111,45 @@ fn average(values: impl ExactSizeIterator<Item = u8>) -> u8 {
     ((values.map(u32::from).sum::<u32>() + count / 2) / count) as u8
 }
 
-/// Resamples the given spans of columns and rows to `size` x `size`: horizontally, then vertically, in 8 bits between.
+/// Resamples the given spans of the upright image's columns and rows to `size` x `size`: horizontally, then vertically, in 8
+/// bits between.
 ///
-/// This is Pillow's order. The other one, the library's own for 8 bits, clips other overshoots at sharp edges.
+/// This is Pillow's order. The other one, the library's own for 8 bits, clips other overshoots at sharp edges. The image is
+/// turned between the two, when there is least to turn: what is horizontal then may be vertical, or run backwards, in the file.
 fn convolve(
     pixels: Pixels,
+    turn: Turn,
     columns: (f64, f64),
     rows: (f64, f64),
     size: u32,
     filter: FilterType,
-) -> Result<Vec<u8>, Box<dyn Error>> {
-    let Pixels { width, height, kind, data } = pixels;
+) -> Result<Pixels, Box<dyn Error>> {
+    let Pixels { width, height, colour, data } = pixels;
+    let kind = colour.pixel_type();
     let mut resizer = Resizer::new();
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
     let mut source = Image::from_vec_u8(width, height, data, kind)?;
-    let has_alpha = matches!(kind, PixelType::U8x2 | PixelType::U8x4);
-    if has_alpha {
+    if colour.has_alpha() {
         MulDiv::new().multiply_alpha_inplace(&mut source)?;
     }
-    let mut narrow = Image::new(size, height, kind);
-    resizer.resize(&source, &mut narrow, &options.crop(columns.0, 0.0, columns.1, f64::from(height)))?;
+    let (across, down) = turn.size(width, height);
+    let start = if turn.mirrored_x { f64::from(across) - columns.0 - columns.1 } else { columns.0 };
+    let (mut narrow, span) = if turn.transposed {
+        (Image::new(width, size, kind), options.crop(0.0, start, f64::from(width), columns.1))
+    } else {
+        (Image::new(size, height, kind), options.crop(start, 0.0, columns.1, f64::from(height)))
+    };
+    resizer.resize(&source, &mut narrow, &span)?;
+    let (width, height) = (narrow.width(), narrow.height());
+    let narrow = Pixels { width, height, colour, data: narrow.into_vec() }.upright(turn);
+    let narrow = Image::from_vec_u8(size, down, narrow.data, kind)?;
     let mut target = Image::new(size, size, kind);
     resizer.resize(&narrow, &mut target, &options.crop(0.0, rows.0, f64::from(size), rows.1))?;
     let mut data = target.into_vec();
-    if has_alpha {
-        data.chunks_exact_mut(kind.size()).for_each(divide_by_alpha);
+    if colour.has_alpha() {
+        data.chunks_exact_mut(colour.channels()).for_each(divide_by_alpha);
     }
-    Ok(data)
+    Ok(Pixels { width: size, height: size, colour, data })
 }
 
 /// Undoes the premultiplication of one pixel, rounding down as Pillow does: alpha amplifies what rounding leaves.
@@ -162,12 +170,12 @@ fn source_span(start: u32, size: u32, from: u32, to: u32) -> (f64, f64) {
 }
 
 fn crop(pixels: &Pixels, left: u32, top: u32, size: u32) -> Pixels {
-    let channels = pixels.kind.size();
+    let channels = pixels.colour.channels();
     let (stride, row) = (pixels.width as usize * channels, size as usize * channels);
     let first = top as usize * stride + left as usize * channels;
     let rows = (0..size as usize).map(|y| first + y * stride);
     let data = rows.flat_map(|start| &pixels.data[start..start + row]).copied().collect();
-    Pixels { width: size, height: size, kind: pixels.kind, data }
+    Pixels { width: size, height: size, colour: pixels.colour, data }
 }
 
 #[cfg(test)]

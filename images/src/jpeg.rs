@@ -1,0 +1,158 @@
+//! JPEG: decoded by zune-jpeg itself, rather than through `image`, which copies the file, reads its headers twice more, paints
+//! what is damaged gray, and turns ink into RGB before it could be resized.
+//!
+//! A file that ends before its image does is told apart from a complete one by walking its markers. One that was cut and closed again
+//! with an end marker is found by the decoder, but for the last few blocks; in a progressive file that is a coarser picture, and taken
+//! for one, as by libjpeg.
+
+use std::borrow::Cow;
+
+use image::metadata::Orientation;
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::bytestream::ZCursor;
+use zune_jpeg::zune_core::colorspace::ColorSpace;
+use zune_jpeg::zune_core::options::DecoderOptions;
+
+use crate::pixels::{Colour, Pixels, Turn};
+use crate::{ImageError, check_size};
+
+/// The pixels of a JPEG and how to bring them upright.
+pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
+    let fail = |reason: String| ImageError::Decode { format: "JPEG", reason };
+    let outline = Outline::of(bytes);
+    let Some(end) = outline.end else {
+        return Err(ImageError::Truncated { format: "JPEG" });
+    };
+    // Strict: damage within the picture is an error, not gray. Bytes between its headers are skipped by every program.
+    let options = DecoderOptions::default()
+        .set_strict_mode(!outline.padded)
+        .set_max_width(usize::from(u16::MAX))
+        .set_max_height(usize::from(u16::MAX));
+    let bytes = if outline.scans == 1 && !outline.progressive {
+        // At an end marker the decoder fills up what is missing, at the end of the data it fails. It reads eight bytes ahead.
+        Cow::Owned([&bytes[..end], &[0; 16]].concat())
+    } else {
+        Cow::Borrowed(bytes)
+    };
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
+    decoder.decode_headers().map_err(|e| fail(e.to_string()))?;
+    let (Some((width, height)), Some(stored)) = (decoder.dimensions(), decoder.input_colorspace()) else {
+        return Err(fail("it has no picture".into()));
+    };
+    let (colour, wanted) = match stored {
+        ColorSpace::Luma => (Colour::Gray, stored),
+        ColorSpace::CMYK | ColorSpace::YCCK => (Colour::InvertedCmyk, stored),
+        ColorSpace::RGB | ColorSpace::YCbCr => (Colour::Rgb, ColorSpace::RGB),
+        other => return Err(fail(format!("colours stored as {other:?} are not supported"))),
+    };
+    // The coefficients of a picture that comes in several scans are kept, two bytes each, until the last one.
+    let bytes_per_value = if outline.scans > 1 { 3 } else { 1 };
+    check_size("JPEG", width as u32, height as u32, (colour.channels() * bytes_per_value) as u64)?;
+    // Damaged metadata is no reason to give up an image.
+    let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
+    decoder.set_options(options.jpeg_set_out_colorspace(wanted));
+    let mut data = decoder.decode().map_err(|e| fail(e.to_string()))?;
+    if data.len() != width * height * colour.channels() {
+        return Err(fail("its picture has another size than its header says".into()));
+    }
+    if stored == ColorSpace::YCCK {
+        data.as_chunks_mut().0.iter_mut().for_each(ycck_to_inverted_cmyk);
+    }
+    let pixels = Pixels { width: width as u32, height: height as u32, colour, data };
+    Ok((pixels, orientation.map_or(Turn::default(), Turn::from)))
+}
+
+/// C, M and Y of their luma and chroma (JFIF, in 16 bits of fixed point as libjpeg has it); ink is 255 - RGB.
+fn ycck_to_inverted_cmyk(pixel: &mut [u8; 4]) {
+    let [y, cb, cr] = [pixel[0], pixel[1], pixel[2]].map(i32::from);
+    let (cb, cr, half) = (cb - 128, cr - 128, 1 << 15);
+    let r = y + ((91_881 * cr + half) >> 16);
+    let g = y + ((-22_554 * cb - 46_802 * cr + half) >> 16);
+    let b = y + ((116_130 * cb + half) >> 16);
+    for (value, colour) in pixel.iter_mut().zip([r, g, b]) {
+        *value = 255 - colour.clamp(0, 255) as u8;
+    }
+}
+
+/// What the markers of a file say, without decoding it.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Outline {
+    /// Where the image's end marker is, if there is one. What follows it is not looked at.
+    end: Option<usize>,
+    progressive: bool,
+    /// Whether there are bytes between segments that belong to none.
+    padded: bool,
+    scans: u32,
+}
+
+impl Outline {
+    /// Walks from segment to segment (ITU T.81, annex B): the decoder would take the end of the file for the image's.
+    fn of(bytes: &[u8]) -> Self {
+        let mut outline = Self::default();
+        let mut rest = bytes.get(2..).unwrap_or_default();
+        while let Some(start) = rest.iter().position(|&byte| byte == 0xFF) {
+            outline.padded |= start > 0;
+            rest = &rest[start..];
+            // Any number of FF may precede a marker.
+            let position = bytes.len() - rest.len();
+            let Some(fill) = rest.iter().position(|&byte| byte != 0xFF) else { break };
+            let marker = rest[fill];
+            rest = &rest[fill + 1..];
+            match marker {
+                0xD9 => {
+                    outline.end = Some(position).filter(|_| outline.scans > 0);
+                    break;
+                }
+                0xC2 => outline.progressive = true,
+                0x00 | 0x01 | 0xD0..=0xD8 => continue,
+                _ => {}
+            }
+            let Some(&[high, low]) = rest.first_chunk() else { break };
+            let Some(after) = rest.get(usize::from(u16::from_be_bytes([high, low]))..) else { break };
+            rest = after;
+            if marker == 0xDA {
+                outline.scans += 1;
+                rest = after_scan(rest);
+            }
+        }
+        outline
+    }
+}
+
+/// What follows compressed data, in which a byte FF is followed by 00 or a restart marker.
+fn after_scan(mut rest: &[u8]) -> &[u8] {
+    while let Some(position) = rest.iter().position(|&byte| byte == 0xFF) {
+        match rest.get(position + 1) {
+            Some(0x00 | 0xD0..=0xD7) => rest = &rest[position + 2..],
+            _ => return &rest[position..],
+        }
+    }
+    &[]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: &[u8] = &[0xFF, 0xD8, 0xFF, 0xE0, 0, 4, 0xFF, 0xD9, 0xFF, 0xDA, 0, 3, 7];
+
+    fn outline(tail: &[u8]) -> Outline {
+        Outline::of(&[HEADER, tail].concat())
+    }
+
+    #[test]
+    fn an_end_counts_only_where_a_scan_ends() {
+        // The end marker in a segment is data; so is FF 00 in a scan, and restart markers don't end it.
+        assert_eq!(outline(&[1, 0xFF, 0x00, 0xD9, 0xFF, 0xD0, 5]).end, None);
+        let complete = Outline { end: Some(HEADER.len() + 4), scans: 1, ..Outline::default() };
+        assert_eq!(outline(&[1, 0xFF, 0xD7, 5, 0xFF, 0xD9]), complete);
+        assert_eq!(outline(&[1, 0xFF, 0xD7, 5, 0xFF, 0xFF, 0xD9, 0xFF, 0xDA]), complete);
+        assert_eq!(outline(&[1, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF]).end, None);
+    }
+
+    #[test]
+    fn bytes_between_segments_are_noticed() {
+        let outline = outline(&[1, 0xFF, 0xC2, 0, 2, 9, 9, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF, 0xD9]);
+        assert_eq!(outline, Outline { end: Some(HEADER.len() + 13), progressive: true, padded: true, scans: 2 });
+    }
+}

@@ -1,0 +1,142 @@
+"""Images per second on one core: elbo beside Pillow and torchvision, on the same files in the same run.
+
+    pip install numpy pillow torch torchvision && python tests/peer/decode.py [--seconds 2] [--python OTHER/bin/python]
+
+Files are photographs made up with texture and sharp edges, JPEG of quality 88: 500x375, 640x480 and 1024x768, 12 megapixels (as a phone
+makes them: also to be turned by EXIF, and progressive) and a PNG. `decode` ends with pixels in memory, `to 512` with the floats of a
+512x512 crop. Every figure is the best of several repetitions. elbo is timed by its own benchmark (images/benches/decode.rs).
+`--python` times a Pillow in another environment too, for instance Pillow-SIMD.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = {"ns": 1e-9, "µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def write_files(directory):
+    import numpy as np
+    from PIL import Image
+
+    sys.path.insert(0, str(ROOT / "tests/fixtures/preprocess"))
+    from real_shaped import photograph
+
+    rng = np.random.default_rng(0)
+    for width, height in [(500, 375), (640, 480), (1024, 768)]:
+        photograph(rng, height, width).save(directory / f"{width}x{height}.jpg", quality=88)
+    photograph(rng, 375, 500).save(directory / "500x375.png")
+    large = photograph(rng, 3000, 4000)
+    large.save(directory / "4000x3000.jpg", quality=88)
+    large.save(directory / "4000x3000-progressive.jpg", quality=88, progressive=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large.save(directory / "4000x3000-turned.jpg", quality=88, exif=exif)
+
+
+def best(function, seconds):
+    """Seconds of the fastest call."""
+    fastest, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or fastest == float("inf"):
+        start = time.perf_counter()
+        function()
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest
+
+
+def pillow(directory, seconds):
+    """{file: {decode, to_512}} in seconds."""
+    import io
+
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    def decode(data):
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image
+
+    def to_512(data):
+        # torchvision's Resize and CenterCrop of a PIL image, ToTensor and Normalize.
+        image = ImageOps.exif_transpose(decode(data))
+        width, height = image.size
+        new = (512, int(512 * height / width)) if width <= height else (int(512 * width / height), 512)
+        image = image.resize(new, Image.BICUBIC)
+        left, top = round((new[0] - 512) / 2), round((new[1] - 512) / 2)
+        image = image.crop((left, top, left + 512, top + 512)).convert("RGB")
+        return (np.asarray(image, dtype=np.float32) / 255.0 - 0.5) / 0.5
+
+    files = {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    return {name: {"decode": best(lambda: decode(data), seconds), "to_512": best(lambda: to_512(data), seconds)} for name, data in files.items()}
+
+
+def torchvision(directory, seconds):
+    import torch
+    from torchvision.io import ImageReadMode, decode_image, decode_jpeg
+    from torchvision.transforms.v2 import CenterCrop, InterpolationMode, Resize
+    from torchvision.transforms.v2.functional import center_crop
+
+    torch.set_num_threads(1)
+    resize, crop = Resize(512, InterpolationMode.BICUBIC, antialias=True), CenterCrop(512)
+
+    def decode(name, data):
+        if name.endswith(".jpg"):
+            return decode_jpeg(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        return decode_image(data, mode=ImageReadMode.RGB)
+
+    def to_512(name, data):
+        return (crop(resize(decode(name, data))).float() / 255.0 - 0.5) / 0.5
+
+    result = {}
+    for path in sorted(directory.iterdir()):
+        data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+        result[path.name] = {"decode": best(lambda: decode(path.name, data), seconds), "to_512": best(lambda: to_512(path.name, data), seconds)}
+    return result
+
+
+def elbo(directory, seconds):
+    """Runs the benchmark and reads its table: fastest, of every file below every benchmark."""
+    environment = {**os.environ, "ELBO_BENCH_IMAGES": str(directory)}
+    command = ["cargo", "bench", "--quiet", "-p", "elbo-images", "--bench", "decode", "--", "--max-time", str(seconds), "--sample-size", "1"]
+    table = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    result, benchmark = {}, None
+    for line in table.splitlines():
+        if head := re.match(r"[├╰]─ (\w+)", line):
+            benchmark = head[1]
+        elif row := re.match(r"[│ ]+[├╰]─ (\S+)\s+([\d.]+) (\S+)", line):
+            result.setdefault(row[1], {})[benchmark] = float(row[2]) * UNITS[row[3]]
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2, help="for each figure")
+    parser.add_argument("--python", type=Path, help="a Python with another Pillow")
+    parser.add_argument("--pillow-only", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.pillow_only:
+        print(json.dumps(pillow(args.pillow_only, args.seconds)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        write_files(directory)
+        peers = {"elbo": elbo, "Pillow": pillow, "torchvision": torchvision}
+        if args.python:
+            command = [args.python, __file__, "--seconds", str(args.seconds), "--pillow-only", directory]
+            peers["other Pillow"] = lambda *_: json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        times = {name: run(directory, args.seconds) for name, run in peers.items()}
+    for what in ["decode", "to_512"]:
+        print(f"\n{what.replace('_', ' ')}, images/s".ljust(31), *(name.rjust(13) for name in times), "elbo / Pillow", sep="")
+        for file in times["elbo"]:
+            rates = [1 / peer[file][what] for peer in times.values()]
+            print(file.ljust(30), *(f"{rate:13.1f}" for rate in rates), f"{rates[0] / rates[1]:13.2f}", sep="")
+
+
+if __name__ == "__main__":
+    main()
