@@ -17,6 +17,7 @@ use elbo_common::store::Store;
 use elbo_common::unit::UnitId;
 use elbo_proto::v1;
 use prost::Message;
+use slatedb::config::Settings;
 use slatedb::{CloseReason, Db, ErrorKind, WriteBatch};
 
 use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult};
@@ -84,6 +85,9 @@ struct StoredTotals {
     spared: u64,
 }
 
+/// How often an operation is repeated on a failing store before the ledger gives up: for a minute or two, not for ever.
+const STORE_RETRIES: u32 = 40;
+
 const EPOCH: &str = "epoch";
 const FINGERPRINT: &str = "fingerprint";
 const DONE: &str = "done/";
@@ -110,7 +114,9 @@ fn broken(key: &[u8], reason: impl ToString) -> LedgerError {
 impl Ledger {
     /// Opens an output's ledger, makes it where there is none, and begins a new epoch.
     pub async fn open(out: &Store) -> Result<Self, LedgerError> {
-        let db = Db::open(layout::LEDGER, out.inner()).await.map_err(failed("opening"))?;
+        let settings = Settings { object_store_max_retries: Some(STORE_RETRIES), ..Settings::default() };
+        let opening = Db::builder(layout::LEDGER, out.inner()).with_settings(settings).build();
+        let db = opening.await.map_err(failed("opening"))?;
         let before = match db.get(EPOCH).await.map_err(failed("reading"))? {
             None => 0,
             Some(bytes) => u64::from_le_bytes(

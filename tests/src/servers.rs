@@ -152,7 +152,8 @@ pub struct Moto {
 impl Moto {
     /// Starts it, with an empty bucket.
     pub fn start() -> Self {
-        let mut server = Server::start(Command::new(python("servers/requirements.txt")).arg(tests("servers/moto.py")));
+        let mut server =
+            Server::start(Command::new(python("servers/requirements.txt")).arg(tests("servers/serve_moto.py")));
         let mut port = String::new();
         let output = server.0.stdout.take().expect("its output");
         BufReader::new(output).read_line(&mut port).expect("moto's port");
@@ -249,7 +250,7 @@ impl Azurite {
         let address = free_address();
         let (host, port) = address.split_once(':').expect("host and port");
         let mut command = Command::new("node");
-        command.arg(tests("servers/azurite.js")).arg(azurite());
+        command.arg(tests("servers/serve_azurite.js")).arg(azurite());
         command.args(["--blobHost", host, "--blobPort", port]);
         command.args(["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]);
         let server = Server::start(&mut command);

@@ -28,7 +28,8 @@ impl Environment {
         Self(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
     }
 
-    fn get(&self, name: &str) -> Option<&str> {
+    /// A variable that is set, and not to nothing.
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
 

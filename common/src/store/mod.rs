@@ -5,6 +5,7 @@
 
 mod credentials;
 mod error;
+mod listing;
 mod location;
 mod open;
 pub mod preflight;

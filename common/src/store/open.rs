@@ -13,6 +13,7 @@ use object_store::{BackoffConfig, ClientConfigKey, ClientOptions, ObjectStore, O
 use url::{Position, Url};
 
 use super::credentials::{self, Environment};
+use super::listing::SteadyListing;
 use super::{Location, StoreError, describe};
 
 /// A client's builder with its settings; those it does not know are other programs'.
@@ -86,7 +87,10 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
         ObjectStoreScheme::Memory => Box::new(InMemory::new()),
         _ => return Err(StoreError::Location { location, reason: "there is no client for it".into() }),
     };
-    Ok(Arc::new(PrefixStore::new(store, prefix)))
+    let store = PrefixStore::new(store, prefix);
+    // Directory buckets of S3 Express list in no order.
+    let in_order = environment.get("AWS_S3_EXPRESS").is_none();
+    Ok(if in_order { Arc::new(SteadyListing(Arc::new(store))) } else { Arc::new(store) })
 }
 
 /// Slow is not broken: a transfer may take as long as something arrives.
