@@ -14,6 +14,8 @@ pub const PREDICTIONS: &str = "predictions";
 pub const ERRORS: &str = "errors";
 /// Directory of quarantined samples.
 pub const QUARANTINE: &str = "quarantine";
+/// Directory of the objects a store is tried out with before a job starts; there is nothing in it afterwards.
+pub const PREFLIGHT: &str = "preflight";
 /// Directory of the ledger.
 pub const LEDGER: &str = "ledger";
 

@@ -200,9 +200,9 @@ impl SampleSink for ManifestWriter {
     }
 }
 
-fn unread(path: &Path, error: ReadError) -> ManifestError {
+fn unread(error: ReadError) -> ManifestError {
     match error {
-        ReadError::Store(source) => StoreError::Object { action: "reading", path: path.to_string(), source }.into(),
+        ReadError::Store(error) => error.into(),
         ReadError::Table(error) => error.into(),
     }
 }
@@ -227,11 +227,13 @@ struct OpenPart {
 impl OpenPart {
     async fn open(store: &Store, index: u32) -> Result<Self, ManifestError> {
         let path = layout::manifest(index);
-        let (file, _) = ParquetFile::find(store.inner(), path.clone()).await.map_err(|source| match source {
-            object_store::Error::NotFound { .. } => ManifestError::Missing(path.clone()),
-            source => StoreError::Object { action: "reading", path: path.to_string(), source }.into(),
+        let (file, _) = ParquetFile::find(store, path.clone()).await.map_err(|error| match error {
+            StoreError::Object { source: object_store::Error::NotFound { .. }, .. } => {
+                ManifestError::Missing(path.clone())
+            }
+            error => error.into(),
         })?;
-        let metadata = file.metadata().await.map_err(|e| unread(&path, table::unread::<Sample>(e)))?;
+        let metadata = file.metadata().await.map_err(|e| unread(table::unread::<Sample>(e)))?;
         Ok(Self { file, metadata })
     }
 
@@ -300,7 +302,7 @@ impl Manifest {
         let (part, path) = (self.part(index).await?, layout::manifest(index));
         let group = (shard.0 % SHARDS_PER_PART) as usize;
         let samples = table::groups(&part.file, &part.metadata, vec![group]).await;
-        let samples: Vec<Sample> = samples.map_err(|e| unread(&path, e))?;
+        let samples: Vec<Sample> = samples.map_err(unread)?;
         let listed = samples.iter().map(|sample| sample.id.0).eq(self.ids(shard)) && digest_of(&samples) == *digest;
         if listed { Ok(samples) } else { Err(ManifestError::Changed(path)) }
     }

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt, TryStreamExt};
+use object_store::ObjectMeta;
 use object_store::path::Path;
-use object_store::{ObjectMeta, ObjectStoreExt};
 
 use crate::ids::ShardId;
 use crate::layout;
@@ -126,9 +126,10 @@ impl Output {
         let output = self.clone();
         let listed = async move {
             let files = output.files().await?;
-            let open = move |file| {
+            let open = move |file: ObjectMeta| {
                 let output = output.clone();
-                async move { output.open::<V>(file).await }
+                let table = ParquetFile::new(&output.store, file.location.clone(), file.size);
+                async move { output.open::<V>(file.location, table).await }
             };
             Ok::<_, OutputError>(futures::stream::iter(files).map(open).buffered(OPENED).try_flatten())
         };
@@ -140,20 +141,19 @@ impl Output {
         &self,
         path: Path,
     ) -> Result<Option<impl Stream<Item = Result<Vec<V>, OutputError>> + Send + Unpin + use<V>>, OutputError> {
-        match self.store.inner().head(&path).await {
-            Ok(file) => self.open(file).await.map(Some),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(source) => Err(unread(&path, ReadError::Store(source))),
+        match ParquetFile::find(&self.store, path.clone()).await {
+            Ok((file, _)) => self.open(path, file).await.map(Some),
+            Err(StoreError::Object { source: object_store::Error::NotFound { .. }, .. }) => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 
     async fn open<V: View + Send + 'static>(
         &self,
-        file: ObjectMeta,
+        path: Path,
+        file: ParquetFile,
     ) -> Result<impl Stream<Item = Result<Vec<V>, OutputError>> + Send + Unpin + use<V>, OutputError> {
-        let path = file.location.clone();
-        let rows = table::rows(ParquetFile::new(self.store.inner(), file.location, file.size));
-        let rows = rows.await.map_err(|error| unread(&path, error))?;
+        let rows = table::rows(file).await.map_err(|error| unread(&path, error))?;
         Ok(rows.map_err(move |error| unread(&path, error)))
     }
 
@@ -172,9 +172,7 @@ impl Output {
 
 fn unread(path: &Path, error: ReadError) -> OutputError {
     match error {
-        ReadError::Store(source) => {
-            OutputError::Store(StoreError::Object { action: "reading", path: path.to_string(), source })
-        }
+        ReadError::Store(error) => OutputError::Store(error),
         ReadError::Table(source) => OutputError::File { path: path.clone(), source },
     }
 }

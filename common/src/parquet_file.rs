@@ -4,14 +4,16 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use futures::future::BoxFuture;
-use futures::{FutureExt, TryFutureExt};
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataReader};
+
+use crate::store::{Store, StoreError, retry};
 
 /// Bytes read from the end of a file at first: most footers fit.
 const FOOTER_GUESS: usize = 64 << 10;
@@ -21,19 +23,23 @@ const FOOTER_GUESS: usize = 64 << 10;
 pub(crate) struct ParquetFile {
     store: Arc<dyn ObjectStore>,
     path: Path,
+    /// What it is called in messages.
+    name: String,
     size: u64,
 }
 
 impl ParquetFile {
     /// A file whose size is known.
-    pub(crate) fn new(store: Arc<dyn ObjectStore>, path: Path, size: u64) -> Self {
-        Self { store, path, size }
+    pub(crate) fn new(store: &Store, path: Path, size: u64) -> Self {
+        let name = store.location().below(path.as_ref());
+        Self { store: store.inner(), path, name, size }
     }
 
     /// The file at `path`, which must be there.
-    pub(crate) async fn find(store: Arc<dyn ObjectStore>, path: Path) -> object_store::Result<(Self, ObjectMeta)> {
-        let meta = store.head(&path).await?;
-        Ok((Self { store, path, size: meta.size }, meta))
+    pub(crate) async fn find(store: &Store, path: Path) -> std::result::Result<(Self, ObjectMeta), StoreError> {
+        let (inner, name) = (store.inner(), store.location().below(path.as_ref()));
+        let meta = retry::run("reading", &name, || inner.head(&path)).await?;
+        Ok((Self::new(store, path, meta.size), meta))
     }
 
     /// Reads the footer of one of our own tables.
@@ -50,12 +56,12 @@ impl ParquetFile {
     }
 }
 
-fn external(error: object_store::Error) -> ParquetError {
+fn external(error: StoreError) -> ParquetError {
     ParquetError::External(Box::new(error))
 }
 
 /// The store's error, if a Parquet error is one.
-pub(crate) fn store_error(error: ParquetError) -> std::result::Result<object_store::Error, ParquetError> {
+pub(crate) fn store_error(error: ParquetError) -> std::result::Result<StoreError, ParquetError> {
     match error {
         ParquetError::External(source) => match source.downcast() {
             Ok(error) => Ok(*error),
@@ -67,11 +73,19 @@ pub(crate) fn store_error(error: ParquetError) -> std::result::Result<object_sto
 
 impl AsyncFileReader for ParquetFile {
     fn get_bytes(&mut self, range: Range<u64>) -> BoxFuture<'_, Result<Bytes>> {
-        async move { self.store.get_range(&self.path, range).await }.map_err(external).boxed()
+        async move {
+            let get = || self.store.get_range(&self.path, range.clone());
+            retry::run("reading", &self.name, get).await.map_err(external)
+        }
+        .boxed()
     }
 
     fn get_byte_ranges(&mut self, ranges: Vec<Range<u64>>) -> BoxFuture<'_, Result<Vec<Bytes>>> {
-        async move { self.store.get_ranges(&self.path, &ranges).await }.map_err(external).boxed()
+        async move {
+            let get = || self.store.get_ranges(&self.path, &ranges);
+            retry::run("reading", &self.name, get).await.map_err(external)
+        }
+        .boxed()
     }
 
     fn get_metadata<'a>(

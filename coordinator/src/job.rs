@@ -11,6 +11,7 @@ use elbo_common::manifest::{Manifest, ManifestError, ManifestWriter, Sample};
 use elbo_common::policy::{PolicyError, RoundSlots};
 use elbo_common::record::{JobRecord, JobState, ManifestRecord, RecordError, Versions};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
+use elbo_common::store::preflight::{self, PreflightError};
 use elbo_common::store::{Store, StoreError};
 use object_store::path::Path;
 
@@ -49,6 +50,9 @@ pub enum JobError {
     /// `job.json` can't be read or written.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The output is on a store that can't hold a job.
+    #[error(transparent)]
+    Preflight(#[from] PreflightError),
     /// The output can't be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -102,6 +106,7 @@ impl Job {
         options: JobOptions,
     ) -> Result<Self, JobError> {
         let rounds = rounds_of(&identity, model)?;
+        preflight::check(&out).await?;
         if options.fresh {
             discard(&out).await?;
         }

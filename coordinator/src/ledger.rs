@@ -91,6 +91,9 @@ struct StoredTotals {
     spared: u64,
 }
 
+/// How often an operation is repeated on a failing store before the ledger gives up: for a minute or two, not for ever.
+const STORE_RETRIES: u32 = 40;
+
 const EPOCH: &str = "epoch";
 const FINGERPRINT: &str = "fingerprint";
 const DONE: &str = "done/";
@@ -138,6 +141,7 @@ fn settings(location: &Location) -> Settings {
         l0_sst_size_bytes: 16 << 20,
         // Writers wait when the store takes no more, rather than fill the memory.
         max_unflushed_bytes: 64 << 20,
+        object_store_max_retries: Some(STORE_RETRIES),
         compactor_options: Some(CompactorOptions {
             // No scan of ours takes so long.
             checkpoint_lifetime: minute,

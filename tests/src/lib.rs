@@ -2,7 +2,10 @@
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
+pub mod faults;
 pub mod numbers;
+pub mod proxy;
+pub mod servers;
 pub mod web;
 
 use std::path::{Path, PathBuf};
@@ -106,6 +109,15 @@ pub fn coordinator_flags(images: &Path, out: &Path) -> Vec<String> {
     let flags = job_flags(images, out);
     let batch = flags.iter().position(|f| f == "--batch").expect("the flag");
     [&flags[..batch], &flags[batch + 2..]].concat()
+}
+
+/// Flags with other values for some of them.
+pub fn with(mut flags: Vec<String>, values: &[(&str, &str)]) -> Vec<String> {
+    for (flag, value) in values {
+        let at = flags.iter().position(|f| f == flag).expect("the flag");
+        (*value).clone_into(&mut flags[at + 1]);
+    }
+    flags
 }
 
 /// Every file below an output's `predictions`, `errors` and `quarantine`, with its bytes.

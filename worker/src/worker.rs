@@ -161,7 +161,7 @@ async fn work(
     let preparer = Arc::new(Preparer {
         engine: Arc::clone(&engine),
         cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
-        reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES),
+        reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64),
         problem,
     });
     let (findings, inbox) = mpsc::unbounded_channel();

@@ -19,7 +19,7 @@ pub(super) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
     let store = Store::open(&Location::parse(out)?)?;
     let record = JobRecord::read(&store)
         .await?
-        .ok_or_else(|| anyhow::anyhow!("{out} has no job.json: give the --out of a job"))?;
+        .ok_or_else(|| anyhow::anyhow!("{} has no job.json: give the --out of a job", store.location()))?;
     Ok((store, record))
 }
 
@@ -64,7 +64,7 @@ pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
     } else {
         print!("{verification}");
     }
-    if verification.ok { Ok(()) } else { anyhow::bail!("{} is not complete and consistent", args.out) }
+    if verification.ok { Ok(()) } else { anyhow::bail!("{} is not complete and consistent", store.location()) }
 }
 
 /// What a run says at its end.
@@ -84,6 +84,6 @@ pub(crate) async fn summary(out: &str, done: Done) -> anyhow::Result<()> {
         }
         Done::Before => println!("the job was done before: nothing was computed (--fresh starts over)"),
     }
-    println!("predictions: {out}/predictions/*.parquet");
+    println!("predictions: {}/predictions/*.parquet", store.location().to_string().trim_end_matches('/'));
     Ok(())
 }

@@ -3,17 +3,18 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use object_store::path::Path;
-use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme};
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStoreExt, ObjectStoreScheme};
 use url::Url;
 
 use super::rows::{CellError, Cells};
 use crate::manifest::{Part, Sample};
-use crate::store::{Location, Store, StoreError};
+use crate::store::{Location, Store, StoreError, retry};
 
 /// Where an image lies, as it was listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,27 +128,39 @@ impl Reader {
             }
             Location::Remote(url) => {
                 let (store, path) = self.locate(&url)?;
-                let if_match = image.etag.clone();
-                let options = GetOptions { range: range.map(GetRange::Bounded), if_match, ..GetOptions::default() };
-                let changed = || ReadError::Changed { file: image.location.clone() };
-                let object = store.inner().get_opts(&path, options).await.map_err(|error| match error {
-                    object_store::Error::Precondition { .. } => changed(),
-                    error => named(error).into(),
-                })?;
-                if image.part.is_none() && object.meta.size > self.limit {
-                    return Err(ReadError::TooLarge { size: object.meta.size, limit: self.limit });
-                }
-                Ok(object.bytes().await.map_err(named)?)
+                self.read_remote(image, &store, &path, range).await
             }
+        }
+    }
+
+    async fn read_remote(
+        &self,
+        image: &Image,
+        store: &Store,
+        path: &Path,
+        range: Option<Range<u64>>,
+    ) -> Result<Bytes, ReadError> {
+        let (inner, whole, range) = (store.inner(), range.is_none(), range.map(GetRange::Bounded));
+        let options = GetOptions { range, if_match: image.etag.clone(), ..GetOptions::default() };
+        let get = || async {
+            let object = inner.get_opts(path, options.clone()).await?;
+            match object.meta.size {
+                size if whole && size > self.limit => Ok(Err(ReadError::TooLarge { size, limit: self.limit })),
+                _ => object.bytes().await.map(Ok),
+            }
+        };
+        match retry::run("reading", &image.location, get).await {
+            Err(StoreError::Object { source: object_store::Error::Precondition { .. }, .. }) => {
+                Err(ReadError::Changed { file: image.location.clone() })
+            }
+            read => read?,
         }
     }
 
     async fn read_cell(&self, image: &Image, row: u64, column: &str) -> Result<Bytes, ReadError> {
         let (store, path) = self.locate_any(&image.location)?;
         let wrong = |error| match error {
-            CellError::Store(source) => {
-                StoreError::Object { action: "reading", path: image.location.clone(), source }.into()
-            }
+            CellError::Store(error) => error.into(),
             CellError::Changed => ReadError::Changed { file: image.location.clone() },
             CellError::Cell(problem) => ReadError::Cell { file: image.location.clone(), row, problem },
         };
@@ -163,8 +176,8 @@ impl Reader {
     /// Size and tag of an image that is on a store, without reading it.
     pub(super) async fn head(&self, url: &str) -> Result<ObjectMeta, StoreError> {
         let (store, path) = self.locate_any(url)?;
-        let failed = |source| StoreError::Object { action: "asking for", path: url.to_owned(), source };
-        store.inner().head(&path).await.map_err(failed)
+        let inner = store.inner();
+        retry::run("asking for", url, || inner.head(&path)).await
     }
 
     /// The store a file is on, and its path there.
@@ -211,7 +224,7 @@ pub async fn read_object(location: &str) -> Result<Bytes, ReadError> {
 /// A local file, or a range of it. Its time of change may differ from machine to machine; its `expected` size may not.
 fn read_local(
     path: &FsPath,
-    range: Option<std::ops::Range<u64>>,
+    range: Option<Range<u64>>,
     expected: Option<u64>,
     limit: u64,
     location: String,
@@ -245,7 +258,7 @@ fn io_error(path: &str, error: std::io::Error) -> object_store::Error {
     match kind(&source) {
         Some(std::io::ErrorKind::NotFound) => object_store::Error::NotFound { path, source },
         Some(std::io::ErrorKind::PermissionDenied) => object_store::Error::PermissionDenied { path, source },
-        _ => object_store::Error::Generic { store: "local file", source },
+        _ => object_store::Error::Generic { store: "LocalFileSystem", source },
     }
 }
 

@@ -20,7 +20,7 @@ use super::walk::File;
 use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions};
 use crate::manifest::Part;
 use crate::parquet_file::{ParquetFile, store_error};
-use crate::store::{Location, StoreError};
+use crate::store::Location;
 
 pub(super) use self::cell::{CellError, Cells};
 
@@ -76,8 +76,7 @@ struct Layout {
 /// The samples of a file.
 pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Vec<Found>, DatasetError> {
     let (store, path) = reader.locate_any(&file.location)?;
-    let failed = |source| StoreError::Object { action: "reading", path: file.location.clone(), source };
-    let (parquet, _) = ParquetFile::find(store.inner(), path).await.map_err(failed)?;
+    let (parquet, _) = ParquetFile::find(&store, path).await?;
     let metadata = parquet.outside_metadata().await.map_err(|e| unreadable(file, e))?;
     let layout = Layout::of(&metadata, options).map_err(|problem| file.wrong(problem))?;
     let mut found = Vec::new();
@@ -127,7 +126,7 @@ async fn locate_all(reader: &Reader, file: &File, found: Vec<Found>) -> Result<V
 
 fn unreadable(file: &File, error: ParquetError) -> DatasetError {
     match store_error(error) {
-        Ok(source) => StoreError::Object { action: "reading", path: file.location.clone(), source }.into(),
+        Ok(error) => error.into(),
         Err(error) => file.wrong(format!("is no Parquet file, or damaged ({error}): fetch it again, or leave it out")),
     }
 }

@@ -23,7 +23,7 @@ use tokio::runtime::Handle;
 use super::walk::{File, Kind};
 use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions};
 use crate::manifest::Part;
-use crate::store::{Location, StoreError};
+use crate::store::{Location, Store, StoreError, retry};
 
 /// The largest member with a label or captions that is read.
 const LARGEST_TEXT: u64 = 1 << 20;
@@ -45,7 +45,7 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
         }
         Location::Remote(url) => {
             let (store, path) = reader.locate(&url)?;
-            let ranges = Ranges::new(store.inner(), path, size);
+            let ranges = Ranges::new(&store, path, size);
             tokio::task::spawn_blocking(move || index(&shard, ranges, size, &wanted))
         }
     };
@@ -226,6 +226,8 @@ struct Ranges {
     handle: Handle,
     store: Arc<dyn ObjectStore>,
     path: Path,
+    /// What it is called in messages.
+    name: String,
     size: u64,
     position: u64,
     /// Bytes at hand, and the position of the first.
@@ -234,9 +236,10 @@ struct Ranges {
 }
 
 impl Ranges {
-    fn new(store: Arc<dyn ObjectStore>, path: Path, size: u64) -> Self {
+    fn new(store: &Store, path: Path, size: u64) -> Self {
         let (handle, window) = (Handle::current(), (0, Bytes::new()));
-        Self { handle, store, path, size, position: 0, window, window_size: FIRST_WINDOW }
+        let (store, name) = (store.inner(), store.location().below(path.as_ref()));
+        Self { handle, store, path, name, size, position: 0, window, window_size: FIRST_WINDOW }
     }
 
     /// The bytes at hand from the current position on; none at the end.
@@ -252,10 +255,8 @@ impl Ranges {
         let follows = self.position == end && end > 0;
         self.window_size = if follows { (2 * self.window_size).min(LARGEST_WINDOW) } else { FIRST_WINDOW };
         let range = self.position..self.position.saturating_add(self.window_size).min(self.size);
-        let read = self.handle.block_on(self.store.get_range(&self.path, range));
-        let bytes = read.map_err(|source| {
-            io::Error::other(StoreError::Object { action: "reading", path: self.path.to_string(), source })
-        })?;
+        let get = || self.store.get_range(&self.path, range.clone());
+        let bytes = self.handle.block_on(retry::run("reading", &self.name, get)).map_err(io::Error::other)?;
         self.window = (self.position, bytes.clone());
         Ok(bytes)
     }

@@ -7,6 +7,7 @@ use parquet::errors::ParquetError;
 
 use super::{Columns, TableError, View};
 use crate::parquet_file::{ParquetFile, store_error};
+use crate::store::StoreError;
 
 /// Rows decoded at a time: with a thousand scores each, some megabytes.
 const BATCH: usize = 256;
@@ -16,7 +17,7 @@ const BATCH: usize = 256;
 pub(crate) enum ReadError {
     /// The store failed.
     #[error(transparent)]
-    Store(object_store::Error),
+    Store(StoreError),
     /// The file is wrong.
     #[error(transparent)]
     Table(TableError),

@@ -14,7 +14,7 @@ use quick_cache::sync::Cache;
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use crate::parquet_file::{ParquetFile, store_error};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 /// About how many bytes of images are read at once, where the file says where its pages begin.
 const RUN_BYTES: u64 = 16 << 20;
@@ -26,7 +26,7 @@ const KEPT_FILES: usize = 64;
 /// Why there is no image.
 #[derive(Debug)]
 pub(in super::super) enum CellError {
-    Store(object_store::Error),
+    Store(StoreError),
     Changed,
     Cell(String),
 }
@@ -116,8 +116,7 @@ fn failed(error: ParquetError) -> CellError {
 
 impl Open {
     async fn find(store: &Store, path: &Path) -> Result<Arc<Self>, CellError> {
-        let found = ParquetFile::find(store.inner(), path.clone()).await;
-        let (file, meta) = found.map_err(CellError::Store)?;
+        let (file, meta) = ParquetFile::find(store, path.clone()).await.map_err(CellError::Store)?;
         let metadata = file.outside_metadata().await.map_err(failed)?;
         Ok(Arc::new(Self { file, metadata, etag: meta.e_tag }))
     }

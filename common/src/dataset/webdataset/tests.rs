@@ -216,7 +216,7 @@ async fn a_remote_shard_is_read_by_ranges_and_listed_as_a_local_one() {
         store.put(&path, bytes.clone().into()).await.unwrap();
         let wanted = Wanted::new(&ListOptions::default());
         let local = index(&file, Cursor::new(bytes), file.size, &wanted).unwrap();
-        let ranges = Ranges::new(store, path, file.size);
+        let ranges = Ranges::new(&Store::from_parts(store, Location::parse("memory:///").unwrap()), path, file.size);
         let remote = tokio::task::spawn_blocking(move || index(&file, ranges, file.size, &wanted)).await.unwrap();
         assert_eq!(remote.unwrap(), local);
     }

@@ -1,0 +1,189 @@
+//! What goes wrong with storage, told so that it can be mended, and without secrets.
+
+use std::path::PathBuf;
+
+use super::redact::redact;
+use super::retry::is_transient;
+
+/// A location that can't be opened, read or written.
+///
+/// The text of the causes is part of the message, cleaned of credentials; so there is no [`source`](std::error::Error::source)
+/// that could tell them after all.
+#[derive(Debug)]
+pub enum StoreError {
+    /// The location is not a path or URL of a kind we know.
+    Location {
+        /// As given.
+        location: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A local directory can't be made or opened.
+    Directory {
+        /// What was tried.
+        action: &'static str,
+        /// The directory.
+        path: PathBuf,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// What is configured for a store (credentials, endpoint) can't be used.
+    Settings {
+        /// The store.
+        location: String,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// An object can't be read, written or listed.
+    Object {
+        /// What was tried.
+        action: &'static str,
+        /// The object.
+        path: String,
+        /// Why it failed.
+        source: object_store::Error,
+    },
+}
+
+impl StoreError {
+    /// Whether the same operation may succeed later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Object { source, .. } => is_transient(source),
+            Self::Location { .. } | Self::Directory { .. } | Self::Settings { .. } => false,
+        }
+    }
+}
+
+impl std::fmt::Display for StoreError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Location { location, reason } => write!(
+                f,
+                "'{}' is not a usable location: {}; give a directory or a URL like s3://bucket/prefix",
+                redact(location),
+                redact(reason)
+            ),
+            Self::Directory { action, path, source } => {
+                write!(f, "{action} the directory {}: {source}", path.display())
+            }
+            Self::Settings { location, reason } => write!(f, "{location} can't be opened: {}", redact(reason)),
+            Self::Object { action, path, source } => {
+                write!(f, "{action} {}: {}", redact(path), describe(source))?;
+                match remedy(source) {
+                    Some(remedy) => write!(f, "; {remedy}"),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+impl std::error::Error for StoreError {}
+
+/// The error of a store and its causes on one line, without credentials.
+pub fn describe(error: &object_store::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        let more = inner.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = inner.source();
+    }
+    let text = redact(&summarize_xml(&text));
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Replaces an error document by the code and the message in it: the rest is request ids, and what was signed.
+fn summarize_xml(text: &str) -> String {
+    let Some(start) = text.find("<?xml").or_else(|| text.find("<Error")) else { return text.to_owned() };
+    let element = |name: &str| {
+        let (_, after) = text[start..].split_once(&format!("<{name}>"))?;
+        Some(after.split_once(&format!("</{name}>"))?.0)
+    };
+    let (code, message) = (element("Code"), element("Message"));
+    // Azure puts request id and time into the message, on lines of their own.
+    let message = message.and_then(|m| m.lines().next());
+    let summary: Vec<&str> = [code, message].into_iter().flatten().collect();
+    format!("{}{}", &text[..start], summary.join(": "))
+}
+
+/// Whether an error says that there is no such bucket or container, rather than no such object.
+pub(super) fn is_bucket_missing(error: &object_store::Error) -> bool {
+    let text = error.to_string();
+    ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist"].iter().any(|sign| text.contains(sign))
+}
+
+/// What to do about an error, where it can be told.
+fn remedy(error: &object_store::Error) -> Option<&'static str> {
+    use object_store::Error;
+    let text = describe(error);
+    let says = |sign: &str| text.contains(sign);
+    if is_bucket_missing(error) {
+        return Some("there is no such bucket or container: make it, or correct the URL, the endpoint or the account");
+    }
+    if ["/latest/api/token", "/latest/meta-data", "169.254.169.254", "metadata.google.internal"]
+        .iter()
+        .any(|sign| says(sign))
+    {
+        return Some(
+            "no credentials were found, and this machine has no role of its own: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE (GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY), or AWS_SKIP_SIGNATURE=true for a public bucket",
+        );
+    }
+    if says("redirect without LOCATION") || says("AuthorizationHeaderMalformed") || says("PermanentRedirect") {
+        return Some("the bucket is in another region: set AWS_REGION to its region");
+    }
+    match error {
+        Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Some(
+            "the store refuses these credentials: check the key, its expiry, and that it may read, write, list and delete there",
+        ),
+        _ if is_transient(error) => Some(
+            "the store could not be reached or kept failing: check the endpoint and the network, then run the same command again, which resumes a job",
+        ),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(text: &str) -> object_store::Error {
+        object_store::Error::Generic { store: "S3", source: text.to_owned().into() }
+    }
+
+    fn shown(source: object_store::Error) -> String {
+        StoreError::Object { action: "reading", path: "s3://bucket/a".into(), source }.to_string()
+    }
+
+    #[test]
+    fn an_error_document_is_reduced_to_code_and_message() {
+        let text = shown(generic(
+            "Server returned non-2xx status code: 403 Forbidden: <?xml version=\"1.0\"?><Error><Code>SignatureDoesNotMatch</Code><Message>No match.\nRequestId:1</Message><StringToSign>hush</StringToSign></Error>",
+        ));
+        assert!(text.contains("403 Forbidden: SignatureDoesNotMatch: No match."), "{text}");
+        assert!(!text.contains("hush") && !text.contains("RequestId"), "{text}");
+    }
+
+    #[test]
+    fn the_causes_tell_no_more_than_the_message() {
+        let error = StoreError::Object {
+            action: "reading",
+            path: "https://me:hush@host/a?sig=hush".into(),
+            source: generic("error sending request for url (https://me:hush@host/a?sig=hush)"),
+        };
+        assert!(!error.to_string().contains("hush"), "{error}");
+        assert!(std::error::Error::source(&error).is_none());
+    }
+
+    #[test]
+    fn mistakes_that_can_be_told_come_with_what_to_do() {
+        assert!(shown(generic("<Error><Code>NoSuchBucket</Code></Error>")).contains("make it"));
+        assert!(shown(generic("Received redirect without LOCATION, this")).contains("AWS_REGION"));
+        assert!(shown(generic("GET http://169.254.169.254/latest/api/token")).contains("AWS_PROFILE"));
+        let denied = object_store::Error::PermissionDenied { path: "a".into(), source: "403".into() };
+        assert!(shown(denied).contains("check the key"));
+    }
+}

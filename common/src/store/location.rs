@@ -1,0 +1,102 @@
+//! Where something lies: a local path, or a URL of object storage or a web server.
+
+use std::path::{Path as FsPath, PathBuf};
+
+use url::Url;
+
+use super::StoreError;
+
+/// A directory or file, or a URL prefix or object. Shown without the parts of a URL that can hold credentials.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Location {
+    /// An absolute local directory or file.
+    Local(PathBuf),
+    /// Anything [`object_store`] can parse.
+    Remote(Url),
+}
+
+impl Location {
+    /// Reads a path or URL as a user types it.
+    pub fn parse(text: &str) -> Result<Self, StoreError> {
+        let wrong = |reason: String| StoreError::Location { location: text.to_owned(), reason };
+        match Url::parse(text) {
+            Ok(url) if url.scheme() == "file" => {
+                url.to_file_path().map(Self::Local).map_err(|()| wrong("it is not a local path".into()))
+            }
+            // A one-letter scheme is a drive letter, not a URL.
+            Ok(url) if url.scheme().len() > 1 => Ok(Self::Remote(url)),
+            _ if text.is_empty() => Err(wrong("it is empty".into())),
+            // Taken for a path, it would be made as a directory, password and all.
+            Err(error) if text.contains("://") => Err(StoreError::Location {
+                location: text.split_once("://").map_or_else(String::new, |(scheme, _)| format!("{scheme}://…")),
+                reason: format!("it is not a valid URL: {error}"),
+            }),
+            _ => std::path::absolute(text).map(Self::Local).map_err(|e| wrong(e.to_string())),
+        }
+    }
+
+    /// The local path, if it is one.
+    pub fn local(&self) -> Option<&FsPath> {
+        match self {
+            Self::Local(path) => Some(path),
+            Self::Remote(_) => None,
+        }
+    }
+
+    /// An object below this location, for messages.
+    pub(crate) fn below(&self, path: &str) -> String {
+        let root = self.to_string();
+        let root = root.trim_end_matches('/');
+        if path.is_empty() { root.to_owned() } else { format!("{root}/{path}") }
+    }
+}
+
+impl std::fmt::Display for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Local(path) => path.display().fmt(f),
+            Self::Remote(url) => {
+                // Credentials in a URL must reach no log and no file.
+                let mut url = url.clone();
+                let _ = url.set_password(None);
+                let _ = url.set_username("");
+                url.set_query(None);
+                url.set_fragment(None);
+                url.fmt(f)
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_in_a_url_are_never_shown() {
+        for text in [
+            "https://user:hush@host:8080/a/b.png?X-Amz-Signature=hush&x=1#hush",
+            "az://container/a?sv=2024&sig=hush",
+            "s3://AKIA:hush@bucket/prefix",
+        ] {
+            let location = Location::parse(text).unwrap();
+            for shown in [format!("{location}"), format!("{location:?}"), location.below("x")] {
+                assert!(!shown.contains("hush") && !shown.contains("AKIA"), "{shown}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_broken_url_is_no_path() {
+        let error = Location::parse("https://user:hu/sh@host:port/x").unwrap_err().to_string();
+        assert!(error.contains("not a valid URL") && !error.contains("sh@host"), "{error}");
+        assert!(Location::parse("photos/a.png").unwrap().local().is_some());
+        assert!(Location::parse("").is_err());
+    }
+}

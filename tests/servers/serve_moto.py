@@ -1,0 +1,33 @@
+"""moto's S3 server on a free port, which it prints; it ends when its standard input does.
+
+One request at a time: moto looks whether an object exists and then stores it, with nothing to keep another thread from doing
+the same in between.
+"""
+
+import os
+import sys
+import threading
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+
+class Quiet(MotoRequestHandler):
+    def log(self, *args):
+        pass
+
+
+class OneAtATime:
+    def __init__(self, app):
+        self.app, self.lock = app, threading.Lock()
+
+    def __call__(self, environ, start_response):
+        with self.lock:
+            return list(self.app(environ, start_response))
+
+
+app = OneAtATime(DomainDispatcherApplication(create_backend_app))
+server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+print(server.server_port, flush=True)
+server.serve_forever()

@@ -1,0 +1,170 @@
+//! A proxy before an S3 server that injects what networks and busy servers do, from a seed.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// A fault of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// `503 SlowDown`; the server never sees the request.
+    SlowDown,
+    /// `500 InternalError`; the server never sees the request.
+    Internal,
+    /// The connection is closed without an answer; the server never sees the request.
+    Refused,
+    /// The server answers, and the answer is lost with the connection.
+    LostReply,
+    /// The server did what was asked, but `500` is the answer.
+    Lied,
+    /// The answer ends in the middle of its body.
+    CutOff,
+    /// The answer comes late.
+    Delay,
+}
+
+const FAULTS: [Fault; 7] =
+    [Fault::SlowDown, Fault::Internal, Fault::Refused, Fault::LostReply, Fault::Lied, Fault::CutOff, Fault::Delay];
+
+/// A running proxy; it stops when dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    /// Where it listens.
+    pub endpoint: String,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    upstream: String,
+    seed: u64,
+    percent: u64,
+    requests: AtomicU64,
+    stopped: AtomicBool,
+    injected: Mutex<Vec<Fault>>,
+}
+
+impl Proxy {
+    /// Starts a proxy that spoils `percent` of the requests to `upstream`, an `http://` endpoint.
+    pub fn start(upstream: &str, seed: u64, percent: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
+        let shared = Arc::new(Shared {
+            upstream: upstream.trim_start_matches("http://").to_owned(),
+            seed,
+            percent,
+            requests: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            injected: Mutex::new(Vec::new()),
+        });
+        let serving = Arc::clone(&shared);
+        let thread = std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if serving.stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let shared = Arc::clone(&serving);
+                // Whoever hangs up first, it is no error here.
+                std::thread::spawn(move || drop(stream.and_then(|stream| shared.pass(stream))));
+            }
+        });
+        Self { endpoint, shared, thread: Some(thread) }
+    }
+
+    /// The faults so far.
+    pub fn injected(&self) -> Vec<Fault> {
+        self.shared.injected.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.endpoint.trim_start_matches("http://"));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A well-mixed number of a seed and a position (SplitMix64).
+pub(crate) fn mixed(seed: u64, n: u64) -> u64 {
+    let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+impl Shared {
+    fn fault(&self) -> Option<Fault> {
+        let roll = mixed(self.seed, self.requests.fetch_add(1, Ordering::Relaxed));
+        let fault = (roll % 100 < self.percent).then(|| FAULTS[(roll / 100) as usize % FAULTS.len()])?;
+        self.injected.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+        Some(fault)
+    }
+
+    /// Passes one request on; connections serve no second one.
+    fn pass(&self, mut client: TcpStream) -> std::io::Result<()> {
+        let Some(request) = read_request(&client)? else { return Ok(()) };
+        let fault = self.fault();
+        match fault {
+            Some(Fault::SlowDown) => return fail(&mut client, "503 Slow Down", "SlowDown"),
+            Some(Fault::Internal) => return fail(&mut client, "500 Internal Server Error", "InternalError"),
+            Some(Fault::Refused) => return Ok(()),
+            _ => {}
+        }
+        let mut server = TcpStream::connect(&self.upstream)?;
+        server.write_all(&request)?;
+        let mut answer = Vec::new();
+        server.read_to_end(&mut answer)?;
+        match fault {
+            Some(Fault::LostReply) => Ok(()),
+            Some(Fault::Lied) => fail(&mut client, "500 Internal Server Error", "InternalError"),
+            Some(Fault::CutOff) => {
+                let body = answer.windows(4).position(|w| w == b"\r\n\r\n").map_or(0, |at| at + 4);
+                client.write_all(&answer[..body + (answer.len() - body) / 2])
+            }
+            Some(Fault::Delay) => {
+                std::thread::sleep(Duration::from_millis(300));
+                client.write_all(&answer)
+            }
+            _ => client.write_all(&answer),
+        }
+    }
+}
+
+fn fail(client: &mut TcpStream, status: &str, code: &str) -> std::io::Result<()> {
+    let body = format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>injected</Message></Error>");
+    let length = body.len();
+    write!(client, "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}")
+}
+
+/// A whole request, told to close the connection after the answer; `None` where the client sent none.
+fn read_request(stream: &TcpStream) -> std::io::Result<Option<Vec<u8>>> {
+    let mut reader = BufReader::new(stream);
+    let (mut request, mut length) = (Vec::new(), 0);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(None);
+        }
+        let lower = line.to_ascii_lowercase();
+        if let Some(value) = lower.strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap_or(0);
+        }
+        match &*line {
+            "\r\n" => break,
+            _ if lower.starts_with("connection:") => {}
+            _ => request.extend_from_slice(line.as_bytes()),
+        }
+    }
+    request.extend_from_slice(b"Connection: close\r\n\r\n");
+    let head = request.len();
+    request.resize(head + length, 0);
+    reader.read_exact(&mut request[head..])?;
+    Ok(Some(request))
+}
