@@ -1,0 +1,6 @@
+//! Any bytes as shard.tar.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| elbo_fuzz::list_and_read("shard.tar", bytes));
