@@ -36,8 +36,8 @@ pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
     seed: u64,
     percent: u64,
-    /// Claim of every so many conditional puts that the object exists, though nothing was done: S3's 409 Conflict.
-    conflict_every: Option<u64>,
+    /// Claim of every so many conditional puts to a directory that the object exists, though nothing was done: S3's 409 Conflict.
+    conflicts: Option<(&'static str, u64)>,
     operations: Arc<AtomicU64>,
     conditional: AtomicU64,
     injected: Arc<AtomicU64>,
@@ -50,16 +50,16 @@ impl FaultyStore {
             inner,
             seed,
             percent,
-            conflict_every: None,
+            conflicts: None,
             operations: Arc::default(),
             conditional: AtomicU64::new(0),
             injected: Arc::default(),
         }
     }
 
-    /// With a false conflict in every `n`-th conditional put.
-    pub fn with_conflicts(self, n: u64) -> Self {
-        Self { conflict_every: Some(n), ..self }
+    /// With a false conflict in every `n`-th conditional put to a directory.
+    pub fn with_conflicts(self, directory: &'static str, n: u64) -> Self {
+        Self { conflicts: Some((directory, n)), ..self }
     }
 
     /// Operations so far, and the faults among them.
@@ -137,7 +137,8 @@ impl fmt::Display for FaultyStore {
 #[async_trait]
 impl ObjectStore for FaultyStore {
     async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        if let (PutMode::Create, Some(every)) = (&options.mode, self.conflict_every)
+        if let (PutMode::Create, Some((directory, every))) = (&options.mode, self.conflicts)
+            && path.as_ref().contains(directory)
             && self.conditional.fetch_add(1, Ordering::Relaxed) % every == every - 1
         {
             self.injected.fetch_add(1, Ordering::Relaxed);

@@ -2,11 +2,9 @@
 //! use. They end with the test, also with one that is killed.
 
 use std::io::{BufRead, BufReader};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use object_store::aws::AmazonS3Builder;
@@ -22,7 +20,6 @@ pub const KEY: &str = "AKIATESTTESTTEST";
 /// Its secret, for which tests look where it must not be.
 pub const SECRET: &str = "planted-secret-0123456789";
 const BUCKET: &str = "corpus";
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A bucket or container on a test server, and how `elbo` reaches it.
 #[derive(Debug)]
@@ -174,11 +171,11 @@ impl Moto {
 }
 
 fn make_bucket(endpoint: &str) {
-    let store = AmazonS3Builder::new().with_bucket_name(BUCKET).with_endpoint(endpoint).with_allow_http(true);
-    let store = store.with_access_key_id(KEY).with_secret_access_key(SECRET).build().expect("a client");
-    // An empty path is the bucket itself.
+    // object_store makes no buckets; moto makes one for anybody.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    runtime.block_on(store.put(&Key::default(), Vec::new().into())).expect("making the bucket");
+    let made = reqwest::Client::new().put(format!("{endpoint}/{BUCKET}")).send();
+    let answer = runtime.block_on(made).expect("an answer");
+    assert!(answer.status().is_success(), "{answer:?}");
 }
 
 /// s3s-fs within this process: S3 over a directory, which checks signatures.
@@ -250,33 +247,19 @@ impl Azurite {
         let address = free_address();
         let (host, port) = address.split_once(':').expect("host and port");
         let mut command = Command::new("node");
-        command.arg(tests("servers/serve_azurite.js")).arg(azurite());
+        command.arg(tests("servers/serve_azurite.js")).args([
+            azurite().as_os_str(),
+            BUCKET.as_ref(),
+            AZURITE_KEY.as_ref(),
+        ]);
         command.args(["--blobHost", host, "--blobPort", port]);
         command.args(["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]);
-        let server = Server::start(&mut command);
-        let end = Instant::now() + PATIENCE;
-        while TcpStream::connect(&address).is_err() {
-            assert!(Instant::now() < end, "Azurite does not answer");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let azurite = Self { endpoint: format!("http://{address}/{ACCOUNT}"), _server: server };
-        azurite.make_container();
-        azurite
-    }
-
-    fn make_container(&self) {
-        // The client of object_store makes no containers, but signs any URL: an empty path is the container itself.
-        use object_store::signer::Signer;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(async {
-            let valid = Duration::from_secs(60);
-            let client = self.client();
-            let mut url = client.signed_url(reqwest::Method::PUT, &Key::default(), valid).await.expect("signing");
-            url.query_pairs_mut().append_pair("restype", "container");
-            let request = reqwest::Client::new().put(url).header("content-length", 0);
-            let answer = request.send().await.expect("an answer");
-            assert!(answer.status().is_success(), "{answer:?}");
-        });
+        let mut server = Server::start(&mut command);
+        let mut ready = String::new();
+        let output = server.0.stdout.take().expect("its output");
+        BufReader::new(output).read_line(&mut ready).expect("Azurite's answer");
+        assert_eq!(ready.trim(), "ready", "Azurite does not start");
+        Self { endpoint: format!("http://{address}/{ACCOUNT}"), _server: server }
     }
 
     fn client(&self) -> object_store::azure::MicrosoftAzure {

@@ -36,6 +36,8 @@ pub enum PreflightError {
     Store(#[from] StoreError),
 }
 
+/// What is being done, for messages.
+const ACTION: &str = "trying out";
 /// How long a store may fail before a job that has not begun is given up.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How many put an object at once.
@@ -77,13 +79,25 @@ impl Trial<'_> {
     async fn verdict(&self) -> Result<Verdict, StoreError> {
         let mut last = Verdict::Unclear(String::new());
         for _ in 0..ROUNDS {
-            let location = self.store.location().to_string();
-            last = retry::run_for(PATIENCE, "trying out", &location, || self.round()).await?;
+            last = self.round().await.map_err(|source| StoreError::Object {
+                action: ACTION,
+                path: self.store.location().to_string(),
+                source,
+            })?;
             if !matches!(last, Verdict::Unclear(_)) {
                 break;
             }
         }
         Ok(last)
+    }
+
+    /// Repeats one operation while it fails for a passing reason.
+    async fn steady<T, A>(&self, operation: impl FnMut() -> A) -> object_store::Result<T>
+    where
+        A: Future<Output = object_store::Result<T>>,
+    {
+        let location = self.store.location().to_string();
+        retry::repeat(PATIENCE, ACTION, &location, operation).await
     }
 
     /// A path nobody has used.
@@ -93,7 +107,7 @@ impl Trial<'_> {
         path
     }
 
-    /// One trial of everything, on objects of its own: what fails for a passing reason can be repeated from the start.
+    /// One trial of everything, on objects of its own, so that an unclear one can be repeated.
     async fn round(&self) -> object_store::Result<Verdict> {
         let single = self.fresh();
         let made = match self.put(&single, "first", PutMode::Create).await {
@@ -178,7 +192,8 @@ impl Trial<'_> {
 
     /// What was written is listed; what was deleted is gone.
     async fn list_and_delete(&self, path: &Path) -> object_store::Result<Verdict> {
-        let listed: Vec<_> = self.inner.list(Some(&Path::from(layout::PREFLIGHT))).try_collect().await?;
+        let prefix = Path::from(layout::PREFLIGHT);
+        let listed: Vec<_> = self.steady(|| self.inner.list(Some(&prefix)).try_collect()).await?;
         let Some(own) = listed.iter().find(|meta| meta.location == *path) else {
             return Ok(Verdict::Unfit("an object that was written is not listed afterwards".into()));
         };
@@ -186,8 +201,12 @@ impl Trial<'_> {
             |other: &&object_store::ObjectMeta| (own.last_modified - other.last_modified).num_seconds() > LEFT_BEHIND;
         let old: Vec<Path> = listed.iter().filter(left).map(|meta| meta.location.clone()).collect();
         self.used.lock().unwrap_or_else(PoisonError::into_inner).extend(old);
-        self.inner.delete(path).await?;
-        match self.inner.head(path).await {
+        match self.steady(|| self.inner.delete(path)).await {
+            // Deleted, but the reply was lost.
+            Ok(()) | Err(Error::NotFound { .. }) => {}
+            Err(e) => return Err(e),
+        }
+        match self.steady(|| self.inner.head(path)).await {
             Ok(_) => Ok(Verdict::Unfit("an object that was deleted is still there".into())),
             Err(Error::NotFound { .. }) => Ok(Verdict::Fit),
             Err(e) => Err(e),
@@ -195,11 +214,12 @@ impl Trial<'_> {
     }
 
     async fn put(&self, path: &Path, content: &str, mode: PutMode) -> object_store::Result<PutResult> {
-        self.inner.put_opts(path, Bytes::copy_from_slice(content.as_bytes()).into(), mode.into()).await
+        let bytes = Bytes::copy_from_slice(content.as_bytes());
+        self.steady(|| self.inner.put_opts(path, bytes.clone().into(), mode.clone().into())).await
     }
 
     async fn get(&self, path: &Path) -> object_store::Result<Bytes> {
-        self.inner.get(path).await?.bytes().await
+        self.steady(|| async { self.inner.get(path).await?.bytes().await }).await
     }
 
     async fn clear(&self) -> Result<(), StoreError> {

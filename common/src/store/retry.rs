@@ -93,16 +93,17 @@ where
     F: FnMut() -> A,
     A: Future<Output = object_store::Result<T>>,
 {
-    run_for(PATIENCE, action, path, attempt).await
+    let outcome = repeat(PATIENCE, action, path, attempt).await;
+    outcome.map_err(|source| StoreError::Object { action, path: path.to_owned(), source })
 }
 
-/// [`run`] with another patience.
-pub(super) async fn run_for<T, F, A>(
+/// [`run`] with another patience and the bare error.
+pub(super) async fn repeat<T, F, A>(
     patience: Duration,
     action: &'static str,
     path: &str,
     attempt: F,
-) -> Result<T, StoreError>
+) -> object_store::Result<T>
 where
     F: FnMut() -> A,
     A: Future<Output = object_store::Result<T>>,
@@ -113,7 +114,7 @@ where
         .with_max_delay(Duration::from_secs(5))
         .with_jitter()
         .without_max_times();
-    let outcome = attempt
+    attempt
         .retry(backoff)
         .when(|error| is_transient(error) && started.elapsed() < patience)
         .notify(|error, _| {
@@ -128,8 +129,7 @@ where
                 );
             }
         })
-        .await;
-    outcome.map_err(|source| StoreError::Object { action, path: path.to_owned(), source })
+        .await
 }
 
 #[cfg(test)]
@@ -194,8 +194,8 @@ mod tests {
     #[tokio::test]
     async fn patience_ends_with_an_error_that_names_the_operation() {
         let failing = || async { Err::<(), _>(generic("connection refused")) };
-        let error =
-            run_for(Duration::from_millis(250), "writing", "s3://bucket/a", failing).await.unwrap_err().to_string();
+        let source = repeat(Duration::from_millis(250), "writing", "s3://bucket/a", failing).await.unwrap_err();
+        let error = StoreError::Object { action: "writing", path: "s3://bucket/a".into(), source }.to_string();
         assert!(error.starts_with("writing s3://bucket/a: ") && error.contains("connection refused"), "{error}");
         assert!(error.contains("run the same command again"), "{error}");
     }
