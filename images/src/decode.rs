@@ -41,7 +41,7 @@ fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError
     // Damaged metadata is no reason to give up an image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let pixels = eight_bits(DynamicImage::from_decoder(decoder).map_err(fail)?);
-    let pixels = if is_colour_keyed_png(bytes, format) { pixels.without_alpha() } else { pixels };
+    let pixels = if is_colour_keyed_png(bytes, format) { pixels.into_gray_or_rgb() } else { pixels };
     Ok((pixels, orientation.into()))
 }
 

@@ -16,6 +16,18 @@
 //! | animation | its first frame |
 //!
 //! The format is read from the content; a file's name says nothing. Colour profiles are not applied, as in the reference.
+//!
+//! **How close.** `tests/pillow.rs` compares with Pillow 13 and torchvision 0.29, in 1/255: everything has a mean under 1 and a maximum under 4.
+//! PNG, WebP (lossy too) and GIF differ by rounding of the resize. So does JPEG with whole or horizontally repeated chroma (4:4:4, 4:1:1) and CMYK; 4:2:0
+//! has a mean of 0.35 (its chroma is rounded after either direction, in libjpeg once), 4:2:2 and 4:4:0 of 0.19; pixels of 3 off occur unresized. The
+//! exception: in JPEG at most four pixels wide, libjpeg repeats subsampled chroma down the columns too, and we
+//! interpolate: a mean of 1.1 and a maximum of 4 in the fixtures, up to 12 and 45 in pure noise.
+//!
+//! **How fast.** zune-jpeg decodes at 0.8 to 1.2 times the speed of Pillow on a core with AVX2, and needs neither C nor an assembler; with the resize we are
+//! two to six times as fast as Pillow (BENCHMARKS.md). A binding of libjpeg-turbo would gain up to a fifth of that, at the price of cmake and nasm to build.
+//!
+//! **Not done: decoding at a fraction of the size** (the DCT's, Pillow's `draft`). It would change what the model sees: of a 12-megapixel photograph
+//! brought to 512, half the size moves a pixel by 13/255 (mean 0.14), a quarter by 17; brought to 224, by 6, 8 and, an eighth, 13.
 
 mod decode;
 mod jpeg;
@@ -38,7 +50,8 @@ pub const MAX_SIDE: u32 = 16_384;
 pub const MAX_PIXELS: u64 = MAX_ALLOC / 3;
 
 /// The memory one image may take to decode, in bytes: a file of a few KB may claim to hold gigabytes. Counted are the pixels as decoded,
-/// and the coefficients of a JPEG in several scans (progressive): six bytes more a pixel, so that such a one may have 59 megapixels.
+/// and the coefficients of a JPEG in several scans (progressive): six bytes more a pixel, so that such a one may have 59 megapixels. Dropping alpha takes three
+/// quarters of it again, for a moment.
 pub const MAX_ALLOC: u64 = 512 << 20;
 
 /// How an image becomes a square.
@@ -114,7 +127,7 @@ impl Preprocessing {
     pub fn prepare(&self, picture: Picture) -> Result<Vec<f32>, ImageError> {
         let Picture { mut pixels, turn } = picture;
         if self.fit != Fit::CropThenRgb {
-            pixels = pixels.into_rgb();
+            pixels = pixels.into_gray_or_rgb();
         }
         let rgb = fit_to(pixels, turn, self.size, self.fit, self.filter)?.into_rgb();
         let [r, g, b] = std::array::from_fn(|c| self.normalised(c));

@@ -59,15 +59,15 @@ impl Pixels {
         Self { colour: Colour::Rgb, data, ..self }
     }
 
-    /// Gray or RGB of a gray or RGB image with alpha.
-    pub(crate) fn without_alpha(self) -> Self {
+    /// R, G and B without alpha; gray stays gray, since what is done to its three channels can be done to one.
+    pub(crate) fn into_gray_or_rgb(self) -> Self {
         match self.colour {
+            Colour::Gray => self,
             Colour::GrayAlpha => {
                 let data = self.data.as_chunks().0.iter().map(|&[gray, _]| gray).collect();
                 Self { colour: Colour::Gray, data, ..self }
             }
-            Colour::Rgba => self.into_rgb(),
-            _ => self,
+            Colour::Rgb | Colour::Rgba | Colour::InvertedCmyk => self.into_rgb(),
         }
     }
 

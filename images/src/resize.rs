@@ -71,18 +71,36 @@ fn halved(mut pixels: Pixels, size: u32) -> Pixels {
 
 /// Pillow's BOX filter to half the width and height, rounded down: every pixel is the average of two or three.
 fn halve(pixels: &Pixels) -> Pixels {
-    let (channels, width, height) = (pixels.colour.channels(), pixels.width / 2, pixels.height / 2);
-    let (columns, rows) = (averaged(pixels.width, width), averaged(pixels.height, height));
-    let mut narrow = Vec::with_capacity(pixels.data.len() / 2);
-    for row in pixels.data.chunks_exact(pixels.width as usize * channels) {
-        for span in &columns {
-            narrow.extend((0..channels).map(|c| average(span.clone().map(|x| row[x * channels + c]))));
+    let data = match pixels.colour.channels() {
+        1 => halve_channels::<1>(pixels),
+        2 => halve_channels::<2>(pixels),
+        3 => halve_channels::<3>(pixels),
+        _ => halve_channels::<4>(pixels),
+    };
+    Pixels { width: pixels.width / 2, height: pixels.height / 2, colour: pixels.colour, data }
+}
+
+fn halve_channels<const CHANNELS: usize>(pixels: &Pixels) -> Vec<u8> {
+    let (columns, rows) = (averaged(pixels.width, pixels.width / 2), averaged(pixels.height, pixels.height / 2));
+    let mut narrow: Vec<[u8; CHANNELS]> = Vec::with_capacity(columns.len() * pixels.height as usize);
+    for row in pixels.data.as_chunks().0.chunks_exact(pixels.width as usize) {
+        narrow.extend(columns.iter().map(|span| match row[span.clone()] {
+            [a, b] => std::array::from_fn(|c| average_of_two(a[c], b[c])),
+            ref several => std::array::from_fn(|c| average(several.iter().map(|pixel: &[u8; CHANNELS]| pixel[c]))),
+        }));
+    }
+    let (narrow, stride) = (narrow.as_flattened(), columns.len() * CHANNELS);
+    let mut data = Vec::with_capacity(rows.len() * stride);
+    for span in rows {
+        let lines = &narrow[span.start * stride..span.end * stride];
+        if span.len() == 2 {
+            let (first, second) = lines.split_at(stride);
+            data.extend(first.iter().zip(second).map(|(&a, &b)| average_of_two(a, b)));
+        } else {
+            data.extend((0..stride).map(|i| average(lines[i..].iter().step_by(stride).copied())));
         }
     }
-    let stride = width as usize * channels;
-    let column = |span: &Range<usize>, i| average(span.clone().map(|y| narrow[y * stride + i]));
-    let data = rows.iter().flat_map(|span| (0..stride).map(move |i| column(span, i))).collect();
-    Pixels { width, height, colour: pixels.colour, data }
+    data
 }
 
 /// Which of `from` pixels each of `to` pixels averages.
@@ -103,6 +121,11 @@ fn averaged(from: u32, to: u32) -> Vec<Range<usize>> {
         first as usize..first as usize + len
     };
     (0..to).map(span).collect()
+}
+
+/// [`average`] of two, which nearly all are.
+fn average_of_two(a: u8, b: u8) -> u8 {
+    (u16::from(a) + u16::from(b)).div_ceil(2) as u8
 }
 
 /// The mean, halves rounded up.

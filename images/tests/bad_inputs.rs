@@ -1,5 +1,7 @@
 //! What is no image, or part of one, is an error that says so: never a panic, a hang, or a picture that is partly gray.
 
+#![allow(clippy::unwrap_used, clippy::panic)] // a test fails by panicking
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 

@@ -4,13 +4,14 @@
 
 Files are photographs made up with texture and sharp edges, JPEG of quality 88: 500x375, 640x480 and 1024x768, 12 megapixels (as a phone
 makes them: also to be turned by EXIF, and progressive) and a PNG. `decode` ends with pixels in memory, `to 512` with the floats of a
-512x512 crop. Every figure is the best of several repetitions. elbo is timed by its own benchmark (images/benches/decode.rs).
+512x512 crop. Time is that of the processor, the best of several repetitions, so that a busy machine disturbs little. elbo runs its own
+benchmark (images/benches/decode.rs), twice with different numbers of calls: the difference is that of the calls alone.
 `--python` times a Pillow in another environment too, for instance Pillow-SIMD.
 """
 import argparse
 import json
 import os
-import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-UNITS = {"ns": 1e-9, "µs": 1e-6, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def write_files(directory):
@@ -42,11 +42,11 @@ def write_files(directory):
 
 def best(function, seconds):
     """Seconds of the fastest call."""
-    fastest, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or fastest == float("inf"):
-        start = time.perf_counter()
+    fastest, end = float("inf"), time.process_time() + seconds
+    while time.process_time() < end or fastest == float("inf"):
+        start = time.process_time()
         function()
-        fastest = min(fastest, time.perf_counter() - start)
+        fastest = min(fastest, time.process_time() - start)
     return fastest
 
 
@@ -80,7 +80,6 @@ def torchvision(directory, seconds):
     import torch
     from torchvision.io import ImageReadMode, decode_image, decode_jpeg
     from torchvision.transforms.v2 import CenterCrop, InterpolationMode, Resize
-    from torchvision.transforms.v2.functional import center_crop
 
     torch.set_num_threads(1)
     resize, crop = Resize(512, InterpolationMode.BICUBIC, antialias=True), CenterCrop(512)
@@ -101,17 +100,28 @@ def torchvision(directory, seconds):
 
 
 def elbo(directory, seconds):
-    """Runs the benchmark and reads its table: fastest, of every file below every benchmark."""
-    environment = {**os.environ, "ELBO_BENCH_IMAGES": str(directory)}
-    command = ["cargo", "bench", "--quiet", "-p", "elbo-images", "--bench", "decode", "--", "--max-time", str(seconds), "--sample-size", "1"]
-    table = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
-    result, benchmark = {}, None
-    for line in table.splitlines():
-        if head := re.match(r"[├╰]─ (\w+)", line):
-            benchmark = head[1]
-        elif row := re.match(r"[│ ]+[├╰]─ (\S+)\s+([\d.]+) (\S+)", line):
-            result.setdefault(row[1], {})[benchmark] = float(row[2]) * UNITS[row[3]]
-    return result
+    command = ["cargo", "bench", "--quiet", "-p", "elbo-images", "--bench", "decode", "--no-run", "--message-format", "json"]
+    built = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    program = next(path for line in built.splitlines() if (path := json.loads(line).get("executable")))
+
+    def used(benchmark, calls):
+        """Seconds that a process with so many calls takes."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [program, "--bench", "--sample-count", str(calls), "--sample-size", "1", benchmark],
+            env={**os.environ, "ELBO_BENCH_IMAGES": str(directory)}, check=True, capture_output=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    def call(benchmark):
+        once = min(used(benchmark, 1) for _ in range(3))
+        calls = 4
+        while used(benchmark, calls) - once < seconds / 8:
+            calls *= 2
+        return (min(used(benchmark, calls) for _ in range(4)) - once) / (calls - 1)
+
+    return {path.name: {what: call(f"{what}::{path.name}") for what in ["decode", "to_512"]} for path in sorted(directory.iterdir())}
 
 
 def main():
@@ -132,10 +142,10 @@ def main():
             peers["other Pillow"] = lambda *_: json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         times = {name: run(directory, args.seconds) for name, run in peers.items()}
     for what in ["decode", "to_512"]:
-        print(f"\n{what.replace('_', ' ')}, images/s".ljust(31), *(name.rjust(13) for name in times), "elbo / Pillow", sep="")
+        print(f"\n{what.replace('_', ' ')}, images/s".ljust(31), *(name.rjust(13) for name in times), "  elbo / Pillow", sep="")
         for file in times["elbo"]:
             rates = [1 / peer[file][what] for peer in times.values()]
-            print(file.ljust(30), *(f"{rate:13.1f}" for rate in rates), f"{rates[0] / rates[1]:13.2f}", sep="")
+            print(file.ljust(30), *(f"{rate:13.1f}" for rate in rates), f"{rates[0] / rates[1]:15.2f}", sep="")
 
 
 if __name__ == "__main__":
