@@ -32,7 +32,7 @@ fn without_keys(rows: &[Prediction]) -> Vec<Prediction> {
 
 fn corpora(images: &Path) -> TempDir {
     let made = TempDir::new().unwrap();
-    let mut make = Command::new(python("corpora/requirements.txt"));
+    let mut make = Command::new(python("readers/requirements.txt"));
     let home = made.path().join("hugging-face-home");
     make.env("HF_HOME", home).env("HF_HUB_OFFLINE", "1").arg(root().join("tests/corpora/make.py"));
     run_ok(make.arg(images).arg(made.path()));
