@@ -213,7 +213,7 @@ fn parse(text: &str) -> Result<BTreeMap<String, BTreeMap<String, Option<String>>
 /// The line that opens a section and does not close it: all that can be wrong.
 fn broken_line(lines: &[&str]) -> usize {
     let broken = |line: &&str| line.starts_with('[') && !line.contains(']');
-    lines.iter().position(|line| broken(line)).map_or(1, |at| at + 1)
+    lines.iter().position(broken).map_or(1, |at| at + 1)
 }
 
 #[cfg(test)]

@@ -40,8 +40,12 @@ pub enum PreflightError {
 const ACTION: &str = "trying out";
 /// How long a store may fail before a job that has not begun is given up.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How many put an object at once.
-const RIVALS: usize = 6;
+/// How many put an object at once. A check without atomicity shows only if they do meet.
+const RIVALS: usize = 8;
+/// How often they do: the first time, connections are still being made.
+const RACES: usize = 3;
+/// Bytes each puts, which take the store some time between check and completion.
+const BURDEN: usize = 32 << 10;
 /// Rounds without a verdict after which a store is refused: lost replies make one, but hardly several.
 const ROUNDS: usize = 5;
 /// An object of another preflight that is so much older than this one's was left by a killed process.
@@ -56,11 +60,11 @@ enum Verdict {
 }
 
 /// Proves that puts on the store are conditional, and what is written can be read, listed and deleted. It leaves nothing
-/// behind, and takes about ten round trips.
+/// behind, and takes about fifteen round trips.
 pub async fn check(store: &Store) -> Result<(), PreflightError> {
     let trial = Trial { store, inner: store.inner(), used: Mutex::new(Vec::new()) };
     let verdict = trial.verdict().await;
-    let cleared = trial.clear().await;
+    let cleared = trial.clear(verdict.is_ok()).await;
     match verdict? {
         Verdict::Fit => Ok(cleared?),
         Verdict::Unfit(finding) | Verdict::Unclear(finding) => {
@@ -135,18 +139,22 @@ impl Trial<'_> {
         if self.get(&single).await? != "first" {
             return Ok(Verdict::Unfit("what was written is not what is read afterwards".into()));
         }
-        for step in [self.race().await?, self.replace(&single, made).await?, self.list_and_delete(&single).await?] {
-            if !matches!(step, Verdict::Fit) {
-                return Ok(step);
+        for _ in 0..RACES {
+            let race = self.race().await?;
+            if !matches!(race, Verdict::Fit) {
+                return Ok(race);
             }
         }
-        Ok(Verdict::Fit)
+        match self.replace(&single, made).await? {
+            Verdict::Fit => self.list_and_delete(&single).await,
+            other => Ok(other),
+        }
     }
 
     /// Several puts that must not replace an object, at once: one must win, and its content be there.
     async fn race(&self) -> object_store::Result<Verdict> {
         let path = self.fresh();
-        let contents: Vec<String> = (0..RIVALS).map(|i| format!("rival {i}")).collect();
+        let contents: Vec<String> = (0..RIVALS).map(|i| format!("{i}").repeat(BURDEN)).collect();
         let results = join_all(contents.iter().map(|content| self.put(&path, content, PutMode::Create))).await;
         let mut winners = Vec::new();
         for (content, result) in contents.iter().zip(results) {
@@ -222,9 +230,14 @@ impl Trial<'_> {
         self.steady(|| async { self.inner.get(path).await?.bytes().await }).await
     }
 
-    async fn clear(&self) -> Result<(), StoreError> {
+    /// Deletes what the trial wrote; of a store that did not even answer, without waiting for it again.
+    async fn clear(&self, patiently: bool) -> Result<(), StoreError> {
         let used = std::mem::take(&mut *self.used.lock().unwrap_or_else(PoisonError::into_inner));
-        join_all(used.iter().map(|path| self.store.delete(path))).await.into_iter().collect::<Result<(), _>>()?;
+        if patiently {
+            join_all(used.iter().map(|path| self.store.delete(path))).await.into_iter().collect::<Result<(), _>>()?;
+        } else {
+            join_all(used.iter().map(|path| self.inner.delete(path))).await;
+        }
         if let Some(directory) = self.store.location().local() {
             // Object stores have no directories. Another preflight's files in it are its own business.
             let _ = std::fs::remove_dir(directory.join(layout::PREFLIGHT));
