@@ -40,7 +40,7 @@ def main():
         features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
         rows = {
             "image": [{"bytes": path.read_bytes(), "path": path.name} for path in part],
-            "label": [path.parent.name for path in part],
+            "label": [NAMES.index(path.parent.name) for path in part],
         }
         Dataset.from_dict(rows, features=features).to_parquet(out / "hugging-face" / f"train-{i:05}.parquet", batch_size=4)
     relative = [str(path.resolve()) for path in paths]

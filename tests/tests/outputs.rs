@@ -131,7 +131,7 @@ fn thousand_classes(shards: u32) -> TempDir {
             "seed": 0, "noise_scope": "sample", "noise": null, "write_errors": false, "label_from": null,
             "limit": null, "shard_size": 500,
         },
-        "manifest": {"samples": samples, "digest": "d"}, "versions": {"elbo": "0", "protocol": 1},
+        "manifest": {"samples": samples, "digest": "d", "captions": {"0": samples}}, "versions": {"elbo": "0", "protocol": 1},
         "totals": null, "timings": null,
     });
     std::fs::write(out.path().join("job.json"), job.to_string()).unwrap();

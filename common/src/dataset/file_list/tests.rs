@@ -93,7 +93,7 @@ async fn mistakes_name_the_line() {
         ("path\n0.png\n../\n", "is a directory"),
         ("path,label\n0.png,a\n,b\n", "line 3: the path is empty"),
         ("path,label\n0.png\n", "line: 2"),
-        ("name,label\n0.png,a\n", "one of path, key, image, file_name; there are name, label"),
+        ("name,label\n0.png,a\n", "one of path, key, image, file_name, filename, url; there are name, label"),
         ("path,label\n", "names no image"),
         ("path\nftp://host/0.png\n", "line 2: asking for ftp://host/0.png"),
     ] {

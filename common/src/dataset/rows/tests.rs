@@ -154,7 +154,9 @@ async fn captions_are_a_list_or_several_columns() {
     assert_eq!(samples[1].candidates, ["an owl"]);
     let samples = dataset.list(&options("c0, c1")).await.unwrap();
     assert_eq!(samples.iter().map(|s| s.candidates.len()).collect::<Vec<_>>(), [2, 1]);
-    assert!(dataset.error(&options("c1")).await.contains("row 1"));
+    assert!(
+        dataset.error(&options("c1")).await.contains("row 0 that can't be used: its label '1' is none of its captions")
+    );
     assert!(dataset.error(&options("c2")).await.contains("no column 'c2'"));
 }
 

@@ -99,7 +99,10 @@ async fn captions_come_from_lines_or_from_a_list() {
     assert_eq!(samples[0].label.as_deref(), Some("a dog"));
     assert_eq!(samples[1].candidates, ["x", "y", "z"]);
 
-    for (name, message) in [("captions", "neither a .captions nor a list"), ("cls", "its label '1' is none")] {
+    for (name, message) in [
+        ("captions", "neither a .captions nor a list"),
+        ("cls", "a sample 1 that can't be used: it has neither a .cls"),
+    ] {
         let options = ListOptions { candidates: Some(name), ..ListOptions::default() };
         let error = list_shard(&archive(&members), &options).await.unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
