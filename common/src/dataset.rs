@@ -107,20 +107,16 @@ pub enum DatasetError {
     },
     /// Files of several kinds.
     #[error(
-        "listing the images: {source_name} holds {first} ({first_example}) and {other} ({other_example}): say which are \
-         meant by a pattern, like '{source_name}/**/*.{extension}'"
+        "listing the images: {source_name} holds {first} and {other}: say which are meant by a pattern, like \
+         '{source_name}/**/*.{extension}'"
     )]
     Mixed {
         /// The source.
         source_name: String,
-        /// The kind seen first.
-        first: &'static str,
-        /// A file of it.
-        first_example: String,
-        /// The other kind.
-        other: &'static str,
-        /// A file of it.
-        other_example: String,
+        /// The kind seen first, and a file of it.
+        first: String,
+        /// The other kind, and a file of it.
+        other: String,
         /// The extension of a file of the first kind.
         extension: String,
     },

@@ -251,14 +251,11 @@ fn read_local(
 }
 
 fn io_error(path: &str, error: std::io::Error) -> object_store::Error {
-    let (path, source) = (path.to_owned(), error.into());
-    let kind = |source: &Box<dyn std::error::Error + Send + Sync>| {
-        source.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
-    };
-    match kind(&source) {
-        Some(std::io::ErrorKind::NotFound) => object_store::Error::NotFound { path, source },
-        Some(std::io::ErrorKind::PermissionDenied) => object_store::Error::PermissionDenied { path, source },
-        _ => object_store::Error::Generic { store: "LocalFileSystem", source },
+    let path = path.to_owned();
+    match error.kind() {
+        std::io::ErrorKind::NotFound => object_store::Error::NotFound { path, source: error.into() },
+        std::io::ErrorKind::PermissionDenied => object_store::Error::PermissionDenied { path, source: error.into() },
+        _ => object_store::Error::Generic { store: "LocalFileSystem", source: error.into() },
     }
 }
 

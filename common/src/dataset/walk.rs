@@ -85,10 +85,8 @@ impl<'a, 'b> Intake<'a, 'b> {
             let extension = example.rsplit_once('.').map_or("", |(_, extension)| extension).to_owned();
             return Err(DatasetError::Mixed {
                 source_name: self.source_name.trim_end_matches('/').to_owned(),
-                first: first.noun(),
-                first_example: example.clone(),
-                other: kind.noun(),
-                other_example: file.key,
+                first: format!("{} ({example})", first.noun()),
+                other: format!("{} ({})", kind.noun(), file.key),
                 extension,
             });
         }

@@ -62,8 +62,10 @@ fn is_unusable(error: &HttpError) -> bool {
     false
 }
 
-/// What answers without a status say that no repetition changes: another region, and ranges that the object has not.
-const LASTING: [&str; 3] = ["redirect without LOCATION", "Wanted range starting at", "Range started at"];
+/// What is said without a status and no repetition changes: no kind of URL we know, another region, ranges that the object has
+/// not.
+const LASTING: [&str; 4] =
+    ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at"];
 
 /// The HTTP status in the text of an error of [`object_store`]'s clients.
 fn status(text: &str) -> Option<u16> {

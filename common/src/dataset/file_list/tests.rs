@@ -95,7 +95,7 @@ async fn mistakes_name_the_line() {
         ("path,label\n0.png\n", "line: 2"),
         ("name,label\n0.png,a\n", "one of path, key, image, file_name, filename, url; there are name, label"),
         ("path,label\n", "names no image"),
-        ("path\nftp://host/0.png\n", "line 2: asking for ftp://host/0.png"),
+        ("path\nftp://host/0.png\n", "line 2: reading ftp://host/0.png"),
     ] {
         let error = listed.error("l.csv", text, None).await;
         assert!(error.contains(problem), "{error}");
