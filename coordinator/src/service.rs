@@ -293,11 +293,11 @@ impl v1::coordinator_server::Coordinator for Service {
         if !brain.heartbeat(&beat.worker, beat.unreported_evaluations, self.shared.now()) {
             return Err(rejoin());
         }
-        Ok(Response::new(v1::HeartbeatReply { epoch: brain.epoch().0 }))
+        Ok(Response::new(v1::HeartbeatReply { epoch: brain.epoch().0, unwanted: Vec::new() }))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
-        let v1::ReleaseRequest { worker, epoch, leases, error, leaving } = request.into_inner();
+        let v1::ReleaseRequest { worker, epoch, leases, error, leaving, reason } = request.into_inner();
         let shared = &self.shared;
         let mut given_up: Vec<SampleFailure> = Vec::new();
         {
@@ -313,7 +313,7 @@ impl v1::coordinator_server::Coordinator for Service {
                 }
             }
             if leaving {
-                tracing::info!(worker, "worker left");
+                tracing::info!(worker, reason, "worker left");
                 brain.leave(&worker);
             }
         }
@@ -343,6 +343,7 @@ impl v1::coordinator_server::Coordinator for Service {
             leases: w.leases,
             evaluations: w.evaluations,
             evaluations_per_second: w.rate,
+            activity: v1::Activity::Unspecified.into(),
         });
         Ok(Response::new(v1::StatusReply {
             state: state.into(),
@@ -356,6 +357,7 @@ impl v1::coordinator_server::Coordinator for Service {
             evaluations_per_second: progress.rate.unwrap_or(0.0),
             eta_seconds: progress.eta().map(|eta| eta.as_secs_f64()),
             workers: workers.collect(),
+            stalled: String::new(),
         }))
     }
 }

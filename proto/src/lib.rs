@@ -7,7 +7,7 @@ pub mod v1 {
 }
 
 /// Workers and coordinators with different values refuse each other.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Largest message either side accepts, in bytes: a block of 4,096 evaluations with all its errors is below 100 kB.
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;

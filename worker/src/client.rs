@@ -141,6 +141,7 @@ impl Client {
             host: host.to_owned(),
             device: device.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            held: Vec::new(),
         };
         self.call(|mut c| {
             let request = request.clone();
@@ -175,7 +176,8 @@ impl Client {
 
     /// Says that the worker is alive.
     pub async fn heartbeat(&self, unreported_evaluations: u64) -> Result<v1::HeartbeatReply, CallError> {
-        let request = v1::HeartbeatRequest { worker: self.worker.clone(), unreported_evaluations };
+        let request =
+            v1::HeartbeatRequest { worker: self.worker.clone(), unreported_evaluations, ..Default::default() };
         self.call(|mut c| {
             let request = request.clone();
             async move { c.heartbeat(request).await }
@@ -186,7 +188,7 @@ impl Client {
     /// Hands leases back; with an error if they failed.
     pub async fn release(&self, epoch: u64, leases: Vec<u64>, error: &str) -> Result<v1::ReleaseReply, CallError> {
         let worker = self.worker.clone();
-        let request = v1::ReleaseRequest { worker, epoch, leases, error: error.to_owned(), leaving: false };
+        let request = v1::ReleaseRequest { worker, epoch, leases, error: error.to_owned(), ..Default::default() };
         self.call(|mut c| {
             let request = request.clone();
             async move { c.release(request).await }
