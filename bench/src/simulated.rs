@@ -4,10 +4,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use elbo_common::ids::LeaseKey;
 use elbo_proto::v1;
 use elbo_proto::v1::lease_reply::Outcome;
 use elbo_worker::client::{CallError, Client, ClientError};
-use elbo_worker::report::{Held, LeaseKey};
+use elbo_worker::held::Held;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -104,21 +105,26 @@ impl Simulated {
             () = death => return false,
             () = stop.cancelled() => {}
         }
-        self.client.leave().await;
+        self.client.leave("").await;
         true
     }
 
     async fn join(&self) -> Result<v1::JoinReply, CallError> {
-        self.client.join("simulated", "none").await
+        self.client.join("simulated", "none", self.held.blocks()).await
     }
 
     async fn beat(&self, every: Duration) {
         loop {
             tokio::time::sleep(every).await;
-            if let Err(CallError::Rejoin) = self.client.heartbeat(0).await {
+            if let Err(CallError::Rejoin) = self.client.heartbeat(self.sign()).await {
                 let _ = self.join().await;
             }
         }
+    }
+
+    fn sign(&self) -> v1::HeartbeatRequest {
+        let activity = if self.held.is_empty() { v1::Activity::Waiting } else { v1::Activity::Computing };
+        v1::HeartbeatRequest { held: self.held.leases(), activity: activity.into(), ..v1::HeartbeatRequest::default() }
     }
 
     async fn lease(&self, blocks: mpsc::Sender<(v1::Block, OwnedSemaphorePermit)>) {
@@ -129,12 +135,12 @@ impl Simulated {
         while let Ok(place) = Arc::clone(&places).acquire_owned().await {
             let rate = if known || leased >= BLOCKS { self.behaviour.rate } else { 0.0 };
             let asked = Instant::now();
-            match self.client.lease(rate, self.held.list()).await {
+            match self.client.lease(rate, self.held.leases()).await {
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }) => {
                     lock(&self.tally.lease_seconds).push(asked.elapsed().as_secs_f32());
                     self.tally.leases.fetch_add(1, Ordering::Relaxed);
                     leased += 1;
-                    self.held.add(key(&block));
+                    self.held.add(&block);
                     if blocks.send((block, place)).await.is_err() {
                         return;
                     }
@@ -156,7 +162,7 @@ impl Simulated {
         let mut reports = JoinSet::new();
         let mut clock = Instant::now();
         while let Some((block, place)) = blocks.recv().await {
-            let key = key(&block);
+            let key = block.key();
             let (mut results, mut gathering) = (Vec::new(), None);
             clock = clock.max(Instant::now());
             for unit in &block.units {
@@ -174,7 +180,6 @@ impl Simulated {
             if !results.is_empty() {
                 self.send(key, results, &mut reports).await;
             }
-            self.held.remove(key, 1);
             drop(place);
         }
     }
@@ -189,7 +194,6 @@ impl Simulated {
             reports.join_next().await;
         }
         while reports.try_join_next().is_some() {}
-        self.held.add(key);
         let this = self.clone();
         reports.spawn(async move { this.deliver(key, results).await });
     }
@@ -197,8 +201,13 @@ impl Simulated {
     async fn deliver(&self, key: LeaseKey, results: Vec<v1::UnitResult>) {
         let tally = &self.tally;
         let evaluations: u64 = results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
-        let (worker, failures) = (self.client.worker.clone(), Vec::new());
-        let report = v1::ReportRequest { worker, epoch: key.epoch, lease: key.lease, results, failures };
+        let report = v1::ReportRequest {
+            worker: self.client.worker.clone(),
+            epoch: key.epoch.0,
+            lease: key.lease.0,
+            results,
+            ..v1::ReportRequest::default()
+        };
         let asked = Instant::now();
         loop {
             match self.client.report(&report).await {
@@ -217,7 +226,7 @@ impl Simulated {
                 }
             }
         }
-        self.held.remove(key, 1);
+        self.held.acknowledge(key, &report);
     }
 
     /// Waits for one block, hands it back, and leaves; how long until it was granted.
@@ -225,15 +234,11 @@ impl Simulated {
         let asked = Instant::now();
         self.join().await?;
         loop {
-            if let Some(Outcome::Block(_)) = self.client.lease(0.0, self.held.list()).await?.outcome {
+            if let Some(Outcome::Block(_)) = self.client.lease(0.0, self.held.leases()).await?.outcome {
                 let waited = asked.elapsed();
-                self.client.leave().await;
+                self.client.leave("").await;
                 return Ok(waited);
             }
         }
     }
-}
-
-fn key(block: &v1::Block) -> LeaseKey {
-    LeaseKey { epoch: block.epoch, lease: block.lease }
 }

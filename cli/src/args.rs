@@ -57,10 +57,10 @@ impl Command {
 /// Where to compute.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Device to compute on: cpu [default: cpu]
+    /// Devices to compute on, an engine for each: cpu, or several as in cpu,cpu [default: cpu]
     #[arg(long, env = "ELBO_DEVICE")]
     pub(crate) device: Option<String>,
-    /// CPU threads of each worker [default: all cores, divided among the workers]
+    /// CPU threads of each engine [default: all cores, divided among the engines]
     #[arg(long, env = "ELBO_THREADS")]
     pub(crate) threads: Option<NonZeroUsize>,
     /// Evaluations in a batch [default: found by measuring]
@@ -186,6 +186,9 @@ pub(crate) struct WorkerArgs {
     /// Seconds to wait for a coordinator that can't be reached
     #[arg(long, env = "ELBO_PATIENCE", default_value = "600")]
     pub(crate) patience: u64,
+    /// Seconds to finish and report what is being computed, once told to stop (SIGTERM, SIGINT)
+    #[arg(long, env = "ELBO_GRACE", default_value = "25")]
+    pub(crate) grace: f64,
     /// The token.
     #[command(flatten)]
     pub(crate) token: TokenArgs,

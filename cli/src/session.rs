@@ -10,6 +10,7 @@ use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, MaxBad, Options, Outcome};
+use elbo_worker::Devices;
 use elbo_worker::engine::Problem;
 use elbo_worker::problem::ProblemError;
 use tokio::net::TcpListener;
@@ -34,20 +35,22 @@ pub(crate) enum Done {
 /// Embedded workers.
 #[derive(Clone, Debug)]
 pub(crate) struct Workers {
-    /// How many.
-    pub(crate) count: NonZeroUsize,
+    /// How many; one for each device where that is not said.
+    pub(crate) count: Option<NonZeroUsize>,
     /// What each computes on.
     pub(crate) device: DeviceArgs,
 }
 
-/// Checks the device and gives the threads of one of `workers` workers.
-pub(crate) fn threads(device: &DeviceArgs, workers: NonZeroUsize) -> anyhow::Result<NonZeroUsize> {
-    if let Some(other) = device.device.as_deref().filter(|d| *d != "cpu") {
-        return Err(usage(format!("--device {other} is not available in this build: use --device cpu")));
-    }
+/// The devices asked for.
+pub(crate) fn devices(args: &DeviceArgs) -> anyhow::Result<Devices> {
+    args.device.as_deref().map_or(Ok(Devices::default()), str::parse).map_err(usage)
+}
+
+/// The threads of each of `workers` engines.
+pub(crate) fn threads(device: &DeviceArgs, workers: usize) -> NonZeroUsize {
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let share = NonZeroUsize::new(cores.get() / workers.get()).unwrap_or(NonZeroUsize::MIN);
-    Ok(device.threads.unwrap_or(share))
+    let share = NonZeroUsize::new(cores.get() / workers.max(1)).unwrap_or(NonZeroUsize::MIN);
+    device.threads.unwrap_or(share)
 }
 
 /// The content of a token file, or of ELBO_TOKEN.
@@ -118,7 +121,9 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
 
 /// Runs a job with embedded workers.
 pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &RunArgs) -> anyhow::Result<Done> {
-    let threads = threads(&workers.device, workers.count)?;
+    let devices = devices(&workers.device)?;
+    let engines = devices.engines(workers.count.map_or(devices.count(), NonZeroUsize::get));
+    let threads = threads(&workers.device, engines.len());
     let stop = stop::on_signal()?;
     // A model that can't be loaded is found out before anything is written. All workers share it.
     let loading = job.clone();
@@ -138,21 +143,21 @@ pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &R
     // Other users of this machine can reach the loopback address too.
     let token = uuid::Uuid::new_v4().to_string();
     let mut tasks = JoinSet::new();
-    for i in 0..workers.count.get() {
-        let options = elbo_worker::Options {
-            coordinator: url.clone(),
-            token: Some(token.clone()),
-            name: format!("embedded-{i}"),
-            host: host(),
-            threads,
-            batch: workers.device.batch,
-            patience: Duration::from_secs(60),
-            model: None,
-            problem: Some(Arc::clone(&problem)),
-            stay: false,
-        };
-        tasks.spawn(elbo_worker::run(options, stop.clone()));
-    }
+    let options = elbo_worker::Options {
+        coordinator: url,
+        token: Some(token.clone()),
+        name: "embedded".into(),
+        host: host(),
+        engines,
+        threads,
+        batch: workers.device.batch,
+        patience: Duration::from_secs(60),
+        grace: Duration::from_secs(60),
+        model: None,
+        problem: Some(problem),
+        stay: false,
+    };
+    tasks.spawn(elbo_worker::run(options, stop.clone()));
     coordinate(job, listener, Some(token), LeasePolicy::default(), run, stop, tasks).await
 }
 

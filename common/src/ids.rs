@@ -48,6 +48,21 @@ id!(
     LeaseId(u64)
 );
 
+/// A lease among those of all coordinators a job has had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseKey {
+    /// The coordinator that granted it.
+    pub epoch: Epoch,
+    /// Its number there.
+    pub lease: LeaseId,
+}
+
+impl fmt::Display for LeaseKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.epoch, self.lease)
+    }
+}
+
 impl PromptIndex {
     /// The index as a position in a slice.
     pub fn at(self) -> usize {

@@ -49,8 +49,11 @@ pub struct Totals {
     pub quarantined: u64,
     /// Evaluations the predictions rest on.
     pub evaluations: u64,
-    /// Evaluations that were reported more than once.
+    /// Evaluations computed again though their results had been acknowledged.
     pub evaluations_recomputed: u64,
+    /// Evaluations computed by two workers at once: backups of slow ones, and leases of workers that seemed dead.
+    #[serde(default)]
+    pub evaluations_duplicated: u64,
 }
 
 /// How long it took.

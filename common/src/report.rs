@@ -13,7 +13,7 @@ use crate::ensemble::PromptEnsemble;
 use crate::ids::ClassIndex;
 use crate::manifest::Sample;
 use crate::predictions::{BEST, Judgement, Prediction, Verdict};
-use crate::record::Timings;
+use crate::record::{Timings, Totals};
 
 mod confusion;
 mod pairs;
@@ -42,8 +42,10 @@ pub struct Report {
     pub accuracy: Option<Accuracy>,
     /// Evaluations the predictions rest on.
     pub evaluations: u64,
-    /// Evaluations computed more than once.
+    /// Evaluations computed again though their results had been acknowledged.
     pub evaluations_recomputed: u64,
+    /// Evaluations computed by two workers at once.
+    pub evaluations_duplicated: u64,
     /// How the prompts of a class make its score.
     pub prompt_ensemble: PromptEnsemble,
     /// Text, image and group score, where images with their own captions come in pairs.
@@ -161,8 +163,8 @@ impl ReportBuilder {
         }
     }
 
-    /// The report, of a job in which so many evaluations were computed more than once.
-    pub fn finish(self, evaluations_recomputed: u64, timings: Option<Timings>) -> Report {
+    /// The report of a job; `totals` and `timings` of one that is done.
+    pub fn finish(self, totals: Option<Totals>, timings: Option<Timings>) -> Report {
         let judged = self.confusion.total();
         let kept = self.top_k.map_or(usize::MAX, |k| k as usize);
         let has_five = kept >= BEST.min(self.classes.names.len());
@@ -177,7 +179,8 @@ impl ReportBuilder {
             quarantined: self.quarantined,
             accuracy,
             evaluations: self.evaluations,
-            evaluations_recomputed,
+            evaluations_recomputed: totals.map_or(0, |totals| totals.evaluations_recomputed),
+            evaluations_duplicated: totals.map_or(0, |totals| totals.evaluations_duplicated),
             prompt_ensemble: self.prompt_ensemble,
             pairs: self.pairs.finish(),
             confusion: self.confusion,
@@ -195,7 +198,8 @@ impl Report {
         if self.labelled > 0 {
             write!(f, ", {:.1} a labelled image", self.evaluations as f64 / self.labelled as f64)?;
         }
-        writeln!(f, "; {} computed more than once", self.evaluations_recomputed)?;
+        let (again, twice) = (self.evaluations_recomputed, self.evaluations_duplicated);
+        writeln!(f, "; {again} computed again after a result was known, {twice} by two workers at once")?;
         match self.timings {
             Some(Timings { starts: 1, seconds }) if self.samples > 0 && seconds > 0.0 => {
                 let samples = self.samples as f64;
@@ -289,10 +293,10 @@ mod tests {
         Classes::parse(&NAMES.join("\n"), &[]).unwrap()
     }
 
-    fn report(rows: &[Prediction], ensemble: PromptEnsemble, recomputed: u64) -> Report {
+    fn report(rows: &[Prediction], ensemble: PromptEnsemble, totals: Option<Totals>) -> Report {
         let mut builder = ReportBuilder::new(&classes(), ensemble, None);
         rows.iter().for_each(|row| builder.add(&row.into()));
-        builder.finish(recomputed, None)
+        builder.finish(totals, None)
     }
 
     #[test]
@@ -310,21 +314,28 @@ mod tests {
                 bad(6, "not an image"),
             ],
             PromptEnsemble::Mean,
-            7,
+            Some(Totals {
+                samples: 7,
+                quarantined: 1,
+                evaluations: 60,
+                evaluations_recomputed: 7,
+                evaluations_duplicated: 5,
+            }),
         );
         assert_eq!(
             serde_json::to_value(&report).unwrap(),
             serde_json::json!({
                 "samples": 7, "labelled": 6, "quarantined": 1,
                 "accuracy": {"top1": 0.5, "top5": 0.75, "mean_per_class": (1.0 / 3.0 + 1.0) / 2.0},
-                "evaluations": 60, "evaluations_recomputed": 7, "prompt_ensemble": "mean"
+                "evaluations": 60, "evaluations_recomputed": 7, "evaluations_duplicated": 5,
+                "prompt_ensemble": "mean"
             })
         );
     }
 
     #[test]
     fn without_known_labels_there_is_no_accuracy() {
-        let report = report(&[prediction(0, None, &[1, 0], 0.5), bad(1, "x")], PromptEnsemble::Max, 0);
+        let report = report(&[prediction(0, None, &[1, 0], 0.5), bad(1, "x")], PromptEnsemble::Max, None);
         let json = serde_json::to_string(&report).unwrap();
         assert!(json.contains(r#""accuracy":null"#), "{json}");
         assert!(report.to_string().contains("no accuracy"));
@@ -334,7 +345,7 @@ mod tests {
     fn the_most_uncertain_samples_and_the_reasons_are_shown() {
         let mut rows: Vec<_> = (0..30).map(|i| prediction(i, None, &[1, 0], ((i * 7) % 30) as f32)).collect();
         rows.extend([bad(30, "empty"), bad(31, "truncated"), bad(32, "truncated")]);
-        let report = report(&rows, PromptEnsemble::Max, 0);
+        let report = report(&rows, PromptEnsemble::Max, None);
         let margins: Vec<_> = report.uncertain.iter().map(|u| u.margin).collect();
         assert_eq!(margins, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
         assert_eq!(report.reasons.counted(), [("truncated", 2), ("empty", 1)]);
@@ -350,7 +361,7 @@ mod tests {
         let of = |top_k, ranked: &[i32]| {
             let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, top_k);
             builder.add(&(&prediction(0, Some("ant"), ranked, 0.5)).into());
-            builder.finish(0, None)
+            builder.finish(None, None)
         };
         let cut = of(Some(4), &[1, 2, 3, 4]);
         assert_eq!(serde_json::to_value(&cut).unwrap()["accuracy"]["top5"], serde_json::Value::Null);
@@ -360,7 +371,7 @@ mod tests {
         let two = Classes::parse("ant\nbee", &[]).unwrap();
         let mut builder = ReportBuilder::new(&two, PromptEnsemble::Max, Some(2));
         builder.add(&(&prediction(0, Some("ant"), &[1, 0], 0.5)).into());
-        assert_eq!(builder.finish(0, None).accuracy.unwrap().top5, Some(1.0));
+        assert_eq!(builder.finish(None, None).accuracy.unwrap().top5, Some(1.0));
     }
 
     #[test]
@@ -368,7 +379,7 @@ mod tests {
         let of = |starts| {
             let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, None);
             (0..4).for_each(|i| builder.add(&(&prediction(i, None, &[0, 1], 0.5)).into()));
-            builder.finish(0, Some(Timings { starts, seconds: 8.0 })).to_string()
+            builder.finish(None, Some(Timings { starts, seconds: 8.0 })).to_string()
         };
         assert!(of(1).contains("8.0 s, 2.000 s an image (0.5 images/s)"), "{}", of(1));
         assert!(of(3).contains("8.0 s in the last of 3 runs"), "{}", of(3));
@@ -379,7 +390,7 @@ mod tests {
         let mut row = prediction(0, Some("ant"), &[0, 1], 1.2345e-12);
         row.key = "photos/".repeat(30);
         row.label = Some("a label ".repeat(20));
-        let report = report(&[row, bad(1, &"endless ".repeat(50))], PromptEnsemble::Max, 0).to_string();
+        let report = report(&[row, bad(1, &"endless ".repeat(50))], PromptEnsemble::Max, None).to_string();
         assert!(report.lines().all(|line| text::width(line) <= text::WIDTH), "{report}");
     }
 }

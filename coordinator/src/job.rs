@@ -187,7 +187,7 @@ impl Job {
             let mut totals = ShardTotals::default();
             self.done.values().for_each(|shard| totals.add(*shard));
             self.record.state = JobState::Done;
-            self.record.totals = Some(totals.into());
+            self.record.totals = Some(totals.of_job(self.ledger.waste()));
             self.record.write(&self.out).await?;
         }
         Ok(self.ledger.close().await?)

@@ -3,6 +3,7 @@
 //! ```text
 //! epoch                              u64, grows by one with every coordinator
 //! fingerprint                        the job the ledger belongs to
+//! waste                              evaluations that came to nothing so far
 //! result/<shard>/<epoch>/<sequence>  a Record: results and failures of an open shard
 //! done/<shard>                       totals of a committed shard, whose results are gone
 //! retry/<shard>                      u64, the epoch in which its quarantined samples were given another try: failures of
@@ -15,16 +16,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use elbo_common::ids::{Epoch, Round, SampleId, ShardId};
+use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::store::{Location, Store};
-use elbo_common::unit::UnitId;
 use elbo_proto::v1;
 use prost::Message;
 use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, WriteBatch};
 
-use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult};
+use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult, Waste};
 
 /// A ledger that can't be opened, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +59,8 @@ pub struct Ledger {
     db: Db,
     epoch: Epoch,
     sequence: AtomicU64,
+    /// What is stored of it.
+    waste: Mutex<Waste>,
     /// The epoch and sequence of every record of the shards in work, so that a commit deletes them without a scan.
     records: Mutex<HashMap<ShardId, Vec<(Epoch, u64)>>>,
 }
@@ -85,10 +87,16 @@ struct StoredTotals {
     quarantined: u64,
     #[prost(uint64, tag = "3")]
     evaluations: u64,
-    #[prost(uint64, tag = "4")]
-    recomputed: u64,
     #[prost(uint64, tag = "5")]
     spared: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct StoredWaste {
+    #[prost(uint64, tag = "1")]
+    recomputed: u64,
+    #[prost(uint64, tag = "2")]
+    duplicated: u64,
 }
 
 /// How often an operation is repeated on a failing store before the ledger gives up: for a minute or two, not for ever.
@@ -96,6 +104,7 @@ const STORE_RETRIES: u32 = 40;
 
 const EPOCH: &str = "epoch";
 const FINGERPRINT: &str = "fingerprint";
+const WASTE: &str = "waste";
 const DONE: &str = "done/";
 const RESULT: &str = "result/";
 const RETRY: &str = "retry/";
@@ -185,7 +194,15 @@ impl Ledger {
             None => 0,
             Some(bytes) => parse_u64(EPOCH.as_bytes(), &bytes)?,
         };
-        let ledger = Self { db, epoch: Epoch(before + 1), sequence: AtomicU64::new(0), records: Mutex::default() };
+        let waste = match db.get(WASTE).await.map_err(failed("reading"))? {
+            None => Waste::default(),
+            Some(bytes) => {
+                let stored = StoredWaste::decode(bytes.as_ref()).map_err(|e| broken(WASTE.as_bytes(), e))?;
+                Waste { recomputed: stored.recomputed, duplicated: stored.duplicated }
+            }
+        };
+        let (epoch, sequence) = (Epoch(before + 1), AtomicU64::new(0));
+        let ledger = Self { db, epoch, sequence, waste: Mutex::new(waste), records: Mutex::default() };
         let mut batch = WriteBatch::new();
         batch.put(EPOCH, ledger.epoch.0.to_le_bytes());
         ledger.write(batch).await?;
@@ -203,6 +220,21 @@ impl Ledger {
     /// This coordinator's incarnation.
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// What came to nothing before this coordinator, as far as it was noted.
+    pub fn waste(&self) -> Waste {
+        *self.waste.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what has come to nothing so far along with something else.
+    fn note_waste(&self, batch: &mut WriteBatch, waste: Waste) {
+        let mut stored = self.waste.lock().unwrap_or_else(PoisonError::into_inner);
+        if *stored != waste {
+            *stored = waste;
+            let Waste { recomputed, duplicated } = waste;
+            batch.put(WASTE, StoredWaste { recomputed, duplicated }.encode_to_vec());
+        }
     }
 
     async fn write(&self, batch: WriteBatch) -> Result<(), LedgerError> {
@@ -227,8 +259,9 @@ impl Ledger {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a record durable: when this returns, no crash loses it. A record that speaks of several shards is split.
-    pub async fn append(&self, record: &Record, shard_size: u32) -> Result<(), LedgerError> {
+    /// Makes a record durable: when this returns, no crash loses it. A record that speaks of several shards is split. With it
+    /// goes what has come to nothing so far.
+    pub async fn append(&self, record: &Record, shard_size: u32, waste: Waste) -> Result<(), LedgerError> {
         let mut parts: BTreeMap<ShardId, StoredRecord> = BTreeMap::new();
         for result in &record.results {
             parts.entry(result.id.sample.shard(shard_size)).or_default().results.push(to_wire(result.clone()));
@@ -242,7 +275,11 @@ impl Ledger {
             batch.put(result_key(shard, self.epoch, sequence), part.encode_to_vec());
             self.known_records().entry(shard).or_default().push((self.epoch, sequence));
         }
-        if batch.is_empty() { Ok(()) } else { self.write(batch).await }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.note_waste(&mut batch, waste);
+        self.write(batch).await
     }
 
     /// The records of a shard, in the order they were appended; to be asked for before any is appended. Failures from before
@@ -266,13 +303,14 @@ impl Ledger {
     }
 
     /// Marks a shard as committed and drops its records, in one atomic write.
-    pub async fn commit(&self, shard: ShardId, totals: ShardTotals) -> Result<(), LedgerError> {
+    pub async fn commit(&self, shard: ShardId, totals: ShardTotals, waste: Waste) -> Result<(), LedgerError> {
         let mut batch = WriteBatch::new();
+        self.note_waste(&mut batch, waste);
         for (epoch, sequence) in self.known_records().remove(&shard).unwrap_or_default() {
             batch.delete(result_key(shard, epoch, sequence));
         }
-        let ShardTotals { samples, quarantined, evaluations, recomputed, spared } = totals;
-        let stored = StoredTotals { samples, quarantined, evaluations, recomputed, spared };
+        let ShardTotals { samples, quarantined, evaluations, spared } = totals;
+        let stored = StoredTotals { samples, quarantined, evaluations, spared };
         batch.put(done_key(shard), stored.encode_to_vec());
         batch.delete(retry_key(shard));
         self.write(batch).await
@@ -316,8 +354,8 @@ impl Ledger {
         while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
             let shard = parse_shard(&entry.key, DONE).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
             let stored = StoredTotals::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
-            let StoredTotals { samples, quarantined, evaluations, recomputed, spared } = stored;
-            done.insert(shard, ShardTotals { samples, quarantined, evaluations, recomputed, spared });
+            let StoredTotals { samples, quarantined, evaluations, spared } = stored;
+            done.insert(shard, ShardTotals { samples, quarantined, evaluations, spared });
         }
         Ok(done)
     }
@@ -331,26 +369,13 @@ impl Ledger {
 /// A result as it travels and is stored.
 pub fn to_wire(result: UnitResult) -> v1::UnitResult {
     let UnitResult { id, prompts, slots, sum, sum_sq, errors } = result;
-    let id = v1::UnitId {
-        sample: id.sample.0,
-        round: u32::from(id.round.0),
-        slots: u32::from(id.slots),
-        prompts: u32::from(id.prompts),
-    };
-    v1::UnitResult { id: Some(id), prompts, slots, sum, sum_sq, errors }
+    v1::UnitResult { id: Some(id.into()), prompts, slots, sum, sum_sq, errors }
 }
 
 /// The reverse of [`to_wire`]; `None` where the unit is missing or out of range.
 pub fn from_wire(wire: v1::UnitResult) -> Option<UnitResult> {
     let v1::UnitResult { id, prompts, slots, sum, sum_sq, errors } = wire;
-    let id = id?;
-    let id = UnitId {
-        sample: SampleId(id.sample),
-        round: Round(id.round.try_into().ok()?),
-        slots: id.slots.try_into().ok()?,
-        prompts: id.prompts.try_into().ok()?,
-    };
-    Some(UnitResult { id, prompts, slots, sum, sum_sq, errors })
+    Some(UnitResult { id: id?.try_into().ok()?, prompts, slots, sum, sum_sq, errors })
 }
 
 fn failure_to_wire(failure: SampleFailure) -> v1::SampleFailure {
@@ -365,6 +390,8 @@ pub fn failure_from_wire(wire: v1::SampleFailure) -> SampleFailure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use elbo_common::ids::Round;
+    use elbo_common::unit::UnitId;
     use slatedb::object_store::memory::InMemory;
     use std::sync::Arc;
 
@@ -391,13 +418,13 @@ mod tests {
         let out = store();
         let first = Ledger::open(&out).await.unwrap();
         first.set_fingerprint("f").await.unwrap();
-        first.append(&record(1), 10).await.unwrap();
-        first.append(&record(5), 10).await.unwrap();
+        first.append(&record(1), 10, Waste::default()).await.unwrap();
+        first.append(&record(5), 10, Waste::default()).await.unwrap();
         // Not closed: as after a kill.
         let second = Ledger::open(&out).await.unwrap();
         assert_eq!(second.epoch(), Epoch(2));
         assert_eq!(second.fingerprint().await.unwrap().as_deref(), Some("f"));
-        second.append(&record(3), 10).await.unwrap();
+        second.append(&record(3), 10, Waste::default()).await.unwrap();
         assert_eq!(second.records(ShardId(0), None).await.unwrap(), [record(1), record(5), record(3)]);
         assert!(second.records(ShardId(1), None).await.unwrap().is_empty());
     }
@@ -406,10 +433,13 @@ mod tests {
     async fn a_committed_shard_leaves_its_totals_and_nothing_else() {
         let out = store();
         let ledger = Ledger::open(&out).await.unwrap();
-        ledger.append(&record(1), 10).await.unwrap();
-        ledger.append(&record(21), 10).await.unwrap();
-        let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, recomputed: 4, spared: 7 };
-        ledger.commit(ShardId(0), totals).await.unwrap();
+        ledger.append(&record(1), 10, Waste::default()).await.unwrap();
+        ledger.append(&record(21), 10, Waste::default()).await.unwrap();
+        let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, spared: 7 };
+        let waste = Waste { recomputed: 0, duplicated: 12 };
+        ledger.commit(ShardId(0), totals, waste).await.unwrap();
+        assert_eq!(Ledger::open(&out).await.unwrap().waste(), waste);
+        let ledger = Ledger::open(&out).await.unwrap();
         assert!(ledger.records(ShardId(0), None).await.unwrap().is_empty());
         assert_eq!(ledger.records(ShardId(2), None).await.unwrap().len(), 1);
         assert_eq!(ledger.done().await.unwrap(), BTreeMap::from([(ShardId(0), totals)]));
@@ -420,7 +450,7 @@ mod tests {
         let out = store();
         let first = Ledger::open(&out).await.unwrap();
         let _second = Ledger::open(&out).await.unwrap();
-        let error = first.append(&record(1), 10).await.unwrap_err();
+        let error = first.append(&record(1), 10, Waste::default()).await.unwrap_err();
         assert!(matches!(error, LedgerError::Fenced), "{error}");
     }
 
@@ -428,13 +458,14 @@ mod tests {
     async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_committed_again() {
         let out = store();
         let first = Ledger::open(&out).await.unwrap();
-        first.append(&record(1), 10).await.unwrap();
-        first.commit(ShardId(7), ShardTotals { quarantined: 1, ..ShardTotals::default() }).await.unwrap();
+        first.append(&record(1), 10, Waste::default()).await.unwrap();
+        let totals = ShardTotals { quarantined: 1, ..ShardTotals::default() };
+        first.commit(ShardId(7), totals, Waste::default()).await.unwrap();
         let second = Ledger::open(&out).await.unwrap();
         assert_eq!(second.begun().await.unwrap(), [ShardId(0)].into());
         second.retry([ShardId(0), ShardId(7)]).await.unwrap();
         assert!(second.done().await.unwrap().is_empty());
-        second.append(&record(5), 10).await.unwrap();
+        second.append(&record(5), 10, Waste::default()).await.unwrap();
         // Not closed: as after a kill.
         let third = Ledger::open(&out).await.unwrap();
         let retried = third.retried().await.unwrap();
@@ -442,7 +473,7 @@ mod tests {
         let without_failures = Record { failures: Vec::new(), ..record(1) };
         let records = third.records(ShardId(0), retried.get(&ShardId(0)).copied()).await.unwrap();
         assert_eq!(records, [without_failures, record(5)]);
-        third.commit(ShardId(0), ShardTotals::default()).await.unwrap();
+        third.commit(ShardId(0), ShardTotals::default(), Waste::default()).await.unwrap();
         assert_eq!(third.retried().await.unwrap().into_keys().collect::<Vec<_>>(), [ShardId(7)]);
         assert!(third.begun().await.unwrap().is_empty());
     }

@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::brain::{Brain, JobShape, LeasePolicy, Shard, ShardTotals};
+use crate::brain::{Brain, JobShape, LeasePolicy, Record, Shard, ShardTotals};
 use crate::commit::{self, Finishing, Kept, KeptError};
 use crate::job::Job;
 use crate::ledger::LedgerError;
@@ -165,7 +165,7 @@ impl Coordinator {
         let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
         let (captions, keep_errors) = (manifest.caption_counts(), spec.write_errors);
         let shape = JobShape::new(rounds.clone(), contenders, captions, spec.shard_size, keep_errors);
-        let brain = Brain::new(shape, ledger.epoch(), options.leases, done);
+        let brain = Brain::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
         shared.publish();
@@ -236,7 +236,7 @@ impl Coordinator {
                 Some(opened) = opening.next() => opened?,
                 () = self.stop.cancelled() => break,
                 () = shared.closing.cancelled() => return Ok(false),
-                _ = tick.tick() => self.tick()?,
+                _ = tick.tick() => self.tick().await?,
             }
         }
         while let Some(committed) = commits.next().await {
@@ -245,15 +245,22 @@ impl Coordinator {
         Ok(false)
     }
 
-    fn tick(&self) -> Result<(), RunError> {
+    async fn tick(&self) -> Result<(), RunError> {
         let shared = &self.shared;
         shared.ledger.check()?;
-        let silent = shared.brain().expire(shared.now());
+        let (silent, given_up) = shared.brain().expire(shared.now());
         if !silent.is_empty() {
             shared.work.notify_waiters();
         }
+        if shared.brain().has_only_leased() {
+            // One that waits may be given a second lease on what is slow, which depends on the time.
+            shared.work.notify_one();
+        }
         for worker in silent {
             tracing::warn!(worker, "worker gave no sign of life: its leases go to others");
+        }
+        if !given_up.is_empty() {
+            shared.persist(Record { results: Vec::new(), failures: given_up }, None).await?;
         }
         shared.publish();
         Ok(())
@@ -278,7 +285,7 @@ impl Coordinator {
         let restoring = tokio::task::spawn_blocking(move || Shard::restore(&job, samples, &kept, records));
         let restored = restoring.await.map_err(|_| RunError::Task("reader"))?;
         let mut brain = self.shared.brain();
-        brain.open_shard(shard, restored);
+        brain.open_shard(shard, restored, self.shared.now());
         self.shared.announce(&mut brain);
         Ok(())
     }
@@ -307,7 +314,8 @@ impl Coordinator {
         for (path, bytes) in files {
             self.out.write(&path, bytes).await?;
         }
-        self.shared.ledger.commit(shard, totals).await?;
+        let waste = self.shared.brain().waste();
+        self.shared.ledger.commit(shard, totals, waste).await?;
         self.shared.brain().close_shard(shard);
         tracing::info!(%shard, samples = totals.samples, quarantined = totals.quarantined, "shard committed");
         Ok(())
@@ -332,7 +340,10 @@ impl Coordinator {
     }
 
     async fn finish(&self, started: Instant) -> Result<Totals, RunError> {
-        let totals = Totals::from(self.shared.brain().totals());
+        let totals = {
+            let brain = self.shared.brain();
+            brain.totals().of_job(brain.waste())
+        };
         let mut record = self.shared.record.clone();
         record.state = JobState::Done;
         record.totals = Some(totals);

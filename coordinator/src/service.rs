@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use elbo_common::ids::{Epoch, LeaseId};
+use elbo_common::ids::{Epoch, LeaseId, LeaseKey};
 use elbo_common::manifest::{Part, Sample};
 use elbo_common::record::JobRecord;
 use elbo_proto::{PROTOCOL, v1};
@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use crate::brain::{Brain, Checked, Grant, Record, ReportError, SampleFailure};
+use crate::brain::{Activity, Brain, Checked, Grant, Heartbeat, Record, ReportError, SampleFailure};
 use crate::ledger::{Ledger, LedgerError, failure_from_wire, from_wire};
 use crate::progress::{Meter, Progress};
 
@@ -108,18 +108,24 @@ impl Shared {
     }
 
     /// Makes a record durable and merges it.
-    async fn persist(&self, record: Record, worker: Option<&str>) -> Result<(), Status> {
+    pub(crate) async fn persist(&self, record: Record, of: Option<(&str, LeaseKey)>) -> Result<(), LedgerError> {
         let shard_size = self.record.identity.spec.shard_size;
-        if let Err(error) = self.ledger.append(&record, shard_size).await {
-            let status = Status::unavailable(error.to_string());
-            self.fail(error);
-            return Err(status);
-        }
+        let waste = self.brain().waste();
+        self.ledger.append(&record, shard_size, waste).await?;
         let mut brain = self.brain();
-        brain.apply(record, worker);
+        brain.apply(record, of);
         self.announce(&mut brain);
         Ok(())
     }
+}
+
+/// Makes a record durable and merges it for a call, which fails if the ledger does; so does the job.
+async fn persist(shared: &Shared, record: Record, of: Option<(&str, LeaseKey)>) -> Result<(), Status> {
+    shared.persist(record, of).await.map_err(|error| {
+        let status = Status::unavailable(error.to_string());
+        shared.fail(error);
+        status
+    })
 }
 
 /// Refuses calls without the right bearer token.
@@ -179,12 +185,7 @@ fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
         .units
         .into_iter()
         .map(|unit| v1::Unit {
-            id: Some(v1::UnitId {
-                sample: unit.id.sample.0,
-                round: u32::from(unit.id.round.0),
-                slots: u32::from(unit.id.slots),
-                prompts: u32::from(unit.id.prompts),
-            }),
+            id: Some(unit.id.into()),
             slot_begin: unit.slots.start as u32,
             slot_end: unit.slots.end as u32,
             prompts: unit.prompts.into_iter().map(|p| p.0).collect(),
@@ -211,6 +212,11 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = &self.shared;
         let mut brain = shared.brain();
         brain.join(&join.worker, &join.host, &join.device, shared.now());
+        for held in join.held {
+            let key = LeaseKey { epoch: Epoch(held.epoch), lease: LeaseId(held.lease) };
+            let units: Vec<_> = held.units.into_iter().filter_map(|unit| unit.try_into().ok()).collect();
+            brain.adopt(&join.worker, key, &units, shared.now());
+        }
         shared.announce(&mut brain);
         Ok(Response::new(v1::JoinReply {
             epoch: brain.epoch().0,
@@ -225,8 +231,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = &self.shared;
         {
             let mut brain = shared.brain();
-            let epoch = brain.epoch().0;
-            let held: Vec<_> = held.iter().filter(|h| h.epoch == epoch).map(|h| LeaseId(h.lease)).collect();
+            let held: Vec<_> = held.iter().map(LeaseKey::from).collect();
             if brain.keep_only(&worker, &held) {
                 shared.announce(&mut brain);
             }
@@ -264,12 +269,13 @@ impl v1::coordinator_server::Coordinator for Service {
     }
 
     async fn report(&self, request: Request<v1::ReportRequest>) -> Result<Response<v1::ReportReply>, Status> {
-        let v1::ReportRequest { worker, epoch, lease, results, failures } = request.into_inner();
+        let v1::ReportRequest { worker, epoch, lease, results, failures, again } = request.into_inner();
+        let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
         let results = results.into_iter().map(from_wire).collect::<Option<Vec<_>>>();
         let results = results.ok_or_else(|| Status::invalid_argument("a result names no unit of this contract"))?;
         let record = Record { results, failures: failures.into_iter().map(failure_from_wire).collect() };
         let shared = &self.shared;
-        let checked = shared.brain().check(&worker, Epoch(epoch), LeaseId(lease), record, shared.now());
+        let checked = shared.brain().check(&worker, key, record, again, shared.now());
         let Checked { record, duplicates } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
@@ -277,23 +283,36 @@ impl v1::coordinator_server::Coordinator for Service {
                 shared.steward.notify_one();
                 return Err(Status::unavailable(format!("{error} yet: send the report again")));
             }
+            Err(error @ ReportError::Replaced(_)) => return Err(Status::unavailable(error.to_string())),
             Err(error) => {
                 tracing::warn!(worker, lease, %error, "report refused");
                 return Err(Status::invalid_argument(error.to_string()));
             }
         };
         let accepted = (record.results.len() + record.failures.len()) as u32;
-        shared.persist(record, Some(&worker)).await?;
+        persist(shared, record, Some((&worker, key))).await?;
         Ok(Response::new(v1::ReportReply { accepted, duplicates }))
     }
 
     async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
         let beat = request.into_inner();
+        let activity = match beat.activity() {
+            v1::Activity::Unspecified => Activity::Unknown,
+            v1::Activity::Loading => Activity::Loading,
+            v1::Activity::Waiting => Activity::Waiting,
+            v1::Activity::Preparing => Activity::Preparing,
+            v1::Activity::Computing => Activity::Computing,
+        };
+        let sign = Heartbeat {
+            unreported: beat.unreported_evaluations,
+            held: beat.held.iter().map(LeaseKey::from).collect(),
+            activity,
+            quiet: Duration::from_millis(beat.quiet_ms),
+        };
         let mut brain = self.shared.brain();
-        if !brain.heartbeat(&beat.worker, beat.unreported_evaluations, self.shared.now()) {
-            return Err(rejoin());
-        }
-        Ok(Response::new(v1::HeartbeatReply { epoch: brain.epoch().0, unwanted: Vec::new() }))
+        let unwanted = brain.heartbeat(&beat.worker, sign, self.shared.now()).ok_or_else(rejoin)?;
+        let unwanted = unwanted.into_iter().map(v1::HeldLease::from).collect();
+        Ok(Response::new(v1::HeartbeatReply { epoch: brain.epoch().0, unwanted }))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
@@ -302,14 +321,13 @@ impl v1::coordinator_server::Coordinator for Service {
         let mut given_up: Vec<SampleFailure> = Vec::new();
         {
             let mut brain = shared.brain();
-            // Leases of an earlier epoch are forgotten already.
-            let leases: Vec<_> = if Epoch(epoch) == brain.epoch() { leases } else { Vec::new() };
-            for lease in leases.into_iter().map(LeaseId) {
+            for lease in leases {
+                let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
                 if error.is_empty() {
-                    brain.release(&[lease]);
+                    brain.release(&worker, &[key]);
                 } else {
-                    tracing::warn!(worker, %lease, error, "block failed");
-                    given_up.extend(brain.fail(lease, &error));
+                    tracing::warn!(worker, lease = %key, error, "block failed");
+                    given_up.extend(brain.fail(&worker, key, &error));
                 }
             }
             if leaving {
@@ -318,7 +336,7 @@ impl v1::coordinator_server::Coordinator for Service {
             }
         }
         if !given_up.is_empty() {
-            shared.persist(Record { results: Vec::new(), failures: given_up }, None).await?;
+            persist(shared, Record { results: Vec::new(), failures: given_up }, None).await?;
         }
         if !error.is_empty() {
             // A block that failed is for anyone but the worker it failed on.

@@ -1,5 +1,9 @@
 //! The gRPC contract between a coordinator and its workers, generated from `proto/elbo/v1/elbo.proto`.
 
+mod ids;
+
+pub use ids::OutOfRange;
+
 /// Version 1 of the contract.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
 pub mod v1 {

@@ -1,7 +1,9 @@
 //! The connection to the coordinator: every call is retried until it is answered or patience runs out.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use elbo_common::ids::LeaseKey;
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
 use elbo_proto::{MAX_MESSAGE_BYTES, PROTOCOL, v1};
 use tonic::metadata::{Ascii, MetadataValue};
@@ -133,15 +135,15 @@ impl Client {
         }
     }
 
-    /// Introduces the worker and gets the job.
-    pub async fn join(&self, host: &str, device: &str) -> Result<v1::JoinReply, CallError> {
+    /// Introduces the worker, with the blocks it has in hand, and gets the job.
+    pub async fn join(&self, host: &str, device: &str, held: Vec<v1::HeldBlock>) -> Result<v1::JoinReply, CallError> {
         let request = v1::JoinRequest {
             protocol: PROTOCOL,
             worker: self.worker.clone(),
             host: host.to_owned(),
             device: device.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            held: Vec::new(),
+            held,
         };
         self.call(|mut c| {
             let request = request.clone();
@@ -167,17 +169,17 @@ impl Client {
 
     /// Delivers results; answered when they are durable.
     pub async fn report(&self, request: &v1::ReportRequest) -> Result<v1::ReportReply, CallError> {
+        let sent = AtomicBool::new(request.again);
         self.call(|mut c| {
-            let request = request.clone();
+            let request = v1::ReportRequest { again: sent.swap(true, Ordering::Relaxed), ..request.clone() };
             async move { c.report(request).await }
         })
         .await
     }
 
-    /// Says that the worker is alive.
-    pub async fn heartbeat(&self, unreported_evaluations: u64) -> Result<v1::HeartbeatReply, CallError> {
-        let request =
-            v1::HeartbeatRequest { worker: self.worker.clone(), unreported_evaluations, ..Default::default() };
+    /// Says that the worker is alive, and what it is at.
+    pub async fn heartbeat(&self, sign: v1::HeartbeatRequest) -> Result<v1::HeartbeatReply, CallError> {
+        let request = v1::HeartbeatRequest { worker: self.worker.clone(), ..sign };
         self.call(|mut c| {
             let request = request.clone();
             async move { c.heartbeat(request).await }
@@ -185,10 +187,15 @@ impl Client {
         .await
     }
 
-    /// Hands leases back; with an error if they failed.
-    pub async fn release(&self, epoch: u64, leases: Vec<u64>, error: &str) -> Result<v1::ReleaseReply, CallError> {
-        let worker = self.worker.clone();
-        let request = v1::ReleaseRequest { worker, epoch, leases, error: error.to_owned(), ..Default::default() };
+    /// Hands a lease back; with an error if it failed.
+    pub async fn release(&self, key: LeaseKey, error: &str) -> Result<v1::ReleaseReply, CallError> {
+        let request = v1::ReleaseRequest {
+            worker: self.worker.clone(),
+            epoch: key.epoch.0,
+            leases: vec![key.lease.0],
+            error: error.to_owned(),
+            ..v1::ReleaseRequest::default()
+        };
         self.call(|mut c| {
             let request = request.clone();
             async move { c.release(request).await }
@@ -196,10 +203,11 @@ impl Client {
         .await
     }
 
-    /// Leaves for good, in one attempt: a coordinator that is gone needs no goodbye.
-    pub async fn leave(&self) {
-        let worker = self.worker.clone();
-        let request = v1::ReleaseRequest { worker, leaving: true, ..v1::ReleaseRequest::default() };
+    /// Leaves for good, in one attempt: a coordinator that is gone needs no goodbye. The `reason` is empty where the worker
+    /// was asked to, or the job is done.
+    pub async fn leave(&self, reason: &str) {
+        let (worker, reason) = (self.worker.clone(), reason.to_owned());
+        let request = v1::ReleaseRequest { worker, leaving: true, reason, ..v1::ReleaseRequest::default() };
         let goodbye = self.inner.clone().release(request).await.map(drop);
         if let Err(status) = goodbye {
             tracing::debug!(reason = status.message(), "left without a goodbye");

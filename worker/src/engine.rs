@@ -5,6 +5,8 @@
 //! prompts; lanes take them from one short queue, so the next block's batches follow the last one's without a gap.
 //! An evaluation's error does not depend on the batch it is in (see [`elbo_kernels`]), so neither does any result.
 
+use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -85,7 +87,10 @@ struct Block {
     /// Of every stage.
     conditions: Vec<Arc<Conditions>>,
     progress: Mutex<Vec<UnitProgress>>,
+    /// The engine was told to stop.
     cancelled: Arc<AtomicBool>,
+    /// Nobody needs the block any more.
+    unwanted: Arc<AtomicBool>,
     failed: AtomicBool,
     batches_left: AtomicU64,
     events: mpsc::UnboundedSender<BlockEvent>,
@@ -119,6 +124,8 @@ pub struct Engine {
     lanes: Vec<JoinHandle<()>>,
     batch: usize,
     evaluated: Arc<AtomicU64>,
+    /// Batches that are not done.
+    queued: Arc<AtomicU64>,
     cancelled: Arc<AtomicBool>,
 }
 
@@ -132,20 +139,28 @@ impl Engine {
     pub fn start(problem: Arc<Problem>, lanes: usize, batch: usize) -> std::io::Result<Self> {
         let (batches, batch_queue) = bounded(2 * lanes);
         let (encodes, encode_queue) = unbounded();
-        let (evaluated, cancelled) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (evaluated, queued) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let cancelled = Arc::new(AtomicBool::new(false));
         let lanes = (0..lanes)
             .map(|i| {
-                let lane = Lane { problem: Arc::clone(&problem), evaluated: Arc::clone(&evaluated) };
+                let (evaluated, queued) = (Arc::clone(&evaluated), Arc::clone(&queued));
+                let lane = Lane { problem: Arc::clone(&problem), evaluated, queued };
                 let (batches, encodes) = (batch_queue.clone(), encode_queue.clone());
                 std::thread::Builder::new().name(format!("lane-{i}")).spawn(move || lane.run(&batches, &encodes))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { batches: Some(batches), encodes: Some(encodes), lanes, batch: batch.max(1), evaluated, cancelled })
+        let (batches, encodes, batch) = (Some(batches), Some(encodes), batch.max(1));
+        Ok(Self { batches, encodes, lanes, batch, evaluated, queued, cancelled })
     }
 
     /// Evaluations finished since the start.
     pub fn evaluated(&self) -> u64 {
         self.evaluated.load(Ordering::Relaxed)
+    }
+
+    /// Whether batches are being computed.
+    pub fn is_busy(&self) -> bool {
+        self.queued.load(Ordering::Relaxed) > 0
     }
 
     /// Encodes a preprocessed image, [S, S, 3], into what a stage's model makes of it.
@@ -156,12 +171,14 @@ impl Engine {
         answer.await.map_err(|_| EngineStopped)
     }
 
-    /// Gives a block to the lanes; blocks while their queue is full. Its events come out of the returned channel.
+    /// Gives a block to the lanes; blocks while their queue is full. What is said of it goes to `events`; what is left of it is
+    /// passed over once it is `unwanted`.
     pub fn submit(
         &self,
         units: Vec<UnitWork>,
         conditions: Vec<Arc<Conditions>>,
         events: mpsc::UnboundedSender<BlockEvent>,
+        unwanted: Arc<AtomicBool>,
     ) -> Result<(), EngineStopped> {
         let progress = units
             .iter()
@@ -177,6 +194,7 @@ impl Engine {
             conditions,
             progress: Mutex::new(progress),
             cancelled: Arc::clone(&self.cancelled),
+            unwanted,
             failed: AtomicBool::new(false),
             batches_left,
             events,
@@ -185,6 +203,7 @@ impl Engine {
         if batches.is_empty() {
             let _ = block.events.send(BlockEvent::End);
         }
+        self.queued.fetch_add(batches.len() as u64, Ordering::Relaxed);
         for evaluations in batches {
             let batch = Batch { block: Arc::clone(&block), evaluations };
             sender.send(batch).map_err(|_| EngineStopped)?;
@@ -229,9 +248,19 @@ fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>> {
     batches
 }
 
+/// What some work gives; a panic in it, which is a defect, must not take the lane along and leave a block waiting for it.
+fn caught<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
+    let crashed = |panic: Box<dyn Any + Send>| {
+        let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(ModelError::Crashed(message.unwrap_or("no message").to_owned()))
+    };
+    std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(crashed)
+}
+
 struct Lane {
     problem: Arc<Problem>,
     evaluated: Arc<AtomicU64>,
+    queued: Arc<AtomicU64>,
 }
 
 impl Lane {
@@ -258,16 +287,18 @@ impl Lane {
     fn encode(&self, encode: Encode) {
         let Encode { stage, pixels, reply } = encode;
         let side = (pixels.len() / 3).isqrt();
-        let latent = Tensor::from_vec(pixels, (1, side, side, 3), &Device::Cpu)
-            .map_err(ModelError::from)
-            .and_then(|pixels| self.problem.stages[stage].encode(&pixels));
+        let latent = caught(|| {
+            let pixels = Tensor::from_vec(pixels, (1, side, side, 3), &Device::Cpu)?;
+            self.problem.stages[stage].encode(&pixels)
+        });
         let _ = reply.send(latent);
     }
 
     fn evaluate(&self, batch: &Batch) {
         let block = &batch.block;
-        if !block.cancelled.load(Ordering::Relaxed) && !block.failed.load(Ordering::Relaxed) {
-            match self.problem.errors(&block.units, &block.conditions, &batch.evaluations) {
+        let pass_over = [&*block.cancelled, &*block.unwanted, &block.failed];
+        if !pass_over.iter().any(|flag| flag.load(Ordering::Relaxed)) {
+            match caught(|| self.problem.errors(&block.units, &block.conditions, &batch.evaluations)) {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
                     block.take(&batch.evaluations, &errors, self.problem.keep_errors);
@@ -279,6 +310,7 @@ impl Lane {
                 }
             }
         }
+        self.queued.fetch_sub(1, Ordering::Relaxed);
         if block.batches_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             let _ = block.events.send(BlockEvent::End);
         }

@@ -1,17 +1,22 @@
-//! The worker: leases blocks from a coordinator, evaluates them on one device, and reports sums.
+//! The worker: leases blocks from a coordinator, evaluates them on its devices, and reports sums.
 //!
 //! [`worker`] is the life of a worker from joining to leaving; [`prepare`] turns a leased block into latents
 //! ([`elbo_images`], then the model's VAE); [`engine`] evaluates them with the networks of [`models`], which are written in
 //! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged.
 
 pub mod client;
+pub mod device;
 pub mod engine;
+pub mod held;
 pub mod latent;
+mod lessee;
 pub mod models;
 pub mod prepare;
 pub mod problem;
+mod pulse;
 pub mod report;
 pub mod stage;
 pub mod worker;
 
+pub use device::Devices;
 pub use worker::{Options, WorkerError, run};

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use elbo_common::class::{Classes, Prompt};
@@ -73,6 +74,8 @@ pub struct Preparer {
     pub reader: Reader,
     /// The job: its rounds, its models, and its prompts or the text encoders for its samples' captions.
     pub problem: Arc<Problem>,
+    /// Samples read and encoded so far.
+    pub prepared: Arc<AtomicU64>,
 }
 
 /// What every stage's model needs to know of a block's prompts.
@@ -101,7 +104,10 @@ impl Preparer {
         .buffered(AHEAD);
         while let Some(of_sample) = pending.next().await {
             match of_sample? {
-                Ok(of_sample) => latents.extend(of_sample),
+                Ok(of_sample) => {
+                    self.prepared.fetch_add(1, Ordering::Relaxed);
+                    latents.extend(of_sample);
+                }
                 Err(bad) => prepared.bad.push(bad),
             }
         }

@@ -1,59 +1,21 @@
 //! Delivering results: what is not acknowledged is kept and sent again, to a restarted coordinator too.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use elbo_common::ids::LeaseKey;
 use elbo_proto::v1;
 use tokio::sync::mpsc;
 
 use crate::client::{CallError, Client, ClientError};
 use crate::engine::UnitErrors;
+use crate::held::Held;
 use crate::prepare::BadSample;
 
 /// Results are gathered this long before they are sent: a crash loses no more than this and what is being computed.
 const GATHER: Duration = Duration::from_millis(500);
-
-/// The lease something was computed under.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct LeaseKey {
-    /// Epoch of the coordinator that granted it.
-    pub epoch: u64,
-    /// Its id.
-    pub lease: u64,
-}
-
-/// The leases a worker has not had fully acknowledged, with how much of each is outstanding.
-#[derive(Clone, Debug, Default)]
-pub struct Held(Arc<Mutex<BTreeMap<LeaseKey, usize>>>);
-
-impl Held {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<LeaseKey, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One more thing of a lease is outstanding: its computation, or a finding.
-    pub fn add(&self, key: LeaseKey) {
-        *self.lock().entry(key).or_default() += 1;
-    }
-
-    /// So many things of a lease are done.
-    pub fn remove(&self, key: LeaseKey, count: usize) {
-        let mut held = self.lock();
-        if let Some(outstanding) = held.get_mut(&key) {
-            *outstanding = outstanding.saturating_sub(count);
-            if *outstanding == 0 {
-                held.remove(&key);
-            }
-        }
-    }
-
-    /// The leases as the coordinator wants to know them.
-    pub fn list(&self) -> Vec<v1::HeldLease> {
-        self.lock().keys().map(|k| v1::HeldLease { epoch: k.epoch, lease: k.lease }).collect()
-    }
-}
 
 /// Something to report.
 #[derive(Debug)]
@@ -79,7 +41,7 @@ pub struct Reporter {
     pub findings: mpsc::UnboundedReceiver<(LeaseKey, Finding)>,
     /// Evaluations acknowledged so far.
     pub acknowledged: Arc<AtomicU64>,
-    /// What is not acknowledged yet.
+    /// The blocks in hand.
     pub held: Held,
 }
 
@@ -104,22 +66,22 @@ impl Reporter {
         loop {
             match self.client.report(&report).await {
                 Ok(reply) => {
-                    tracing::debug!(lease = key.lease, reply.accepted, reply.duplicates, "acknowledged");
+                    tracing::debug!(lease = %key, reply.accepted, reply.duplicates, "acknowledged");
                     break;
                 }
-                Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device).await {
+                Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device, self.held.blocks()).await {
                     Err(CallError::Fatal(error)) => return Err(error),
                     _ => continue,
                 },
                 Err(CallError::Rejected(reason)) => {
-                    tracing::error!(lease = key.lease, reason, "the coordinator refused a report: it is dropped");
+                    tracing::error!(lease = %key, reason, "the coordinator refused a report: it is dropped");
                     break;
                 }
                 Err(CallError::Fatal(error)) => return Err(error),
             }
         }
         self.acknowledged.fetch_add(evaluations, Ordering::Relaxed);
-        self.held.remove(key, report.results.len() + report.failures.len());
+        self.held.acknowledge(key, &report);
         Ok(())
     }
 }
@@ -129,10 +91,9 @@ fn by_lease(worker: &str, findings: Vec<(LeaseKey, Finding)>) -> BTreeMap<LeaseK
     for (key, finding) in findings {
         let report = reports.entry(key).or_insert_with(|| v1::ReportRequest {
             worker: worker.to_owned(),
-            epoch: key.epoch,
-            lease: key.lease,
-            results: Vec::new(),
-            failures: Vec::new(),
+            epoch: key.epoch.0,
+            lease: key.lease.0,
+            ..v1::ReportRequest::default()
         });
         match finding {
             Finding::Unit(unit) => report.results.push(unit_result(unit)),
@@ -146,14 +107,8 @@ fn by_lease(worker: &str, findings: Vec<(LeaseKey, Finding)>) -> BTreeMap<LeaseK
 
 fn unit_result(finished: UnitErrors) -> v1::UnitResult {
     let UnitErrors { unit, sums, errors } = finished;
-    let id = v1::UnitId {
-        sample: unit.id.sample.0,
-        round: u32::from(unit.id.round.0),
-        slots: u32::from(unit.id.slots),
-        prompts: u32::from(unit.id.prompts),
-    };
     v1::UnitResult {
-        id: Some(id),
+        id: Some(unit.id.into()),
         prompts: unit.prompts.iter().map(|p| p.0).collect(),
         slots: unit.slots.len() as u32,
         sum: sums.iter().map(|s| s.sum).collect(),

@@ -1,28 +1,30 @@
 //! The life of a worker: join, load the model, lease, evaluate, report, leave.
+//!
+//! A worker drives all devices it is given. Each has an engine that joins, leases and reports as one of its own, at its own
+//! pace; the model and the encoded prompts are shared by those that can.
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
 use elbo_proto::v1;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{CallError, Client, ClientError};
-use crate::engine::{BlockEvent, Engine, EngineStopped, Problem};
+use crate::device::Device;
+use crate::engine::{Engine, EngineStopped, Problem};
 use crate::latent::LatentCache;
+use crate::lessee::{Lessee, Terms};
 use crate::prepare::{BlockError, Preparer};
 use crate::problem::ProblemError;
-use crate::report::{Finding, Held, LeaseKey, Reporter};
+use crate::pulse::Pulse;
+use crate::report::Reporter;
 use crate::stage::Stage;
-
-/// Blocks a worker holds: one being computed, one being prepared.
-const BLOCKS: usize = 2;
 
 /// Memory for latents.
 const LATENT_BYTES: usize = 256 << 20;
@@ -42,6 +44,11 @@ pub enum WorkerError {
     /// The engine's threads could not be started.
     #[error("starting the engine: {0}")]
     Start(#[from] std::io::Error),
+    /// It was told to stop and could not report in time.
+    #[error(
+        "told to stop, the worker could not deliver its results within {0} s: what was not acknowledged will be computed again"
+    )]
+    Grace(u64),
     /// A background task ended by a panic, which is a defect.
     #[error("the worker's {0} ended unexpectedly: start the worker again, and report this")]
     Task(&'static str),
@@ -64,12 +71,16 @@ pub struct Options {
     pub name: String,
     /// The host it runs on, for people.
     pub host: String,
-    /// Threads to compute with.
+    /// What its engines compute on.
+    pub engines: Vec<Device>,
+    /// Threads of each engine on the CPU.
     pub threads: NonZeroUsize,
     /// Evaluations in a batch; measured where absent.
     pub batch: Option<NonZeroUsize>,
     /// How long an unreachable coordinator is waited for.
     pub patience: Duration,
+    /// How long the worker may take to finish once it is told to stop.
+    pub grace: Duration,
     /// The model as this machine finds it, where it is not the job's.
     pub model: Option<String>,
     /// The job's model, where the process has loaded it already.
@@ -78,115 +89,166 @@ pub struct Options {
     pub stay: bool,
 }
 
-/// Works until the job is done, the coordinator sends it away, or `stop` is cancelled.
-pub async fn run(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
-    let Options { coordinator, token, name, .. } = &options;
-    let client = Client::new(coordinator, token.as_deref(), name.clone(), options.patience)?;
-    let device = format!("cpu x{}", options.threads);
-    let joined = tokio::select! {
-        joined = client.join(&options.host, &device) => joined.map_err(no_answer)?,
-        () = stop.cancelled() => return Ok(()),
-    };
-    // The coordinator hears from the worker while it loads the model, which may take minutes.
-    let heartbeat = Duration::from_millis(u64::from(joined.heartbeat_ms.max(50)));
-    let pulse = Arc::new(Pulse::default());
-    let beating =
-        tokio::spawn(beat(client.clone(), options.host.clone(), device.clone(), heartbeat, Arc::clone(&pulse)));
-    let worked = work(&options, &client, &device, &joined, &pulse, &stop).await;
-    beating.abort();
-    client.leave().await;
-    worked
-}
-
-/// What the heartbeat tells.
+/// What engines on one kind of device share.
 #[derive(Debug, Default)]
-struct Pulse {
-    engine: Mutex<Option<Arc<Engine>>>,
-    acknowledged: Arc<AtomicU64>,
+struct Loaded {
+    problem: OnceCell<Arc<Problem>>,
+    batch: OnceCell<usize>,
 }
 
-impl Pulse {
-    fn evaluated(&self) -> u64 {
-        self.engine.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |e| e.evaluated())
+/// Works until the job is done, the coordinator sends the worker away, or `stop` is cancelled. An engine that fails says so and
+/// leaves; the others go on, and the first error is returned when none is left.
+pub async fn run(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
+    let loaded = Arc::new(Loaded { problem: OnceCell::new_with(options.problem.clone()), batch: OnceCell::new() });
+    let options = Arc::new(options);
+    let mut engines = JoinSet::new();
+    for number in 0..options.engines.len() {
+        let member = Member { options: Arc::clone(&options), number, loaded: Arc::clone(&loaded) };
+        let stop = stop.clone();
+        engines.spawn(async move { member.run(&stop).await });
     }
-}
-
-async fn beat(client: Client, host: String, device: String, every: Duration, pulse: Arc<Pulse>) {
-    loop {
-        let unreported = pulse.evaluated().saturating_sub(pulse.acknowledged.load(Ordering::Relaxed));
-        match client.heartbeat(unreported).await {
-            Err(CallError::Rejoin) => drop(client.join(&host, &device).await),
-            Err(CallError::Fatal(_)) => return,
-            _ => {}
+    let (mut failure, mut sound) = (None, false);
+    while let Some(ended) = engines.join_next().await {
+        match ended.map_err(|_| WorkerError::Task("engine")).flatten() {
+            Ok(()) => sound = true,
+            Err(error) if engines.is_empty() && !sound => return Err(failure.unwrap_or(error)),
+            Err(error) => {
+                tracing::error!(%error, "an engine failed and has left");
+                failure.get_or_insert(error);
+            }
         }
-        tokio::time::sleep(every).await;
     }
+    Ok(())
 }
 
-async fn work(
-    options: &Options,
-    client: &Client,
-    device: &str,
-    joined: &v1::JoinReply,
-    pulse: &Arc<Pulse>,
-    stop: &CancellationToken,
-) -> Result<(), WorkerError> {
-    let mut identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
-    if let Some(model) = &options.model {
-        identity.spec.model.clone_from(model);
-    }
-    let models = match options.problem {
-        Some(_) => None,
-        None => Some(find_models(&identity).await?),
-    };
-    let (threads, batch, loaded) = (options.threads.get(), options.batch, options.problem.clone());
-    let loading = tokio::task::spawn_blocking(move || {
-        let problem = match (loaded, models) {
-            (Some(problem), _) => problem,
-            (None, Some(models)) => Arc::new(Problem::load(&identity, &models)?),
-            (None, None) => return Err(WorkerError::Task("loader")),
+/// One engine of a worker, as the coordinator sees it.
+struct Member {
+    options: Arc<Options>,
+    number: usize,
+    loaded: Arc<Loaded>,
+}
+
+impl Member {
+    async fn run(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
+        let Options { coordinator, token, host, engines, grace, .. } = &*self.options;
+        let name = match engines.len() {
+            1 => self.options.name.clone(),
+            _ => format!("{}/{}", self.options.name, self.number),
         };
-        let batch = match batch {
+        let client = Client::new(coordinator, token.as_deref(), name, self.options.patience)?;
+        let device = match &engines[self.number] {
+            Device::Cpu => format!("cpu x{}", self.options.threads),
+            other => other.to_string(),
+        };
+        let joined = tokio::select! {
+            joined = client.join(host, &device, Vec::new()) => joined.map_err(no_answer)?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        let heartbeat = Duration::from_millis(u64::from(joined.heartbeat_ms.max(50)));
+        let pulse = Pulse::default();
+        let overdue = async {
+            stop.cancelled().await;
+            tokio::time::sleep(*grace).await;
+        };
+        let worked = tokio::select! {
+            worked = self.work(&client, &device, &joined, &pulse, stop) => worked,
+            // The coordinator hears from the worker while it loads the model, which may take minutes.
+            never = silence(pulse.beat(&client, host, &device, heartbeat)) => never,
+            () = overdue => Err(WorkerError::Grace(grace.as_secs())),
+        };
+        let reason = worked.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        client.leave(&reason).await;
+        worked
+    }
+
+    async fn work(
+        &self,
+        client: &Client,
+        device: &str,
+        joined: &v1::JoinReply,
+        pulse: &Pulse,
+        stop: &CancellationToken,
+    ) -> Result<(), WorkerError> {
+        let (problem, engine) = tokio::select! {
+            started = self.start(joined) => started?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        pulse.start(Arc::clone(&engine));
+        let preparer = Arc::new(Preparer {
+            engine: Arc::clone(&engine),
+            cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
+            reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64),
+            problem,
+            prepared: Arc::clone(&pulse.prepared),
+        });
+        let (findings, inbox) = mpsc::unbounded_channel();
+        let host = &self.options.host;
+        let reporter = Reporter {
+            client: client.clone(),
+            host: host.clone(),
+            device: device.to_owned(),
+            findings: inbox,
+            acknowledged: Arc::clone(&pulse.acknowledged),
+            held: pulse.held.clone(),
+        };
+        let mut reporting = tokio::spawn(reporter.run());
+        let lessee = Lessee::new(client.clone(), preparer, findings, pulse.held.clone());
+        let terms = Terms { host, device, stay: self.options.stay, stop };
+        let leased = tokio::select! {
+            leased = lessee.run(terms) => leased,
+            // The reporter ends first only when it can't report any more.
+            reported = &mut reporting => {
+                let reported = reported.map_err(|_| WorkerError::Task("reporter"))?;
+                return Err(reported.err().map_or(WorkerError::Task("reporter"), Into::into));
+            }
+        };
+        // The lessee is gone, and with it the last sender: the reporter ends once everything is acknowledged.
+        let reported = reporting.await.map_err(|_| WorkerError::Task("reporter"))?;
+        leased?;
+        Ok(reported?)
+    }
+
+    /// The job's model, loaded by the first engine that needs it, and this engine.
+    async fn start(&self, joined: &v1::JoinReply) -> Result<(Arc<Problem>, Arc<Engine>), WorkerError> {
+        let options = &self.options;
+        let problem = self.loaded.problem.get_or_try_init(|| load(joined, options.model.as_deref())).await?;
+        let measured = || {
+            let problem = Arc::clone(problem);
+            blocking(move || Ok(problem.measure_batch()?))
+        };
+        let batch = match options.batch {
             Some(batch) => batch.get(),
-            None => problem.measure_batch().map_err(ProblemError::from)?,
+            None => *self.loaded.batch.get_or_try_init(measured).await?,
         };
-        let engine = Engine::start(Arc::clone(&problem), threads, batch)?;
-        tracing::info!(batch, threads, "model loaded");
-        Ok::<_, WorkerError>((problem, engine))
-    });
-    let (problem, engine) = loading.await.map_err(|_| WorkerError::Task("loader"))??;
-    let engine = Arc::new(engine);
-    *pulse.engine.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&engine));
+        let (problem, threads) = (Arc::clone(problem), options.threads.get());
+        let engine = Arc::new(Engine::start(Arc::clone(&problem), threads, batch)?);
+        tracing::info!(engine = self.number, batch, threads, "ready");
+        Ok((problem, engine))
+    }
+}
 
-    let preparer = Arc::new(Preparer {
-        engine: Arc::clone(&engine),
-        cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
-        reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64),
-        problem,
-    });
-    let (findings, inbox) = mpsc::unbounded_channel();
-    let held = Held::default();
-    let reporter = Reporter {
-        client: client.clone(),
-        host: options.host.clone(),
-        device: device.to_owned(),
-        findings: inbox,
-        acknowledged: Arc::clone(&pulse.acknowledged),
-        held: held.clone(),
-    };
-    let mut reporting = tokio::spawn(reporter.run());
-    let lessee = Lessee { client: client.clone(), preparer, findings, held, rate: Rate::default() };
-    let leased = tokio::select! {
-        leased = lessee.run(options, device, stop) => leased,
-        // The reporter ends first only when it can't report any more.
-        reported = &mut reporting => {
-            return Err(reported.map_err(|_| WorkerError::Task("reporter"))?.err().map_or(WorkerError::Task("reporter"), Into::into));
-        }
-    };
-    // The lessee is gone, and with it the last sender: the reporter ends once everything is acknowledged.
-    let reported = reporting.await.map_err(|_| WorkerError::Task("reporter"))?;
-    leased?;
-    Ok(reported?)
+/// Loads the job's model.
+async fn load(joined: &v1::JoinReply, model: Option<&str>) -> Result<Arc<Problem>, WorkerError> {
+    let mut identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
+    if let Some(model) = model {
+        model.clone_into(&mut identity.spec.model);
+    }
+    let models = find_models(&identity).await?;
+    tracing::info!(model = identity.spec.model, prompts = identity.spec.classes.prompts.len(), "loading the model");
+    Ok(Arc::new(blocking(move || Problem::load(&identity, &models)).await?))
+}
+
+/// Runs what takes long on a thread of its own.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ProblemError> + Send + 'static,
+) -> Result<T, WorkerError> {
+    Ok(tokio::task::spawn_blocking(work).await.map_err(|_| WorkerError::Task("loader"))??)
+}
+
+/// Never ends, whatever becomes of the signs of life: that no more are wanted, others find out with the reason.
+async fn silence<T>(beating: impl Future<Output = ()>) -> T {
+    beating.await;
+    std::future::pending().await
 }
 
 /// The directories of a job's models on this machine, fetched if need be.
@@ -196,158 +258,13 @@ async fn find_models(identity: &JobIdentity) -> Result<JobModels, ProblemError> 
     Ok(JobModels::find(&model, shortlist.as_ref(), |note| tracing::info!("{note}")).await?)
 }
 
-fn no_answer(error: CallError) -> WorkerError {
+/// Why a worker ends whose call was not answered.
+pub(crate) fn no_answer(error: CallError) -> WorkerError {
     match error {
         CallError::Fatal(error) => error.into(),
         CallError::Rejected(reason) => ClientError::Refused { address: "this address".into(), reason }.into(),
         CallError::Rejoin => {
             ClientError::Refused { address: "this address".into(), reason: "it forgot this worker".into() }.into()
-        }
-    }
-}
-
-/// Measured evaluations per second, smoothed over leases.
-#[derive(Debug, Default)]
-struct Rate(Mutex<Option<f64>>);
-
-impl Rate {
-    fn get(&self) -> f64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(0.0)
-    }
-
-    fn note(&self, evaluations: u64, seconds: f64) {
-        if evaluations > 0 && seconds > 0.0 {
-            let (mut rate, new) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), evaluations as f64 / seconds);
-            *rate = Some(rate.map_or(new, |old| 0.5 * old + 0.5 * new));
-        }
-    }
-}
-
-/// The lease loop.
-struct Lessee {
-    client: Client,
-    preparer: Arc<Preparer>,
-    findings: mpsc::UnboundedSender<(LeaseKey, Finding)>,
-    held: Held,
-    rate: Rate,
-}
-
-impl Lessee {
-    async fn run(self, options: &Options, device: &str, stop: &CancellationToken) -> Result<(), WorkerError> {
-        let this = Arc::new(self);
-        let places = Arc::new(Semaphore::new(BLOCKS));
-        // Blocks are prepared side by side but computed one after the other, in the order they were leased.
-        let turn = Arc::new(tokio::sync::Mutex::new(()));
-        let mut blocks: JoinSet<Result<(), WorkerError>> = JoinSet::new();
-        let ended = loop {
-            let place = tokio::select! {
-                place = Arc::clone(&places).acquire_owned() => place.map_err(|_| WorkerError::Task("lease loop"))?,
-                Some(ended) = blocks.join_next() => {
-                    match ended.map_err(|_| WorkerError::Task("block")).flatten() {
-                        Ok(()) => continue,
-                        Err(error) => break Err(error),
-                    }
-                }
-                () = stop.cancelled() => break Ok(()),
-            };
-            let reply = tokio::select! {
-                reply = this.client.lease(this.rate.get(), this.held.list()) => reply,
-                () = stop.cancelled() => break Ok(()),
-            };
-            use v1::lease_reply::Outcome;
-            match reply {
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }) => {
-                    let (this, turn) = (Arc::clone(&this), Arc::clone(&turn));
-                    let key = LeaseKey { epoch: block.epoch, lease: block.lease };
-                    this.held.add(key);
-                    blocks.spawn(async move {
-                        let done = this.compute(key, block, &turn).await;
-                        this.held.remove(key, 1);
-                        drop(place);
-                        done
-                    });
-                }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !options.stay => {
-                    break Ok(());
-                }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(_)) }) => {
-                    tracing::info!("the coordinator is stopping: waiting for it to come back");
-                    tokio::select! {
-                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
-                        () = stop.cancelled() => break Ok(()),
-                    }
-                }
-                Ok(_) => {}
-                Err(CallError::Rejoin) => drop(this.client.join(&options.host, device).await),
-                Err(error) => break Err(no_answer(error)),
-            }
-        };
-        // Finish what the device is in the middle of, report it, and hand the rest back.
-        this.preparer.engine.cancel();
-        while let Some(block) = blocks.join_next().await {
-            if let Ok(Err(error)) = block {
-                tracing::debug!(%error, "a block was not finished");
-            }
-        }
-        ended
-    }
-
-    /// Hands something to the reporter; the lease is held until it is acknowledged.
-    fn find(&self, key: LeaseKey, finding: Finding) {
-        self.held.add(key);
-        if self.findings.send((key, finding)).is_err() {
-            tracing::debug!(lease = key.lease, "the reporter has stopped");
-        }
-    }
-
-    /// Prepares and computes one block.
-    async fn compute(&self, key: LeaseKey, block: v1::Block, turn: &tokio::sync::Mutex<()>) -> Result<(), WorkerError> {
-        let prepared = match self.preparer.prepare(block).await {
-            Err(BlockError::Captions(error)) => return self.give_up(key, &error.to_string()).await,
-            prepared => prepared?,
-        };
-        for bad in prepared.bad {
-            tracing::warn!(sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
-            self.find(key, Finding::Bad(bad));
-        }
-        // The turn ends when all batches are queued: the next block's then follow without a gap.
-        let own_turn = turn.lock().await;
-        let started = Instant::now();
-        let evaluations: u64 = prepared.units.iter().map(|u| u.unit.evaluations()).sum();
-        let (events, mut inbox) = mpsc::unbounded_channel();
-        let engine = Arc::clone(&self.preparer.engine);
-        let submitting = async {
-            let submitted =
-                tokio::task::spawn_blocking(move || engine.submit(prepared.units, prepared.conditions, events)).await;
-            drop(own_turn);
-            submitted.map_err(|_| WorkerError::Task("block"))?.map_err(WorkerError::from)
-        };
-        let following = async {
-            let mut failure = None;
-            while let Some(event) = inbox.recv().await {
-                match event {
-                    BlockEvent::Unit(unit) => self.find(key, Finding::Unit(unit)),
-                    BlockEvent::Failed(error) => failure = Some(error),
-                    BlockEvent::End => break,
-                }
-            }
-            failure
-        };
-        let (submitted, failure) = tokio::join!(submitting, following);
-        submitted?;
-        match failure {
-            None => self.rate.note(evaluations, started.elapsed().as_secs_f64()),
-            Some(error) => self.give_up(key, &error).await?,
-        }
-        Ok(())
-    }
-
-    /// Hands a block back that can't be finished.
-    async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
-        tracing::error!(lease = key.lease, error, "block failed");
-        match self.client.release(key.epoch, vec![key.lease], error).await {
-            Err(CallError::Fatal(error)) => Err(error.into()),
-            _ => Ok(()),
         }
     }
 }

@@ -36,7 +36,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
         args.out.display()
     );
     let job = session::identify(&job).await?;
-    let workers = Workers { count: args.workers, device: args.device };
+    let workers = Workers { count: Some(args.workers), device: args.device };
     let out = args.out.to_string_lossy();
     let done = session::label(job, &out, &workers, &args.run).await?;
     output::summary(&out, done).await

@@ -1,7 +1,5 @@
 //! `elbo label`: one machine, a coordinator and its workers in one process.
 
-use std::num::NonZeroUsize;
-
 use crate::args::LabelArgs;
 use crate::commands::output;
 use crate::failure::usage;
@@ -12,7 +10,7 @@ pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
     let flags = args.job.resolve()?;
     let out = args.out.or(flags.out.clone()).ok_or_else(|| usage("--out is missing: say where the results go"))?;
     let job = session::identify(&flags).await?;
-    let count = args.workers.or(flags.workers).unwrap_or(NonZeroUsize::MIN);
+    let count = args.workers.or(flags.workers);
     let workers = Workers { count, device: args.device.over(&flags) };
     let done = session::label(job, &out, &workers, &args.run.over(&flags)).await?;
     output::summary(&out, done).await

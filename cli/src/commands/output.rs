@@ -51,7 +51,7 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
             report.add(&row);
         }
     }
-    Ok(report.finish(record.totals.map_or(0, |t| t.evaluations_recomputed), record.timings))
+    Ok(report.finish(record.totals, record.timings))
 }
 
 /// `elbo verify`.

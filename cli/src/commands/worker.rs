@@ -1,23 +1,26 @@
 //! `elbo worker`: computes for a coordinator until its job is done.
 
-use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use crate::args::WorkerArgs;
+use crate::failure::usage;
 use crate::{session, stop};
 
 /// Works for a coordinator.
 pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
-    let threads = session::threads(&args.device, NonZeroUsize::MIN)?;
+    let devices = session::devices(&args.device)?;
+    let grace = Duration::try_from_secs_f64(args.grace).map_err(|_| usage("--grace must be a number of seconds"))?;
     let host = session::host();
     let options = elbo_worker::Options {
         coordinator: args.coordinator,
         token: session::read_token(&args.token)?,
         name: format!("{host}-{}", uuid::Uuid::new_v4()),
         host,
-        threads,
+        engines: devices.engines(devices.count()),
+        threads: session::threads(&args.device, devices.count()),
         batch: args.device.batch,
         patience: Duration::from_secs(args.patience),
+        grace,
         model: args.model,
         problem: None,
         stay: true,

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use elbo_common::ensemble::Contenders;
-use elbo_common::ids::{LeaseId, PromptIndex, Round, SampleId};
+use elbo_common::ids::{LeaseKey, PromptIndex, Round, SampleId};
 use elbo_common::policy::ScoredBy;
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Cut, Unit, UnitId};
 
+use super::lease::{HeldUnit, Holders};
+use super::record::Verdict;
 use super::sample::{Outcome, ScoredPrompt, Settled, SlotError};
 use super::{JobShape, UnitResult};
 
@@ -19,9 +21,14 @@ const _: () = assert!(size_of::<ScoredPrompt>() <= PROMPT_BYTES);
 
 #[derive(Clone, Debug)]
 enum UnitState {
-    Ready,
-    Leased(LeaseId),
-    Done { sums: Vec<Sums>, errors: Vec<f32> },
+    /// Ready, where nobody computes it.
+    Open(Holders),
+    Done {
+        sums: Box<[Sums]>,
+        errors: Box<[f32]>,
+        /// The number of the next lease when it was done: leases from there on had no reason to compute it.
+        before: u64,
+    },
 }
 
 /// A sample between its first evaluation and its last.
@@ -70,7 +77,7 @@ impl Active {
             self.slots = round.slots.len();
             let units = self.cut().units();
             if units > 0 {
-                self.units = vec![UnitState::Ready; units];
+                self.units = vec![UnitState::Open(Holders::default()); units];
                 return;
             }
             self.eliminate(job);
@@ -116,83 +123,97 @@ impl Active {
 
     /// Whether a unit is of the current round and not leased or done.
     pub(super) fn is_ready(&self, id: UnitId) -> bool {
-        self.position(id).is_some_and(|p| matches!(self.units[p], UnitState::Ready))
+        self.position(id).is_some_and(|p| matches!(&self.units[p], UnitState::Open(holders) if holders.is_empty()))
     }
 
-    /// Marks a ready unit as leased and describes it.
-    pub(super) fn lease(&mut self, id: UnitId, lease: LeaseId) -> Option<Unit> {
+    /// Who computes a unit.
+    pub(super) fn holders(&self, id: UnitId) -> Holders {
+        match self.position(id).map(|p| &self.units[p]) {
+            Some(UnitState::Open(holders)) => *holders,
+            _ => Holders::default(),
+        }
+    }
+
+    /// Leases a unit that is not done and has fewer than two leases, and describes it.
+    pub(super) fn lease(&mut self, id: UnitId, key: LeaseKey) -> Option<Unit> {
         let position = self.position(id)?;
-        self.units[position] = UnitState::Leased(lease);
+        let UnitState::Open(holders) = &mut self.units[position] else { return None };
+        if !holders.add(key) {
+            return None;
+        }
         let cut = self.cut();
         Some(Unit { id, slots: cut.slot_range(id), prompts: self.remaining[cut.prompt_range(id)].to_vec() })
     }
 
-    /// Takes a lease back.
-    pub(super) fn unlease(&mut self, id: UnitId) {
-        if let Some(position) = self.position(id)
-            && matches!(self.units[position], UnitState::Leased(_))
-        {
-            self.units[position] = UnitState::Ready;
-        }
+    /// Takes a lease back; whether the unit is ready now.
+    pub(super) fn unlease(&mut self, id: UnitId, key: LeaseKey) -> bool {
+        let Some(position) = self.position(id) else { return false };
+        let UnitState::Open(holders) = &mut self.units[position] else { return false };
+        holders.remove(key);
+        holders.is_empty()
     }
 
     /// The units that are leased.
-    pub(super) fn leased(&self) -> Vec<(LeaseId, UnitId)> {
-        let units = self.cut().ids(self.sample, self.round).zip(&self.units);
-        let held = units.filter_map(|(id, unit)| match unit {
-            UnitState::Leased(lease) => Some((*lease, id)),
+    pub(super) fn leased(&self) -> Vec<HeldUnit> {
+        let cut = self.cut();
+        let units = cut.ids(self.sample, self.round).zip(&self.units);
+        let held = units.filter_map(|(unit, state)| match state {
+            UnitState::Open(holders) if !holders.is_empty() => {
+                Some(HeldUnit { unit, holders: *holders, evaluations: cut.evaluations(unit) })
+            }
             _ => None,
         });
         held.collect()
     }
 
-    /// `Ok(true)` for a new and valid result, `Ok(false)` for a known one.
-    pub(super) fn check(&self, job: &JobShape, result: &UnitResult) -> Result<bool, &'static str> {
+    /// What a result is to the sample.
+    pub(super) fn check(&self, job: &JobShape, result: &UnitResult) -> Verdict {
         if result.id.round < self.round {
-            return Ok(false);
+            return Verdict::Known { before: None };
         }
         if result.id.round > self.round {
-            return Err("the sample has not come to this round");
+            return Verdict::Invalid("the sample has not come to this round");
         }
         let cut = self.cut();
-        let position = cut.position(result.id).ok_or("there is no such unit")?;
+        let Some(position) = cut.position(result.id) else { return Verdict::Invalid("there is no such unit") };
         let (slots, prompts) = (cut.slot_range(result.id).len(), &self.remaining[cut.prompt_range(result.id)]);
         if result.slots as usize != slots
             || !result.prompts.iter().copied().map(PromptIndex).eq(prompts.iter().copied())
         {
-            return Err("its slots or prompts are not the unit's");
+            return Verdict::Invalid("its slots or prompts are not the unit's");
         }
         if result.sum.len() != prompts.len() || result.sum_sq.len() != prompts.len() {
-            return Err("it needs one sum per prompt");
+            return Verdict::Invalid("it needs one sum per prompt");
         }
         if result.errors.len() != if job.keeps_errors() { slots * prompts.len() } else { 0 } {
-            return Err("it needs every single error where the job keeps them, and none elsewhere");
+            return Verdict::Invalid("it needs every single error where the job keeps them, and none elsewhere");
         }
         if !sums_of(result).all(|sums| sums.is_plausible()) {
-            return Err("its sums are not sums of errors");
+            return Verdict::Invalid("its sums are not sums of errors");
         }
-        Ok(!matches!(self.units[position], UnitState::Done { .. }))
+        match self.units[position] {
+            UnitState::Open(_) => Verdict::New,
+            UnitState::Done { before, .. } => Verdict::Known { before: Some(before) },
+        }
     }
 
-    /// Takes a new result in; `None` where it was known.
-    pub(super) fn apply(&mut self, job: &JobShape, result: UnitResult) -> Option<Settled> {
-        if self.check(job, &result) != Ok(true) {
+    /// Takes a new result in, before the lease of that number is granted; `None` where it was known.
+    pub(super) fn apply(&mut self, job: &JobShape, result: UnitResult, before: u64) -> Option<Settled> {
+        if self.check(job, &result) != Verdict::New {
             return None;
         }
         let position = self.position(result.id)?;
-        let lease = match self.units[position] {
-            UnitState::Leased(lease) => Some(lease),
-            _ => None,
-        };
         let evaluations = u64::from(result.slots) * result.prompts.len() as u64;
-        self.units[position] = UnitState::Done { sums: sums_of(&result).collect(), errors: result.errors };
+        let held = HeldUnit { unit: result.id, holders: self.holders(result.id), evaluations };
+        self.units[position] =
+            UnitState::Done { sums: sums_of(&result).collect(), errors: result.errors.into(), before };
         let round_complete = self.units.iter().all(|u| matches!(u, UnitState::Done { .. }));
         if round_complete {
             self.merge_round(job);
             self.eliminate(job);
             self.enter_round(job);
         }
-        Some(Settled { lease, evaluations, round_complete })
+        Some(Settled { held, round_complete })
     }
 
     /// Merges the round's units in their order, which is the job's and not that of arrival.
@@ -203,7 +224,7 @@ impl Active {
         let units: Vec<_> = cut.ids(self.sample, self.round).zip(std::mem::take(&mut self.units)).collect();
         let start = self.errors.len();
         for (id, state) in units {
-            let UnitState::Done { sums, errors } = state else { continue };
+            let UnitState::Done { sums, errors, .. } = state else { continue };
             let (slots, prompts) = (cut.slot_range(id), &self.remaining[cut.prompt_range(id)]);
             for (i, (prompt, sums)) in prompts.iter().zip(&sums).enumerate() {
                 self.totals[prompt.at()].merge(sums);

@@ -1,15 +1,35 @@
-//! Blocks that failed: tried once more, then bisected down to the sample at fault.
+//! Blocks that failed, and blocks whose workers died: tried again, then bisected down to the sample at fault.
+//!
+//! The two are told apart. A block that fails says so, and twice is no accident. A worker that dies may have been taken away
+//! by its cluster, which is nobody's fault; only units that were in the hands of many dying workers are suspected of killing
+//! them.
 
-use elbo_common::ids::LeaseId;
+use elbo_common::ids::{LeaseKey, SampleId};
 use elbo_common::unit::UnitId;
 
 use super::{Brain, SampleFailure};
 
-/// Units whose evaluation failed as a block.
+/// Failures after which a block is bisected, or a sample given up.
+const FAILURES: u32 = 2;
+
+/// Deaths of workers after which what they held is suspected, likewise. Where every tenth lease is lost with its machine, one
+/// unit in a hundred thousand comes to this by accident.
+const DEATHS: u32 = 5;
+
+/// What a block has to answer for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Blame {
+    /// How often its evaluation failed.
+    pub(super) failures: u32,
+    /// How often its worker died, once that is suspicious.
+    pub(super) deaths: u32,
+}
+
+/// Units that are kept apart from others until it is known which of them is at fault.
 #[derive(Clone, Debug)]
 pub(super) struct Suspects {
     pub(super) units: Vec<UnitId>,
-    pub(super) attempts: u32,
+    pub(super) blame: Blame,
     failed_on: String,
 }
 
@@ -18,33 +38,88 @@ impl Brain {
     ///
     /// The block is tried once more; then it is bisected, down to single samples, which are given up after their second
     /// failure.
-    pub fn fail(&mut self, lease: LeaseId, error: &str) -> Vec<SampleFailure> {
-        let Some(failed) = self.end_lease(lease) else { return Vec::new() };
-        self.unlease(&failed.units);
-        let attempts = failed.attempt + 1;
-        if attempts < 2 {
-            self.suspects.push_back(Suspects { units: failed.units, attempts, failed_on: failed.worker });
+    pub fn fail(&mut self, worker: &str, key: LeaseKey, error: &str) -> Vec<SampleFailure> {
+        let Some(failed) = self.end_lease_of(worker, key) else { return Vec::new() };
+        self.unlease(&failed.units, key);
+        for unit in &failed.units {
+            // Whoever computes it too may go on, but the unit must be found out about now.
+            for other in self.open_shard_of(*unit).map(|shard| shard.holders(*unit)).unwrap_or_default().iter() {
+                let evaluations = self.open_shard_of(*unit).map_or(0, |shard| shard.unit_evaluations(*unit));
+                self.drop_unit(other, *unit, evaluations, false);
+                self.unlease([unit], other);
+            }
+        }
+        // Of what was taken out of it meanwhile nobody knows whether it was at fault: what is left is tried by itself.
+        let failures = if failed.mixed { failed.blame.failures.max(1) } else { failed.blame.failures + 1 };
+        let blame = Blame { failures, ..failed.blame };
+        let units = failed.units.into_iter().collect();
+        self.judge(Suspects { units, blame, failed_on: failed.worker }, error)
+    }
+
+    /// A lease whose worker died. Returns the samples that are beyond help.
+    pub(super) fn lose(&mut self, key: LeaseKey) -> Vec<SampleFailure> {
+        let Some(lost) = self.end_lease(key) else { return Vec::new() };
+        let free = self.unlease(&lost.units, key);
+        if lost.blame != Blame::default() {
+            let blame = Blame { deaths: lost.blame.deaths + u32::from(!lost.mixed), ..lost.blame };
+            return self.judge_dead(Suspects { units: free, blame, failed_on: lost.worker });
+        }
+        let mut deadly = Vec::new();
+        for unit in free {
+            let deaths = self.deaths.entry(unit).or_default();
+            *deaths += 1;
+            if *deaths >= DEATHS { deadly.push(unit) } else { self.make_ready(unit) }
+        }
+        // Their workers had other blocks in hand too. The next one has not.
+        let blame = Blame { failures: 0, deaths: DEATHS - 1 };
+        self.judge_dead(Suspects { units: deadly, blame, failed_on: lost.worker })
+    }
+
+    fn judge_dead(&mut self, suspects: Suspects) -> Vec<SampleFailure> {
+        let error = format!(
+            "{} workers died while they computed it, the last one {}: see their logs",
+            suspects.blame.deaths, suspects.failed_on
+        );
+        self.judge(suspects, &error)
+    }
+
+    /// Another try, a bisection, or the end.
+    fn judge(&mut self, suspects: Suspects, error: &str) -> Vec<SampleFailure> {
+        let Suspects { units, blame, failed_on } = suspects;
+        if units.is_empty() {
             return Vec::new();
         }
-        let mut samples: Vec<_> = failed.units.iter().map(|u| u.sample).collect();
+        if blame.failures < FAILURES && blame.deaths < DEATHS {
+            self.suspects.push_back(Suspects { units, blame, failed_on });
+            return Vec::new();
+        }
+        let mut samples: Vec<SampleId> = units.iter().map(|unit| unit.sample).collect();
         samples.dedup();
         if let [sample] = samples[..] {
             return vec![SampleFailure { sample, stage: "evaluate".into(), error: error.to_owned() }];
         }
         let middle = samples[samples.len() / 2];
-        let (low, high): (Vec<_>, Vec<_>) = failed.units.into_iter().partition(|u| u.sample < middle);
+        let (low, high): (Vec<_>, Vec<_>) = units.into_iter().partition(|unit| unit.sample < middle);
+        // What brought the whole to this is behind each half but for one: the next time splits it again.
+        let blame = Blame { failures: blame.failures.min(FAILURES - 1), deaths: blame.deaths.min(DEATHS - 1) };
         for units in [low, high] {
-            // One attempt each is behind them: the next failure of a half splits it again.
-            self.suspects.push_back(Suspects { units, attempts: 1, failed_on: failed.worker.clone() });
+            self.suspects.push_back(Suspects { units, blame, failed_on: failed_on.clone() });
         }
         Vec::new()
     }
 
+    /// Whether a worker is at something that may kill it, and is given nothing else until that is over.
+    pub(super) fn is_in_danger(&self, worker: &str) -> bool {
+        self.workers.leases(worker).any(|key| self.leases.get(&key).is_some_and(|lease| lease.blame.deaths > 0))
+    }
+
     /// Suspects for a worker, as far as they are still wanted.
     pub(super) fn take_suspects(&mut self, worker: &str) -> Option<Suspects> {
-        // Suspects go to somebody else than the one they failed on, as long as there is somebody else.
-        let alone = self.workers.len() < 2;
-        let position = self.suspects.iter().position(|s| alone || s.failed_on != worker)?;
+        // Suspects go to somebody else than the one they failed on, as long as there is somebody else. What may be deadly goes
+        // to somebody who has nothing else in hand, so that it is clear what they die of.
+        let (alone, busy) = (self.workers.len() < 2, self.workers.leases(worker).next().is_some());
+        let position =
+            self.suspects.iter().position(|s| (alone || s.failed_on != worker) && !(busy && s.blame.deaths > 0))?;
         let mut suspects = self.suspects.remove(position)?;
         let (open, job) = (&self.open, &self.job);
         suspects.units.retain(|id| open.get(&id.sample.shard(job.shard_size())).is_some_and(|s| s.is_wanted(*id)));

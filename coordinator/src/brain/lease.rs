@@ -1,11 +1,13 @@
 //! Leases: who computes what, and how much is given to whom.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use elbo_common::ids::LeaseId;
+use elbo_common::ids::{LeaseId, LeaseKey};
 use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
+use super::failure::Blame;
 use super::{Brain, JobShape, Shard};
 
 /// How leases are sized and when they end.
@@ -66,8 +68,13 @@ impl LeasePolicy {
 pub(super) struct Lease {
     pub(super) worker: String,
     /// Units not reported yet.
-    pub(super) units: Vec<UnitId>,
-    pub(super) attempt: u32,
+    pub(super) units: BTreeSet<UnitId>,
+    /// The evaluations these take.
+    pub(super) evaluations: u64,
+    /// What the block had to answer for before.
+    pub(super) blame: Blame,
+    /// Whether units were taken out of it that its worker may still be at: if it fails, they may be at fault.
+    pub(super) mixed: bool,
 }
 
 /// A lease as the worker gets it.
@@ -83,29 +90,80 @@ pub struct Grant {
     pub samples: Vec<Sample>,
 }
 
+/// A unit somebody holds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeldUnit {
+    pub(super) unit: UnitId,
+    pub(super) holders: Holders,
+    pub(super) evaluations: u64,
+}
+
+/// Who computes a unit: nobody, a lease, or two at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Holders {
+    pub(super) first: Option<LeaseKey>,
+    pub(super) backup: Option<LeaseKey>,
+}
+
+impl Holders {
+    /// Adds a lease, as long as there are fewer than two.
+    pub(super) fn add(&mut self, key: LeaseKey) -> bool {
+        let place = if self.first.is_none() { &mut self.first } else { &mut self.backup };
+        place.is_none() && place.replace(key).is_none()
+    }
+
+    /// Removes a lease.
+    pub(super) fn remove(&mut self, key: LeaseKey) {
+        if self.first == Some(key) {
+            self.first = self.backup.take();
+        } else if self.backup == Some(key) {
+            self.backup = None;
+        }
+    }
+
+    pub(super) fn is_empty(self) -> bool {
+        self.first.is_none()
+    }
+
+    pub(super) fn iter(self) -> impl Iterator<Item = LeaseKey> {
+        self.first.into_iter().chain(self.backup)
+    }
+}
+
 impl Brain {
-    /// Leases units to a worker; `None` when nothing is ready.
+    /// Leases units to a worker; `None` when there is nothing for it. When nothing is ready, that may be a second lease on
+    /// the units that would else be finished last.
     pub fn grant(&mut self, worker: &str, rate: f64, now: Duration) -> Option<Grant> {
-        if !self.workers.seen(worker, now) {
+        if !self.workers.seen(worker, now) || self.is_in_danger(worker) {
             return None;
         }
         self.workers.set_rate(worker, rate);
-        let (units, attempt) = match self.take_suspects(worker) {
-            Some(suspects) => (suspects.units, suspects.attempts),
-            None => (self.take_ready(worker, rate)?, 0),
+        let (units, blame) = match self.take_suspects(worker) {
+            Some(suspects) => (suspects.units, suspects.blame),
+            None => match self.take_ready(worker, rate) {
+                Some(units) => (units, Blame::default()),
+                None => self.take_backup(worker, rate, now)?,
+            },
         };
         let lease = LeaseId(self.next_lease);
         self.next_lease += 1;
-        let shard = self.shard_of(units.first()?.sample);
+        let (shard, key) = (self.shard_of(units.first()?.sample), LeaseKey { epoch: self.epoch, lease });
         let open = self.open.get_mut(&shard)?;
-        let block: Vec<Unit> = units.iter().filter_map(|&id| open.lease(id, lease)).collect();
+        let block: Vec<Unit> = units.iter().filter_map(|&id| open.lease(id, key)).collect();
         let samples = open.samples_of(&block);
-        self.leases.insert(lease, Lease { worker: worker.to_owned(), units, attempt });
-        self.workers.add_lease(worker, lease);
-        Some(Grant { lease, attempt, units: block, samples })
+        self.hold(key, worker, &block, blame, now);
+        Some(Grant { lease, attempt: blame.failures, units: block, samples })
     }
 
-    fn take_ready(&mut self, worker: &str, rate: f64) -> Option<Vec<UnitId>> {
+    /// Notes that a worker holds a lease on some units.
+    pub(super) fn hold(&mut self, key: LeaseKey, worker: &str, block: &[Unit], blame: Blame, now: Duration) {
+        let evaluations = block.iter().map(Unit::evaluations).sum();
+        let units = block.iter().map(|unit| unit.id).collect();
+        self.leases.insert(key, Lease { worker: worker.to_owned(), units, evaluations, blame, mixed: false });
+        self.workers.add_lease(worker, key, now);
+    }
+
+    pub(super) fn take_ready(&mut self, worker: &str, rate: f64) -> Option<Vec<UnitId>> {
         loop {
             let target = self.policy.block_evaluations(rate, self.ready_evaluations(), self.workers.len());
             // Older shards first, so that they get committed; but latents a worker has at hand come before.
@@ -123,56 +181,94 @@ impl Brain {
     }
 
     /// Forgets a lease.
-    pub(super) fn end_lease(&mut self, id: LeaseId) -> Option<Lease> {
-        let lease = self.leases.remove(&id)?;
-        self.workers.remove_lease(&lease.worker, id);
+    pub(super) fn end_lease(&mut self, key: LeaseKey) -> Option<Lease> {
+        let lease = self.leases.remove(&key)?;
+        self.workers.remove_lease(&lease.worker, key);
         Some(lease)
     }
 
-    /// Notes that a leased unit needs no more work.
-    pub(super) fn settle(&mut self, id: LeaseId, unit: UnitId) {
-        if let Some(lease) = self.leases.get_mut(&id) {
-            lease.units.retain(|u| *u != unit);
+    /// Notes that a leased unit needs no more work, by what came of one lease if that is known.
+    pub(super) fn settle(&mut self, held: HeldUnit, by: Option<LeaseKey>) {
+        self.deaths.remove(&held.unit);
+        for key in held.holders.iter() {
+            self.drop_unit(key, held.unit, held.evaluations, by == Some(key));
+        }
+    }
+
+    /// Takes a unit out of a lease, which ends with its last; whether it was its worker who has `done` it.
+    pub(super) fn drop_unit(&mut self, key: LeaseKey, unit: UnitId, evaluations: u64, done: bool) {
+        if let Some(lease) = self.leases.get_mut(&key)
+            && lease.units.remove(&unit)
+        {
+            lease.mixed |= !done;
+            lease.evaluations = lease.evaluations.saturating_sub(evaluations);
             if lease.units.is_empty() {
-                self.end_lease(id);
+                self.end_lease(key);
             }
         }
     }
 
-    /// A worker hands leases back.
-    pub fn release(&mut self, leases: &[LeaseId]) {
-        for lease in leases {
-            if let Some(lease) = self.end_lease(*lease) {
-                self.unlease(&lease.units);
-                lease.units.into_iter().for_each(|unit| self.make_ready(unit));
+    /// A worker hands leases back; those of others it leaves alone.
+    pub fn release(&mut self, worker: &str, leases: &[LeaseKey]) {
+        for key in leases {
+            if let Some(lease) = self.end_lease_of(worker, *key) {
+                let free = self.unlease(&lease.units, *key);
+                free.into_iter().for_each(|unit| self.make_ready(unit));
             }
         }
+    }
+
+    /// Ends a lease, if it is this worker's.
+    pub(super) fn end_lease_of(&mut self, worker: &str, key: LeaseKey) -> Option<Lease> {
+        if self.leases.get(&key)?.worker == worker { self.end_lease(key) } else { None }
     }
 
     /// Takes back what `worker` was granted but does not hold: a grant whose reply was lost would else be waited for as
     /// long as the worker lives. Returns whether there was any.
-    pub fn keep_only(&mut self, worker: &str, held: &[LeaseId]) -> bool {
-        let lost: Vec<_> = self.workers.leases(worker).filter(|lease| !held.contains(lease)).collect();
-        self.release(&lost);
+    pub fn keep_only(&mut self, worker: &str, held: &[LeaseKey]) -> bool {
+        let lost: Vec<_> = self.workers.leases(worker).filter(|key| !held.contains(key)).collect();
+        self.release(worker, &lost);
         !lost.is_empty()
     }
 
-    pub(super) fn unlease(&mut self, units: &[UnitId]) {
+    /// Takes units from a lease; those nobody else computes.
+    pub(super) fn unlease<'a>(&mut self, units: impl IntoIterator<Item = &'a UnitId>, key: LeaseKey) -> Vec<UnitId> {
+        let mut free = Vec::new();
         for unit in units {
-            if let Some(shard) = self.open_shard_of(*unit) {
-                shard.unlease(*unit);
+            if self.open_shard_of(*unit).is_some_and(|shard| shard.unlease(*unit, key)) {
+                free.push(*unit);
             }
         }
+        free
     }
 
-    fn make_ready(&mut self, unit: UnitId) {
+    pub(super) fn make_ready(&mut self, unit: UnitId) {
         if let Some(shard) = self.open_shard_of(unit) {
             shard.make_ready(unit);
         }
     }
 
-    fn open_shard_of(&mut self, unit: UnitId) -> Option<&mut Shard> {
+    pub(super) fn open_shard_of(&mut self, unit: UnitId) -> Option<&mut Shard> {
         let shard = self.shard_of(unit.sample);
         self.open.get_mut(&shard)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use elbo_common::ids::Epoch;
+
+    #[test]
+    fn a_unit_is_computed_by_two_at_most_and_the_second_follows_the_first() {
+        let key = |lease| LeaseKey { epoch: Epoch(1), lease: LeaseId(lease) };
+        let mut holders = Holders::default();
+        assert!(holders.add(key(1)) && holders.add(key(2)) && !holders.add(key(3)));
+        holders.remove(key(1));
+        assert_eq!(holders, Holders { first: Some(key(2)), backup: None });
+        holders.remove(key(7));
+        assert!(!holders.is_empty());
+        holders.remove(key(2));
+        assert!(holders.is_empty());
     }
 }

@@ -8,6 +8,8 @@
 //! Every event costs what it touches: the units of a lease, the shards that are open, never the corpus or all workers.
 
 mod active;
+mod adopt;
+mod backup;
 mod failure;
 mod job;
 mod lease;
@@ -20,19 +22,21 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use elbo_common::ids::{Epoch, LeaseId, SampleId, ShardId};
+use elbo_common::ids::{Epoch, LeaseKey, SampleId, ShardId};
 use elbo_common::manifest::Sample;
+use elbo_common::unit::UnitId;
 
 pub use job::JobShape;
 pub use lease::{Grant, LeasePolicy};
-pub use record::{Checked, Record, ReportError, SampleFailure, ShardTotals, UnitResult};
+pub use record::{Checked, Record, ReportError, SampleFailure, ShardTotals, UnitResult, Waste};
 pub use sample::{Finished, Outcome, ScoredPrompt, SlotError};
 pub use shard::Shard;
-pub use worker::WorkerView;
+pub use worker::{Activity, Heartbeat, WorkerView};
 
+use adopt::Orphan;
 use failure::Suspects;
 use lease::Lease;
-use shard::Refusal;
+use record::Verdict;
 use worker::Workers;
 
 /// The coordinator's state.
@@ -50,18 +54,27 @@ pub struct Brain {
     /// Every shard before it is open, being committed or done.
     next: ShardId,
     workers: Workers,
-    leases: HashMap<LeaseId, Lease>,
+    leases: HashMap<LeaseKey, Lease>,
     suspects: VecDeque<Suspects>,
+    /// How many workers died while they held a unit, of units that are not done.
+    deaths: HashMap<UnitId, u32>,
+    /// Blocks that workers hold of shards that are not open yet.
+    orphans: BTreeMap<ShardId, Vec<Orphan>>,
     next_lease: u64,
     /// Shards that reports speak of though they are not open.
     requested: BTreeSet<ShardId>,
-    /// Evaluations reported a second time, not yet in any shard's totals.
-    recomputed: u64,
+    waste: Waste,
 }
 
 impl Brain {
-    /// A brain for a job whose shards `done` are committed already.
-    pub fn new(job: JobShape, epoch: Epoch, policy: LeasePolicy, done: BTreeMap<ShardId, ShardTotals>) -> Self {
+    /// A brain for a job whose shards `done` are committed already, after so much `waste`.
+    pub fn new(
+        job: JobShape,
+        epoch: Epoch,
+        policy: LeasePolicy,
+        done: BTreeMap<ShardId, ShardTotals>,
+        waste: Waste,
+    ) -> Self {
         let mut committed = ShardTotals::default();
         done.values().for_each(|totals| committed.add(*totals));
         Self {
@@ -76,9 +89,11 @@ impl Brain {
             workers: Workers::default(),
             leases: HashMap::new(),
             suspects: VecDeque::new(),
+            deaths: HashMap::new(),
+            orphans: BTreeMap::new(),
             next_lease: 0,
             requested: BTreeSet::new(),
-            recomputed: 0,
+            waste,
         }
     }
 
@@ -118,10 +133,11 @@ impl Brain {
     }
 
     /// Opens a shard, restored from what the ledger remembers of it.
-    pub fn open_shard(&mut self, id: ShardId, shard: Shard) {
+    pub fn open_shard(&mut self, id: ShardId, shard: Shard, now: Duration) {
         self.requested.remove(&id);
         if !self.is_begun(id) {
             self.open.insert(id, shard);
+            self.place_orphans(id, now);
         }
     }
 
@@ -139,35 +155,51 @@ impl Brain {
         !self.suspects.is_empty() || self.open.values().any(|shard| shard.ready_evaluations() > 0)
     }
 
+    /// Whether there is nothing but blocks that somebody is at, which somebody else may be given too as time passes.
+    pub fn has_only_leased(&self) -> bool {
+        !self.leases.is_empty() && !self.has_ready()
+    }
+
     /// Sorts a report into what is new and what was known. Merges nothing: that is for [`Brain::apply`], once it is durable.
+    /// `again` says that the report was sent before, and no answer came.
     pub fn check(
         &mut self,
         worker: &str,
-        epoch: Epoch,
-        lease: LeaseId,
+        key: LeaseKey,
         report: Record,
+        again: bool,
         now: Duration,
     ) -> Result<Checked, ReportError> {
         self.workers.seen(worker, now);
         // Leases of an earlier incarnation are unknown here, but their results are as good as any.
-        if epoch > self.epoch || (epoch == self.epoch && lease.0 >= self.next_lease) {
-            return Err(ReportError::UnknownLease(lease));
+        let never = key.epoch == self.epoch && key.lease.0 >= self.next_lease;
+        if key.epoch > self.epoch {
+            return Err(ReportError::Replaced(key));
         }
-        let mut checked = Checked::default();
+        if never || key.epoch == Epoch(0) {
+            return Err(ReportError::UnknownLease(key));
+        }
+        let (mut checked, mut waste) = (Checked::default(), self.waste);
         for result in report.results {
             let sample = result.id.sample;
             let refusal = |reason| ReportError::Invalid { sample: sample.0, round: result.id.round.0, reason };
             let verdict = match self.shard(sample, refusal("there is no such sample"))? {
-                None => Err(Refusal::Known),
+                None => Verdict::Known { before: None },
                 Some(shard) => shard.check(&result),
             };
             match verdict {
-                Ok(()) => checked.record.results.push(result),
-                Err(Refusal::Known) => {
+                Verdict::New => checked.record.results.push(result),
+                Verdict::Known { before } => {
                     checked.duplicates += 1;
-                    self.recomputed += u64::from(result.slots) * result.prompts.len() as u64;
+                    let evaluations = u64::from(result.slots).saturating_mul(result.prompts.len() as u64);
+                    let since = before.filter(|_| key.epoch == self.epoch);
+                    if since.is_some_and(|before| key.lease.0 >= before) {
+                        waste.recomputed += evaluations;
+                    } else if !again {
+                        waste.duplicated += evaluations;
+                    }
                 }
-                Err(Refusal::Invalid(reason)) => return Err(refusal(reason)),
+                Verdict::Invalid(reason) => return Err(refusal(reason)),
             }
         }
         for failure in report.failures {
@@ -178,6 +210,7 @@ impl Brain {
                 _ => checked.duplicates += 1,
             }
         }
+        self.waste = waste;
         Ok(checked)
     }
 
@@ -194,28 +227,24 @@ impl Brain {
         Ok(self.open.get_mut(&id))
     }
 
-    /// Merges a durable record. `worker` gets the next round of the samples it has just evaluated.
+    /// Merges a durable record. The worker it is `of` gets the next round of the samples it has just evaluated.
     ///
     /// Parts that were applied already are ignored, so that two copies of a report that were checked at the same time
     /// count once.
-    pub fn apply(&mut self, record: Record, worker: Option<&str>) {
-        let mut evaluations = 0;
+    pub fn apply(&mut self, record: Record, of: Option<(&str, LeaseKey)>) {
+        let (worker, key) = of.unzip();
+        let (mut evaluations, before) = (0, self.next_lease);
         for result in record.results {
             let shard = self.shard_of(result.id.sample);
-            if let Some(applied) = self.open.get_mut(&shard).and_then(|s| s.apply(result, worker)) {
-                evaluations += applied.evaluations;
-                if let Some(lease) = applied.lease {
-                    self.settle(lease, applied.unit);
-                }
+            if let Some(held) = self.open.get_mut(&shard).and_then(|s| s.apply(result, worker, before)) {
+                evaluations += held.evaluations;
+                self.settle(held, key);
             }
         }
         for failure in record.failures {
             let shard = self.shard_of(failure.sample);
-            if let Some(shard) = self.open.get_mut(&shard) {
-                for (lease, unit) in shard.quarantine(failure) {
-                    self.settle(lease, unit);
-                }
-            }
+            let held = self.open.get_mut(&shard).map(|shard| shard.quarantine(failure)).unwrap_or_default();
+            held.into_iter().for_each(|held| self.settle(held, key));
         }
         if let Some(worker) = worker {
             self.workers.credit(worker, evaluations);
@@ -235,12 +264,11 @@ impl Brain {
     /// The samples of a finished shard, how they ended, and its totals, to be written; until [`Brain::close_shard`] the
     /// shard counts as being committed.
     pub fn finished(&mut self, id: ShardId) -> Option<(Vec<Sample>, Vec<Finished>, ShardTotals)> {
-        let mut shard = self.open.remove(&id)?;
+        let shard = self.open.remove(&id)?;
         if !shard.is_finished() {
             self.open.insert(id, shard);
             return None;
         }
-        shard.totals.recomputed += std::mem::take(&mut self.recomputed);
         let totals = shard.totals;
         self.committing.insert(id, totals);
         let (manifest, outcomes) = shard.into_outcomes();
@@ -263,10 +291,14 @@ impl Brain {
     /// Totals of committed and open shards together.
     pub fn totals(&self) -> ShardTotals {
         let mut totals = self.committed;
-        totals.recomputed += self.recomputed;
         self.committing.values().for_each(|t| totals.add(*t));
         self.open.values().for_each(|s| totals.add(s.totals));
         totals
+    }
+
+    /// Evaluations that came to nothing, in all runs.
+    pub fn waste(&self) -> Waste {
+        self.waste
     }
 
     /// `(done, active, pending)` shards.

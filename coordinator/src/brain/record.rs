@@ -1,6 +1,6 @@
 //! What reports bring: results and failures, checked before they are made durable, and the totals they add up to.
 
-use elbo_common::ids::{LeaseId, SampleId, ShardId};
+use elbo_common::ids::{LeaseKey, SampleId, ShardId};
 use elbo_common::record::Totals;
 use elbo_common::unit::UnitId;
 
@@ -49,7 +49,10 @@ pub enum ReportError {
     NotOpen(ShardId),
     /// The lease was never granted.
     #[error("lease {0} was never granted by this coordinator")]
-    UnknownLease(LeaseId),
+    UnknownLease(LeaseKey),
+    /// A later coordinator has granted the lease: this one is being replaced.
+    #[error("lease {0} is of a later coordinator than this one")]
+    Replaced(LeaseKey),
     /// A result contradicts the job.
     #[error("the result of sample {sample}, round {round} was refused: {reason}")]
     Invalid {
@@ -60,6 +63,29 @@ pub enum ReportError {
         /// What is wrong.
         reason: &'static str,
     },
+}
+
+/// What a result is to its sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It is new and valid.
+    New,
+    /// It was known already: since before the lease of that number was granted, where that is remembered.
+    Known {
+        /// The first lease from when it was known.
+        before: Option<u64>,
+    },
+    /// It contradicts the job.
+    Invalid(&'static str),
+}
+
+/// Evaluations that came to nothing, in all runs of a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waste {
+    /// Computed under a lease that was granted after they had been acknowledged, which must never be.
+    pub recomputed: u64,
+    /// Computed by two workers at once: backups, and leases of workers that seemed dead.
+    pub duplicated: u64,
 }
 
 /// A checked report.
@@ -80,26 +106,27 @@ pub struct ShardTotals {
     pub quarantined: u64,
     /// Evaluations its predictions rest on.
     pub evaluations: u64,
-    /// Evaluations that were reported more than once.
-    pub recomputed: u64,
     /// Evaluations that were planned and turned out not to be needed: of samples given up, and of classes with fewer
     /// prompts than others.
     pub spared: u64,
 }
 
-impl From<ShardTotals> for Totals {
-    fn from(totals: ShardTotals) -> Self {
-        let ShardTotals { samples, quarantined, evaluations, recomputed, spared: _ } = totals;
-        Self { samples, quarantined, evaluations, evaluations_recomputed: recomputed }
-    }
-}
-
 impl ShardTotals {
+    /// What a job amounts to whose shards are like this all together.
+    pub fn of_job(self, waste: Waste) -> Totals {
+        Totals {
+            samples: self.samples,
+            quarantined: self.quarantined,
+            evaluations: self.evaluations,
+            evaluations_recomputed: waste.recomputed,
+            evaluations_duplicated: waste.duplicated,
+        }
+    }
+
     pub(crate) fn add(&mut self, other: Self) {
         self.samples += other.samples;
         self.quarantined += other.quarantined;
         self.evaluations += other.evaluations;
-        self.recomputed += other.recomputed;
         self.spared += other.spared;
     }
 }

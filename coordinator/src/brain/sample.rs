@@ -1,11 +1,13 @@
 //! One sample: untouched, on its way through the rounds, or ended.
 
-use elbo_common::ids::{LeaseId, PromptIndex, Round, SampleId};
+use elbo_common::ids::{LeaseKey, PromptIndex, Round, SampleId};
 use elbo_common::manifest::Sample;
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Cut, Unit, UnitId};
 
 use super::active::Active;
+use super::lease::{HeldUnit, Holders};
+use super::record::Verdict;
 use super::{JobShape, SampleFailure, UnitResult};
 
 /// One evaluation's error, kept with `--write-errors`.
@@ -60,8 +62,8 @@ pub struct Finished {
 /// What became of a unit that was applied.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settled {
-    pub(super) lease: Option<LeaseId>,
-    pub(super) evaluations: u64,
+    /// The unit, who had it, and what it took.
+    pub(super) held: HeldUnit,
     /// The sample's round is complete: it is in the next one, or finished.
     pub(super) round_complete: bool,
 }
@@ -173,27 +175,36 @@ impl SampleState {
         }
     }
 
-    /// Marks a ready unit as leased and describes it.
-    pub(super) fn lease(&mut self, job: &JobShape, id: UnitId, lease: LeaseId) -> Option<Unit> {
-        self.active(job)?.lease(id, lease)
-    }
-
-    /// Takes a lease back.
-    pub(super) fn unlease(&mut self, id: UnitId) {
-        if let Stage::Active(active) = &mut self.stage {
-            active.unlease(id);
+    /// Who computes a unit.
+    pub(super) fn holders(&self, id: UnitId) -> Holders {
+        match &self.stage {
+            Stage::Active(active) => active.holders(id),
+            Stage::Untouched | Stage::Ended(_) => Holders::default(),
         }
     }
 
-    /// `Ok(true)` for a new and valid result, `Ok(false)` for a known one.
-    pub(super) fn check(&mut self, job: &JobShape, result: &UnitResult) -> Result<bool, &'static str> {
-        self.active(job).map_or(Ok(false), |active| active.check(job, result))
+    /// Leases a unit that is not done and has fewer than two leases, and describes it.
+    pub(super) fn lease(&mut self, job: &JobShape, id: UnitId, key: LeaseKey) -> Option<Unit> {
+        self.active(job)?.lease(id, key)
     }
 
-    /// Takes a new result in; `None` where it was known.
-    pub(super) fn apply(&mut self, job: &JobShape, result: UnitResult) -> Option<Settled> {
-        let settled = self.active(job)?.apply(job, result)?;
-        self.evaluations += settled.evaluations;
+    /// Takes a lease back; whether the unit is ready now.
+    pub(super) fn unlease(&mut self, id: UnitId, key: LeaseKey) -> bool {
+        match &mut self.stage {
+            Stage::Active(active) => active.unlease(id, key),
+            Stage::Untouched | Stage::Ended(_) => false,
+        }
+    }
+
+    /// What a result is to the sample.
+    pub(super) fn check(&mut self, job: &JobShape, result: &UnitResult) -> Verdict {
+        self.active(job).map_or(Verdict::Known { before: None }, |active| active.check(job, result))
+    }
+
+    /// Takes a new result in, before the lease of that number is granted; `None` where it was known.
+    pub(super) fn apply(&mut self, job: &JobShape, result: UnitResult, before: u64) -> Option<Settled> {
+        let settled = self.active(job)?.apply(job, result, before)?;
+        self.evaluations += settled.held.evaluations;
         self.end_if_over();
         Some(settled)
     }
@@ -203,8 +214,8 @@ impl SampleState {
         (self.stage, self.evaluations) = (Stage::Ended(Outcome::Kept), evaluations);
     }
 
-    /// Gives the sample up; the leases that held units of it.
-    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<(LeaseId, UnitId)> {
+    /// Gives the sample up; the units of it that are leased.
+    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<HeldUnit> {
         match std::mem::replace(&mut self.stage, Stage::Ended(Outcome::Quarantined(failure))) {
             Stage::Active(active) => active.leased(),
             Stage::Untouched | Stage::Ended(_) => Vec::new(),

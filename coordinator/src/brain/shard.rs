@@ -1,31 +1,16 @@
 //! An open shard: its samples and the units of them that are ready.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use elbo_common::ids::{LeaseId, SampleId};
+use elbo_common::ids::{LeaseKey, SampleId};
 use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
+use super::lease::{HeldUnit, Holders};
+use super::record::Verdict;
 use super::sample::{Finished, SampleState};
 use super::{JobShape, Record, SampleFailure, ShardTotals, UnitResult};
-
-/// Why a result adds nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refusal {
-    /// It is known already.
-    Known,
-    /// It contradicts the job.
-    Invalid(&'static str),
-}
-
-/// A result that was merged.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Applied {
-    pub(super) unit: UnitId,
-    pub(super) lease: Option<LeaseId>,
-    pub(super) evaluations: u64,
-}
 
 /// A unit that waits for a worker.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +32,7 @@ pub struct Shard {
     /// The first sample whose first units are not queued yet: all are ready from here on.
     unqueued: usize,
     /// Ready units of samples whose latents a worker has at hand; no queue is empty.
-    by_worker: HashMap<String, VecDeque<Ready>>,
+    by_worker: BTreeMap<String, VecDeque<Ready>>,
     ready_evaluations: u64,
     pub(super) totals: ShardTotals,
 }
@@ -62,7 +47,7 @@ impl Shard {
             unfinished: states.iter().filter(|s| !s.is_finished()).count(),
             fresh: VecDeque::new(),
             unqueued: 0,
-            by_worker: HashMap::new(),
+            by_worker: BTreeMap::new(),
             ready_evaluations: states.iter().map(|s| s.first_evaluations(job)).sum(),
             totals: ShardTotals::default(),
             manifest,
@@ -73,7 +58,7 @@ impl Shard {
         }
         for record in records {
             for result in record.results {
-                shard.apply(result, None);
+                shard.apply(result, None, 0);
             }
             for failure in record.failures {
                 shard.quarantine(failure);
@@ -129,6 +114,8 @@ impl Shard {
             }
         }
         taken.sort_unstable();
+        // A unit that was adopted while it waited, and handed back, is queued twice.
+        taken.dedup();
         taken
     }
 
@@ -174,22 +161,36 @@ impl Shard {
         self.index(sample).is_some_and(|i| !self.states[i].is_finished())
     }
 
-    pub(super) fn lease(&mut self, id: UnitId, lease: LeaseId) -> Option<Unit> {
-        let index = self.index(id.sample)?;
-        self.states[index].lease(&self.job, id, lease)
+    /// Who computes a unit.
+    pub(super) fn holders(&self, id: UnitId) -> Holders {
+        self.index(id.sample).map(|i| self.states[i].holders(id)).unwrap_or_default()
     }
 
-    pub(super) fn unlease(&mut self, id: UnitId) {
-        if let Some(index) = self.index(id.sample) {
-            self.states[index].unlease(id);
-        }
+    /// Whether a lease is the only one on a unit.
+    pub(super) fn is_held_by(&self, id: UnitId, key: LeaseKey) -> bool {
+        self.holders(id) == Holders { first: Some(key), backup: None }
+    }
+
+    /// The evaluations a unit of its sample's current round takes.
+    pub(super) fn unit_evaluations(&self, id: UnitId) -> u64 {
+        self.index(id.sample).map_or(0, |i| self.states[i].unit_evaluations(&self.job, id))
+    }
+
+    /// Leases a unit that is not done and has fewer than two leases, and describes it.
+    pub(super) fn lease(&mut self, id: UnitId, key: LeaseKey) -> Option<Unit> {
+        let index = self.index(id.sample)?;
+        self.states[index].lease(&self.job, id, key)
+    }
+
+    /// Takes a lease back; whether the unit is ready now.
+    pub(super) fn unlease(&mut self, id: UnitId, key: LeaseKey) -> bool {
+        self.index(id.sample).is_some_and(|index| self.states[index].unlease(id, key))
     }
 
     /// Puts a unit that came back where anyone finds it.
     pub(super) fn make_ready(&mut self, id: UnitId) {
-        if let Some(index) = self.index(id.sample).filter(|_| self.is_wanted(id)) {
-            let evaluations = self.states[index].unit_evaluations(&self.job, id);
-            self.push_ready(Ready { unit: id, evaluations }, None);
+        if self.is_wanted(id) {
+            self.push_ready(Ready { unit: id, evaluations: self.unit_evaluations(id) }, None);
         }
     }
 
@@ -208,20 +209,18 @@ impl Shard {
         ids.into_iter().filter_map(|id| self.index(id)).map(|i| self.manifest[i].clone()).collect()
     }
 
-    pub(super) fn check(&mut self, result: &UnitResult) -> Result<(), Refusal> {
-        let index = self.index(result.id.sample).ok_or(Refusal::Invalid("there is no such sample"))?;
-        match self.states[index].check(&self.job, result) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Refusal::Known),
-            Err(reason) => Err(Refusal::Invalid(reason)),
+    pub(super) fn check(&mut self, result: &UnitResult) -> Verdict {
+        match self.index(result.id.sample) {
+            Some(index) => self.states[index].check(&self.job, result),
+            None => Verdict::Invalid("there is no such sample"),
         }
     }
 
-    pub(super) fn apply(&mut self, result: UnitResult, worker: Option<&str>) -> Option<Applied> {
+    /// Merges a new result, before the lease of that number is granted; `None` where it was known.
+    pub(super) fn apply(&mut self, result: UnitResult, worker: Option<&str>, before: u64) -> Option<HeldUnit> {
         let index = self.index(result.id.sample)?;
-        let unit = result.id;
-        let settled = self.states[index].apply(&self.job, result)?;
-        self.totals.evaluations += settled.evaluations;
+        let settled = self.states[index].apply(&self.job, result, before)?;
+        self.totals.evaluations += settled.held.evaluations;
         if settled.round_complete {
             if self.states[index].is_finished() {
                 self.finish_one(index);
@@ -230,7 +229,7 @@ impl Shard {
                 next.into_iter().for_each(|ready| self.push_ready(ready, worker));
             }
         }
-        Some(Applied { unit, lease: settled.lease, evaluations: settled.evaluations })
+        Some(settled.held)
     }
 
     fn keep(&mut self, sample: SampleId, evaluations: u64) {
@@ -241,7 +240,7 @@ impl Shard {
         }
     }
 
-    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<(LeaseId, UnitId)> {
+    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<HeldUnit> {
         let Some(index) = self.index(failure.sample).filter(|&i| !self.states[i].is_finished()) else {
             return Vec::new();
         };

@@ -3,20 +3,53 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
-use elbo_common::ids::LeaseId;
+use elbo_common::ids::LeaseKey;
 
-use super::{Brain, Shard};
+use super::{Brain, SampleFailure, Shard};
+
+/// What a worker is at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activity {
+    /// It has not said.
+    #[default]
+    Unknown,
+    /// Getting the model and the prompts ready.
+    Loading,
+    /// It has nothing to do.
+    Waiting,
+    /// Its device waits for images.
+    Preparing,
+    /// Its device computes.
+    Computing,
+}
+
+/// A worker's sign of life.
+#[derive(Clone, Debug, Default)]
+pub struct Heartbeat {
+    /// Evaluations it has finished and not reported.
+    pub unreported: u64,
+    /// The leases it is at.
+    pub held: Vec<LeaseKey>,
+    /// What it is at.
+    pub activity: Activity,
+    /// For how long nothing has come of that.
+    pub quiet: Duration,
+}
 
 /// A worker the coordinator knows.
 #[derive(Clone, Debug, Default)]
-struct Worker {
+pub(super) struct Worker {
     host: String,
     device: String,
     last_seen: Duration,
-    rate: f64,
+    /// When it last reported something, or got something to do.
+    pub(super) progress: Duration,
+    pub(super) rate: f64,
     evaluations: u64,
     unreported: u64,
-    leases: BTreeSet<LeaseId>,
+    activity: Activity,
+    quiet: Duration,
+    pub(super) leases: BTreeSet<LeaseKey>,
 }
 
 /// All of them, with the sum of their rates.
@@ -56,24 +89,34 @@ impl Workers {
     pub(super) fn credit(&mut self, worker: &str, evaluations: u64) {
         if let Some(known) = self.known.get_mut(worker) {
             known.evaluations += evaluations;
+            // A report is a sign of life: this is now.
+            known.progress = known.last_seen;
         }
     }
 
-    pub(super) fn add_lease(&mut self, worker: &str, lease: LeaseId) {
+    pub(super) fn add_lease(&mut self, worker: &str, lease: LeaseKey, now: Duration) {
         if let Some(known) = self.known.get_mut(worker) {
+            if known.leases.is_empty() {
+                known.progress = now;
+            }
             known.leases.insert(lease);
         }
     }
 
-    pub(super) fn remove_lease(&mut self, worker: &str, lease: LeaseId) {
+    pub(super) fn remove_lease(&mut self, worker: &str, lease: LeaseKey) {
         if let Some(known) = self.known.get_mut(worker) {
             known.leases.remove(&lease);
         }
     }
 
     /// The leases a worker holds.
-    pub(super) fn leases(&self, worker: &str) -> impl Iterator<Item = LeaseId> + '_ {
+    pub(super) fn leases(&self, worker: &str) -> impl Iterator<Item = LeaseKey> + '_ {
         self.known.get(worker).into_iter().flat_map(|known| known.leases.iter().copied())
+    }
+
+    /// All workers.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Worker)> {
+        self.known.iter()
     }
 }
 
@@ -86,12 +129,12 @@ impl Brain {
         known.last_seen = now;
     }
 
-    /// Notes that a worker is alive; `false` when it must join (again).
-    pub fn heartbeat(&mut self, worker: &str, unreported: u64, now: Duration) -> bool {
-        if let Some(known) = self.workers.known.get_mut(worker) {
-            known.unreported = unreported;
-        }
-        self.workers.seen(worker, now)
+    /// Notes that a worker is alive. Of the leases it is at, those nobody needs any more; `None` when it must join (again).
+    pub fn heartbeat(&mut self, worker: &str, beat: Heartbeat, now: Duration) -> Option<Vec<LeaseKey>> {
+        let known = self.workers.known.get_mut(worker)?;
+        known.last_seen = now;
+        (known.unreported, known.activity, known.quiet) = (beat.unreported, beat.activity, beat.quiet);
+        Some(self.unwanted(&beat.held))
     }
 
     /// Whether a worker has joined and not been given up.
@@ -104,25 +147,37 @@ impl Brain {
         self.workers.known.is_empty()
     }
 
-    /// Forgets workers that gave no sign of life for the lease time, and takes their leases back.
-    pub fn expire(&mut self, now: Duration) -> Vec<String> {
+    /// Gives up workers that gave no sign of life for the lease time, and takes their leases back: the workers, and the samples
+    /// that too many died of.
+    pub fn expire(&mut self, now: Duration) -> (Vec<String>, Vec<SampleFailure>) {
         let time_to_live = self.policy.time_to_live;
         let is_silent = |known: &Worker| now.saturating_sub(known.last_seen) > time_to_live;
         let known = self.workers.known.iter();
-        let silent: Vec<String> = known.filter(|(_, w)| is_silent(w)).map(|(name, _)| name.clone()).collect();
-        silent.iter().for_each(|worker| self.leave(worker));
-        silent
+        let mut silent: Vec<String> = known.filter(|(_, w)| is_silent(w)).map(|(name, _)| name.clone()).collect();
+        silent.sort_unstable();
+        let mut given_up = Vec::new();
+        for worker in &silent {
+            let leases: Vec<_> = self.workers.leases(worker).collect();
+            leases.into_iter().for_each(|key| given_up.extend(self.lose(key)));
+            self.forget(worker);
+        }
+        (silent, given_up)
     }
 
-    /// A worker is gone: its leases go to others.
+    /// A worker takes its leave: its leases go to others.
     pub fn leave(&mut self, worker: &str) {
+        let leases: Vec<_> = self.workers.leases(worker).collect();
+        self.release(worker, &leases);
+        self.forget(worker);
+    }
+
+    fn forget(&mut self, worker: &str) {
         self.workers.set_rate(worker, 0.0);
-        let Some(gone) = self.workers.known.remove(worker) else { return };
+        self.workers.known.remove(worker);
         if self.workers.known.is_empty() {
             // What rounding has left.
             self.workers.rate = 0.0;
         }
-        self.release(&gone.leases.into_iter().collect::<Vec<_>>());
         self.open.values_mut().for_each(|shard: &mut Shard| shard.forget(worker));
     }
 
@@ -136,6 +191,8 @@ impl Brain {
             evaluations: w.evaluations,
             unreported: w.unreported,
             rate: w.rate,
+            activity: w.activity,
+            quiet: w.quiet,
         };
         let mut views: Vec<_> = self.workers.known.iter().map(view).collect();
         views.sort_by(|a, b| a.worker.cmp(&b.worker));
@@ -160,4 +217,8 @@ pub struct WorkerView {
     pub unreported: u64,
     /// Its measured rate in evaluations per second.
     pub rate: f64,
+    /// What it is at.
+    pub activity: Activity,
+    /// For how long nothing has come of that.
+    pub quiet: Duration,
 }

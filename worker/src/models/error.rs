@@ -130,6 +130,9 @@ pub enum ModelError {
     /// The model predicted infinities or NaN.
     #[error("the model's output is not finite: its weights may be damaged, or its inputs out of range")]
     NotFinite,
+    /// The model panicked, which is a defect.
+    #[error("the model crashed: {0}; please report this")]
+    Crashed(String),
     /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

@@ -1,0 +1,191 @@
+//! Single events and what they lead to.
+
+use super::*;
+use elbo_common::unit::Cut;
+
+fn started() -> (Brain, Grant) {
+    let mut brain = brain(4, 1);
+    open(&mut brain, ShardId(0), 4, vec![]);
+    brain.join("w", "host", "cpu", Duration::ZERO);
+    let grant = brain.grant("w", 0.0, Duration::ZERO).unwrap();
+    (brain, grant)
+}
+
+fn check(brain: &mut Brain, lease: LeaseId, result: UnitResult) -> Result<Checked, ReportError> {
+    let report = Record { results: vec![result], failures: vec![] };
+    brain.check("w", key(1, lease.0), report, false, Duration::ZERO)
+}
+
+#[test]
+fn results_that_contradict_the_job_are_refused() {
+    let (mut brain, grant) = started();
+    let good = evaluate(&grant.units[0]);
+    let mut refused = |change: fn(&mut UnitResult)| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        check(&mut brain, grant.lease, bad).unwrap_err().to_string()
+    };
+    assert!(refused(|r| r.id.round = Round(1)).contains("not come to this round"));
+    assert!(refused(|r| r.id.slots = 9).contains("no such unit"));
+    assert!(refused(|r| r.id.sample = SampleId(99)).contains("no such sample"));
+    assert!(refused(|r| r.prompts[0] = 5).contains("not the unit's"));
+    assert!(refused(|r| r.slots = 3).contains("not the unit's"));
+    assert!(refused(|r| r.sum.truncate(1)).contains("one sum per prompt"));
+    assert!(refused(|r| r.sum[0] = f64::NAN).contains("not sums of errors"));
+    assert!(refused(|r| r.sum[0] = -1.0).contains("not sums of errors"));
+    assert!(refused(|r| r.errors.clear()).contains("every single error"));
+    let never = check(&mut brain, LeaseId(77), good.clone()).unwrap_err();
+    assert_eq!(never, ReportError::UnknownLease(key(1, 77)));
+    assert!(check(&mut brain, grant.lease, good).is_ok());
+}
+
+#[test]
+fn a_known_result_is_a_duplicate_and_counts_as_such_unless_it_was_only_sent_again() {
+    let (mut brain, grant) = started();
+    let result = evaluate(&grant.units[0]);
+    let checked = check(&mut brain, grant.lease, result.clone()).unwrap();
+    brain.apply(checked.record, Some(("w", key(1, grant.lease.0))));
+    let again = check(&mut brain, grant.lease, result).unwrap();
+    assert_eq!((again.record.results.len(), again.duplicates), (0, 1));
+    let twice = Waste { recomputed: 0, duplicated: grant.units[0].evaluations() };
+    assert_eq!(brain.waste(), twice);
+    let report = Record { results: vec![evaluate(&grant.units[0])], failures: vec![] };
+    let sent_again = brain.check("w", key(1, grant.lease.0), report.clone(), true, Duration::ZERO).unwrap();
+    assert_eq!((sent_again.duplicates, brain.waste()), (1, twice));
+    // Under a lease that was granted afterwards it should never come.
+    let later = brain.grant("w", 0.0, Duration::ZERO).unwrap();
+    brain.check("w", key(1, later.lease.0), report, false, Duration::ZERO).unwrap();
+    assert_eq!(brain.waste(), Waste { recomputed: grant.units[0].evaluations(), ..twice });
+}
+
+#[test]
+fn a_silent_worker_loses_its_leases_to_others() {
+    let (mut brain, grant) = started();
+    brain.join("other", "host", "cpu", Duration::from_secs(29));
+    assert_eq!(brain.expire(Duration::from_secs(31)), (vec!["w".to_owned()], vec![]));
+    let mut seen = Vec::new();
+    while let Some(next) = brain.grant("other", 0.0, Duration::from_secs(31)) {
+        seen.extend(next.units.into_iter().map(|u| u.id));
+    }
+    assert!(grant.units.iter().all(|u| seen.contains(&u.id)));
+}
+
+#[test]
+fn a_grant_whose_reply_was_lost_is_granted_again() {
+    let (mut brain, lost) = started();
+    let second = brain.grant("w", 0.0, Duration::ZERO).unwrap();
+    // The worker asks again, and knows of the second lease only.
+    brain.keep_only("w", &[key(1, second.lease.0)]);
+    let mut again = Vec::new();
+    while let Some(next) = brain.grant("w", 0.0, Duration::ZERO) {
+        again.extend(next.units.into_iter().map(|u| u.id));
+    }
+    assert!(lost.units.iter().all(|u| again.contains(&u.id)));
+    assert!(second.units.iter().all(|u| !again.contains(&u.id)));
+}
+
+#[test]
+fn a_bad_sample_ends_while_the_rest_of_its_block_goes_on() {
+    let (mut brain, grant) = started();
+    let sample = grant.units[0].id.sample;
+    let failure = SampleFailure { sample, stage: "decode".into(), error: "truncated".into() };
+    let report = Record { results: vec![], failures: vec![failure.clone(), failure] };
+    let checked = brain.check("w", key(1, grant.lease.0), report, false, Duration::ZERO).unwrap();
+    brain.apply(checked.record, Some(("w", key(1, grant.lease.0))));
+    assert_eq!(brain.totals().quarantined, 1);
+    let late = evaluate(&grant.units[0]);
+    assert_eq!(check(&mut brain, grant.lease, late).unwrap().duplicates, 1);
+}
+
+#[test]
+fn the_next_round_goes_to_the_worker_that_has_the_latents_but_waits_for_nobody() {
+    let (mut brain, grant) = started();
+    brain.join("other", "host", "cpu", Duration::ZERO);
+    let mut all = vec![grant];
+    while let Some(next) = brain.grant("w", 0.0, Duration::ZERO) {
+        all.push(next);
+    }
+    for grant in &all {
+        for unit in &grant.units {
+            let checked = check(&mut brain, grant.lease, evaluate(unit)).unwrap();
+            // Samples 0 and 1 were evaluated by w, the others by somebody else.
+            let worker = if unit.id.sample.0 < 2 { "w" } else { "other" };
+            brain.apply(checked.record, Some((worker, key(1, grant.lease.0))));
+        }
+    }
+    let own = brain.grant("w", 1.0, Duration::ZERO).unwrap();
+    assert!(own.units.iter().all(|u| u.id.sample.0 < 2 && u.id.round == Round(1)));
+    // When its own are gone, it takes the other's rather than wait.
+    let mut samples = Vec::new();
+    while let Some(next) = brain.grant("w", 1.0, Duration::ZERO) {
+        samples.extend(next.units.iter().map(|u| u.id.sample.0));
+    }
+    assert!(samples.contains(&3));
+}
+
+#[test]
+fn fewer_shards_are_open_the_more_they_weigh() {
+    let policy = LeasePolicy::default();
+    let window = |prompts: usize, shard_size| {
+        let contenders = Contenders::prompts(prompts);
+        let rounds = Policy::exhaustive(&[10], 1).unwrap().rounds(1000, Some(&contenders)).unwrap();
+        policy.window(&JobShape::new(rounds, contenders, &[(0, 1_000_000)].into(), shard_size, false))
+    };
+    assert_eq!(window(10, 1000), policy.window);
+    let large = window(1000, 1000);
+    assert!((3..20).contains(&large));
+    assert!(large as u64 * 1_000_000 * active::PROMPT_BYTES as u64 <= policy.memory);
+    // Two are open whatever they take: one to finish, one to go on with.
+    assert_eq!(window(100_000, 1000), 2);
+}
+
+#[test]
+fn a_restored_shard_hands_out_what_is_left_and_nothing_twice() {
+    let (mut before, mut known) = (brain(4, 1), Vec::new());
+    open(&mut before, ShardId(0), 4, vec![]);
+    before.join("w", "host", "cpu", Duration::ZERO);
+    // Sample 0 comes to its second round, sample 1 to half of its first.
+    for unit in before.grant("w", 1e6, Duration::ZERO).unwrap().units.iter().filter(|u| u.id.sample.0 < 2) {
+        if unit.id.sample.0 == 0 || unit.id.prompts == 0 {
+            known.push(Record { results: vec![evaluate(unit)], failures: vec![] });
+        }
+    }
+    let mut after = brain(4, 2);
+    let reported: Vec<_> = known.iter().map(|record| record.results[0].id).collect();
+    open(&mut after, ShardId(0), 4, known);
+    after.join("w", "host", "cpu", Duration::ZERO);
+    let mut granted: Vec<UnitId> = Vec::new();
+    while let Some(grant) = after.grant("w", 10.0, Duration::ZERO) {
+        granted.extend(grant.units.iter().map(|unit| unit.id));
+    }
+    let shape = shape(4, true);
+    let first = Cut::new(shape.rounds()[0].slots.len(), 70);
+    let mut expected: Vec<_> = (1..4).flat_map(|sample| first.ids(SampleId(sample), Round(0))).collect();
+    expected.retain(|unit| !reported.contains(unit));
+    expected.extend(Cut::new(shape.rounds()[1].slots.len(), 3).ids(SampleId(0), Round(1)));
+    granted.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(granted, expected);
+    assert!(!after.has_ready(), "what is counted as ready must be gone when all is granted");
+}
+
+#[test]
+fn a_shard_that_is_opened_again_leaves_alone_what_it_keeps() {
+    let mut brain = brain(4, 1);
+    let kept: Vec<_> = [0, 1, 3].map(|id| (SampleId(id), 800)).to_vec();
+    let shard = Shard::restore(brain.job(), manifest(ShardId(0), 4), &kept, Vec::new());
+    brain.open_shard(ShardId(0), shard, Duration::ZERO);
+    brain.join("w", "host", "cpu", Duration::ZERO);
+    while let Some(grant) = brain.grant("w", 1e9, Duration::ZERO) {
+        assert!(grant.units.iter().all(|unit| unit.id.sample == SampleId(2)));
+        let results = grant.units.iter().map(evaluate).collect();
+        let report = Record { results, failures: Vec::new() };
+        let checked = brain.check("w", key(1, grant.lease.0), report, false, Duration::ZERO).unwrap();
+        brain.apply(checked.record, Some(("w", key(1, grant.lease.0))));
+    }
+    let (_, outcomes, totals) = brain.finished(ShardId(0)).unwrap();
+    let scored: Vec<_> = outcomes.iter().map(|o| matches!(o.outcome, Outcome::Scored { .. })).collect();
+    assert_eq!(scored, [false, false, true, false]);
+    assert_eq!((totals.samples, totals.quarantined), (4, 0));
+    assert_eq!(totals.evaluations + totals.spared, brain.job().planned_evaluations());
+}

@@ -1,0 +1,231 @@
+//! A worker: asks, computes, keeps what is not acknowledged, and follows whichever coordinator answers.
+
+use super::*;
+
+#[derive(Clone, Debug)]
+pub(super) enum Request {
+    Join(Vec<(LeaseKey, Vec<UnitId>)>),
+    Lease(Vec<LeaseKey>),
+    Heartbeat(Vec<LeaseKey>),
+    Report(LeaseKey, Record, bool),
+    Fail(LeaseKey),
+    Leave,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Reply {
+    Joined,
+    Rejoin,
+    Granted(LeaseKey, Vec<Unit>),
+    Idle,
+    Unwanted(Vec<LeaseKey>),
+    Acknowledged,
+    Unavailable,
+}
+
+/// A question that waits for its answer. Of each kind there is one at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Join,
+    Lease,
+    Heartbeat,
+    Report,
+    Other,
+}
+
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) name: String,
+    pub(super) alive: bool,
+    /// Nothing gets through to it or from it until then.
+    pub(super) cut_until: u64,
+    /// It stands still until then.
+    pub(super) stopped_until: u64,
+    /// Evaluations per second.
+    rate: u64,
+    finished: u64,
+    /// Units that are not acknowledged, by lease.
+    held: BTreeMap<LeaseKey, BTreeSet<UnitId>>,
+    queue: VecDeque<(LeaseKey, Unit)>,
+    findings: Vec<(LeaseKey, UnitResult)>,
+    failures: Vec<(LeaseKey, SampleFailure)>,
+    /// What is being reported.
+    report: Option<(LeaseKey, Record)>,
+    waiting: Vec<(u64, Kind)>,
+    computing: bool,
+}
+
+impl Worker {
+    pub(super) fn new(name: String, rate: u64) -> Self {
+        Self {
+            name,
+            alive: true,
+            cut_until: 0,
+            stopped_until: 0,
+            rate,
+            finished: 0,
+            held: BTreeMap::new(),
+            queue: VecDeque::new(),
+            findings: Vec::new(),
+            failures: Vec::new(),
+            report: None,
+            waiting: Vec::new(),
+            computing: false,
+        }
+    }
+
+    /// The rate it tells, once it has one.
+    pub(super) fn told_rate(&self) -> f64 {
+        if self.finished > 2 { self.rate as f64 } else { 0.0 }
+    }
+
+    fn waits(&self, kind: Kind) -> bool {
+        self.waiting.iter().any(|(_, waiting)| *waiting == kind)
+    }
+
+    fn leases(&self) -> Vec<LeaseKey> {
+        self.held.keys().copied().collect()
+    }
+
+    fn blocks(&self) -> Vec<(LeaseKey, Vec<UnitId>)> {
+        self.held.iter().map(|(key, units)| (*key, units.iter().copied().collect())).collect()
+    }
+
+    fn drop_block(&mut self, key: LeaseKey) {
+        self.held.remove(&key);
+        self.queue.retain(|(of, _)| *of != key);
+    }
+}
+
+impl Simulation {
+    /// A worker looks around: a heartbeat, and whatever it has to ask or to tell.
+    pub(super) fn beat(&mut self, at: usize) {
+        self.later(700, Event::Beat(at));
+        let held = self.workers[at].leases();
+        self.ask(at, Kind::Heartbeat, Request::Heartbeat(held));
+        self.act(at);
+    }
+
+    fn act(&mut self, at: usize) {
+        let worker = &mut self.workers[at];
+        if worker.report.is_none() {
+            let next = worker.findings.first().map(|(key, _)| *key).or(worker.failures.first().map(|(key, _)| *key));
+            if let Some(key) = next {
+                let of_lease = |item: &(LeaseKey, UnitResult)| item.0 == key;
+                let results = worker.findings.iter().filter(|f| of_lease(f)).map(|(_, r)| r.clone()).collect();
+                let failures = worker.failures.iter().filter(|f| f.0 == key).map(|(_, f)| f.clone()).collect();
+                worker.findings.retain(|(of, _)| *of != key);
+                worker.failures.retain(|(of, _)| *of != key);
+                worker.report = Some((key, Record { results, failures }));
+                self.send_report(at, false);
+            }
+        } else {
+            self.send_report(at, true);
+        }
+        let worker = &mut self.workers[at];
+        let blocks: BTreeSet<_> = worker.queue.iter().map(|(key, _)| *key).collect();
+        if blocks.len() < 2 {
+            let held = worker.leases();
+            self.ask(at, Kind::Lease, Request::Lease(held));
+        }
+        self.compute(at);
+    }
+
+    fn send_report(&mut self, at: usize, again: bool) {
+        if let Some((key, record)) = self.workers[at].report.clone() {
+            self.ask(at, Kind::Report, Request::Report(key, record, again));
+        }
+    }
+
+    fn ask(&mut self, at: usize, kind: Kind, request: Request) {
+        if kind != Kind::Other && self.workers[at].waits(kind) {
+            return;
+        }
+        let number = self.next_request();
+        self.workers[at].waiting.push((number, kind));
+        self.later(4_000, Event::GiveUp(at, number));
+        self.send(at, number, request);
+    }
+
+    /// No answer came.
+    pub(super) fn give_up(&mut self, at: usize, number: u64) {
+        self.workers[at].waiting.retain(|(waiting, _)| *waiting != number);
+    }
+
+    fn compute(&mut self, at: usize) {
+        let worker = &mut self.workers[at];
+        let Some((_, unit)) = worker.queue.front() else { return };
+        if !std::mem::replace(&mut worker.computing, true) {
+            let time = unit.evaluations() * 1_000 / worker.rate;
+            self.later(time.max(1), Event::Computed(at));
+        }
+    }
+
+    /// A unit is finished, or whatever else becomes of it.
+    pub(super) fn computed(&mut self, at: usize) {
+        let worker = &mut self.workers[at];
+        worker.computing = false;
+        let Some((key, unit)) = worker.queue.pop_front() else { return };
+        match self.nature.of(unit.id.sample) {
+            Nature::Sound => {
+                worker.finished += 1;
+                let result = self.nature.evaluate(&unit);
+                worker.findings.push((key, result));
+            }
+            Nature::Unreadable => {
+                let sample = unit.id.sample;
+                worker.queue.retain(|(_, other)| other.id.sample != sample);
+                let failure = SampleFailure { sample, stage: "decode".into(), error: "cut off".into() };
+                worker.failures.push((key, failure));
+            }
+            Nature::Poison => {
+                worker.drop_block(key);
+                self.ask(at, Kind::Other, Request::Fail(key));
+            }
+            Nature::Deadly => return self.kill_worker(at),
+        }
+        self.act(at);
+    }
+
+    /// A worker is asked to go: it hands back what it has not begun, and goes once the rest is acknowledged.
+    pub(super) fn drain(&mut self, at: usize) {
+        self.ask(at, Kind::Other, Request::Leave);
+        self.workers[at].alive = false;
+    }
+
+    /// An answer arrives.
+    pub(super) fn answered(&mut self, at: usize, number: u64, reply: Reply) {
+        let worker = &mut self.workers[at];
+        let Some(position) = worker.waiting.iter().position(|(waiting, _)| *waiting == number) else { return };
+        let (_, kind) = worker.waiting.swap_remove(position);
+        match reply {
+            Reply::Rejoin => {
+                let held = worker.blocks();
+                self.ask(at, Kind::Join, Request::Join(held));
+            }
+            Reply::Granted(key, units) => {
+                worker.held.insert(key, units.iter().map(|unit| unit.id).collect());
+                worker.queue.extend(units.into_iter().map(|unit| (key, unit)));
+            }
+            Reply::Unwanted(keys) => keys.into_iter().for_each(|key| worker.drop_block(key)),
+            Reply::Acknowledged if kind == Kind::Report => {
+                if let Some((key, record)) = worker.report.take()
+                    && let Some(units) = worker.held.get_mut(&key)
+                {
+                    let bad: BTreeSet<_> = record.failures.iter().map(|f| f.sample).collect();
+                    let known: BTreeSet<_> = record.results.iter().map(|r| r.id).collect();
+                    units.retain(|unit| !known.contains(unit) && !bad.contains(&unit.sample));
+                    if units.is_empty() {
+                        worker.held.remove(&key);
+                    }
+                }
+            }
+            Reply::Joined | Reply::Idle | Reply::Acknowledged | Reply::Unavailable => {}
+        }
+        if matches!(kind, Kind::Report | Kind::Join) {
+            self.act(at);
+        } else {
+            self.compute(at);
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The blocks a worker has in hand: leased, and not acknowledged as a whole.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use elbo_common::ids::{LeaseKey, SampleId};
+use elbo_common::unit::UnitId;
+use elbo_proto::v1;
+
+#[derive(Debug)]
+struct Block {
+    /// Units that are not acknowledged.
+    units: BTreeSet<UnitId>,
+    unwanted: Arc<AtomicBool>,
+}
+
+/// The blocks in hand, shared by those who compute, report and ask for more.
+#[derive(Clone, Debug, Default)]
+pub struct Held(Arc<Mutex<BTreeMap<LeaseKey, Block>>>);
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<LeaseKey, Block>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a block in hand. What is given back becomes true when nobody needs its results any more.
+    pub fn add(&self, block: &v1::Block) -> Arc<AtomicBool> {
+        let named = block.units.iter().filter_map(|unit| unit.id?.try_into().ok());
+        let unwanted = Arc::new(AtomicBool::new(false));
+        self.lock().insert(block.key(), Block { units: named.collect(), unwanted: Arc::clone(&unwanted) });
+        unwanted
+    }
+
+    /// Results of a block were acknowledged, and samples of it given up; a block without more is out of hand.
+    pub fn acknowledge(&self, key: LeaseKey, report: &v1::ReportRequest) {
+        let mut held = self.lock();
+        let Some(block) = held.get_mut(&key) else { return };
+        for id in report.results.iter().filter_map(|result| result.id?.try_into().ok()) {
+            block.units.remove(&id);
+        }
+        let bad: BTreeSet<_> = report.failures.iter().map(|failure| SampleId(failure.sample)).collect();
+        block.units.retain(|unit| !bad.contains(&unit.sample));
+        if block.units.is_empty() {
+            held.remove(&key);
+        }
+    }
+
+    /// A block is handed back, or given up.
+    pub fn remove(&self, key: LeaseKey) {
+        self.lock().remove(&key);
+    }
+
+    /// Nobody needs these blocks' results any more.
+    pub fn abandon(&self, keys: impl IntoIterator<Item = LeaseKey>) {
+        let held = self.lock();
+        for block in keys.into_iter().filter_map(|key| held.get(&key)) {
+            block.unwanted.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// The leases.
+    pub fn leases(&self) -> Vec<v1::HeldLease> {
+        self.lock().keys().map(|key| (*key).into()).collect()
+    }
+
+    /// The leases with their units, for a coordinator that does not know of them.
+    pub fn blocks(&self) -> Vec<v1::HeldBlock> {
+        let block = |(key, block): (&LeaseKey, &Block)| v1::HeldBlock {
+            epoch: key.epoch.0,
+            lease: key.lease.0,
+            units: block.units.iter().map(|unit| (*unit).into()).collect(),
+        };
+        self.lock().iter().map(block).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_in_hand_until_every_unit_is_acknowledged_or_its_sample_given_up() {
+        let id = |sample, slots| v1::UnitId { sample, round: 0, slots, prompts: 0 };
+        let unit = |sample, slots| v1::Unit { id: Some(id(sample, slots)), ..v1::Unit::default() };
+        let block =
+            v1::Block { lease: 3, epoch: 1, units: vec![unit(1, 0), unit(1, 1), unit(2, 0)], ..v1::Block::default() };
+        let held = Held::default();
+        let unwanted = held.add(&block);
+        let result = |id| v1::UnitResult { id: Some(id), ..v1::UnitResult::default() };
+        let acknowledged = v1::ReportRequest { results: vec![result(id(2, 0))], ..v1::ReportRequest::default() };
+        held.acknowledge(block.key(), &acknowledged);
+        assert_eq!(held.blocks(), [v1::HeldBlock { epoch: 1, lease: 3, units: vec![id(1, 0), id(1, 1)] }]);
+        held.abandon([block.key()]);
+        assert!(unwanted.load(Ordering::Relaxed));
+        let bad = v1::SampleFailure { sample: 1, ..v1::SampleFailure::default() };
+        held.acknowledge(block.key(), &v1::ReportRequest { failures: vec![bad], ..v1::ReportRequest::default() });
+        assert!(held.is_empty());
+    }
+}

@@ -1,0 +1,198 @@
+//! The lease loop of one engine: asks for blocks, prepares them side by side, computes them one after the other.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use elbo_common::ids::LeaseKey;
+use elbo_proto::v1;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::client::{CallError, Client};
+use crate::engine::BlockEvent;
+use crate::held::Held;
+use crate::prepare::{BlockError, Preparer};
+use crate::report::Finding;
+use crate::worker::{WorkerError, no_answer};
+
+/// Blocks an engine has in hand: one being computed, one being prepared.
+const BLOCKS: usize = 2;
+
+/// Measured evaluations per second, smoothed over leases.
+#[derive(Debug, Default)]
+struct Rate(Mutex<Option<f64>>);
+
+impl Rate {
+    fn get(&self) -> f64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or(0.0)
+    }
+
+    fn note(&self, evaluations: u64, seconds: f64) {
+        if evaluations > 0 && seconds > 0.0 {
+            let (mut rate, new) = (self.0.lock().unwrap_or_else(PoisonError::into_inner), evaluations as f64 / seconds);
+            *rate = Some(rate.map_or(new, |old| 0.5 * old + 0.5 * new));
+        }
+    }
+}
+
+/// Who asks for blocks.
+pub(crate) struct Lessee {
+    client: Client,
+    preparer: Arc<Preparer>,
+    findings: mpsc::UnboundedSender<(LeaseKey, Finding)>,
+    held: Held,
+    rate: Rate,
+}
+
+/// What a lessee needs to know beside its parts.
+pub(crate) struct Terms<'a> {
+    /// The host it runs on, for people.
+    pub(crate) host: &'a str,
+    /// Its device, likewise.
+    pub(crate) device: &'a str,
+    /// Whether to wait for a coordinator that stopped before the job was done.
+    pub(crate) stay: bool,
+    /// Asks for no more.
+    pub(crate) stop: &'a CancellationToken,
+}
+
+impl Lessee {
+    pub(crate) fn new(
+        client: Client,
+        preparer: Arc<Preparer>,
+        findings: mpsc::UnboundedSender<(LeaseKey, Finding)>,
+        held: Held,
+    ) -> Self {
+        Self { client, preparer, findings, held, rate: Rate::default() }
+    }
+
+    /// Leases and computes until the job is done, the coordinator sends the worker away, or it is stopped.
+    pub(crate) async fn run(self, terms: Terms<'_>) -> Result<(), WorkerError> {
+        let Terms { host, device, stay, stop } = terms;
+        let this = Arc::new(self);
+        let places = Arc::new(Semaphore::new(BLOCKS));
+        // Blocks are prepared side by side but computed one after the other, in the order they were leased.
+        let turn = Arc::new(tokio::sync::Mutex::new(()));
+        let mut blocks: JoinSet<Result<(), WorkerError>> = JoinSet::new();
+        let ended = loop {
+            let place = tokio::select! {
+                place = Arc::clone(&places).acquire_owned() => place.map_err(|_| WorkerError::Task("lease loop"))?,
+                Some(ended) = blocks.join_next() => {
+                    match ended.map_err(|_| WorkerError::Task("block")).flatten() {
+                        Ok(()) => continue,
+                        Err(error) => break Err(error),
+                    }
+                }
+                () = stop.cancelled() => break Ok(()),
+            };
+            let reply = tokio::select! {
+                reply = this.client.lease(this.rate.get(), this.held.leases()) => reply,
+                () = stop.cancelled() => break Ok(()),
+            };
+            use v1::lease_reply::Outcome;
+            match reply {
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }) => {
+                    let (this, turn) = (Arc::clone(&this), Arc::clone(&turn));
+                    let unwanted = this.held.add(&block);
+                    blocks.spawn(async move {
+                        let done = this.compute(block, unwanted, &turn).await;
+                        drop(place);
+                        done
+                    });
+                }
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !stay => {
+                    break Ok(());
+                }
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(_)) }) => {
+                    tracing::info!("the coordinator is stopping: waiting for it to come back");
+                    tokio::select! {
+                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                        () = stop.cancelled() => break Ok(()),
+                    }
+                }
+                Ok(_) => {}
+                Err(CallError::Rejoin) => drop(this.client.join(host, device, this.held.blocks()).await),
+                Err(error) => break Err(no_answer(error)),
+            }
+        };
+        // Finish what the device is in the middle of, report it, and hand the rest back.
+        this.preparer.engine.cancel();
+        while let Some(block) = blocks.join_next().await {
+            if let Ok(Err(error)) = block {
+                tracing::debug!(%error, "a block was not finished");
+            }
+        }
+        ended
+    }
+
+    /// Hands something to the reporter.
+    fn find(&self, key: LeaseKey, finding: Finding) {
+        if self.findings.send((key, finding)).is_err() {
+            tracing::debug!(lease = %key, "the reporter has stopped");
+        }
+    }
+
+    /// Prepares and computes one block.
+    async fn compute(
+        &self,
+        block: v1::Block,
+        unwanted: Arc<AtomicBool>,
+        turn: &tokio::sync::Mutex<()>,
+    ) -> Result<(), WorkerError> {
+        let key = block.key();
+        let prepared = match self.preparer.prepare(block).await {
+            Err(BlockError::Captions(error)) => return self.give_up(key, &error.to_string()).await,
+            prepared => prepared?,
+        };
+        for bad in prepared.bad {
+            tracing::warn!(lease = %key, sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
+            self.find(key, Finding::Bad(bad));
+        }
+        // The turn ends when all batches are queued: the next block's then follow without a gap.
+        let own_turn = turn.lock().await;
+        let started = Instant::now();
+        let evaluations: u64 = prepared.units.iter().map(|u| u.unit.evaluations()).sum();
+        let (events, mut inbox) = mpsc::unbounded_channel();
+        let (engine, flag) = (Arc::clone(&self.preparer.engine), Arc::clone(&unwanted));
+        let submitting = async {
+            let submit = move || engine.submit(prepared.units, prepared.conditions, events, flag);
+            let submitted = tokio::task::spawn_blocking(submit).await;
+            drop(own_turn);
+            submitted.map_err(|_| WorkerError::Task("block"))?.map_err(WorkerError::from)
+        };
+        let following = async {
+            let mut failure = None;
+            while let Some(event) = inbox.recv().await {
+                match event {
+                    BlockEvent::Unit(unit) => self.find(key, Finding::Unit(unit)),
+                    BlockEvent::Failed(error) => failure = Some(error),
+                    BlockEvent::End => break,
+                }
+            }
+            failure
+        };
+        let (submitted, failure) = tokio::join!(submitting, following);
+        submitted?;
+        match failure {
+            Some(error) => self.give_up(key, &error).await?,
+            None if unwanted.load(Ordering::Relaxed) => {
+                tracing::info!(lease = %key, "the block's results are known already: it is dropped");
+                self.held.remove(key);
+            }
+            None => self.rate.note(evaluations, started.elapsed().as_secs_f64()),
+        }
+        Ok(())
+    }
+
+    /// Hands a block back that can't be finished.
+    async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
+        tracing::error!(lease = %key, error, "block failed");
+        self.held.remove(key);
+        match self.client.release(key, error).await {
+            Err(CallError::Fatal(error)) => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}
