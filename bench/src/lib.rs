@@ -2,12 +2,14 @@
 //! thousands of simulated workers.
 //!
 //! [`stage`] makes what a job needs and is never counted, [`process`] starts, watches and kills the coordinator, [`oracle`]
-//! knows the errors every evaluation "has", [`simulated`] is a worker without a model, and [`run()`] goes through the phases.
+//! knows the errors every evaluation "has", [`simulated`] is a worker without a model, [`run()`] goes through the phases of a load, and
+//! [`scaling`] through runs of one job with more and more workers.
 
 pub mod oracle;
 pub mod process;
 pub mod report;
 mod run;
+pub mod scaling;
 pub mod simulated;
 pub mod stage;
 

@@ -1,6 +1,7 @@
 //! The coordinator as a process: started, watched through `/proc`, killed.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -32,6 +33,12 @@ pub struct Memory {
 
 /// The kernel's unit of CPU time in `/proc`, the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
+
+/// A port nobody listens on.
+pub fn free_port() -> Result<u16, BenchError> {
+    let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
+    Ok(free.map_err(|error| BenchError::Answer(format!("has no port to listen on: {error}")))?.port())
+}
 
 impl Coordinator {
     /// Starts `program coordinator` over a stage.
@@ -73,6 +80,17 @@ impl Coordinator {
     pub fn kill(&mut self) -> Result<(), BenchError> {
         let killed = self.child.kill().and_then(|()| self.child.wait());
         killed.map(drop).map_err(|error| BenchError::Answer(format!("can't be killed: {error}")))
+    }
+
+    /// Waits until it has finished its job.
+    pub async fn wait(&mut self) -> Result<(), BenchError> {
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) if status.success() => return Ok(()),
+                _ => self.check()?,
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     fn proc(&self, file: &str) -> PathBuf {

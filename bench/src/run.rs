@@ -1,6 +1,5 @@
 //! The phases of a benchmark: start, steady work, flat out, rest, kill and restart.
 
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +17,7 @@ use elbo_worker::client::CallError;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::process::{Coordinator, bytes_below};
+use crate::process::{Coordinator, bytes_below, free_port};
 use crate::report::{Feeds, FlatOut, Predictions, Quantiles, Report, Start, Steady};
 use crate::simulated::{Behaviour, Simulated, Tally};
 use crate::stage::Stage;
@@ -118,9 +117,7 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn start(&self) -> Result<Coordinator, BenchError> {
-        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let port = free.map_err(|error| BenchError::Answer(format!("has no port to listen on: {error}")))?.port();
-        Coordinator::start(&self.options.program, &self.stage, self.options.preset.name(), port)
+        Coordinator::start(&self.options.program, &self.stage, self.options.preset.name(), free_port()?)
     }
 
     fn worker(&self, address: &str, behaviour: Behaviour, tally: &Arc<Tally>) -> Result<Simulated, BenchError> {
@@ -250,7 +247,8 @@ impl Bench<'_> {
         let status = status(&coordinator.address).await?;
         tokio::time::sleep(self.options.settle).await;
         coordinator.check()?;
-        let done_evaluations = status.shards_done * u64::from(DEFAULT_SHARD_SIZE) * self.planned()?;
+        let done_evaluations =
+            status.shards_done * u64::from(DEFAULT_SHARD_SIZE) * planned(self.options.preset, self.options.classes)?;
         let per_cpu_second = |n: u64| n as f64 / spent.max(1e-9);
         let feeds = |&rate: &f64| Feeds { rate, workers: per_cpu_second(counts.evaluations) / rate };
         Ok(FlatOut {
@@ -273,16 +271,9 @@ impl Bench<'_> {
         })
     }
 
-    /// Evaluations of an image.
-    fn planned(&self) -> Result<u64, BenchError> {
-        let contenders = Contenders::prompts(self.options.classes as usize);
-        let rounds = self.options.preset.policy().rounds(TIMESTEPS, Some(&contenders))?;
-        Ok(costs(&rounds, &contenders).iter().map(|cost| cost.evaluations).sum())
-    }
-
     /// Compares the predictions of committed shards with what they must be.
     fn check(&self) -> Result<Predictions, BenchError> {
-        let (classes, planned) = (self.options.classes, self.planned()?);
+        let (classes, planned) = (self.options.classes, planned(self.options.preset, self.options.classes)?);
         let mut found = Predictions::default();
         let Ok(files) = std::fs::read_dir(self.stage.out.join("predictions")) else { return Ok(found) };
         for file in files.flatten() {
@@ -298,13 +289,20 @@ impl Bench<'_> {
     }
 }
 
+/// Evaluations of an image.
+pub(crate) fn planned(preset: Preset, classes: u32) -> Result<u64, BenchError> {
+    let contenders = Contenders::prompts(classes as usize);
+    let rounds = preset.policy().rounds(TIMESTEPS, Some(&contenders))?;
+    Ok(costs(&rounds, &contenders).iter().map(|cost| cost.evaluations).sum())
+}
+
 async fn status(address: &str) -> Result<v1::StatusReply, BenchError> {
     let failed = |error: &dyn std::fmt::Display| BenchError::Answer(format!("tells no status: {error}"));
     let mut client = CoordinatorClient::connect(address.to_owned()).await.map_err(|e| failed(&e))?;
     Ok(client.status(v1::StatusRequest {}).await.map_err(|e| failed(&e.message()))?.into_inner())
 }
 
-fn unanswered(error: CallError) -> BenchError {
+pub(crate) fn unanswered(error: CallError) -> BenchError {
     match error {
         CallError::Rejoin => BenchError::Answer("forgot a worker that had just joined".into()),
         CallError::Rejected(reason) => BenchError::Answer(format!("refused a call: {reason}")),

@@ -287,6 +287,28 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchCommand {
     /// The coordinator, over generated images and with simulated workers: listing, CPU time, memory, ledger, restart
     Coordinator(BenchCoordinatorArgs),
+    /// How a job's time falls with the number of simulated workers, and what deaths of workers and coordinator cost
+    Scaling(BenchScalingArgs),
+}
+
+/// `elbo bench scaling`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchScalingArgs {
+    /// Numbers of workers, a run for each
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8")]
+    pub(crate) workers: Vec<NonZeroUsize>,
+    /// Evaluations per second of each worker
+    #[arg(long, default_value = "1000")]
+    pub(crate) rate: f64,
+    /// Seconds that the most workers should take; fewer take longer
+    #[arg(long, default_value = "60")]
+    pub(crate) seconds: f64,
+    /// Workers that die in a run with the most workers
+    #[arg(long, default_value = "4")]
+    pub(crate) deaths: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `elbo bench coordinator`.

@@ -14,7 +14,7 @@ use crate::client::{CallError, Client};
 use crate::engine::BlockEvent;
 use crate::held::Held;
 use crate::prepare::{BlockError, Preparer};
-use crate::report::Finding;
+use crate::report::{Finding, Told};
 use crate::worker::{WorkerError, no_answer};
 
 /// Blocks an engine has in hand: one being computed, one being prepared.
@@ -41,7 +41,7 @@ impl Rate {
 pub(crate) struct Lessee {
     client: Client,
     preparer: Arc<Preparer>,
-    findings: mpsc::UnboundedSender<(LeaseKey, Finding)>,
+    findings: mpsc::UnboundedSender<Told>,
     held: Held,
     rate: Rate,
 }
@@ -62,7 +62,7 @@ impl Lessee {
     pub(crate) fn new(
         client: Client,
         preparer: Arc<Preparer>,
-        findings: mpsc::UnboundedSender<(LeaseKey, Finding)>,
+        findings: mpsc::UnboundedSender<Told>,
         held: Held,
     ) -> Self {
         Self { client, preparer, findings, held, rate: Rate::default() }
@@ -129,8 +129,12 @@ impl Lessee {
 
     /// Hands something to the reporter.
     fn find(&self, key: LeaseKey, finding: Finding) {
-        if self.findings.send((key, finding)).is_err() {
-            tracing::debug!(lease = %key, "the reporter has stopped");
+        self.tell(Some((key, finding)));
+    }
+
+    fn tell(&self, told: Told) {
+        if self.findings.send(told).is_err() {
+            tracing::debug!("the reporter has stopped");
         }
     }
 
@@ -182,6 +186,10 @@ impl Lessee {
                 self.held.remove(key);
             }
             None => self.rate.note(evaluations, started.elapsed().as_secs_f64()),
+        }
+        if !self.preparer.engine.is_busy() {
+            // Somebody may be waiting for the last results.
+            self.tell(None);
         }
         Ok(())
     }

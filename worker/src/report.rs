@@ -26,6 +26,10 @@ pub enum Finding {
     Bad(BadSample),
 }
 
+/// What a reporter is told: something found under a lease, or that nothing more will come for a while, so that what there is
+/// should be sent now.
+pub type Told = Option<(LeaseKey, Finding)>;
+
 /// Sends findings as they come until the channel closes and all is acknowledged.
 ///
 /// Rejoining is the worker's business: here it is only waited for.
@@ -38,7 +42,7 @@ pub struct Reporter {
     /// Its device, likewise.
     pub device: String,
     /// Findings.
-    pub findings: mpsc::UnboundedReceiver<(LeaseKey, Finding)>,
+    pub findings: mpsc::UnboundedReceiver<Told>,
     /// Evaluations acknowledged so far.
     pub acknowledged: Arc<AtomicU64>,
     /// The blocks in hand.
@@ -49,9 +53,10 @@ impl Reporter {
     /// Runs until every finding is acknowledged and no more will come.
     pub async fn run(mut self) -> Result<(), ClientError> {
         while let Some(first) = self.findings.recv().await {
+            let Some(first) = first else { continue };
             let mut gathered = vec![first];
             let deadline = tokio::time::Instant::now() + GATHER;
-            while let Ok(Some(next)) = tokio::time::timeout_at(deadline, self.findings.recv()).await {
+            while let Ok(Some(Some(next))) = tokio::time::timeout_at(deadline, self.findings.recv()).await {
                 gathered.push(next);
             }
             for (key, report) in by_lease(&self.client.worker, gathered) {

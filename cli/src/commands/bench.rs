@@ -1,12 +1,14 @@
 //! `elbo bench`: measures parts of the system on this machine.
 
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
 use elbo_bench::Options;
 use elbo_common::job::DEFAULT_SHARD_SIZE;
 
-use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs};
+use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchScalingArgs};
 use crate::failure::usage;
 use crate::session;
 
@@ -14,7 +16,41 @@ use crate::session;
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Coordinator(args) => coordinator(args).await,
+        BenchCommand::Scaling(args) => scaling(args).await,
     }
+}
+
+fn program() -> anyhow::Result<PathBuf> {
+    std::env::current_exe().context("finding this program, which is also the coordinator")
+}
+
+async fn scaling(args: BenchScalingArgs) -> anyhow::Result<()> {
+    for (name, value) in [("rate", args.rate), ("seconds", args.seconds)] {
+        if !value.is_finite() || value <= 0.0 {
+            return Err(usage(format!("--{name} {value} must be a positive number")));
+        }
+    }
+    let most = args.workers.iter().copied().max().map_or(1, NonZeroUsize::get);
+    if args.deaths > most {
+        return Err(usage(format!("--deaths {} is more than the {most} workers there are", args.deaths)));
+    }
+    let dir = tempfile::tempdir().context("making a directory for the job")?;
+    let options = elbo_bench::scaling::Options {
+        program: program()?,
+        dir: dir.path().to_owned(),
+        workers: args.workers.into_iter().map(NonZeroUsize::get).collect(),
+        rate: args.rate,
+        seconds: args.seconds,
+        deaths: args.deaths,
+    };
+    session::allow_connections();
+    let found = elbo_bench::scaling::run(&options, |note| eprintln!("{note}")).await?;
+    if args.json {
+        println!("{}", serde_json::to_string(&found)?);
+    } else {
+        println!("{found}");
+    }
+    Ok(())
 }
 
 async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
@@ -40,7 +76,7 @@ async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
         )));
     }
     let options = Options {
-        program: std::env::current_exe().context("finding this program, which is also the coordinator")?,
+        program: program()?,
         dir: args.dir,
         samples: args.samples.get(),
         classes: args.classes,
