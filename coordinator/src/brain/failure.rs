@@ -12,16 +12,22 @@ use super::{Brain, SampleFailure};
 /// Failures after which a block is bisected, or a sample given up.
 const FAILURES: u32 = 2;
 
-/// Deaths of workers after which what they held is suspected, likewise. Where every tenth lease is lost with its machine, one
-/// unit in a hundred thousand comes to this by accident.
-const DEATHS: u32 = 5;
+/// Deaths of workers after which what they held is suspected: it is given to workers that have nothing else in hand, and
+/// bisected at every further death, which costs nothing but time.
+const SUSPICION: u32 = 3;
+
+/// Deaths of workers that had nothing but one sample in hand, after which it is given up. Where every tenth lease is lost with
+/// its machine, one sample in a million comes to this by accident, and `--retry-quarantined` finds it sound.
+const DEATHS: u32 = 3;
 
 /// What a block has to answer for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Blame {
     /// How often its evaluation failed.
     pub(super) failures: u32,
-    /// How often its worker died, once that is suspicious.
+    /// Whether too many workers died that held it.
+    pub(super) deadly: bool,
+    /// How often a worker died that held nothing else.
     pub(super) deaths: u32,
 }
 
@@ -60,24 +66,28 @@ impl Brain {
     pub(super) fn lose(&mut self, key: LeaseKey) -> Vec<SampleFailure> {
         let Some(lost) = self.end_lease(key) else { return Vec::new() };
         let free = self.unlease(&lost.units, key);
-        if lost.blame != Blame::default() {
-            let blame = Blame { deaths: lost.blame.deaths + u32::from(!lost.mixed), ..lost.blame };
-            return self.judge_dead(Suspects { units: free, blame, failed_on: lost.worker });
+        let (blame, failed_on) = (lost.blame, lost.worker);
+        if blame.deadly {
+            let blame = Blame { deaths: blame.deaths + u32::from(!lost.mixed), ..blame };
+            return self.judge_dead(Suspects { units: free, blame, failed_on });
         }
-        let mut deadly = Vec::new();
+        let (mut deadly, mut others) = (Vec::new(), Vec::new());
         for unit in free {
             let deaths = self.deaths.entry(unit).or_default();
             *deaths += 1;
-            if *deaths >= DEATHS { deadly.push(unit) } else { self.make_ready(unit) }
+            if *deaths >= SUSPICION { deadly.push(unit) } else { others.push(unit) }
         }
-        // Their workers had other blocks in hand too. The next one has not.
-        let blame = Blame { failures: 0, deaths: DEATHS - 1 };
-        self.judge_dead(Suspects { units: deadly, blame, failed_on: lost.worker })
+        if blame == Blame::default() {
+            others.into_iter().for_each(|unit| self.make_ready(unit));
+        } else if !others.is_empty() {
+            self.suspects.push_back(Suspects { units: others, blame, failed_on: failed_on.clone() });
+        }
+        self.judge_dead(Suspects { units: deadly, blame: Blame { deadly: true, ..blame }, failed_on })
     }
 
     fn judge_dead(&mut self, suspects: Suspects) -> Vec<SampleFailure> {
         let error = format!(
-            "{} workers died while they computed it, the last one {}: see their logs",
+            "{SUSPICION} workers died while they held it, and {} that had nothing else in hand, the last one {}: see their logs",
             suspects.blame.deaths, suspects.failed_on
         );
         self.judge(suspects, &error)
@@ -89,19 +99,20 @@ impl Brain {
         if units.is_empty() {
             return Vec::new();
         }
-        if blame.failures < FAILURES && blame.deaths < DEATHS {
+        let mut samples: Vec<SampleId> = units.iter().map(|unit| unit.sample).collect();
+        samples.dedup();
+        let deaths = if samples.len() == 1 { DEATHS } else { 1 };
+        if blame.failures < FAILURES && blame.deaths < deaths {
             self.suspects.push_back(Suspects { units, blame, failed_on });
             return Vec::new();
         }
-        let mut samples: Vec<SampleId> = units.iter().map(|unit| unit.sample).collect();
-        samples.dedup();
         if let [sample] = samples[..] {
             return vec![SampleFailure { sample, stage: "evaluate".into(), error: error.to_owned() }];
         }
         let middle = samples[samples.len() / 2];
         let (low, high): (Vec<_>, Vec<_>) = units.into_iter().partition(|unit| unit.sample < middle);
-        // What brought the whole to this is behind each half but for one: the next time splits it again.
-        let blame = Blame { failures: blame.failures.min(FAILURES - 1), deaths: blame.deaths.min(DEATHS - 1) };
+        // One failure is behind each half: the next one splits it again.
+        let blame = Blame { failures: blame.failures.min(FAILURES - 1), deaths: 0, ..blame };
         for units in [low, high] {
             self.suspects.push_back(Suspects { units, blame, failed_on: failed_on.clone() });
         }
@@ -110,7 +121,7 @@ impl Brain {
 
     /// Whether a worker is at something that may kill it, and is given nothing else until that is over.
     pub(super) fn is_in_danger(&self, worker: &str) -> bool {
-        self.workers.leases(worker).any(|key| self.leases.get(&key).is_some_and(|lease| lease.blame.deaths > 0))
+        self.workers.leases(worker).any(|key| self.leases.get(&key).is_some_and(|lease| lease.blame.deadly))
     }
 
     /// Suspects for a worker, as far as they are still wanted.
@@ -119,7 +130,7 @@ impl Brain {
         // to somebody who has nothing else in hand, so that it is clear what they die of.
         let (alone, busy) = (self.workers.len() < 2, self.workers.leases(worker).next().is_some());
         let position =
-            self.suspects.iter().position(|s| (alone || s.failed_on != worker) && !(busy && s.blame.deaths > 0))?;
+            self.suspects.iter().position(|s| (alone || s.failed_on != worker) && !(busy && s.blame.deadly))?;
         let mut suspects = self.suspects.remove(position)?;
         let (open, job) = (&self.open, &self.job);
         suspects.units.retain(|id| open.get(&id.sample.shard(job.shard_size())).is_some_and(|s| s.is_wanted(*id)));
