@@ -99,6 +99,11 @@ impl Brain {
         self.workers.known.contains_key(worker)
     }
 
+    /// Whether a lease is out to that worker.
+    pub fn holds(&self, worker: &str, lease: LeaseId) -> bool {
+        self.workers.known.get(worker).is_some_and(|known| known.leases.contains(&lease))
+    }
+
     /// Whether no worker is there.
     pub fn is_alone(&self) -> bool {
         self.workers.known.is_empty()
