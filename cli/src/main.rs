@@ -1,5 +1,6 @@
 //! `elbo`: labels image corpora with a diffusion model.
 
+mod access;
 mod args;
 mod commands;
 mod failure;
@@ -20,7 +21,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
-    logging::start(cli.command.is_service());
+    if let Err(error) = logging::start(cli.command.is_service(), cli.log) {
+        return failure::report(&error);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

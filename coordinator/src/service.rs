@@ -211,6 +211,7 @@ impl v1::coordinator_server::Coordinator for Service {
             epoch: brain.epoch().0,
             job_json: shared.job_json.clone(),
             heartbeat_ms: shared.heartbeat.as_millis() as u32,
+            job: short(&shared.record.fingerprint).to_owned(),
         }))
     }
 

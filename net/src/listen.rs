@@ -257,9 +257,10 @@ mod tests {
         let _first = TcpStream::connect(address).await.unwrap();
         let held = incoming.next().await.unwrap().unwrap();
         let mut second = TcpStream::connect(address).await.unwrap();
+        let mut byte = [0; 1];
         tokio::select! {
             _ = incoming.next() => panic!("there was no place"),
-            read = second.read(&mut [0; 1]) => assert!(matches!(read, Ok(0) | Err(_))),
+            read = second.read(&mut byte) => assert!(matches!(read, Ok(0) | Err(_))),
         }
         assert_eq!((door.open(), door.refused()), (1, 1));
         drop(held);

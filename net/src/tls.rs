@@ -280,15 +280,26 @@ enum Heard {
     Tls(Option<rustls::Error>),
 }
 
-/// Finds out what is wrong between this client and a port that does not answer its calls. `https` is what the client
-/// speaks, `tls` how; `None` where TLS is not to blame.
-pub async fn diagnose(host: &str, port: u16, https: bool, tls: &ClientTls) -> Option<TlsProblem> {
-    let heard = tokio::time::timeout(HANDSHAKE, greet(host, port, tls)).await.unwrap_or(Heard::Nothing);
-    match (https, heard) {
-        (false, Heard::Tls(_)) => Some(TlsProblem::Encrypted),
-        (true, Heard::Plaintext) => Some(TlsProblem::Plaintext),
-        (true, Heard::Tls(Some(error))) => Some(tls.explain(host, &error)),
-        (true, Heard::Nothing) => {
+/// Finds out what is wrong between a client and a port that does not answer its calls. The client speaks `tls`, or none;
+/// `None` where TLS is not to blame.
+pub async fn diagnose(host: &str, port: u16, tls: Option<&ClientTls>) -> Option<TlsProblem> {
+    let config = match tls {
+        Some(tls) => Arc::clone(&tls.rustls),
+        // Whatever certificate it shows, and whether that is trusted or not: it speaks TLS.
+        None => Arc::new(
+            ClientConfig::builder_with_provider(provider())
+                .with_safe_default_protocol_versions()
+                .ok()?
+                .with_root_certificates(RootCertStore::empty())
+                .with_no_client_auth(),
+        ),
+    };
+    let heard = tokio::time::timeout(HANDSHAKE, greet(host, port, config)).await.unwrap_or(Heard::Nothing);
+    match (tls, heard) {
+        (None, Heard::Tls(_)) => Some(TlsProblem::Encrypted),
+        (Some(_), Heard::Plaintext) => Some(TlsProblem::Plaintext),
+        (Some(tls), Heard::Tls(Some(error))) => Some(tls.explain(host, &error)),
+        (Some(_), Heard::Nothing) => {
             let plain = tokio::time::timeout(Duration::from_secs(2), speaks_plainly(host, port)).await;
             plain.is_ok_and(|plain| plain).then_some(TlsProblem::Plaintext)
         }
@@ -296,12 +307,12 @@ pub async fn diagnose(host: &str, port: u16, https: bool, tls: &ClientTls) -> Op
     }
 }
 
-async fn greet(host: &str, port: u16, tls: &ClientTls) -> Heard {
+async fn greet(host: &str, port: u16, config: Arc<ClientConfig>) -> Heard {
     let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
     let connecting = TcpStream::connect((name.clone(), port)).await;
     let (Ok(name), Ok(stream)) = (ServerName::try_from(name), connecting) else { return Heard::Nothing };
     let outcome = async {
-        let mut stream = TlsConnector::from(Arc::clone(&tls.rustls)).connect(name, stream).await?;
+        let mut stream = TlsConnector::from(config).connect(name, stream).await?;
         // With TLS 1.3 a server that misses the client's certificate says so only now.
         answer(&mut stream).await
     };

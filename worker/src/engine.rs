@@ -20,6 +20,7 @@ use elbo_common::unit::{Unit, UnitId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
+use crate::metrics::metrics;
 use crate::models::{Conditions, ModelError};
 use crate::stage::{PointWork, Stage};
 
@@ -270,6 +271,7 @@ impl Lane {
             match self.problem.errors(&block.units, &block.conditions, &batch.evaluations) {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
+                    metrics().computed(errors.len() as u64);
                     block.take(&batch.evaluations, &errors, self.problem.keep_errors);
                 }
                 Err(error) => {

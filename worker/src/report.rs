@@ -104,7 +104,13 @@ impl Reporter {
         loop {
             match self.client.report(&report).await {
                 Ok(reply) => {
-                    tracing::debug!(lease = key.lease, reply.accepted, reply.duplicates, "acknowledged");
+                    tracing::debug!(
+                        epoch = key.epoch,
+                        lease = key.lease,
+                        reply.accepted,
+                        reply.duplicates,
+                        "acknowledged"
+                    );
                     break;
                 }
                 Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device).await {
@@ -112,7 +118,12 @@ impl Reporter {
                     _ => continue,
                 },
                 Err(CallError::Rejected(reason)) => {
-                    tracing::error!(lease = key.lease, reason, "the coordinator refused a report: it is dropped");
+                    tracing::error!(
+                        epoch = key.epoch,
+                        lease = key.lease,
+                        reason,
+                        "the coordinator refused a report: it is dropped"
+                    );
                     break;
                 }
                 Err(CallError::Fatal(error)) => return Err(error),

@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
+use elbo_net::ClientTls;
 use elbo_proto::v1;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::client::{CallError, Client, ClientError};
 use crate::engine::{BlockEvent, Engine, EngineStopped, Problem};
@@ -60,6 +62,8 @@ pub struct Options {
     pub coordinator: String,
     /// The bearer token, where the coordinator wants one.
     pub token: Option<String>,
+    /// How TLS is spoken with an https:// coordinator; by what the system trusts, where absent.
+    pub tls: Option<ClientTls>,
     /// The worker's name, unique for its process.
     pub name: String,
     /// The host it runs on, for people.
@@ -80,8 +84,14 @@ pub struct Options {
 
 /// Works until the job is done, the coordinator sends it away, or `stop` is cancelled.
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
+    // What every log line of this worker says of it.
+    let span = tracing::info_span!("worker", worker = options.name, job = tracing::field::Empty);
+    run_in_span(options, stop).instrument(span).await
+}
+
+async fn run_in_span(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
     let Options { coordinator, token, name, .. } = &options;
-    let client = Client::new(coordinator, token.as_deref(), name.clone(), options.patience)?;
+    let client = Client::new(coordinator, token.as_deref(), options.tls.as_ref(), name.clone(), options.patience)?;
     let device = format!("cpu x{}", options.threads);
     let joined = tokio::select! {
         joined = client.join(&options.host, &device) => joined.map_err(no_answer)?,
@@ -90,8 +100,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
     // The coordinator hears from the worker while it loads the model, which may take minutes.
     let heartbeat = Duration::from_millis(u64::from(joined.heartbeat_ms.max(50)));
     let pulse = Arc::new(Pulse::default());
-    let beating =
-        tokio::spawn(beat(client.clone(), options.host.clone(), device.clone(), heartbeat, Arc::clone(&pulse)));
+    let beating = tokio::spawn(
+        beat(client.clone(), options.host.clone(), device.clone(), heartbeat, Arc::clone(&pulse)).in_current_span(),
+    );
     let worked = work(&options, &client, &device, &joined, &pulse, &stop).await;
     beating.abort();
     client.leave().await;
@@ -174,7 +185,7 @@ async fn work(
         acknowledged: Arc::clone(&pulse.acknowledged),
         held: held.clone(),
     };
-    let mut reporting = tokio::spawn(reporter.run());
+    let mut reporting = tokio::spawn(reporter.run().in_current_span());
     let lessee = Lessee { client: client.clone(), preparer, findings, held, rate: Rate::default() };
     let leased = tokio::select! {
         leased = lessee.run(options, device, stop) => leased,
@@ -260,12 +271,13 @@ impl Lessee {
                     let (this, turn) = (Arc::clone(&this), Arc::clone(&turn));
                     let key = LeaseKey { epoch: block.epoch, lease: block.lease };
                     this.held.add(key);
-                    blocks.spawn(async move {
+                    let computing = async move {
                         let done = this.compute(key, block, &turn).await;
                         this.held.remove(key, 1);
                         drop(place);
                         done
-                    });
+                    };
+                    blocks.spawn(computing.in_current_span());
                 }
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !options.stay => {
                     break Ok(());
@@ -344,7 +356,7 @@ impl Lessee {
 
     /// Hands a block back that can't be finished.
     async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
-        tracing::error!(lease = key.lease, error, "block failed");
+        tracing::error!(epoch = key.epoch, lease = key.lease, error, "block failed");
         match self.client.release(key.epoch, vec![key.lease], error).await {
             Err(CallError::Fatal(error)) => Err(error.into()),
             _ => Ok(()),

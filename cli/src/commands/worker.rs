@@ -1,7 +1,10 @@
 //! `elbo worker`: computes for a coordinator until its job is done.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::Duration;
+
+use elbo_worker::http::WorkerOperations;
 
 use crate::args::WorkerArgs;
 use crate::{session, stop};
@@ -10,9 +13,16 @@ use crate::{session, stop};
 pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let threads = session::threads(&args.device, NonZeroUsize::MIN)?;
     let host = session::host();
+    let (token, tls) = (args.caller.token()?, args.caller.tls(&args.coordinator)?);
+    let operator = session::operate(args.http).await?;
+    operator.started(Arc::new(WorkerOperations {
+        coordinator: args.coordinator.clone(),
+        device: args.device.device.clone().unwrap_or_else(|| "cpu".into()),
+    }));
     let options = elbo_worker::Options {
         coordinator: args.coordinator,
-        token: session::read_token(&args.token)?,
+        token,
+        tls,
         name: format!("{host}-{}", uuid::Uuid::new_v4()),
         host,
         threads,
