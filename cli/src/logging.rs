@@ -3,9 +3,14 @@
 use std::io::IsTerminal;
 
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tokio::runtime::Handle;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt};
 
 use crate::failure::usage;
+use crate::otlp;
 
 /// How logs are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -17,8 +22,19 @@ pub(crate) enum LogFormat {
     Json,
 }
 
-/// Starts logging; `ELBO_LOG` (like `RUST_LOG`) overrides what is logged.
-pub(crate) fn start(service: bool, format: LogFormat) -> anyhow::Result<()> {
+/// What is to be sent before the process ends.
+#[derive(Debug)]
+pub(crate) struct Logs(Option<SdkTracerProvider>);
+
+impl Logs {
+    /// Sends traces that are not sent yet.
+    pub(crate) fn finish(&self) {
+        self.0.iter().for_each(otlp::finish);
+    }
+}
+
+/// Starts logging, and tracing where it is asked for; `ELBO_LOG` (like `RUST_LOG`) overrides what is logged.
+pub(crate) fn start(service: bool, format: LogFormat, runtime: &Handle) -> anyhow::Result<Logs> {
     // The ledger's database is chatty about its own housekeeping; that it waits for a failing store should be known.
     let default = if service { "info,slatedb=warn" } else { "warn,slatedb=error" };
     let filter = match std::env::var("ELBO_LOG") {
@@ -27,10 +43,14 @@ pub(crate) fn start(service: bool, format: LogFormat) -> anyhow::Result<()> {
         })?,
         _ => EnvFilter::new(format!("{default},slatedb::retrying_object_store=info")),
     };
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
-        LogFormat::Json => builder.json().init(),
-        LogFormat::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
-    }
-    Ok(())
+    let lines = fmt::layer::<Registry>().with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Json => lines.json().with_filter(filter).boxed(),
+        LogFormat::Text => {
+            lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).with_filter(filter).boxed()
+        }
+    };
+    let provider = otlp::exporter(runtime)?;
+    tracing_subscriber::registry().with(lines).with(provider.as_ref().map(otlp::layer)).init();
+    Ok(Logs(provider))
 }

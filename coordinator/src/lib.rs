@@ -7,7 +7,7 @@
 mod audit;
 pub mod brain;
 pub mod commit;
-mod hostile;
+pub mod intake;
 pub mod job;
 pub mod ledger;
 pub mod operations;

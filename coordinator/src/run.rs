@@ -239,13 +239,15 @@ impl Coordinator {
             if commits.len() < COMMITS
                 && let Some(finishing) = self.finishing()
             {
-                commits.push(self.commit_shard(finishing));
+                let span = tracing::trace_span!(target: "elbo::trace", "commit", shard = %finishing.0.shard);
+                commits.push(self.commit_shard(finishing).instrument(span));
                 continue;
             }
             if opening.is_empty()
                 && let Some(shard) = self.shared.brain().wants_shard()
             {
-                opening.push(self.open_shard(shard));
+                let span = tracing::trace_span!(target: "elbo::trace", "open", %shard);
+                opening.push(self.open_shard(shard).instrument(span));
             }
             self.check_quarantine()?;
             if shared.brain().is_done() {
@@ -287,7 +289,7 @@ impl Coordinator {
     }
 
     async fn open_shard(&self, shard: ShardId) -> Result<(), RunError> {
-        let _under_way = self.shared.telemetry.storage(Use::open);
+        let _under_way = self.shared.telemetry.storage(Use::Open);
         let mut samples = self.manifest.shard(shard).await?;
         let retried = self.retried.get(&shard).copied();
         let records = self.shared.ledger.records(shard, retried).await?;
@@ -321,7 +323,7 @@ impl Coordinator {
 
     /// The commit rule: files first, by atomic puts of content that is a pure function of the job; then the ledger's mark.
     async fn commit_shard(&self, (mut finishing, totals): (Finishing, ShardTotals)) -> Result<(), RunError> {
-        let _under_way = self.shared.telemetry.storage(Use::commit);
+        let _under_way = self.shared.telemetry.storage(Use::Commit);
         if self.retried.contains_key(&finishing.shard) {
             finishing.kept = Kept::read(&self.out, finishing.shard).await?;
         }

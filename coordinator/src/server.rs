@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use elbo_net::Doorkeeper;
+use elbo_net::{Doorkeeper, Seldom};
 use elbo_proto::{DESCRIPTORS, MAX_MESSAGE_BYTES, v1};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
@@ -29,22 +29,26 @@ const PING: Duration = Duration::from_secs(20);
 struct Token {
     expected: Option<blake3::Hash>,
     shared: Arc<Shared>,
+    /// When calls without a token, and with a wrong one, were last logged.
+    told: Arc<[Seldom; 2]>,
 }
 
 impl tonic::service::Interceptor for Token {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         let Some(expected) = self.expected else { return Ok(request) };
         let given = request.metadata().get("authorization").and_then(|v| v.to_str().ok());
-        let reason = match given.and_then(|v| v.strip_prefix("Bearer ")) {
+        let (seldom, told, remedy) = match given.and_then(|v| v.strip_prefix("Bearer ")) {
             // Hashes compare in constant time.
             Some(token) if blake3::hash(token.as_bytes()) == expected => return Ok(request),
-            Some(_) => "the token is wrong: use the coordinator's --token-file or ELBO_TOKEN",
-            None => "a token is needed: give the coordinator's with --token-file or ELBO_TOKEN",
+            Some(_) => (&self.told[0], "the token is wrong", "use the coordinator's --token-file or ELBO_TOKEN"),
+            None => (&self.told[1], "a token is needed", "give the coordinator's with --token-file or ELBO_TOKEN"),
         };
         self.shared.telemetry.unauthorized.inc();
-        let peer = request.remote_addr().map(|peer| peer.to_string()).unwrap_or_default();
-        tracing::warn!(peer, "call refused: {}", reason.split(':').next().unwrap_or(reason));
-        Err(Status::unauthenticated(reason))
+        if seldom.is_due() {
+            let peer = request.remote_addr().map(|peer| peer.to_string()).unwrap_or_default();
+            tracing::warn!(peer, "call refused: {told}");
+        }
+        Err(Status::unauthenticated(format!("{told}: {remedy}")))
     }
 }
 
@@ -55,11 +59,19 @@ pub(crate) fn serve(
     door: Doorkeeper,
     hang_up: CancellationToken,
 ) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, tonic::transport::Error> {
-    let token =
-        Token { expected: options.token.as_ref().map(|t| blake3::hash(t.as_bytes())), shared: Arc::clone(&shared) };
+    let token = Token {
+        expected: options.token.as_ref().map(|t| blake3::hash(t.as_bytes())),
+        shared: Arc::clone(&shared),
+        told: Arc::default(),
+    };
     let span = shared.span.clone();
     let mut server = Server::builder()
-        .trace_fn(move |_| span.clone())
+        .trace_fn(move |request| {
+            let call =
+                tracing::trace_span!(target: "elbo::trace", parent: &span, "call", method = request.uri().path());
+            // Where nobody traces, what is logged of a call is logged as the coordinator's.
+            if call.is_disabled() { span.clone() } else { call }
+        })
         .max_concurrent_streams(STREAMS)
         .concurrency_limit_per_connection(STREAMS as usize)
         .http2_max_header_list_size(HEADER_BYTES)

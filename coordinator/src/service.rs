@@ -13,10 +13,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::brain::{Brain, Checked, Grant, Record, ReportError, SampleFailure};
-use crate::ledger::{Ledger, LedgerError, failure_from_wire, from_wire};
+use crate::ledger::{Ledger, LedgerError};
 use crate::progress::{Meter, Progress};
 use crate::telemetry::{Telemetry, Use};
-use crate::{audit, hostile, status};
+use crate::{audit, intake, status};
 
 /// Longest a lease request waits for work.
 const LONGEST_POLL: Duration = Duration::from_secs(20);
@@ -124,7 +124,7 @@ impl Shared {
     /// Makes a record durable and merges it.
     async fn persist(&self, record: Record, worker: Option<&str>) -> Result<(), Status> {
         let shard_size = self.record.identity.spec.shard_size;
-        let under_way = self.telemetry.storage(Use::append);
+        let under_way = self.telemetry.storage(Use::Append);
         let appended = self.ledger.append(&record, shard_size).await;
         drop(under_way);
         if let Err(error) = appended {
@@ -194,7 +194,7 @@ impl v1::coordinator_server::Coordinator for Service {
                 env!("CARGO_PKG_VERSION")
             )));
         }
-        hostile::check_names(&join)?;
+        intake::check_names(&join)?;
         tracing::info!(
             worker = join.worker,
             host = join.host,
@@ -219,7 +219,7 @@ impl v1::coordinator_server::Coordinator for Service {
         use v1::lease_reply::Outcome;
         let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held } = request.into_inner();
         let shared = &self.shared;
-        let evaluations_per_second = hostile::rate(evaluations_per_second);
+        let evaluations_per_second = intake::rate(evaluations_per_second);
         {
             let mut brain = shared.brain();
             let epoch = brain.epoch().0;
@@ -276,10 +276,7 @@ impl v1::coordinator_server::Coordinator for Service {
             tracing::warn!(worker, epoch, lease, error = reason, "report refused");
             Status::invalid_argument(reason)
         };
-        hostile::check_report(epoch, &results, &failures).map_err(&refused)?;
-        let results = results.into_iter().map(from_wire).collect::<Option<Vec<_>>>();
-        let results = results.ok_or_else(|| refused("a result names no unit of this contract".into()))?;
-        let record = Record { results, failures: failures.into_iter().map(failure_from_wire).collect() };
+        let record = intake::record(epoch, results, failures).map_err(refused)?;
         let checked = shared.brain().check(&worker, Epoch(epoch), LeaseId(lease), record, shared.now());
         let Checked { record, duplicates } = match checked {
             Ok(checked) => checked,
@@ -317,8 +314,8 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
         let v1::ReleaseRequest { worker, epoch, leases, error, leaving, reason } = request.into_inner();
-        let error = hostile::shortened(error);
-        let reason = hostile::shortened(reason);
+        let error = intake::shortened(error);
+        let reason = intake::shortened(reason);
         let shared = &self.shared;
         let returned = |how| shared.telemetry.leases_returned.get_or_create(&[("how", how)]).inc();
         let mut given_up: Vec<SampleFailure> = Vec::new();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_net::listen::Door;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -63,23 +63,30 @@ struct Job {
 }
 
 /// A use of the output's storage.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
-#[allow(non_camel_case_types, reason = "these are the values of a label")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Use {
     /// Making results durable.
-    append,
+    Append,
     /// Reading a shard's samples and what the ledger has of them.
-    open,
+    Open,
     /// Writing a finished shard.
-    commit,
+    Commit,
 }
 
 impl Use {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Append => "append",
+            Self::Open => "open",
+            Self::Commit => "commit",
+        }
+    }
+
     fn describe(self) -> &'static str {
         match self {
-            Self::append => "making results durable",
-            Self::open => "opening a shard",
-            Self::commit => "committing a shard",
+            Self::Append => "making results durable",
+            Self::Open => "opening a shard",
+            Self::Commit => "committing a shard",
         }
     }
 }
@@ -89,7 +96,7 @@ impl Use {
 struct Storage {
     under_way: Mutex<BTreeMap<u64, (Use, Instant)>>,
     next: AtomicU64,
-    seconds: Family<[(&'static str, Use); 1], Histogram, fn() -> Histogram>,
+    seconds: Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>,
 }
 
 /// From milliseconds on a local disk to the minutes an object store may be away.
@@ -114,7 +121,7 @@ impl Drop for UnderWay {
     fn drop(&mut self) {
         let ended = self.storage.lock().remove(&self.id);
         if let Some((what, began)) = ended {
-            self.storage.seconds.get_or_create(&[("use", what)]).observe(began.elapsed().as_secs_f64());
+            self.storage.seconds.get_or_create(&[("use", what.name())]).observe(began.elapsed().as_secs_f64());
         }
     }
 }

@@ -18,6 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
+use crate::seldom::Seldom;
+
 /// Length of the words every HTTP/2 connection begins with; a TLS handshake begins with more.
 const GREETING_BYTES: u64 = 24;
 
@@ -50,7 +52,7 @@ pub struct Doorkeeper {
     listener: TcpListener,
     limits: Limits,
     counts: Arc<Counts>,
-    told: Option<Instant>,
+    told: Seldom,
 }
 
 /// How many connections a [`Doorkeeper`] has let in and turned away.
@@ -76,7 +78,12 @@ impl Doorkeeper {
     /// Guards a listener.
     pub fn new(listener: TcpListener, limits: Limits) -> Self {
         let places = Arc::new(Semaphore::new(limits.connections));
-        Self { listener, limits, counts: Arc::new(Counts { places, refused: AtomicU64::new(0) }), told: None }
+        Self {
+            listener,
+            limits,
+            counts: Arc::new(Counts { places, refused: AtomicU64::new(0) }),
+            told: Seldom::default(),
+        }
     }
 
     /// Counts its connections.
@@ -98,9 +105,8 @@ impl Doorkeeper {
             };
             let Ok(place) = Arc::clone(&self.counts.places).try_acquire_owned() else {
                 self.counts.refused.fetch_add(1, Ordering::Relaxed);
-                if self.told.is_none_or(|told| told.elapsed() > Duration::from_secs(10)) {
+                if self.told.is_due() {
                     tracing::warn!(%peer, limit = self.limits.connections, "too many connections: turning new ones away");
-                    self.told = Some(Instant::now());
                 }
                 continue;
             };

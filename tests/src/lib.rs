@@ -6,6 +6,7 @@ pub mod faults;
 pub mod numbers;
 pub mod proxy;
 pub mod servers;
+pub mod service;
 pub mod web;
 
 use std::path::{Path, PathBuf};

@@ -151,7 +151,9 @@ async fn work(
         None => Some(find_models(&identity).await?),
     };
     let (threads, batch, loaded) = (options.threads.get(), options.batch, options.problem.clone());
+    let span = tracing::Span::current();
     let loading = tokio::task::spawn_blocking(move || {
+        let _span = span.enter();
         let problem = match (loaded, models) {
             (Some(problem), _) => problem,
             (None, Some(models)) => Arc::new(Problem::load(&identity, &models)?),
@@ -277,7 +279,8 @@ impl Lessee {
                         drop(place);
                         done
                     };
-                    blocks.spawn(computing.in_current_span());
+                    let span = tracing::trace_span!(target: "elbo::trace", "block", key.epoch, key.lease);
+                    blocks.spawn(computing.instrument(span).in_current_span());
                 }
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !options.stay => {
                     break Ok(());
