@@ -83,7 +83,7 @@ pub struct Simulated {
 impl Simulated {
     /// A worker called `name` for the coordinator at `address`.
     pub fn new(address: &str, name: String, behaviour: Behaviour, tally: Arc<Tally>) -> Result<Self, ClientError> {
-        let client = Client::new(address, None, name, Duration::from_secs(120))?;
+        let client = Client::new(address, None, None, name, Duration::from_secs(120))?;
         Ok(Self { client, behaviour, tally, held: Held::default() })
     }
 

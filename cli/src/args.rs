@@ -8,7 +8,9 @@ use clap::{Args, Parser, Subcommand};
 use elbo_common::preset::Preset;
 use elbo_coordinator::MaxBad;
 
+use crate::access::{CallerArgs, GateArgs};
 use crate::job_args::{JobArgs, JobSource};
+use crate::logging::LogFormat;
 use crate::progress::ProgressMode;
 
 /// Label image corpora with a text-to-image diffusion model, without training.
@@ -18,6 +20,9 @@ pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
+    /// How logs are written; ELBO_LOG says which (like elbo=debug,info)
+    #[arg(long, global = true, value_enum, env = "ELBO_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
+    pub(crate) log: LogFormat,
 }
 
 /// The commands.
@@ -77,6 +82,11 @@ impl DeviceArgs {
 }
 
 impl RunArgs {
+    /// How many bad samples are borne.
+    pub(crate) fn max_bad(&self) -> MaxBad {
+        self.max_bad.unwrap_or(MaxBad::Percent(10.0))
+    }
+
     /// These flags, with what they leave open taken from a job file.
     pub(crate) fn over(self, file: &JobArgs) -> Self {
         Self { max_bad: self.max_bad.or(file.max_bad), progress: self.progress.or(file.progress), ..self }
@@ -132,6 +142,9 @@ pub(crate) struct LabelArgs {
     /// Embedded workers [default: one per device]
     #[arg(long, env = "ELBO_WORKERS")]
     pub(crate) workers: Option<NonZeroUsize>,
+    /// What operators are told.
+    #[command(flatten)]
+    pub(crate) http: HttpArgs,
     /// Where to compute.
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
@@ -140,12 +153,13 @@ pub(crate) struct LabelArgs {
     pub(crate) run: RunArgs,
 }
 
-/// The shared secret of a coordinator and its workers.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct TokenArgs {
-    /// File with the token workers must bring (or set ELBO_TOKEN)
-    #[arg(long, env = "ELBO_TOKEN_FILE", value_name = "FILE")]
-    pub(crate) token_file: Option<PathBuf>,
+/// The HTTP side of a process.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct HttpArgs {
+    /// Address for /livez, /readyz, /metrics (Prometheus), /status (JSON) and a page at /, like 0.0.0.0:7601. They only
+    /// read, need no token and show no secrets, but names of workers and hosts
+    #[arg(long, env = "ELBO_HTTP", value_name = "ADDR")]
+    pub(crate) http: Option<SocketAddr>,
 }
 
 /// `elbo coordinator`.
@@ -166,9 +180,12 @@ pub(crate) struct CoordinatorArgs {
     /// Seconds without a sign of life after which a worker's leases go to others
     #[arg(long, env = "ELBO_LEASE_SECONDS", default_value = "30")]
     pub(crate) lease_seconds: f64,
-    /// The token.
+    /// Who may take part.
     #[command(flatten)]
-    pub(crate) token: TokenArgs,
+    pub(crate) gate: GateArgs,
+    /// What operators are told.
+    #[command(flatten)]
+    pub(crate) http: HttpArgs,
     /// How to run.
     #[command(flatten)]
     pub(crate) run: RunArgs,
@@ -189,9 +206,12 @@ pub(crate) struct WorkerArgs {
     /// Seconds to finish and report what is being computed, once told to stop (SIGTERM, SIGINT)
     #[arg(long, env = "ELBO_GRACE", default_value = "25")]
     pub(crate) grace: f64,
-    /// The token.
+    /// How it is let in.
     #[command(flatten)]
-    pub(crate) token: TokenArgs,
+    pub(crate) caller: CallerArgs,
+    /// What operators are told.
+    #[command(flatten)]
+    pub(crate) http: HttpArgs,
     /// Where to compute.
     #[command(flatten)]
     pub(crate) device: DeviceArgs,
@@ -200,14 +220,14 @@ pub(crate) struct WorkerArgs {
 /// `elbo status`.
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {
-    /// A running coordinator's URL (http://host:7600), or an output
+    /// A running coordinator's URL (http://host:7600 or https://host:7600), or an output
     pub(crate) target: String,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
-    /// The token.
+    /// How it is let in.
     #[command(flatten)]
-    pub(crate) token: TokenArgs,
+    pub(crate) caller: CallerArgs,
 }
 
 /// `elbo report` and `elbo verify`.

@@ -1,10 +1,12 @@
 //! `elbo`: labels image corpora with a diffusion model.
 
+mod access;
 mod args;
 mod commands;
 mod failure;
 mod job_args;
 mod logging;
+mod otlp;
 mod progress;
 mod session;
 mod stop;
@@ -20,7 +22,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
-    logging::start(cli.command.is_service());
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -28,7 +29,12 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let logs = match logging::start(cli.command.is_service(), cli.log, runtime.handle()) {
+        Ok(logs) => logs,
+        Err(error) => return failure::report(&error),
+    };
     let ended = runtime.block_on(commands::run(cli.command));
+    logs.finish();
     // What still runs in the background holds nothing that is not durable.
     runtime.shutdown_background();
     match ended {

@@ -87,6 +87,9 @@ fn message(now: &Progress) -> String {
     if now.samples_quarantined > 0 {
         parts.push(format!("{} quarantined", HumanCount(now.samples_quarantined)));
     }
+    if let Some(stalled) = &now.stalled {
+        parts.push(format!("stalled: {stalled}"));
+    }
     parts.join(", ")
 }
 
@@ -105,6 +108,7 @@ fn json(now: &Progress) -> String {
         "evaluations_per_second": now.rate,
         "eta_seconds": now.eta().map(|eta| eta.as_secs_f64()),
         "workers": now.workers.len(),
+        "stalled": now.stalled,
     })
     .to_string()
 }

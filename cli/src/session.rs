@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
-use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, MaxBad, Options, Outcome};
+use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, Options, Outcome};
+use elbo_net::{Limits, Operator};
 use elbo_worker::Devices;
 use elbo_worker::engine::Problem;
 use elbo_worker::problem::ProblemError;
@@ -17,7 +19,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::{DeviceArgs, RunArgs, TokenArgs};
+use crate::args::{DeviceArgs, HttpArgs, RunArgs};
 use crate::failure::{Interrupted, usage};
 use crate::job_args::{JobArgs, Takes};
 use crate::progress;
@@ -53,25 +55,36 @@ pub(crate) fn threads(device: &DeviceArgs, workers: usize) -> NonZeroUsize {
     device.threads.unwrap_or(share)
 }
 
-/// The content of a token file, or of ELBO_TOKEN.
-pub(crate) fn read_token(args: &TokenArgs) -> anyhow::Result<Option<String>> {
-    let token = match &args.token_file {
-        Some(path) => std::fs::read_to_string(path)
-            .map(Some)
-            .map_err(|e| anyhow::anyhow!("reading the token file {}: {e}", path.display()))?,
-        None => std::env::var("ELBO_TOKEN").ok(),
-    };
-    let token = token.map(|t| t.trim().to_owned());
-    if token.as_deref() == Some("") {
-        return Err(usage("the token is empty: write a secret into the token file, or unset ELBO_TOKEN"));
-    }
-    Ok(token)
+/// Files that are open beside connections: the output's, the manifest's, logs.
+const FILES: u64 = 128;
+
+/// Raises the soft limit of open files, usually 1,024, to the hard one: every worker is a connection. How many there can be.
+pub(crate) fn allow_connections() -> Limits {
+    let limits = Limits::default();
+    // Where raising it is refused, fewer workers can connect.
+    let files =
+        rlimit::increase_nofile_limit(u64::MAX).or_else(|_| rlimit::getrlimit(rlimit::Resource::NOFILE).map(|l| l.0));
+    let fit = files.map_or(limits.connections as u64, |files| files.saturating_sub(FILES).max(FILES));
+    Limits { connections: limits.connections.min(usize::try_from(fit).unwrap_or(usize::MAX)), ..limits }
 }
 
-/// Raises the soft limit of open files, usually 1,024, to the hard one: every worker is a connection.
-pub(crate) fn allow_connections() {
-    // Where that is refused, fewer workers can connect.
-    let _ = rlimit::increase_nofile_limit(u64::MAX);
+/// Starts to tell operators how this process is, where they asked for it.
+pub(crate) async fn operate(args: HttpArgs) -> anyhow::Result<Operator> {
+    let operator = Operator::default();
+    if let Some(address) = args.http {
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("listening on {address}: choose another address with --http"))?;
+        eprintln!("status page on http://{}", listener.local_addr()?);
+        // It goes on until the process ends, so that the last state can be seen.
+        let serving = operator.clone().serve(listener, CancellationToken::new());
+        tokio::spawn(async move {
+            if let Err(error) = serving.await {
+                tracing::warn!(%error, "the HTTP side has stopped");
+            }
+        });
+    }
+    Ok(operator)
 }
 
 /// The name of this host.
@@ -120,7 +133,13 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
 }
 
 /// Runs a job with embedded workers.
-pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &RunArgs) -> anyhow::Result<Done> {
+pub(crate) async fn label(
+    job: Identified,
+    out: &str,
+    workers: &Workers,
+    run: &RunArgs,
+    operator: &Operator,
+) -> anyhow::Result<Done> {
     let devices = devices(&workers.device)?;
     let engines = devices.engines(workers.count.map_or(devices.count(), NonZeroUsize::get));
     let threads = threads(&workers.device, engines.len());
@@ -143,9 +162,10 @@ pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &R
     // Other users of this machine can reach the loopback address too.
     let token = uuid::Uuid::new_v4().to_string();
     let mut tasks = JoinSet::new();
-    let options = elbo_worker::Options {
+    let worker = elbo_worker::Options {
         coordinator: url,
         token: Some(token.clone()),
+        tls: None,
         name: "embedded".into(),
         host: host(),
         engines,
@@ -157,27 +177,31 @@ pub(crate) async fn label(job: Identified, out: &str, workers: &Workers, run: &R
         problem: Some(problem),
         stay: false,
     };
-    tasks.spawn(elbo_worker::run(options, stop.clone()));
-    coordinate(job, listener, Some(token), LeasePolicy::default(), run, stop, tasks).await
+    tasks.spawn(elbo_worker::run(worker, stop.clone()));
+    let options = Options {
+        leases: LeasePolicy::default(),
+        max_bad: run.max_bad(),
+        token: Some(token),
+        tls: None,
+        limits: Limits::default(),
+    };
+    coordinate(job, listener, options, run, operator, stop, tasks).await
 }
 
 /// Runs a job's coordinator until it is done or stopped; ends it when all of some embedded `workers` have failed.
 pub(crate) async fn coordinate(
     job: Job,
     listener: TcpListener,
-    token: Option<String>,
-    leases: LeasePolicy,
+    options: Options,
     run: &RunArgs,
+    operator: &Operator,
     stop: CancellationToken,
     mut workers: JoinSet<Result<(), elbo_worker::WorkerError>>,
 ) -> anyhow::Result<Done> {
     // The coordinator stops when asked to, and when there is nobody left to work.
     let giving_up = stop.child_token();
-    let coordinator = Coordinator::new(
-        job,
-        Options { leases, max_bad: run.max_bad.unwrap_or(MaxBad::Percent(10.0)), token },
-        giving_up.clone(),
-    )?;
+    let coordinator = Coordinator::new(job, options, giving_up.clone())?;
+    operator.started(coordinator.operations());
     let started = Instant::now();
     let before = coordinator.progress().borrow().evaluations;
     let watching = coordinator.progress();

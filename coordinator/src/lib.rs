@@ -2,16 +2,24 @@
 //! shards. It never sees the model; a sample's latents live on the workers.
 //!
 //! [`brain`] decides (a state machine without IO or clock), [`ledger`] remembers, [`commit`] writes shards, and
-//! [`service`] connects them to workers.
+//! [`service`] connects them to workers; [`operations`] and [`watchdog`] tell operators how a job is.
 
+mod audit;
 pub mod brain;
 pub mod commit;
+pub mod intake;
 pub mod job;
 pub mod ledger;
+pub mod operations;
 pub mod progress;
 pub mod run;
+mod server;
 pub mod service;
+pub mod status;
+mod telemetry;
+pub mod watchdog;
 
 pub use job::{Job, JobError, JobOptions};
+pub use operations::JobOperations;
 pub use progress::Progress;
 pub use run::{Coordinator, MaxBad, Options, Outcome, RunError};

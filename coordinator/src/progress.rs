@@ -33,6 +33,8 @@ pub struct Progress {
     pub workers: Vec<WorkerView>,
     /// Whether all shards are committed.
     pub done: bool,
+    /// Which part holds the job up, in a sentence.
+    pub stalled: Option<String>,
 }
 
 impl Progress {
@@ -84,6 +86,7 @@ impl Meter {
             rate: self.rate(now, totals.evaluations + unreported),
             workers,
             done: brain.is_done(),
+            stalled: None,
         }
     }
 }

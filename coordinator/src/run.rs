@@ -13,19 +13,25 @@ use elbo_common::policy::RoundSlots;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
 use elbo_common::store::{Store, StoreError};
 use elbo_common::table::TableError;
-use elbo_proto::{MAX_MESSAGE_BYTES, v1};
+use elbo_net::{Doorkeeper, Limits, ServerTls};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::brain::{Brain, JobShape, LeasePolicy, Record, Shard, ShardTotals};
 use crate::commit::{self, Finishing, Kept, KeptError};
 use crate::job::Job;
 use crate::ledger::LedgerError;
+use crate::operations::JobOperations;
 use crate::progress::Progress;
-use crate::service::{Service, Shared, Token};
+use crate::server::serve;
+use crate::service::Shared;
+use crate::status;
+use crate::telemetry::Use;
+use crate::watchdog::News;
 
 /// How often silent workers are looked for and progress is published.
 const TICK: Duration = Duration::from_millis(200);
@@ -132,6 +138,10 @@ pub struct Options {
     pub max_bad: MaxBad,
     /// The token every call must bring; without one, anyone who can connect is served.
     pub token: Option<String>,
+    /// Calls come over TLS only.
+    pub tls: Option<ServerTls>,
+    /// What is borne from those who connect.
+    pub limits: Limits,
 }
 
 /// How a run ended.
@@ -177,13 +187,24 @@ impl Coordinator {
         self.shared.progress.subscribe()
     }
 
+    /// What operators are told of it.
+    pub fn operations(&self) -> Arc<JobOperations> {
+        Arc::new(JobOperations::new(Arc::clone(&self.shared)))
+    }
+
     /// Serves workers until the job is done, fails or is stopped.
     pub async fn run(self, listener: TcpListener) -> Result<Outcome, RunError> {
+        let span = self.shared.span.clone();
+        self.run_in_span(listener).instrument(span).await
+    }
+
+    async fn run_in_span(self, listener: TcpListener) -> Result<Outcome, RunError> {
         let started = Instant::now();
         let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
         let hang_up = CancellationToken::new();
-        let token = Token::new(self.options.token.as_deref());
-        let server = tokio::spawn(serve(Arc::clone(&self.shared), token, listener, hang_up.clone()));
+        let door = Doorkeeper::new(listener, self.options.limits);
+        let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
+        let server = tokio::spawn(serving.map_err(|source| RunError::Serve { address, source })?.in_current_span());
         let ended = self.steward().await;
         // Waiting workers are told to leave; those in the middle of a block get a moment to hand over what they have.
         self.shared.closing.cancel();
@@ -218,13 +239,15 @@ impl Coordinator {
             if commits.len() < COMMITS
                 && let Some(finishing) = self.finishing()
             {
-                commits.push(self.commit_shard(finishing));
+                let span = tracing::trace_span!(target: "elbo::trace", "commit", shard = %finishing.0.shard);
+                commits.push(self.commit_shard(finishing).instrument(span));
                 continue;
             }
             if opening.is_empty()
                 && let Some(shard) = self.shared.brain().wants_shard()
             {
-                opening.push(self.open_shard(shard));
+                let span = tracing::trace_span!(target: "elbo::trace", "open", %shard);
+                opening.push(self.open_shard(shard).instrument(span));
             }
             self.check_quarantine()?;
             if shared.brain().is_done() {
@@ -258,15 +281,22 @@ impl Coordinator {
         }
         for worker in silent {
             tracing::warn!(worker, "worker gave no sign of life: its leases go to others");
+            shared.telemetry.workers_left.get_or_create(&[("how", "silent")]).inc();
+        }
+        let seen = status::observe(&shared.publish(), shared.now(), shared.telemetry.slowest());
+        match shared.telemetry.look(&seen) {
+            Some(News::Stalled(stall)) => tracing::warn!(part = stall.part.name(), "stalled: {}", stall.sentence),
+            Some(News::Resumed) => tracing::info!("the job gets on again"),
+            None => {}
         }
         if !given_up.is_empty() {
             shared.persist(Record { results: Vec::new(), failures: given_up }, None).await?;
         }
-        shared.publish();
         Ok(())
     }
 
     async fn open_shard(&self, shard: ShardId) -> Result<(), RunError> {
+        let _under_way = self.shared.telemetry.storage(Use::Open);
         let mut samples = self.manifest.shard(shard).await?;
         let retried = self.retried.get(&shard).copied();
         let records = self.shared.ledger.records(shard, retried).await?;
@@ -300,6 +330,7 @@ impl Coordinator {
 
     /// The commit rule: files first, by atomic puts of content that is a pure function of the job; then the ledger's mark.
     async fn commit_shard(&self, (mut finishing, totals): (Finishing, ShardTotals)) -> Result<(), RunError> {
+        let _under_way = self.shared.telemetry.storage(Use::Commit);
         if self.retried.contains_key(&finishing.shard) {
             finishing.kept = Kept::read(&self.out, finishing.shard).await?;
         }
@@ -352,21 +383,4 @@ impl Coordinator {
         record.write(&self.out).await?;
         Ok(totals)
     }
-}
-
-async fn serve(
-    shared: Arc<Shared>,
-    token: Token,
-    listener: TcpListener,
-    hang_up: CancellationToken,
-) -> Result<(), tonic::transport::Error> {
-    let service = v1::coordinator_server::CoordinatorServer::new(Service { shared })
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    tonic::transport::Server::builder()
-        .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(Duration::from_secs(20)))
-        .add_service(tonic::service::interceptor::InterceptedService::new(service, token))
-        .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(listener), hang_up.cancelled())
-        .await
 }

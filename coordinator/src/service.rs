@@ -12,12 +12,19 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use crate::brain::{Activity, Brain, Checked, Grant, Heartbeat, Record, ReportError, SampleFailure};
-use crate::ledger::{Ledger, LedgerError, failure_from_wire, from_wire};
+use crate::brain::{Brain, Checked, Grant, Heartbeat, Record, ReportError, SampleFailure};
+use crate::ledger::{Ledger, LedgerError};
 use crate::progress::{Meter, Progress};
+use crate::telemetry::{Telemetry, Use};
+use crate::{audit, intake, status};
 
 /// Longest a lease request waits for work.
 const LONGEST_POLL: Duration = Duration::from_secs(20);
+
+/// The beginning of a fingerprint, enough to tell jobs apart.
+pub(crate) fn short(fingerprint: &str) -> &str {
+    fingerprint.get(..12).unwrap_or(fingerprint)
+}
 
 /// What the service and the steward share.
 #[derive(Debug)]
@@ -37,6 +44,9 @@ pub(crate) struct Shared {
     /// No more leases: the job is done, or the coordinator stops.
     pub(crate) closing: CancellationToken,
     pub(crate) progress: watch::Sender<Progress>,
+    pub(crate) telemetry: Telemetry,
+    /// What every log line of this coordinator says of it.
+    pub(crate) span: tracing::Span,
     /// The first error that ends the job.
     failure: Mutex<Option<LedgerError>>,
 }
@@ -50,7 +60,10 @@ impl Shared {
         closing: CancellationToken,
     ) -> Result<Self, serde_json::Error> {
         let job_json = serde_json::to_string(&record.identity)?;
+        let (job, epoch) = (short(&record.fingerprint).to_owned(), brain.epoch().0);
         Ok(Self {
+            telemetry: Telemetry::new(&job, epoch),
+            span: tracing::info_span!("coordinator", job, epoch),
             brain: Mutex::new(brain),
             meter: Mutex::default(),
             ledger,
@@ -83,6 +96,7 @@ impl Shared {
             let mut meter = self.meter.lock().unwrap_or_else(PoisonError::into_inner);
             meter.snapshot(&self.brain(), now)
         };
+        let progress = Progress { stalled: self.telemetry.stall().map(|stall| stall.sentence), ..progress };
         self.progress.send_replace(progress.clone());
         progress
     }
@@ -111,7 +125,9 @@ impl Shared {
     pub(crate) async fn persist(&self, record: Record, of: Option<(&str, LeaseKey)>) -> Result<(), LedgerError> {
         let shard_size = self.record.identity.spec.shard_size;
         let waste = self.brain().waste();
+        let under_way = self.telemetry.storage(Use::Append);
         self.ledger.append(&record, shard_size, waste).await?;
+        drop(under_way);
         let mut brain = self.brain();
         brain.apply(record, of);
         self.announce(&mut brain);
@@ -126,33 +142,6 @@ async fn persist(shared: &Shared, record: Record, of: Option<(&str, LeaseKey)>) 
         shared.fail(error);
         status
     })
-}
-
-/// Refuses calls without the right bearer token.
-#[derive(Clone, Debug)]
-pub(crate) struct Token(Option<blake3::Hash>);
-
-impl Token {
-    pub(crate) fn new(token: Option<&str>) -> Self {
-        Self(token.map(|t| blake3::hash(t.as_bytes())))
-    }
-}
-
-impl tonic::service::Interceptor for Token {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        let Some(expected) = self.0 else { return Ok(request) };
-        let given = request.metadata().get("authorization").and_then(|v| v.to_str().ok());
-        match given.and_then(|v| v.strip_prefix("Bearer ")) {
-            // Hashes compare in constant time.
-            Some(token) if blake3::hash(token.as_bytes()) == expected => Ok(request),
-            Some(_) => {
-                Err(Status::unauthenticated("the token is wrong: use the coordinator's --token-file or ELBO_TOKEN"))
-            }
-            None => Err(Status::unauthenticated(
-                "a token is needed: give the coordinator's with --token-file or ELBO_TOKEN",
-            )),
-        }
-    }
 }
 
 /// The service workers talk to.
@@ -205,11 +194,16 @@ impl v1::coordinator_server::Coordinator for Service {
                 env!("CARGO_PKG_VERSION")
             )));
         }
-        if join.worker.is_empty() {
-            return Err(Status::invalid_argument("a worker must have a name"));
-        }
-        tracing::info!(worker = join.worker, host = join.host, device = join.device, "worker joined");
+        intake::check_names(&join)?;
+        tracing::info!(
+            worker = join.worker,
+            host = join.host,
+            device = join.device,
+            version = join.version,
+            "worker joined"
+        );
         let shared = &self.shared;
+        shared.telemetry.workers_joined.inc();
         let mut brain = shared.brain();
         brain.join(&join.worker, &join.host, &join.device, shared.now());
         for held in join.held {
@@ -222,6 +216,7 @@ impl v1::coordinator_server::Coordinator for Service {
             epoch: brain.epoch().0,
             job_json: shared.job_json.clone(),
             heartbeat_ms: shared.heartbeat.as_millis() as u32,
+            job: short(&shared.record.fingerprint).to_owned(),
         }))
     }
 
@@ -229,6 +224,7 @@ impl v1::coordinator_server::Coordinator for Service {
         use v1::lease_reply::Outcome;
         let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held } = request.into_inner();
         let shared = &self.shared;
+        let evaluations_per_second = intake::rate(evaluations_per_second);
         {
             let mut brain = shared.brain();
             let held: Vec<_> = held.iter().map(LeaseKey::from).collect();
@@ -253,6 +249,9 @@ impl v1::coordinator_server::Coordinator for Service {
                 if let Some(grant) = brain.grant(&worker, evaluations_per_second, shared.now()) {
                     shared.announce(&mut brain);
                     let block = to_block(brain.epoch(), grant);
+                    shared.telemetry.leases_granted.inc();
+                    // Before the brain is let go: what is acknowledged after this grant is logged after it.
+                    audit::granted(&worker, &block);
                     drop(brain);
                     tracing::debug!(worker, lease = block.lease, units = block.units.len(), "leased");
                     return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }));
@@ -271,45 +270,56 @@ impl v1::coordinator_server::Coordinator for Service {
     async fn report(&self, request: Request<v1::ReportRequest>) -> Result<Response<v1::ReportReply>, Status> {
         let v1::ReportRequest { worker, epoch, lease, results, failures, again } = request.into_inner();
         let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
-        let results = results.into_iter().map(from_wire).collect::<Option<Vec<_>>>();
-        let results = results.ok_or_else(|| Status::invalid_argument("a result names no unit of this contract"))?;
-        let record = Record { results, failures: failures.into_iter().map(failure_from_wire).collect() };
         let shared = &self.shared;
+        let reports = |outcome| shared.telemetry.reports.get_or_create(&[("outcome", outcome)]).inc();
+        // Who is not known joins first: its results are as good as any, once it says who it is.
+        if !shared.brain().knows(&worker) {
+            return Err(rejoin());
+        }
+        let refused = |reason: String| {
+            reports("refused");
+            tracing::warn!(worker, epoch, lease, error = reason, "report refused");
+            Status::invalid_argument(reason)
+        };
+        let record = intake::record(epoch, results, failures).map_err(refused)?;
         let checked = shared.brain().check(&worker, key, record, again, shared.now());
         let Checked { record, duplicates } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
                 // A report that outlived a coordinator: the steward opens the shard now.
                 shared.steward.notify_one();
+                reports("early");
                 return Err(Status::unavailable(format!("{error} yet: send the report again")));
             }
-            Err(error @ ReportError::Replaced(_)) => return Err(Status::unavailable(error.to_string())),
-            Err(error) => {
-                tracing::warn!(worker, lease, %error, "report refused");
-                return Err(Status::invalid_argument(error.to_string()));
+            Err(error @ ReportError::Replaced(_)) => {
+                reports("early");
+                return Err(Status::unavailable(error.to_string()));
             }
+            Err(error) => return Err(refused(error.to_string())),
         };
         let accepted = (record.results.len() + record.failures.len()) as u32;
+        let units = audit::units(&record);
         persist(shared, record, Some((&worker, key))).await?;
+        audit::acknowledged(&worker, epoch, lease, units);
+        reports("accepted");
+        let results = |outcome, count: u32| {
+            shared.telemetry.results.get_or_create(&[("outcome", outcome)]).inc_by(u64::from(count));
+        };
+        results("accepted", accepted);
+        results("duplicate", duplicates);
         Ok(Response::new(v1::ReportReply { accepted, duplicates }))
     }
 
     async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
         let beat = request.into_inner();
-        let activity = match beat.activity() {
-            v1::Activity::Unspecified => Activity::Unknown,
-            v1::Activity::Loading => Activity::Loading,
-            v1::Activity::Waiting => Activity::Waiting,
-            v1::Activity::Preparing => Activity::Preparing,
-            v1::Activity::Computing => Activity::Computing,
-        };
+        let mut brain = self.shared.brain();
         let sign = Heartbeat {
-            unreported: beat.unreported_evaluations,
+            // No more than the job has, so that a sum of many workers' counts stays one.
+            unreported: beat.unreported_evaluations.min(brain.job().planned_evaluations()),
             held: beat.held.iter().map(LeaseKey::from).collect(),
-            activity,
+            activity: status::from_wire(beat.activity()),
             quiet: Duration::from_millis(beat.quiet_ms),
         };
-        let mut brain = self.shared.brain();
         let unwanted = brain.heartbeat(&beat.worker, sign, self.shared.now()).ok_or_else(rejoin)?;
         let unwanted = unwanted.into_iter().map(v1::HeldLease::from).collect();
         Ok(Response::new(v1::HeartbeatReply { epoch: brain.epoch().0, unwanted }))
@@ -317,21 +327,31 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
         let v1::ReleaseRequest { worker, epoch, leases, error, leaving, reason } = request.into_inner();
+        let error = intake::shortened(error);
+        let reason = intake::shortened(reason);
         let shared = &self.shared;
+        let returned = |how| shared.telemetry.leases_returned.get_or_create(&[("how", how)]).inc();
         let mut given_up: Vec<SampleFailure> = Vec::new();
         {
             let mut brain = shared.brain();
             for lease in leases {
                 let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
+                // A lease that has ended is nobody's, and that of another is not this worker's to give.
+                if !brain.holds(&worker, key) {
+                    tracing::warn!(worker, epoch, lease, "a lease was handed back that the worker does not hold");
+                    continue;
+                }
+                returned(if error.is_empty() { "released" } else { "failed" });
                 if error.is_empty() {
                     brain.release(&worker, &[key]);
                 } else {
-                    tracing::warn!(worker, lease = %key, error, "block failed");
+                    tracing::warn!(worker, epoch, lease, error, "block failed");
                     given_up.extend(brain.fail(&worker, key, &error));
                 }
             }
-            if leaving {
+            if leaving && brain.knows(&worker) {
                 tracing::info!(worker, reason, "worker left");
+                shared.telemetry.workers_left.get_or_create(&[("how", "by itself")]).inc();
                 brain.leave(&worker);
             }
         }
@@ -348,34 +368,6 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         let progress = self.shared.publish();
-        let state = match (progress.done, self.shared.closing.is_cancelled(), progress.workers.is_empty()) {
-            (true, _, _) => "done",
-            (false, true, _) => "stopping",
-            (false, false, true) => "waiting for workers",
-            (false, false, false) => "running",
-        };
-        let workers = progress.workers.iter().map(|w| v1::WorkerStatus {
-            worker: w.worker.clone(),
-            host: w.host.clone(),
-            device: w.device.clone(),
-            leases: w.leases,
-            evaluations: w.evaluations,
-            evaluations_per_second: w.rate,
-            activity: v1::Activity::Unspecified.into(),
-        });
-        Ok(Response::new(v1::StatusReply {
-            state: state.into(),
-            shards_done: progress.shards_done,
-            shards_active: progress.shards_active,
-            shards_pending: progress.shards_pending,
-            samples: progress.samples,
-            samples_done: progress.samples_done,
-            samples_quarantined: progress.samples_quarantined,
-            evaluations: progress.evaluations,
-            evaluations_per_second: progress.rate.unwrap_or(0.0),
-            eta_seconds: progress.eta().map(|eta| eta.as_secs_f64()),
-            workers: workers.collect(),
-            stalled: String::new(),
-        }))
+        Ok(Response::new(status::reply(&progress, self.shared.closing.is_cancelled())))
     }
 }

@@ -10,6 +10,9 @@ pub mod v1 {
     tonic::include_proto!("elbo.v1");
 }
 
+/// The contract as a `FileDescriptorSet`, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/elbo.binpb"));
+
 /// Workers and coordinators with different values refuse each other.
 pub const PROTOCOL: u32 = 4;
 

@@ -7,6 +7,7 @@ pub mod link;
 pub mod numbers;
 pub mod proxy;
 pub mod servers;
+pub mod service;
 pub mod web;
 
 use std::path::{Path, PathBuf};

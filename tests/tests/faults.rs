@@ -15,6 +15,7 @@ use elbo_common::record::JobRecord;
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobOptions, MaxBad, Options, Outcome};
+use elbo_net::Limits;
 use elbo_tests::faults::FaultyStore;
 use elbo_tests::{elbo, job_flags, model, results, run_ok, some_images, with};
 use elbo_worker::engine::Problem;
@@ -64,13 +65,20 @@ impl Case {
         }
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let coordinator = format!("http://{}", listener.local_addr().unwrap());
-        let options = Options { leases: LeasePolicy::default(), max_bad: MaxBad::Percent(0.0), token: None };
+        let options = Options {
+            leases: LeasePolicy::default(),
+            max_bad: MaxBad::Percent(0.0),
+            token: None,
+            tls: None,
+            limits: Limits::default(),
+        };
         let stop = CancellationToken::new();
         let _stopped_when_dropped = stop.clone().drop_guard();
         let running = Coordinator::new(job, options, stop.clone()).map_err(|e| e.to_string())?;
         let worker = elbo_worker::Options {
             coordinator,
             token: None,
+            tls: None,
             name: "worker".into(),
             host: "here".into(),
             engines: elbo_worker::Devices::default().engines(1),

@@ -1,9 +1,12 @@
 //! The connection to the coordinator: every call is retried until it is answered or patience runs out.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use elbo_common::ids::LeaseKey;
+use elbo_net::{ClientTls, TlsError, TlsProblem, tls};
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
 use elbo_proto::{MAX_MESSAGE_BYTES, PROTOCOL, v1};
 use tonic::metadata::{Ascii, MetadataValue};
@@ -12,12 +15,25 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
+use crate::metrics::metrics;
+
 /// A coordinator that can't be worked for.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The address is not one.
-    #[error("'{0}' is not a coordinator's address: give a URL like http://host:7600")]
+    #[error("'{0}' is not a coordinator's address: give a URL like http://host:7600 or https://host:7600")]
     Address(String),
+    /// TLS can't be spoken.
+    #[error(transparent)]
+    Setup(#[from] TlsError),
+    /// Client and coordinator don't agree on TLS.
+    #[error("the coordinator at {address} can't be talked to: {problem}")]
+    Tls {
+        /// Where.
+        address: String,
+        /// What is wrong.
+        problem: TlsProblem,
+    },
     /// The token can't be sent.
     #[error("the token holds characters that can't be sent: use printable ASCII")]
     Token,
@@ -72,32 +88,61 @@ impl Interceptor for Bearer {
 pub struct Client {
     inner: CoordinatorClient<InterceptedService<Channel, Bearer>>,
     address: String,
+    /// Host and port, and how TLS is spoken with them.
+    peer: Arc<(String, u16, Option<ClientTls>)>,
+    /// The coordinator has answered a call: address and TLS are right.
+    answered: Arc<AtomicBool>,
     /// The worker's name, unique for its process.
     pub worker: String,
     patience: Duration,
 }
 
 impl Client {
-    /// A client that connects when first used. `patience` is how long an unreachable coordinator is waited for.
-    pub fn new(address: &str, token: Option<&str>, worker: String, patience: Duration) -> Result<Self, ClientError> {
+    /// A client that connects when first used. `patience` is how long an unreachable coordinator is waited for. With
+    /// `https://`, TLS is spoken as `tls` says, or else with whom the system trusts.
+    pub fn new(
+        address: &str,
+        token: Option<&str>,
+        tls: Option<&ClientTls>,
+        worker: String,
+        patience: Duration,
+    ) -> Result<Self, ClientError> {
         let wrong = |_| ClientError::Address(address.to_owned());
-        let endpoint = Endpoint::from_shared(address.to_owned()).map_err(wrong)?;
-        if !matches!(endpoint.uri().scheme_str(), Some("http" | "https")) {
-            return Err(ClientError::Address(address.to_owned()));
+        let mut endpoint = Endpoint::from_shared(address.to_owned()).map_err(wrong)?;
+        let uri = endpoint.uri().clone();
+        let tls = match uri.scheme_str() {
+            Some("http") => None,
+            Some("https") => Some(tls.cloned().map_or_else(|| ClientTls::read(None, None), Ok)?),
+            _ => return Err(ClientError::Address(address.to_owned())),
+        };
+        let host = uri.host().ok_or_else(|| ClientError::Address(address.to_owned()))?.to_owned();
+        let port = uri.port_u16().unwrap_or(if tls.is_some() { 443 } else { 80 });
+        if let Some(tls) = &tls {
+            let setup = |e: tonic::transport::Error| TlsError::Setup(whole(&e));
+            endpoint = endpoint.tls_config(tls.config()).map_err(setup)?;
         }
         let endpoint = endpoint
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true)
             .http2_keep_alive_interval(Duration::from_secs(20))
             .keep_alive_while_idle(true);
-        let token = token
-            .map(|t| MetadataValue::try_from(format!("Bearer {t}")))
-            .transpose()
-            .map_err(|_| ClientError::Token)?;
+        if token.is_some() && tls.is_none() && !is_this_machine(&host) {
+            tracing::warn!(
+                coordinator = address,
+                "the token goes over the network unencrypted: whoever can listen there can use it; give the coordinator --tls-cert and --tls-key, and use https://"
+            );
+        }
+        let token = token.map(|t| MetadataValue::try_from(format!("Bearer {t}")));
+        let mut token = token.transpose().map_err(|_| ClientError::Token)?;
+        if let Some(token) = &mut token {
+            // It is left out where headers are shown.
+            token.set_sensitive(true);
+        }
         let inner = CoordinatorClient::with_interceptor(endpoint.connect_lazy(), Bearer(token))
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(Self { inner, address: address.to_owned(), worker, patience })
+        let (peer, answered) = (Arc::new((host, port, tls)), Arc::default());
+        Ok(Self { inner, address: address.to_owned(), peer, answered, worker, patience })
     }
 
     /// Calls until answered, with growing pauses while the coordinator can't be reached.
@@ -112,27 +157,52 @@ impl Client {
         let mut pause = Duration::from_millis(100);
         loop {
             let status = match call(self.inner.clone()).await {
-                Ok(response) => return Ok(response.into_inner()),
+                Ok(response) => {
+                    self.answered.store(true, Ordering::Relaxed);
+                    return Ok(response.into_inner());
+                }
                 Err(status) => status,
             };
-            let reason = status.message().to_owned();
+            let mut reason = whole(&status);
             match status.code() {
-                Code::NotFound => return Err(CallError::Rejoin),
-                Code::InvalidArgument => return Err(CallError::Rejected(reason)),
+                Code::NotFound => {
+                    metrics().left(&self.worker);
+                    return Err(CallError::Rejoin);
+                }
+                Code::InvalidArgument => return Err(CallError::Rejected(status.message().to_owned())),
                 Code::FailedPrecondition | Code::Unauthenticated | Code::PermissionDenied | Code::Unimplemented => {
-                    return Err(CallError::Fatal(ClientError::Refused { address: self.address.clone(), reason }));
+                    let (address, reason) = (self.address.clone(), status.message().to_owned());
+                    return Err(CallError::Fatal(ClientError::Refused { address, reason }));
                 }
                 _ => {}
+            }
+            // A coordinator that has answered before speaks TLS as this worker does: then it is just away.
+            if silent_since.is_none() && !self.answered.load(Ordering::Relaxed) {
+                let (host, port, tls) = &*self.peer;
+                match tls::diagnose(host, *port, tls.as_ref()).await {
+                    Some(TlsProblem::Other(problem)) => reason = problem,
+                    Some(problem) => {
+                        let address = self.address.clone();
+                        return Err(CallError::Fatal(ClientError::Tls { address, problem }));
+                    }
+                    None => {}
+                }
             }
             let since = *silent_since.get_or_insert_with(tokio::time::Instant::now);
             if since.elapsed() >= self.patience {
                 let (address, seconds) = (self.address.clone(), since.elapsed().as_secs());
                 return Err(CallError::Fatal(ClientError::Unreachable { address, seconds, reason }));
             }
+            metrics().retries.inc();
             tracing::debug!(code = ?status.code(), reason, "no answer from the coordinator, trying again");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(5));
         }
+    }
+
+    /// How far the job is.
+    pub async fn status(&self) -> Result<v1::StatusReply, CallError> {
+        self.call(|mut c| async move { c.status(v1::StatusRequest {}).await }).await
     }
 
     /// Introduces the worker, with the blocks it has in hand, and gets the job.
@@ -145,11 +215,17 @@ impl Client {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             held,
         };
-        self.call(|mut c| {
-            let request = request.clone();
-            async move { c.join(request).await }
-        })
-        .await
+        let joined = self
+            .call(|mut c| {
+                let request = request.clone();
+                async move { c.join(request).await }
+            })
+            .await;
+        if let Ok(reply) = &joined {
+            tracing::Span::current().record("job", &reply.job);
+            metrics().joined(&self.worker, &reply.job);
+        }
+        joined
     }
 
     /// Asks for a block, telling which leases are held already.
@@ -160,6 +236,7 @@ impl Client {
     ) -> Result<v1::LeaseReply, CallError> {
         let worker = self.worker.clone();
         let request = v1::LeaseRequest { worker, evaluations_per_second, wait_ms: 10_000, held };
+        metrics().asks_for_work();
         self.call(|mut c| {
             let request = request.clone();
             async move { c.lease(request).await }
@@ -170,16 +247,20 @@ impl Client {
     /// Delivers results; answered when they are durable.
     pub async fn report(&self, request: &v1::ReportRequest) -> Result<v1::ReportReply, CallError> {
         let sent = AtomicBool::new(request.again);
-        self.call(|mut c| {
-            let request = v1::ReportRequest { again: sent.swap(true, Ordering::Relaxed), ..request.clone() };
-            async move { c.report(request).await }
-        })
-        .await
+        let answer = self
+            .call(|mut c| {
+                let request = v1::ReportRequest { again: sent.swap(true, Ordering::Relaxed), ..request.clone() };
+                async move { c.report(request).await }
+            })
+            .await;
+        metrics().reported(request, &answer);
+        answer
     }
 
     /// Says that the worker is alive, and what it is at.
     pub async fn heartbeat(&self, sign: v1::HeartbeatRequest) -> Result<v1::HeartbeatReply, CallError> {
         let request = v1::HeartbeatRequest { worker: self.worker.clone(), ..sign };
+        metrics().beats(&request);
         self.call(|mut c| {
             let request = request.clone();
             async move { c.heartbeat(request).await }
@@ -208,9 +289,45 @@ impl Client {
     pub async fn leave(&self, reason: &str) {
         let (worker, reason) = (self.worker.clone(), reason.to_owned());
         let request = v1::ReleaseRequest { worker, leaving: true, reason, ..v1::ReleaseRequest::default() };
+        metrics().left(&self.worker);
         let goodbye = self.inner.clone().release(request).await.map(drop);
         if let Err(status) = goodbye {
             tracing::debug!(reason = status.message(), "left without a goodbye");
         }
+    }
+}
+
+/// Whether nothing that is sent to a host leaves this machine.
+fn is_this_machine(host: &str) -> bool {
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    address.map_or_else(|_| host.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
+}
+
+/// An error with its causes, leaving out what an outer message repeats.
+fn whole(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let cause = error.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        next = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_addresses_are_this_machine() {
+        assert!(["127.0.0.1", "127.8.8.8", "[::1]", "localhost"].iter().all(|host| is_this_machine(host)));
+        assert!(
+            !["10.0.0.1", "[fe80::1]", "coordinator", "localhost.example"].iter().any(|host| is_this_machine(host))
+        );
     }
 }

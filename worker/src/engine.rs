@@ -22,6 +22,7 @@ use elbo_common::unit::{Unit, UnitId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
+use crate::metrics::metrics;
 use crate::models::{Conditions, ModelError};
 use crate::stage::{PointWork, Stage};
 
@@ -301,6 +302,7 @@ impl Lane {
             match caught(|| self.problem.errors(&block.units, &block.conditions, &batch.evaluations)) {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
+                    metrics().computed(errors.len() as u64);
                     block.take(&batch.evaluations, &errors, self.problem.keep_errors);
                 }
                 Err(error) => {

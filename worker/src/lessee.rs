@@ -9,6 +9,7 @@ use elbo_proto::v1;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::client::{CallError, Client};
 use crate::engine::BlockEvent;
@@ -95,12 +96,15 @@ impl Lessee {
             match reply {
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }) => {
                     let (this, turn) = (Arc::clone(&this), Arc::clone(&turn));
-                    let unwanted = this.held.add(&block);
-                    blocks.spawn(async move {
+                    let (key, unwanted) = (block.key(), this.held.add(&block));
+                    let computing = async move {
                         let done = this.compute(block, unwanted, &turn).await;
                         drop(place);
                         done
-                    });
+                    };
+                    let span =
+                        tracing::trace_span!(target: "elbo::trace", "block", epoch = key.epoch.0, lease = key.lease.0);
+                    blocks.spawn(computing.instrument(span).in_current_span());
                 }
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !stay => {
                     break Ok(());
@@ -151,7 +155,7 @@ impl Lessee {
             prepared => prepared?,
         };
         for bad in prepared.bad {
-            tracing::warn!(lease = %key, sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
+            tracing::warn!(epoch = key.epoch.0, lease = key.lease.0, sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
             self.find(key, Finding::Bad(bad));
         }
         // The turn ends when all batches are queued: the next block's then follow without a gap.
@@ -182,7 +186,11 @@ impl Lessee {
         match failure {
             Some(error) => self.give_up(key, &error).await?,
             None if unwanted.load(Ordering::Relaxed) => {
-                tracing::info!(lease = %key, "the block's results are known already: it is dropped");
+                tracing::info!(
+                    epoch = key.epoch.0,
+                    lease = key.lease.0,
+                    "the block's results are known already: it is dropped"
+                );
                 self.held.remove(key);
             }
             None => self.rate.note(evaluations, started.elapsed().as_secs_f64()),
@@ -196,7 +204,7 @@ impl Lessee {
 
     /// Hands a block back that can't be finished.
     async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
-        tracing::error!(lease = %key, error, "block failed");
+        tracing::error!(epoch = key.epoch.0, lease = key.lease.0, error, "block failed");
         self.held.remove(key);
         match self.client.release(key, error).await {
             Err(CallError::Fatal(error)) => Err(error.into()),

@@ -2,14 +2,17 @@
 //!
 //! [`worker`] is the life of a worker from joining to leaving; [`prepare`] turns a leased block into latents
 //! ([`elbo_images`], then the model's VAE); [`engine`] evaluates them with the networks of [`models`], which are written in
-//! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged.
+//! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged. [`http`] and [`metrics`] tell operators how it
+//! is.
 
 pub mod client;
 pub mod device;
 pub mod engine;
 pub mod held;
+pub mod http;
 pub mod latent;
 mod lessee;
+pub mod metrics;
 pub mod models;
 pub mod prepare;
 pub mod problem;

@@ -16,6 +16,7 @@ use futures::StreamExt;
 
 use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
 use crate::latent::{Key, Latent, LatentCache};
+use crate::metrics::metrics;
 use crate::models::{Conditions, ModelError};
 use crate::stage::Stage;
 
@@ -191,7 +192,10 @@ impl Preparer {
             let file = match bytes.take() {
                 Some(bytes) => bytes,
                 None => match self.reader.read(&image_of(&sample)).await {
-                    Ok(bytes) => bytes,
+                    Ok(bytes) => {
+                        metrics().images_read.inc();
+                        bytes
+                    }
                     // Nothing is known of the image: it may be as good as any.
                     Err(error) if error.is_transient() => return Err(BlockError::Storage(error)),
                     Err(error) => return bad("read", error.to_string()),

@@ -71,7 +71,13 @@ impl Reporter {
         loop {
             match self.client.report(&report).await {
                 Ok(reply) => {
-                    tracing::debug!(lease = %key, reply.accepted, reply.duplicates, "acknowledged");
+                    tracing::debug!(
+                        epoch = key.epoch.0,
+                        lease = key.lease.0,
+                        reply.accepted,
+                        reply.duplicates,
+                        "acknowledged"
+                    );
                     break;
                 }
                 Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device, self.held.blocks()).await {
@@ -79,7 +85,12 @@ impl Reporter {
                     _ => continue,
                 },
                 Err(CallError::Rejected(reason)) => {
-                    tracing::error!(lease = %key, reason, "the coordinator refused a report: it is dropped");
+                    tracing::error!(
+                        epoch = key.epoch.0,
+                        lease = key.lease.0,
+                        reason,
+                        "the coordinator refused a report: it is dropped"
+                    );
                     break;
                 }
                 Err(CallError::Fatal(error)) => return Err(error),

@@ -10,10 +10,12 @@ use std::time::Duration;
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
+use elbo_net::ClientTls;
 use elbo_proto::v1;
 use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::client::{CallError, Client, ClientError};
 use crate::device::Device;
@@ -67,6 +69,8 @@ pub struct Options {
     pub coordinator: String,
     /// The bearer token, where the coordinator wants one.
     pub token: Option<String>,
+    /// How TLS is spoken with an https:// coordinator; by what the system trusts, where absent.
+    pub tls: Option<ClientTls>,
     /// The worker's name, unique for its process.
     pub name: String,
     /// The host it runs on, for people.
@@ -105,7 +109,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
     for number in 0..options.engines.len() {
         let member = Member { options: Arc::clone(&options), number, loaded: Arc::clone(&loaded) };
         let stop = stop.clone();
-        engines.spawn(async move { member.run(&stop).await });
+        // What every log line of this engine says of it.
+        let span = tracing::info_span!("worker", worker = member.name(), job = tracing::field::Empty);
+        engines.spawn(async move { member.run(&stop).await }.instrument(span));
     }
     let (mut failure, mut sound) = (None, false);
     while let Some(ended) = engines.join_next().await {
@@ -129,13 +135,16 @@ struct Member {
 }
 
 impl Member {
-    async fn run(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
-        let Options { coordinator, token, host, engines, grace, .. } = &*self.options;
-        let name = match engines.len() {
+    fn name(&self) -> String {
+        match self.options.engines.len() {
             1 => self.options.name.clone(),
             _ => format!("{}/{}", self.options.name, self.number),
-        };
-        let client = Client::new(coordinator, token.as_deref(), name, self.options.patience)?;
+        }
+    }
+
+    async fn run(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
+        let Options { coordinator, token, tls, host, engines, grace, patience, .. } = &*self.options;
+        let client = Client::new(coordinator, token.as_deref(), tls.as_ref(), self.name(), *patience)?;
         let device = match &engines[self.number] {
             Device::Cpu => format!("cpu x{}", self.options.threads),
             other => other.to_string(),
@@ -191,7 +200,7 @@ impl Member {
             acknowledged: Arc::clone(&pulse.acknowledged),
             held: pulse.held.clone(),
         };
-        let mut reporting = tokio::spawn(reporter.run());
+        let mut reporting = tokio::spawn(reporter.run().in_current_span());
         let lessee = Lessee::new(client.clone(), preparer, findings, pulse.held.clone());
         let terms = Terms { host, device, stay: self.options.stay, stop };
         let leased = tokio::select! {
@@ -242,7 +251,9 @@ async fn load(joined: &v1::JoinReply, model: Option<&str>) -> Result<Arc<Problem
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ProblemError> + Send + 'static,
 ) -> Result<T, WorkerError> {
-    Ok(tokio::task::spawn_blocking(work).await.map_err(|_| WorkerError::Task("loader"))??)
+    let span = tracing::Span::current();
+    let worked = tokio::task::spawn_blocking(move || span.in_scope(work));
+    Ok(worked.await.map_err(|_| WorkerError::Task("loader"))??)
 }
 
 /// Never ends, whatever becomes of the signs of life: that no more are wanted, others find out with the reason.

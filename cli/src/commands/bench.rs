@@ -90,7 +90,8 @@ async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
         shards: args.shards,
         settle: seconds("settle", args.settle)?,
     };
-    session::allow_connections();
+    // Each simulated worker is a connection of this process too.
+    let _ = session::allow_connections();
     let report = elbo_bench::run(&options, |note| eprintln!("{note}")).await?;
     if args.json {
         println!("{}", serde_json::to_string(&report)?);

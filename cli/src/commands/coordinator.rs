@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
+use elbo_coordinator::Options;
 use elbo_coordinator::brain::LeasePolicy;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -16,7 +17,7 @@ use crate::{session, stop};
 pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     let flags = args.job.resolve()?;
     let out = args.out.or(flags.out.clone()).ok_or_else(|| usage("--out is missing: say where the results go"))?;
-    let token = session::read_token(&args.token)?;
+    let (token, tls) = (args.gate.token()?, args.gate.tls()?);
     if token.is_none() && !args.listen.ip().is_loopback() && !args.insecure {
         return Err(usage(format!(
             "listening on {} lets anyone who can reach it take part: give --token-file (or ELBO_TOKEN), or --insecure to accept that",
@@ -27,7 +28,8 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         .ok()
         .filter(|d| *d >= Duration::from_millis(500))
         .ok_or_else(|| usage("--lease-seconds must be at least 0.5"))?;
-    session::allow_connections();
+    let limits = session::allow_connections();
+    let operator = session::operate(args.http).await?;
     let job = session::identify(&flags).await?;
     let stop = stop::on_signal()?;
     let listener = TcpListener::bind(args.listen)
@@ -39,8 +41,10 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         let done = session::already_done(job).await?;
         return output::summary(&out, done).await;
     }
-    eprintln!("coordinating {} images on http://{}", job.manifest.len(), listener.local_addr()?);
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    eprintln!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?);
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
-    let done = session::coordinate(job, listener, token, leases, &run, stop, JoinSet::new()).await?;
+    let options = Options { leases, max_bad: run.max_bad(), token, tls, limits };
+    let done = session::coordinate(job, listener, options, &run, &operator, stop, JoinSet::new()).await?;
     output::summary(&out, done).await
 }

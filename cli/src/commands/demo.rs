@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use elbo_common::loss::Loss;
+use elbo_net::Operator;
 use include_dir::{Dir, include_dir};
 
 use crate::args::DemoArgs;
@@ -38,7 +39,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let job = session::identify(&job).await?;
     let workers = Workers { count: Some(args.workers), device: args.device };
     let out = args.out.to_string_lossy();
-    let done = session::label(job, &out, &workers, &args.run).await?;
+    let done = session::label(job, &out, &workers, &args.run, &Operator::default()).await?;
     output::summary(&out, done).await
 }
 

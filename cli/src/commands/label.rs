@@ -9,9 +9,10 @@ use crate::session::{self, Workers};
 pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
     let flags = args.job.resolve()?;
     let out = args.out.or(flags.out.clone()).ok_or_else(|| usage("--out is missing: say where the results go"))?;
+    let operator = session::operate(args.http).await?;
     let job = session::identify(&flags).await?;
     let count = args.workers.or(flags.workers);
     let workers = Workers { count, device: args.device.over(&flags) };
-    let done = session::label(job, &out, &workers, &args.run.over(&flags)).await?;
+    let done = session::label(job, &out, &workers, &args.run.over(&flags), &operator).await?;
     output::summary(&out, done).await
 }

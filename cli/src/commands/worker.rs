@@ -1,6 +1,9 @@
 //! `elbo worker`: computes for a coordinator until its job is done.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use elbo_worker::http::WorkerOperations;
 
 use crate::args::WorkerArgs;
 use crate::failure::usage;
@@ -11,9 +14,16 @@ pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let devices = session::devices(&args.device)?;
     let grace = Duration::try_from_secs_f64(args.grace).map_err(|_| usage("--grace must be a number of seconds"))?;
     let host = session::host();
+    let (token, tls) = (args.caller.token()?, args.caller.tls(&args.coordinator)?);
+    let operator = session::operate(args.http).await?;
+    operator.started(Arc::new(WorkerOperations {
+        coordinator: args.coordinator.clone(),
+        device: args.device.device.clone().unwrap_or_else(|| "cpu".into()),
+    }));
     let options = elbo_worker::Options {
         coordinator: args.coordinator,
-        token: session::read_token(&args.token)?,
+        token,
+        tls,
         name: format!("{host}-{}", uuid::Uuid::new_v4()),
         host,
         engines: devices.engines(devices.count()),

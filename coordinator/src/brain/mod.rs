@@ -146,7 +146,7 @@ impl Brain {
     }
 
     /// Evaluations waiting for a worker, at most.
-    fn ready_evaluations(&self) -> u64 {
+    pub fn ready_evaluations(&self) -> u64 {
         self.open.values().map(Shard::ready_evaluations).sum()
     }
 

@@ -8,11 +8,8 @@ use elbo_common::ids::LeaseKey;
 use super::{Brain, SampleFailure, Shard};
 
 /// What a worker is at.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activity {
-    /// It has not said.
-    #[default]
-    Unknown,
     /// Getting the model and the prompts ready.
     Loading,
     /// It has nothing to do.
@@ -23,6 +20,18 @@ pub enum Activity {
     Computing,
 }
 
+impl Activity {
+    /// In a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Loading => "loading",
+            Self::Waiting => "waiting",
+            Self::Preparing => "preparing",
+            Self::Computing => "computing",
+        }
+    }
+}
+
 /// A worker's sign of life.
 #[derive(Clone, Debug, Default)]
 pub struct Heartbeat {
@@ -30,8 +39,8 @@ pub struct Heartbeat {
     pub unreported: u64,
     /// The leases it is at.
     pub held: Vec<LeaseKey>,
-    /// What it is at.
-    pub activity: Activity,
+    /// What it is at, where it has said.
+    pub activity: Option<Activity>,
     /// For how long nothing has come of that.
     pub quiet: Duration,
 }
@@ -47,7 +56,7 @@ pub(super) struct Worker {
     pub(super) rate: f64,
     evaluations: u64,
     unreported: u64,
-    activity: Activity,
+    activity: Option<Activity>,
     quiet: Duration,
     pub(super) leases: BTreeSet<LeaseKey>,
 }
@@ -142,6 +151,11 @@ impl Brain {
         self.workers.known.contains_key(worker)
     }
 
+    /// Whether a lease is out to that worker.
+    pub fn holds(&self, worker: &str, key: LeaseKey) -> bool {
+        self.workers.known.get(worker).is_some_and(|known| known.leases.contains(&key))
+    }
+
     /// Whether no worker is there.
     pub fn is_alone(&self) -> bool {
         self.workers.known.is_empty()
@@ -217,8 +231,8 @@ pub struct WorkerView {
     pub unreported: u64,
     /// Its measured rate in evaluations per second.
     pub rate: f64,
-    /// What it is at.
-    pub activity: Activity,
+    /// What it is at, where it has said.
+    pub activity: Option<Activity>,
     /// For how long nothing has come of that.
     pub quiet: Duration,
 }

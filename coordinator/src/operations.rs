@@ -1,0 +1,54 @@
+//! What a coordinator tells operators over HTTP.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use elbo_net::Operations;
+
+use crate::service::{Shared, short};
+use crate::status::{self, JobStatus};
+
+/// A running coordinator, as operators see it.
+#[derive(Debug)]
+pub struct JobOperations {
+    shared: Arc<Shared>,
+}
+
+impl JobOperations {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    fn job_status(&self) -> (crate::Progress, JobStatus) {
+        let progress = self.shared.publish();
+        let reply = status::reply(&progress, self.shared.closing.is_cancelled());
+        (progress, reply.into())
+    }
+}
+
+impl Operations for JobOperations {
+    fn ready(&self) -> Result<(), String> {
+        if self.shared.closing.is_cancelled() {
+            return Err("stopping".into());
+        }
+        self.shared.ledger.check().map_err(|error| error.to_string())?;
+        if self.shared.telemetry.serving.load(Ordering::Relaxed) { Ok(()) } else { Err("starting".into()) }
+    }
+
+    fn metrics(&self) -> String {
+        let progress = self.shared.publish();
+        let ready = self.shared.brain().ready_evaluations();
+        self.shared.telemetry.encode(&progress, ready)
+    }
+
+    fn status(&self) -> serde_json::Value {
+        // A struct of texts and numbers can be serialised.
+        serde_json::to_value(self.job_status().1).unwrap_or_default()
+    }
+
+    fn page(&self) -> String {
+        let (progress, status) = self.job_status();
+        let epoch = self.shared.ledger.epoch().0;
+        status::page(short(&self.shared.record.fingerprint), epoch, &progress, &status)
+    }
+}

@@ -1,0 +1,344 @@
+//! TLS from PEM files, and what is wrong with it in words.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::sign::CertifiedKey;
+use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+
+/// How long a handshake may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Files TLS can't be had from.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file can't be read.
+    #[error("reading {}: {source}; give {flag} a PEM file this user may read", path.display())]
+    Read {
+        /// The flag that names it.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A file holds no certificate.
+    #[error("{} holds no usable certificate ({reason}): {flag} takes a PEM file with -----BEGIN CERTIFICATE-----", path.display())]
+    Certificate {
+        /// The flag that names it.
+        flag: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file holds no key.
+    #[error("{} holds no usable private key ({reason}): --tls-key takes an unencrypted PEM file with -----BEGIN PRIVATE KEY-----", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Certificate and key do not belong together.
+    #[error("the key in {} is not that of the certificate in {}: give the pair that was made together", key.display(), cert.display())]
+    Mismatch {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+    },
+    /// The system has no roots.
+    #[error("this system has no root certificates: give the coordinator's with --tls-ca")]
+    NoRoots,
+    /// The library refused what these checks let through.
+    #[error("TLS can't be set up: {0}")]
+    Setup(String),
+}
+
+/// What is wrong between a client and the port it was sent to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TlsProblem {
+    /// `https://` to a port without TLS.
+    #[error("it speaks no TLS: use http://, or start the coordinator with --tls-cert and --tls-key")]
+    Plaintext,
+    /// `http://` to a port with TLS.
+    #[error("it speaks TLS: use https:// (and --tls-ca, if its certificate is not from a public authority)")]
+    Encrypted,
+    /// The certificate is signed by somebody else.
+    #[error("its certificate is not signed by {0}: give the certificate of the authority that signed it with --tls-ca")]
+    Issuer(&'static str),
+    /// The certificate is for another host.
+    #[error(
+        "its certificate is not for the name '{0}': use a name that is in the certificate, or have one made for this name"
+    )]
+    Name(String),
+    /// The certificate's time is over.
+    #[error("its certificate has expired: renew it (and check this machine's clock)")]
+    Expired,
+    /// The certificate's time has not begun.
+    #[error("its certificate is not valid yet: check this machine's clock")]
+    Early,
+    /// The server wants to see a certificate.
+    #[error("it wants a certificate of this worker: give one with --tls-cert and --tls-key")]
+    Anonymous,
+    /// The server does not like the client's certificate.
+    #[error("it does not accept this worker's certificate ({0}): give one that its --tls-client-ca has signed")]
+    Unwelcome(String),
+    /// Something else.
+    #[error("TLS fails: {0}")]
+    Other(String),
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
+    std::fs::read(path).map_err(|source| TlsError::Read { flag, path: path.to_owned(), source })
+}
+
+/// The certificates of a PEM file, and the file.
+fn certificates(flag: &'static str, path: &Path) -> Result<(Vec<CertificateDer<'static>>, Vec<u8>), TlsError> {
+    let pem = read(flag, path)?;
+    let broken = |reason: String| TlsError::Certificate { flag, path: path.to_owned(), reason };
+    let found: Vec<_> =
+        CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|e| broken(e.to_string()))?;
+    if found.is_empty() {
+        return Err(broken("there is none in it".into()));
+    }
+    Ok((found, pem))
+}
+
+/// Authorities, each of which must be usable.
+fn authorities(flag: &'static str, path: &Path) -> Result<(RootCertStore, Vec<u8>), TlsError> {
+    let (found, pem) = certificates(flag, path)?;
+    let mut roots = RootCertStore::empty();
+    for certificate in found {
+        roots.add(certificate).map_err(|e| TlsError::Certificate {
+            flag,
+            path: path.to_owned(),
+            reason: e.to_string(),
+        })?;
+    }
+    Ok((roots, pem))
+}
+
+/// A certificate with its key.
+#[derive(Clone)]
+struct Own {
+    chain: Vec<CertificateDer<'static>>,
+    key: Arc<PrivateKeyDer<'static>>,
+    pem: Identity,
+}
+
+impl Own {
+    fn read(cert: &Path, key: &Path) -> Result<Self, TlsError> {
+        let (chain, cert_pem) = certificates("--tls-cert", cert)?;
+        let key_pem = read("--tls-key", key)?;
+        let broken = |reason: String| TlsError::Key { path: key.to_owned(), reason };
+        let secret = PrivateKeyDer::from_pem_slice(&key_pem).map_err(|e| broken(e.to_string()))?;
+        match CertifiedKey::from_der(chain.clone(), secret.clone_key(), &provider()) {
+            Ok(_) => {}
+            Err(rustls::Error::InconsistentKeys(_)) => {
+                return Err(TlsError::Mismatch { cert: cert.to_owned(), key: key.to_owned() });
+            }
+            Err(rustls::Error::InvalidCertificate(e)) => {
+                let (path, reason) = (cert.to_owned(), e.to_string());
+                return Err(TlsError::Certificate { flag: "--tls-cert", path, reason });
+            }
+            Err(e) => return Err(broken(e.to_string())),
+        }
+        Ok(Self { chain, key: Arc::new(secret), pem: Identity::from_pem(cert_pem, key_pem) })
+    }
+}
+
+/// A server's side of TLS. Its key is shown nowhere.
+#[derive(Clone)]
+pub struct ServerTls(ServerTlsConfig);
+
+impl std::fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerTls").finish_non_exhaustive()
+    }
+}
+
+impl ServerTls {
+    /// A certificate with its key; with `client_ca`, only clients with a certificate of that authority are served.
+    pub fn read(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Self, TlsError> {
+        let mut config = ServerTlsConfig::new().identity(Own::read(cert, key)?.pem).timeout(HANDSHAKE);
+        if let Some(ca) = client_ca {
+            let (_, pem) = authorities("--tls-client-ca", ca)?;
+            config = config.client_ca_root(Certificate::from_pem(pem));
+        }
+        Ok(Self(config))
+    }
+
+    /// As the gRPC server takes it.
+    pub fn config(&self) -> ServerTlsConfig {
+        self.0.clone()
+    }
+}
+
+/// A client's side of TLS. Its key is shown nowhere.
+#[derive(Clone)]
+pub struct ClientTls {
+    tonic: ClientTlsConfig,
+    rustls: Arc<ClientConfig>,
+    trusted: &'static str,
+}
+
+impl std::fmt::Debug for ClientTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ClientTls").field("trusted", &self.trusted).finish_non_exhaustive()
+    }
+}
+
+impl ClientTls {
+    /// Trusts the authorities in `ca`, or the system's; shows the certificate of `own`, a certificate and its key.
+    pub fn read(ca: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Self, TlsError> {
+        let tonic = ClientTlsConfig::new().timeout(HANDSHAKE);
+        let (roots, mut tonic, trusted) = match ca {
+            Some(path) => {
+                let (roots, pem) = authorities("--tls-ca", path)?;
+                (roots, tonic.ca_certificate(Certificate::from_pem(pem)), "an authority in --tls-ca")
+            }
+            None => {
+                let mut roots = RootCertStore::empty();
+                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+                if roots.is_empty() {
+                    return Err(TlsError::NoRoots);
+                }
+                (roots, tonic.with_native_roots(), "an authority this system trusts")
+            }
+        };
+        let setup = |e: rustls::Error| TlsError::Setup(e.to_string());
+        let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+        let builder = builder.map_err(setup)?.with_root_certificates(roots);
+        let mut rustls = match own {
+            None => builder.with_no_client_auth(),
+            Some((cert, key)) => {
+                let own = Own::read(cert, key)?;
+                tonic = tonic.identity(own.pem);
+                builder.with_client_auth_cert(own.chain, own.key.clone_key()).map_err(setup)?
+            }
+        };
+        rustls.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(Self { tonic, rustls: Arc::new(rustls), trusted })
+    }
+
+    /// As the gRPC client takes it.
+    pub fn config(&self) -> ClientTlsConfig {
+        self.tonic.clone()
+    }
+
+    fn explain(&self, host: &str, error: &rustls::Error) -> TlsProblem {
+        use rustls::Error;
+        match error {
+            Error::InvalidCertificate(CertificateError::UnknownIssuer) => TlsProblem::Issuer(self.trusted),
+            Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            ) => TlsProblem::Name(host.to_owned()),
+            Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+                TlsProblem::Expired
+            }
+            Error::InvalidCertificate(CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. }) => {
+                TlsProblem::Early
+            }
+            Error::AlertReceived(AlertDescription::CertificateRequired) => TlsProblem::Anonymous,
+            Error::AlertReceived(
+                alert @ (AlertDescription::UnknownCA
+                | AlertDescription::BadCertificate
+                | AlertDescription::CertificateExpired
+                | AlertDescription::CertificateUnknown
+                | AlertDescription::DecryptError
+                | AlertDescription::UnsupportedCertificate),
+            ) => TlsProblem::Unwelcome(format!("{alert:?}")),
+            other => TlsProblem::Other(other.to_string()),
+        }
+    }
+}
+
+/// What an HTTP/2 client says first, settings included.
+const GREETING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// How a server took a greeting over TLS.
+enum Heard {
+    /// Nothing that can be told from no server at all.
+    Nothing,
+    /// Not TLS.
+    Plaintext,
+    /// TLS, with an error or without.
+    Tls(Option<rustls::Error>),
+}
+
+/// Finds out what is wrong between a client and a port that does not answer its calls. The client speaks `tls`, or none;
+/// `None` where TLS is not to blame.
+pub async fn diagnose(host: &str, port: u16, tls: Option<&ClientTls>) -> Option<TlsProblem> {
+    let config = match tls {
+        Some(tls) => Arc::clone(&tls.rustls),
+        // Whatever certificate it shows, and whether that is trusted or not: it speaks TLS.
+        None => Arc::new(
+            ClientConfig::builder_with_provider(provider())
+                .with_safe_default_protocol_versions()
+                .ok()?
+                .with_root_certificates(RootCertStore::empty())
+                .with_no_client_auth(),
+        ),
+    };
+    let heard = tokio::time::timeout(HANDSHAKE, greet(host, port, config)).await.unwrap_or(Heard::Nothing);
+    match (tls, heard) {
+        (None, Heard::Tls(_)) => Some(TlsProblem::Encrypted),
+        (Some(_), Heard::Plaintext) => Some(TlsProblem::Plaintext),
+        (Some(tls), Heard::Tls(Some(error))) => Some(tls.explain(host, &error)),
+        (Some(_), Heard::Nothing) => {
+            let plain = tokio::time::timeout(Duration::from_secs(2), speaks_plainly(host, port)).await;
+            plain.is_ok_and(|plain| plain).then_some(TlsProblem::Plaintext)
+        }
+        _ => None,
+    }
+}
+
+async fn greet(host: &str, port: u16, config: Arc<ClientConfig>) -> Heard {
+    let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let connecting = TcpStream::connect((name.clone(), port)).await;
+    let (Ok(name), Ok(stream)) = (ServerName::try_from(name), connecting) else { return Heard::Nothing };
+    let outcome = async {
+        let mut stream = TlsConnector::from(config).connect(name, stream).await?;
+        // With TLS 1.3 a server that misses the client's certificate says so only now.
+        answer(&mut stream).await
+    };
+    match outcome.await {
+        Ok(_) => Heard::Tls(None),
+        Err(error) => match error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
+            None => Heard::Nothing,
+            Some(rustls::Error::InvalidMessage(_)) => Heard::Plaintext,
+            Some(error) => Heard::Tls(Some(error.clone())),
+        },
+    }
+}
+
+/// The first bytes a server answers to a greeting.
+async fn answer(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> std::io::Result<[u8; 9]> {
+    let mut bytes = [0; 9];
+    // A server that has hung up may have said why before.
+    let written = stream.write_all(GREETING).await;
+    let flushed = stream.flush().await;
+    stream.read_exact(&mut bytes).await?;
+    written.and(flushed).map(|()| bytes)
+}
+
+/// Whether a port answers HTTP/2 without TLS: with settings, which are frames of type 4.
+async fn speaks_plainly(host: &str, port: u16) -> bool {
+    let name = host.trim_start_matches('[').trim_end_matches(']');
+    let Ok(mut stream) = TcpStream::connect((name, port)).await else { return false };
+    answer(&mut stream).await.is_ok_and(|frame| frame[3] == 4)
+}
