@@ -8,10 +8,12 @@ container files through hadolint. All these programs come from the requirements.
 """
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import kubernetes_validate
@@ -51,13 +53,13 @@ def run(*command, **options):
 # ---- Kubernetes ----------------------------------------------------------------------------------------------------------------------
 
 
-def render(directory):
+def render(directory, where):
     """The objects of a kustomization."""
     done = run(TOOLS / "kubectl", "kustomize", directory)
     if done.returncode != 0:
-        complain(directory.relative_to(REPOSITORY), done.stderr.strip())
+        complain(where, done.stderr.strip())
         return []
-    check(directory.relative_to(REPOSITORY), not done.stderr.strip(), done.stderr.strip())
+    check(where, not done.stderr.strip(), done.stderr.strip())
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
@@ -148,7 +150,7 @@ def check_job(where, job, documents):
 
         # Every file that is named must be in a volume.
         environment = {e["name"]: e["value"] for e in container["env"]}
-        check(where, container["image"].split(":")[0] in ("elbo", "elbo-cuda"), f"image {container['image']}: no container file makes it")
+        check(where, re.sub(r".*/|:.*", "", container["image"]) in ("elbo", "elbo-cuda"), f"image {container['image']}: no container file makes it")
         check(where, len(environment) == len(container["env"]), "a variable is there twice")
         named = [a for a in container["args"] if a.startswith("/")] + [v for v in environment.values() if v.startswith("/")]
         for path in named:
@@ -247,9 +249,8 @@ def check_words(where, document):
         check(where, not key.startswith("kueue.") or key in known, f"{kind} has {key}, which Kueue does not read")
 
 
-def check_kustomization(directory):
-    where = directory.relative_to(REPOSITORY)
-    documents = render(directory)
+def check_kustomization(directory, where):
+    documents = render(directory, where)
     for document in documents:
         against_schema(f"{where}: {document['kind']} {document['metadata']['name']}", document)
     jobs = list(jobs_of(documents))
@@ -305,6 +306,20 @@ def check_worker_command(where, container):
             check(where, got == (said, code), f"the worker's command, for a program that does `{script}`: {got}, not {(said, code)}")
 
 
+def check_readme():
+    """The kustomization that the document tells users to write."""
+    text = (KUBERNETES / "README.md").read_text()
+    example = re.search(r"((?:    .*\n)+)", text[text.index("    # my-job/kustomization.yaml"):]).group(1)
+    with tempfile.TemporaryDirectory() as home:
+        shutil.copytree(DEPLOY, Path(home, "deploy"))
+        job = Path(home, "my-job")
+        job.mkdir()
+        for name in ["job.toml", "classes.txt"]:
+            shutil.copy(KUBERNETES / "base" / name, job)
+        (job / "kustomization.yaml").write_text(textwrap.dedent(example))
+        check_kustomization(job, "the example in deploy/kubernetes/README.md")
+
+
 # ---- Slurm and containers ------------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +345,8 @@ def check_containers():
 for kustomization in sorted(KUBERNETES.rglob("kustomization.yaml")):
     # Components are seen in the overlays that use them.
     if yaml.safe_load(kustomization.read_text())["kind"] == "Kustomization":
-        check_kustomization(kustomization.parent)
+        check_kustomization(kustomization.parent, kustomization.parent.relative_to(REPOSITORY))
+check_readme()
 used = "".join(p.read_text() for p in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 for component in (KUBERNETES / "components").iterdir():
     check(component.name, f"components/{component.name}\n" in used, "no overlay uses this component, so nothing checks it")
