@@ -7,6 +7,7 @@ what schemas can't see: that names, labels, ports and mounts fit each other and 
 container files through hadolint. All these programs come from the requirements.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -288,7 +289,7 @@ def check_worker_command(where, container):
             program.write_text(f"#!/bin/sh\n{script}\n")
             program.chmod(0o755)
             worker = subprocess.Popen([*container["command"], *container["args"]], env={"PATH": f"{home}:/usr/bin:/bin"},
-                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
             # It says so when it runs.
             said = worker.stdout.readline().strip()
             if term:
@@ -296,7 +297,7 @@ def check_worker_command(where, container):
             try:
                 return said, worker.wait(10)
             except subprocess.TimeoutExpired:
-                worker.kill()
+                os.killpg(worker.pid, signal.SIGKILL)
                 return said, "never"
 
         said = "worker " + " ".join(container["args"])
