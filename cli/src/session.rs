@@ -203,7 +203,6 @@ pub(crate) async fn coordinate(
     let coordinator = Coordinator::new(job, options, giving_up.clone())?;
     operator.started(coordinator.operations());
     let started = Instant::now();
-    let before = coordinator.progress().borrow().evaluations;
     let watching = coordinator.progress();
     let bar = tokio::spawn(progress::show(run.progress.unwrap_or_default(), coordinator.progress()));
     let running = coordinator.run(listener);
@@ -226,7 +225,7 @@ pub(crate) async fn coordinate(
     bar.abort();
     let _ = bar.await;
     match outcome? {
-        Outcome::Done(_) => Ok(Done::Now(watching.borrow().evaluations.saturating_sub(before), started.elapsed())),
+        Outcome::Done(_) => Ok(Done::Now(watching.borrow().evaluations_here, started.elapsed())),
         Outcome::Interrupted => Err(failure.unwrap_or_else(|| Interrupted.into())),
     }
 }

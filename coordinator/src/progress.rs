@@ -22,6 +22,8 @@ pub struct Progress {
     pub samples_quarantined: u64,
     /// Evaluations reduced so far, in all runs of the job.
     pub evaluations: u64,
+    /// Those of them that were not known before this coordinator started.
+    pub evaluations_here: u64,
     /// Evaluations workers have finished and not reported yet.
     pub unreported: u64,
     /// Evaluations the job takes in all, if no further sample is given up; at most so many where classes have unequally many
@@ -81,9 +83,10 @@ impl Meter {
             samples_done: totals.samples,
             samples_quarantined: totals.quarantined,
             evaluations: totals.evaluations,
+            evaluations_here: brain.merged_here(),
             unreported,
             evaluations_total: brain.job().planned_evaluations().saturating_sub(totals.spared),
-            rate: self.rate(now, totals.evaluations + unreported),
+            rate: self.rate(now, brain.merged_here() + unreported),
             workers,
             done: brain.is_done(),
             stalled: None,

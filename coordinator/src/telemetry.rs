@@ -249,7 +249,7 @@ impl Telemetry {
         g.eta.set(progress.eta().map_or(f64::NAN, |eta| eta.as_secs_f64()));
         g.workers.clear();
         for worker in &progress.workers {
-            let (activity, _) = crate::status::activity(worker);
+            let activity = worker.activity;
             g.workers.get_or_create(&[("activity", activity.map_or("unknown", |a| a.name()))]).inc();
         }
         let leases: u64 = progress.workers.iter().map(|w| u64::from(w.leases)).sum();

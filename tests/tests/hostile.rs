@@ -131,7 +131,7 @@ fn report(worker: &str, block: &v1::Block) -> v1::ReportRequest {
         errors: Vec::new(),
     };
     let (worker, epoch, lease) = (worker.into(), block.epoch, block.lease);
-    v1::ReportRequest { worker, epoch, lease, results: vec![result], failures: Vec::new() }
+    v1::ReportRequest { worker, epoch, lease, results: vec![result], ..v1::ReportRequest::default() }
 }
 
 /// Bytes that follow no rule, the same in every run.

@@ -61,6 +61,10 @@ pub struct Brain {
     /// Blocks that workers hold of shards that are not open yet.
     orphans: BTreeMap<ShardId, Vec<Orphan>>,
     next_lease: u64,
+    /// Evaluations that the ledger had of the shards opened so far.
+    restored: u64,
+    /// Evaluations of the shards that were committed before this coordinator.
+    found_committed: u64,
     /// Shards that reports speak of though they are not open.
     requested: BTreeSet<ShardId>,
     waste: Waste,
@@ -92,6 +96,8 @@ impl Brain {
             deaths: HashMap::new(),
             orphans: BTreeMap::new(),
             next_lease: 0,
+            restored: 0,
+            found_committed: committed.evaluations,
             requested: BTreeSet::new(),
             waste,
         }
@@ -136,6 +142,7 @@ impl Brain {
     pub fn open_shard(&mut self, id: ShardId, shard: Shard, now: Duration) {
         self.requested.remove(&id);
         if !self.is_begun(id) {
+            self.restored += shard.totals.evaluations;
             self.open.insert(id, shard);
             self.place_orphans(id, now);
         }
@@ -294,6 +301,12 @@ impl Brain {
         self.committing.values().for_each(|t| totals.add(*t));
         self.open.values().for_each(|s| totals.add(s.totals));
         totals
+    }
+
+    /// Evaluations merged by this coordinator, not by those before it.
+    pub fn merged_here(&self) -> u64 {
+        let earlier: u64 = self.restored + self.found_committed;
+        self.totals().evaluations.saturating_sub(earlier)
     }
 
     /// Evaluations that came to nothing, in all runs.
