@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use elbo_tests::link::{Link, State};
 use elbo_tests::servers::{Bucket, Moto};
-use elbo_tests::{Process, coordinator_flags, elbo, free_address, job_flags, json, model, run_ok, some_images, with};
+use elbo_tests::{
+    Process, audit, coordinator_flags, elbo, free_address, job_flags, json, model, run_ok, some_images, with,
+};
 use tempfile::TempDir;
 
 /// Trouble lasts no longer than this; then the job must come to its end.
@@ -267,6 +269,11 @@ fn whatever_happens_to_its_processes_the_job_ends_with_the_same_bytes() {
         let report = ask("report");
         assert_eq!(report["evaluations_recomputed"], 0, "seed {seed}");
         eprintln!("seed {seed}: {} evaluations, {} twice", report["evaluations"], report["evaluations_duplicated"]);
+        let account = audit::check(cluster.logs.path());
+        eprintln!("seed {seed}: {account:?}");
+        // 150 images of a unit in the first round and two in the second.
+        assert_eq!(account.acknowledged, 450, "seed {seed}");
+        assert!(account.coordinators > 1 && account.granted >= account.acknowledged, "seed {seed}: {account:?}");
         let kinds = cluster.happened.len();
         assert!(kinds >= 5, "seed {seed}: only {:?} happened", cluster.happened);
         if soak.is_none_or(|end| Instant::now() >= end) {

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use elbo_tests::{
-    Process, coordinator_flags, elbo, free_address, images, job_flags, json, results, run, run_ok, some_images, stderr,
+    Process, coordinator_flags, copy_tree, elbo, free_address, images, job_flags, json, model, results, run, run_ok,
+    some_images, stderr,
 };
 use tempfile::TempDir;
 
@@ -156,4 +157,42 @@ fn listening_beyond_this_machine_needs_a_token_and_a_wrong_one_is_refused() {
     assert!(stderr(&wrong).contains("the token is wrong"), "{}", stderr(&wrong));
     run_ok(cluster.worker_command().arg("--token-file").arg(&token));
     assert_eq!(coordinator.wait(PATIENCE), Some(0));
+}
+
+#[test]
+fn a_worker_that_cannot_load_the_model_says_so_and_leaves_while_another_does_the_job_with_two_engines() {
+    let cluster = Cluster::new(5);
+    let mut command = elbo();
+    command.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
+    command
+        .args(["--listen", &cluster.address])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped());
+    let coordinator = command.spawn().unwrap();
+    cluster.wait_for("the coordinator", |s| s["state"] == "waiting for workers");
+
+    let other = TempDir::new().unwrap();
+    copy_tree(&model(), other.path());
+    let weights = other.path().join("unet/diffusion_pytorch_model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let refused = run(cluster.worker_command().arg("--model").arg(other.path()));
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("is not the one the job was started with"), "{}", stderr(&refused));
+    assert_eq!(cluster.status().unwrap()["workers"].as_array().map(Vec::len), Some(0));
+
+    let mut two = Process::start(cluster.worker_command().args(["--device", "cpu,cpu"]));
+    cluster.wait_for("both engines", |s| {
+        let names = s["workers"].as_array().unwrap().iter().filter_map(|w| w["worker"].as_str());
+        let ends: Vec<_> =
+            names.filter_map(|name| name.rsplit_once('/')).map(|(_, number)| number.to_owned()).collect();
+        ends == ["0", "1"]
+    });
+    assert_eq!(two.wait(PATIENCE), Some(0));
+    let ended = coordinator.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(0));
+    // Its operator need not look for it on the worker's machine.
+    assert!(stderr(&ended).contains("is not the one the job was started with"), "{}", stderr(&ended));
+    assert!(results(&cluster.out()) == cluster.expected());
 }
