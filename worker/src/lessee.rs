@@ -205,8 +205,10 @@ impl Lessee {
     /// Hands a block back that can't be finished.
     async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
         tracing::error!(epoch = key.epoch.0, lease = key.lease.0, error, "block failed");
+        // As long as it counts as held, a request for work does not hand it back without the blame.
+        let released = self.client.release(key, error).await;
         self.held.remove(key);
-        match self.client.release(key, error).await {
+        match released {
             Err(CallError::Fatal(error)) => Err(error.into()),
             _ => Ok(()),
         }
