@@ -151,10 +151,8 @@ impl Watchdog {
     }
 
     fn judge(&mut self, seen: &Observation) -> Option<Stall> {
-        // A commit merges nothing and yet gets the job on; so does a worker that comes, for it has to begin.
+        // A commit merges nothing and yet gets the job on.
         let unmerged = self.merged.still(seen.now, seen.merged.wrapping_add(seen.committed));
-        let unfinished = self.finished.still(seen.now, seen.merged.wrapping_add(seen.unreported));
-        let patience = patience(&seen.workers);
         if let Some((what, lasts)) = &seen.storage
             && unmerged >= PATIENCE
             && *lasts >= PATIENCE
@@ -178,9 +176,11 @@ impl Watchdog {
             });
         }
         if self.deserted.take().is_some() {
+            // The first worker that comes has to begin.
             self.finished.since = seen.now;
         }
-        if unfinished < patience { None } else { blame(&seen.workers, unfinished) }
+        let unfinished = self.finished.still(seen.now, seen.merged.wrapping_add(seen.unreported));
+        if unfinished < patience(&seen.workers) { None } else { blame(&seen.workers, unfinished) }
     }
 }
 

@@ -91,7 +91,10 @@ fn take(brain: &mut Brain, kind: u8, message: &[u8]) {
         }
         2 => {
             let Ok(back) = v1::ReleaseRequest::decode(message) else { return };
-            for lease in back.leases.into_iter().map(LeaseId).filter(|lease| brain.holds(worker, *lease)) {
+            for lease in back.leases.into_iter().map(LeaseId) {
+                if !brain.holds(worker, lease) {
+                    continue;
+                }
                 if back.error.is_empty() {
                     brain.release(&[lease]);
                 } else {

@@ -174,6 +174,9 @@ impl std::fmt::Debug for ServerTls {
 impl ServerTls {
     /// A certificate with its key; with `client_ca`, only clients with a certificate of that authority are served.
     pub fn read(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Self, TlsError> {
+        // The gRPC server takes the process's provider of cryptography, which has to be chosen where there are several.
+        // Whoever has chosen one before has chosen well.
+        let _ = ring::default_provider().install_default();
         let mut config = ServerTlsConfig::new().identity(Own::read(cert, key)?.pem).timeout(HANDSHAKE);
         if let Some(ca) = client_ca {
             let (_, pem) = authorities("--tls-client-ca", ca)?;

@@ -1,6 +1,8 @@
 //! A coordinator as operators run one: with a log, a token and whatever flags a test is about.
 
 use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -44,18 +46,27 @@ impl Service {
         self.file("out")
     }
 
-    /// Starts the coordinator with further flags, its log going to the file `coordinator.log`; waits until it listens.
+    /// Starts the coordinator with further flags, its log going to the file `coordinator.log`; waits until it is ready.
     pub fn coordinator(&self, flags: &[&str]) -> Process {
         let mut command = elbo();
         command.arg("coordinator").args(coordinator_flags(self.images.path(), &self.out()));
         command.args(["--listen", &self.address, "--lease-seconds", "20", "--http", &self.http]).args(flags);
         let mut process = self.start(command.env("ELBO_TOKEN", TOKEN), "coordinator.log");
         let end = Instant::now() + PATIENCE;
-        while std::net::TcpStream::connect(&self.address).is_err() {
+        while !self.is_ready().unwrap_or(false) {
             assert!(Instant::now() < end && process.is_running(), "{}", self.log());
             std::thread::sleep(Duration::from_millis(50));
         }
         process
+    }
+
+    /// Whether the coordinator says that it serves workers.
+    fn is_ready(&self) -> std::io::Result<bool> {
+        let mut stream = TcpStream::connect(&self.http)?;
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: elbo\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer.starts_with("HTTP/1.1 200"))
     }
 
     /// Starts a command with its log going to a file.

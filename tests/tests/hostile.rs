@@ -229,7 +229,7 @@ async fn lies(caller: &Caller, block: &v1::Block) {
         ("an infinite sum", |r| r.results[0].sum[0] = f64::INFINITY),
         ("squares that are no number", |r| r.results[0].sum_sq[0] = f64::NAN),
         ("squares too small for the sum", |r| r.results[0].sum_sq[0] = 0.0),
-        ("too few sums", |r| drop(r.results[0].sum.pop())),
+        ("too few sums", |r| r.results[0].sum.truncate(1)),
         ("too many squares", |r| r.results[0].sum_sq.push(1.0)),
         ("other slots", |r| r.results[0].slots += 1),
         ("other prompts", |r| r.results[0].prompts[0] += 1),

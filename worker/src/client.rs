@@ -1,5 +1,6 @@
 //! The connection to the coordinator: every call is retried until it is answered or patience runs out.
 
+use std::error::Error;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -163,7 +164,10 @@ impl Client {
                 }
                 Err(status) => status,
             };
-            let mut reason = whole(&status);
+            let mut reason = status.message().to_owned();
+            if let Some(cause) = status.source().map(whole).filter(|cause| !reason.contains(cause)) {
+                reason = format!("{reason}: {cause}");
+            }
             match status.code() {
                 Code::NotFound => {
                     metrics().left(&self.worker);
@@ -304,7 +308,7 @@ fn is_this_machine(host: &str) -> bool {
 }
 
 /// An error with its causes, leaving out what an outer message repeats.
-fn whole(error: &dyn std::error::Error) -> String {
+fn whole(error: &(dyn Error + 'static)) -> String {
     let mut text = String::new();
     let mut next = Some(error);
     while let Some(error) = next {
