@@ -13,14 +13,18 @@ use super::failure::Blame;
 /// A backup must be expected to bring the end forward by more than this, else it is waste.
 const WORTHWHILE: f64 = 1.0;
 
+/// How long a worker may be quiet whatever it does, to read images and to report, as a share of the time after which it is
+/// given up.
+const SLACK: f64 = 1.0 / 6.0;
+
 /// A lease that is still worked on, and what is expected of it.
 #[derive(Clone, Copy, Debug)]
 struct Running {
     key: LeaseKey,
     /// Evaluations until it is finished, those of the worker's earlier leases included.
     ahead: f64,
-    /// Evaluations per second of its worker: infinite where nothing is known of it, 0 where nothing has come of it for longer
-    /// than all it holds should take.
+    /// Evaluations per second of its worker: infinite where nothing is known of it, 0 where nothing has come of it for twice as
+    /// long as all it holds should take.
     rate: f64,
 }
 
@@ -60,7 +64,10 @@ impl Brain {
             let evaluations = |key: &LeaseKey| self.leases.get(key).map_or(0.0, |lease| lease.evaluations as f64);
             let quiet = now.saturating_sub(worker.progress);
             let all: f64 = worker.leases.iter().map(evaluations).sum();
-            let stuck = quiet > self.policy.time_to_live && quiet.as_secs_f64() * known > 2.0 * all;
+            // A dead worker is not waited for until its leases run out, when there is nothing else to do.
+            let time_to_live = self.policy.time_to_live.as_secs_f64();
+            let slack = if known.is_finite() { SLACK * time_to_live } else { time_to_live };
+            let stuck = quiet.as_secs_f64() > slack + 2.0 * all / known;
             let mut ahead = 0.0;
             for key in &worker.leases {
                 ahead += evaluations(key);
