@@ -19,6 +19,7 @@ use crate::watchdog::{News, Observation, Part, Stall, Watchdog};
 /// One label with one of a few values.
 type Labelled<M> = Family<[(&'static str, &'static str); 1], M>;
 type Float = Gauge<f64, AtomicU64>;
+type Latencies = Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>;
 
 /// Everything that is counted of one coordinator.
 #[derive(Debug)]
@@ -96,7 +97,7 @@ impl Use {
 struct Storage {
     under_way: Mutex<BTreeMap<u64, (Use, Instant)>>,
     next: AtomicU64,
-    seconds: Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>,
+    seconds: Latencies,
 }
 
 /// From milliseconds on a local disk to the minutes an object store may be away.
@@ -137,7 +138,7 @@ impl Telemetry {
         let storage = Storage {
             under_way: Mutex::default(),
             next: AtomicU64::new(0),
-            seconds: Family::new_with_constructor(latencies as fn() -> Histogram),
+            seconds: Latencies::new_with_constructor(latencies),
         };
         let this = Self {
             gauges,

@@ -1,6 +1,6 @@
 //! What operators see of a running job: probes, metrics, status, health, reflection, logs.
 
-#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
