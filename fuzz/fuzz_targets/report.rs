@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use elbo_common::ensemble::Contenders;
-use elbo_common::ids::{Epoch, LeaseId, SampleId, ShardId};
+use elbo_common::ids::{Epoch, LeaseId, LeaseKey, SampleId, ShardId};
 use elbo_common::manifest::Sample;
 use elbo_common::policy::Policy;
 use elbo_common::unit::Unit;
-use elbo_coordinator::brain::{Brain, Checked, JobShape, LeasePolicy, Record, Shard, UnitResult};
+use elbo_coordinator::brain::{Brain, Checked, Heartbeat, JobShape, LeasePolicy, Record, Shard, UnitResult, Waste};
 use elbo_coordinator::intake;
 use elbo_proto::v1;
 use libfuzzer_sys::fuzz_target;
@@ -36,9 +36,10 @@ fn brain() -> Brain {
         candidates: Vec::new(),
         pair: None,
     };
-    let mut brain = Brain::new(shape, EPOCH, LeasePolicy { first_block: 4, ..LeasePolicy::default() }, BTreeMap::new());
+    let policy = LeasePolicy { first_block: 4, ..LeasePolicy::default() };
+    let mut brain = Brain::new(shape, EPOCH, policy, BTreeMap::new(), Waste::default());
     let shard = Shard::restore(brain.job(), (0..SAMPLES).map(sample).collect(), &[], Vec::new());
-    brain.open_shard(ShardId(0), shard);
+    brain.open_shard(ShardId(0), shard, Duration::ZERO);
     for worker in WORKERS {
         brain.join(worker, "host", "device", Duration::ZERO);
     }
@@ -58,14 +59,17 @@ fn compute(unit: &Unit) -> UnitResult {
     }
 }
 
-/// What the service does with a report; the evaluations it added.
-fn report(brain: &mut Brain, worker: &str, epoch: u64, lease: u64, record: Record) {
-    let checked = brain.check(worker, Epoch(epoch), LeaseId(lease), record, Duration::ZERO);
-    if let Ok(Checked { record, .. }) = checked {
-        brain.apply(record.clone(), Some(worker));
+fn key(epoch: u64, lease: u64) -> LeaseKey {
+    LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) }
+}
+
+/// What the service does with a report.
+fn report(brain: &mut Brain, worker: &str, key: LeaseKey, again: bool, record: Record) {
+    if let Ok(Checked { record, .. }) = brain.check(worker, key, record, again, Duration::ZERO) {
+        brain.apply(record.clone(), Some((worker, key)));
         let once = brain.totals();
         // A second copy that was checked at the same time counts nothing.
-        brain.apply(record, Some(worker));
+        brain.apply(record, Some((worker, key)));
         assert_eq!(once, brain.totals());
     }
 }
@@ -75,38 +79,42 @@ fn take(brain: &mut Brain, kind: u8, message: &[u8]) {
     let worker = WORKERS[usize::from(kind >> 7)];
     match kind & 3 {
         0 => {
-            let Ok(v1::ReportRequest { epoch, lease, results, failures, .. }) = v1::ReportRequest::decode(message)
+            let Ok(v1::ReportRequest { epoch, lease, results, failures, again, .. }) =
+                v1::ReportRequest::decode(message)
             else {
                 return;
             };
             if let Ok(record) = intake::record(epoch, results, failures) {
-                report(brain, worker, epoch, lease, record);
+                report(brain, worker, key(epoch, lease), again, record);
             }
         }
         1 => {
             let Ok(ask) = v1::LeaseRequest::decode(message) else { return };
-            let held: Vec<_> = ask.held.iter().filter(|h| h.epoch == EPOCH.0).map(|h| LeaseId(h.lease)).collect();
+            let held: Vec<_> = ask.held.iter().map(LeaseKey::from).collect();
             brain.keep_only(worker, &held);
             brain.grant(worker, intake::rate(ask.evaluations_per_second), Duration::ZERO);
         }
         2 => {
             let Ok(back) = v1::ReleaseRequest::decode(message) else { return };
-            for lease in back.leases.into_iter().map(LeaseId) {
-                if !brain.holds(worker, lease) {
-                    continue;
-                }
+            for key in back.leases.into_iter().map(|lease| key(back.epoch, lease)) {
                 if back.error.is_empty() {
-                    brain.release(&[lease]);
+                    brain.release(worker, &[key]);
                 } else {
-                    let failures = brain.fail(lease, &back.error);
+                    let failures = brain.fail(worker, key, &back.error);
                     brain.apply(Record { results: Vec::new(), failures }, None);
                 }
             }
         }
         _ => {
-            if let Ok(join) = v1::JoinRequest::decode(message) {
-                let _ = intake::check_names(&join);
+            let Ok(join) = v1::JoinRequest::decode(message) else { return };
+            let _ = intake::check_names(&join);
+            let mut keys = Vec::new();
+            for held in join.held {
+                let units: Vec<_> = held.units.into_iter().filter_map(|unit| unit.try_into().ok()).collect();
+                keys.push(key(held.epoch, held.lease));
+                brain.adopt(worker, key(held.epoch, held.lease), &units, Duration::ZERO);
             }
+            brain.heartbeat(worker, Heartbeat { held: keys, ..Heartbeat::default() }, Duration::ZERO);
         }
     }
 }
@@ -126,7 +134,8 @@ fuzz_target!(|bytes: &[u8]| {
     WORKERS.iter().for_each(|worker| brain.leave(worker));
     while let Some(grant) = brain.grant("honest", 0.0, Duration::ZERO) {
         let results = grant.units.iter().map(compute).collect();
-        report(&mut brain, "honest", EPOCH.0, grant.lease.0, Record { results, failures: Vec::new() });
+        let key = LeaseKey { epoch: EPOCH, lease: grant.lease };
+        report(&mut brain, "honest", key, false, Record { results, failures: Vec::new() });
     }
     let (_, ended, totals) = brain.finished(ShardId(0)).expect("the shard is finished");
     assert!(ended.len() as u64 == SAMPLES && totals.samples == SAMPLES);

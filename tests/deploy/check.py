@@ -183,7 +183,7 @@ def check_flags(where, container, environment):
     for variable in environment:
         # ELBO_CACHE is no flag.
         if variable.startswith("ELBO_") and variable != "ELBO_CACHE":
-            check(where, f"env: {variable}=" in " ".join(known.split()), f"`elbo {command}` reads no variable {variable}")
+            check(where, re.search(rf"env: {variable}[=\]]", " ".join(known.split())), f"`elbo {command}` reads no variable {variable}")
 
 
 def check_ports(where, container, environment, names):
