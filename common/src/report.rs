@@ -198,8 +198,8 @@ impl Report {
         if self.labelled > 0 {
             write!(f, ", {:.1} a labelled image", self.evaluations as f64 / self.labelled as f64)?;
         }
-        let (again, twice) = (self.evaluations_recomputed, self.evaluations_duplicated);
-        writeln!(f, "; {again} computed again after a result was known, {twice} by two workers at once")?;
+        let twice = self.evaluations_recomputed + self.evaluations_duplicated;
+        writeln!(f, "; {twice} computed more than once")?;
         match self.timings {
             Some(Timings { starts: 1, seconds }) if self.samples > 0 && seconds > 0.0 => {
                 let samples = self.samples as f64;

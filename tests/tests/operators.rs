@@ -140,7 +140,7 @@ fn logs_are_json_and_name_every_unit_that_is_granted_and_acknowledged() {
     for n in 0..2 {
         let text = std::fs::read_to_string(service.file(&log(n))).unwrap();
         let events = events(&text);
-        let loaded = events.iter().find(|event| event["fields"]["message"] == "model loaded").unwrap();
+        let loaded = events.iter().find(|event| event["fields"]["message"] == "ready").unwrap();
         assert!(loaded["span"]["worker"].is_string() && loaded["span"]["job"] == short, "{loaded}");
         assert!(!text.contains(TOKEN));
     }

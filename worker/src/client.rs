@@ -84,6 +84,9 @@ impl Interceptor for Bearer {
     }
 }
 
+/// How long a worker that leaves waits for an answer.
+pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
+
 /// A coordinator, as a worker sees it.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -288,15 +291,17 @@ impl Client {
         .await
     }
 
-    /// Leaves for good, in one attempt: a coordinator that is gone needs no goodbye. The `reason` is empty where the worker
+    /// Leaves for good, in one short attempt: a coordinator that is gone needs no goodbye. The `reason` is empty where the worker
     /// was asked to, or the job is done.
     pub async fn leave(&self, reason: &str) {
         let (worker, reason) = (self.worker.clone(), reason.to_owned());
         let request = v1::ReleaseRequest { worker, leaving: true, reason, ..v1::ReleaseRequest::default() };
         metrics().left(&self.worker);
-        let goodbye = self.inner.clone().release(request).await.map(drop);
-        if let Err(status) = goodbye {
-            tracing::debug!(reason = status.message(), "left without a goodbye");
+        let mut client = self.inner.clone();
+        match tokio::time::timeout(GOODBYE, client.release(request)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => tracing::debug!(reason = status.message(), "left without a goodbye"),
+            Err(_) => tracing::debug!("left without an answer to the goodbye"),
         }
     }
 }

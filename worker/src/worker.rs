@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::client::{CallError, Client, ClientError};
+use crate::client::{CallError, Client, ClientError, GOODBYE};
 use crate::device::Device;
 use crate::engine::{Engine, EngineStopped, Problem};
 use crate::latent::LatentCache;
@@ -157,7 +157,7 @@ impl Member {
         let pulse = Pulse::default();
         let overdue = async {
             stop.cancelled().await;
-            tokio::time::sleep(*grace).await;
+            tokio::time::sleep(grace.saturating_sub(GOODBYE)).await;
         };
         let worked = tokio::select! {
             worked = self.work(&client, &device, &joined, &pulse, stop) => worked,
