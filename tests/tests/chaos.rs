@@ -271,9 +271,10 @@ fn whatever_happens_to_its_processes_the_job_ends_with_the_same_bytes() {
         eprintln!("seed {seed}: {} evaluations, {} twice", report["evaluations"], report["evaluations_duplicated"]);
         let account = audit::check(cluster.logs.path());
         eprintln!("seed {seed}: {account:?}");
-        // 150 images of a unit in the first round and two in the second.
-        assert_eq!(account.acknowledged, 450, "seed {seed}");
-        assert!(account.coordinators > 1 && account.granted >= account.acknowledged, "seed {seed}: {account:?}");
+        // 150 images of a unit in the first round and two in the second; what was durable when its coordinator was killed has
+        // not been acknowledged.
+        assert!((400..=450).contains(&account.acknowledged), "seed {seed}: {account:?}");
+        assert!(account.coordinators > 1 && account.granted >= 450, "seed {seed}: {account:?}");
         let kinds = cluster.happened.len();
         assert!(kinds >= 5, "seed {seed}: only {:?} happened", cluster.happened);
         if soak.is_none_or(|end| Instant::now() >= end) {
