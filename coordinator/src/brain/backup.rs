@@ -52,7 +52,8 @@ impl Brain {
         }
         let mut running = self.running(worker, rate, now);
         running.sort_by(|a, b| b.seconds().total_cmp(&a.seconds()).then(a.key.cmp(&b.key)));
-        running.into_iter().find_map(|lease| self.backup_of(lease, rate))
+        let busy = self.workers.leases(worker).next().is_some();
+        running.into_iter().find_map(|lease| self.backup_of(lease, rate, busy))
     }
 
     /// The leases of all workers but one.
@@ -77,11 +78,12 @@ impl Brain {
         running
     }
 
-    fn backup_of(&mut self, lease: Running, rate: f64) -> Option<(Vec<UnitId>, Blame)> {
+    fn backup_of(&self, lease: Running, rate: f64, busy: bool) -> Option<(Vec<UnitId>, Blame)> {
         let held = self.leases.get(&lease.key)?;
-        // What is under suspicion is left to one worker, so that it is clear what it fails of, unless that one is stuck.
+        // What is under suspicion is left to one worker, so that it is clear what it fails of, unless that one is stuck; and
+        // what may be deadly goes to nobody who has something else in hand.
         let suspicious = held.blame != Blame::default() && lease.rate > 0.0;
-        if lease.rate.is_infinite() || suspicious {
+        if lease.rate.is_infinite() || suspicious || (held.blame.deadly && busy) {
             return None;
         }
         let own = if rate > 0.0 { rate } else { lease.rate.max(1.0) };
