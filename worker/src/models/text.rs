@@ -1,9 +1,11 @@
 //! Prompts to the embeddings a network is conditioned on, by the text encoders of each family.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use candle_core::Tensor;
+use elbo_net::Seldom;
 
 use super::checkpoint::ModelError;
 use super::clip::{ClipOutput, ClipTextModel};
@@ -109,10 +111,20 @@ impl TextEncoders {
         let chunks: Vec<&[String]> = texts.chunks(CHUNK).collect();
         let threads = thread::available_parallelism().map_or(1, usize::from).min(chunks.len()).max(1);
         let share = chunks.len().div_ceil(threads).max(1);
+        // A thousand prompts take minutes on a processor.
+        let (done, told, span) = (AtomicUsize::new(0), Seldom::default(), tracing::Span::current());
+        let encode = |chunk: &&[String]| {
+            let encoded = self.encode_chunk(chunk);
+            let done = done.fetch_add(chunk.len(), Ordering::Relaxed) + chunk.len();
+            if done < texts.len() && told.is_due() {
+                span.in_scope(|| tracing::info!(done, of = texts.len(), "encoding the prompts"));
+            }
+            encoded
+        };
         let encoded = thread::scope(|scope| {
             let running: Vec<_> = chunks
                 .chunks(share)
-                .map(|share| scope.spawn(|| share.iter().map(|texts| self.encode_chunk(texts)).collect::<Vec<_>>()))
+                .map(|share| scope.spawn(|| share.iter().map(encode).collect::<Vec<_>>()))
                 .collect();
             running.into_iter().map(thread::ScopedJoinHandle::join).collect::<Vec<_>>()
         });
