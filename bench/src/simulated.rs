@@ -201,7 +201,7 @@ impl Simulated {
     async fn deliver(&self, key: LeaseKey, results: Vec<v1::UnitResult>) {
         let tally = &self.tally;
         let evaluations: u64 = results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
-        let report = v1::ReportRequest {
+        let mut report = v1::ReportRequest {
             worker: self.client.worker.clone(),
             epoch: key.epoch.0,
             lease: key.lease.0,
@@ -210,7 +210,7 @@ impl Simulated {
         };
         let asked = Instant::now();
         loop {
-            match self.client.report(&report).await {
+            match self.client.report(&mut report).await {
                 Ok(reply) => {
                     lock(&tally.report_seconds).push(asked.elapsed().as_secs_f32());
                     tally.reports.fetch_add(1, Ordering::Relaxed);

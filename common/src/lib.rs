@@ -6,6 +6,7 @@
 //! [`export`] are the rim: what is read
 //! from and written to object storage.
 
+pub mod activity;
 pub mod class;
 pub mod dataset;
 pub mod ensemble;

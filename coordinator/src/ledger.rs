@@ -230,9 +230,11 @@ impl Ledger {
     /// Notes what has come to nothing so far along with something else.
     fn note_waste(&self, batch: &mut WriteBatch, waste: Waste) {
         let mut stored = self.waste.lock().unwrap_or_else(PoisonError::into_inner);
-        if *stored != waste {
-            *stored = waste;
-            let Waste { recomputed, duplicated } = waste;
+        // Of two that come at the same time, the one that knows less may come last.
+        let (recomputed, duplicated) =
+            (waste.recomputed.max(stored.recomputed), waste.duplicated.max(stored.duplicated));
+        if *stored != (Waste { recomputed, duplicated }) {
+            *stored = Waste { recomputed, duplicated };
             batch.put(WASTE, StoredWaste { recomputed, duplicated }.encode_to_vec());
         }
     }

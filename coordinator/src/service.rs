@@ -224,7 +224,6 @@ impl v1::coordinator_server::Coordinator for Service {
         use v1::lease_reply::Outcome;
         let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held } = request.into_inner();
         let shared = &self.shared;
-        let evaluations_per_second = intake::rate(evaluations_per_second);
         {
             let mut brain = shared.brain();
             let held: Vec<_> = held.iter().map(LeaseKey::from).collect();
@@ -317,7 +316,7 @@ impl v1::coordinator_server::Coordinator for Service {
             // No more than the job has, so that a sum of many workers' counts stays one.
             unreported: beat.unreported_evaluations.min(brain.job().planned_evaluations()),
             held: beat.held.iter().map(LeaseKey::from).collect(),
-            activity: status::from_wire(beat.activity()),
+            activity: beat.activity().into(),
             quiet: Duration::from_millis(beat.quiet_ms),
         };
         let unwanted = brain.heartbeat(&beat.worker, sign, self.shared.now()).ok_or_else(rejoin)?;

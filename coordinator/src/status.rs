@@ -3,11 +3,12 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use elbo_common::activity::Activity;
 use elbo_net::http::{document, escape};
 use elbo_proto::v1;
 use serde::Serialize;
 
-use crate::brain::{Activity, WorkerView};
+use crate::brain::WorkerView;
 use crate::progress::Progress;
 use crate::watchdog::{Observation, Seen};
 
@@ -69,7 +70,7 @@ pub struct Worker {
 impl From<v1::StatusReply> for JobStatus {
     fn from(reply: v1::StatusReply) -> Self {
         let worker = |w: v1::WorkerStatus| Worker {
-            activity: from_wire(w.activity()).map(Activity::name),
+            activity: Option::from(w.activity()).map(Activity::name),
             worker: w.worker,
             host: w.host,
             device: w.device,
@@ -92,32 +93,11 @@ impl From<v1::StatusReply> for JobStatus {
     }
 }
 
-fn to_wire(activity: Option<Activity>) -> v1::Activity {
-    match activity {
-        None => v1::Activity::Unspecified,
-        Some(Activity::Loading) => v1::Activity::Loading,
-        Some(Activity::Waiting) => v1::Activity::Waiting,
-        Some(Activity::Preparing) => v1::Activity::Preparing,
-        Some(Activity::Computing) => v1::Activity::Computing,
-    }
-}
-
-/// What a worker says it is at.
-pub(crate) fn from_wire(activity: v1::Activity) -> Option<Activity> {
-    match activity {
-        v1::Activity::Unspecified => None,
-        v1::Activity::Loading => Some(Activity::Loading),
-        v1::Activity::Waiting => Some(Activity::Waiting),
-        v1::Activity::Preparing => Some(Activity::Preparing),
-        v1::Activity::Computing => Some(Activity::Computing),
-    }
-}
-
 /// What the watchdog sees of a job.
 pub(crate) fn observe(progress: &Progress, now: Duration, storage: Option<(String, Duration)>) -> Observation {
     let seen = |worker: &WorkerView| {
-        let WorkerView { worker, activity, quiet, leases, rate, .. } = worker.clone();
-        Seen { worker, activity, quiet, leases, rate }
+        let WorkerView { activity, quiet, leases, rate, .. } = *worker;
+        Seen { worker: worker.worker.clone(), activity, quiet, leases, rate }
     };
     Observation {
         now,
@@ -144,7 +124,7 @@ pub(crate) fn reply(progress: &Progress, stopping: bool) -> v1::StatusReply {
         leases: w.leases,
         evaluations: w.evaluations,
         evaluations_per_second: w.rate,
-        activity: to_wire(w.activity).into(),
+        activity: v1::Activity::from(w.activity).into(),
     });
     v1::StatusReply {
         state: state.into(),

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::brain::Activity;
+use elbo_common::activity::Activity;
 
 /// Nothing is wrong as long as something came of the job within this time.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -92,7 +92,7 @@ fn take(brain: &mut Brain, kind: u8, message: &[u8]) {
             let Ok(ask) = v1::LeaseRequest::decode(message) else { return };
             let held: Vec<_> = ask.held.iter().map(LeaseKey::from).collect();
             brain.keep_only(worker, &held);
-            brain.grant(worker, intake::rate(ask.evaluations_per_second), Duration::ZERO);
+            brain.grant(worker, ask.evaluations_per_second, Duration::ZERO);
         }
         2 => {
             let Ok(back) = v1::ReleaseRequest::decode(message) else { return };

@@ -1,5 +1,6 @@
-//! The contract's names of units and leases, to and from those the rest speaks of.
+//! The contract's names of units and leases, and of what workers are at, to and from those the rest speaks of.
 
+use elbo_common::activity::Activity;
 use elbo_common::ids::{Epoch, LeaseId, LeaseKey, Round, SampleId};
 use elbo_common::unit::UnitId;
 
@@ -35,6 +36,30 @@ impl From<LeaseKey> for v1::HeldLease {
 impl From<&v1::HeldLease> for LeaseKey {
     fn from(held: &v1::HeldLease) -> Self {
         Self { epoch: Epoch(held.epoch), lease: LeaseId(held.lease) }
+    }
+}
+
+impl From<Option<Activity>> for v1::Activity {
+    fn from(activity: Option<Activity>) -> Self {
+        match activity {
+            None => Self::Unspecified,
+            Some(Activity::Loading) => Self::Loading,
+            Some(Activity::Waiting) => Self::Waiting,
+            Some(Activity::Preparing) => Self::Preparing,
+            Some(Activity::Computing) => Self::Computing,
+        }
+    }
+}
+
+impl From<v1::Activity> for Option<Activity> {
+    fn from(activity: v1::Activity) -> Self {
+        match activity {
+            v1::Activity::Unspecified => None,
+            v1::Activity::Loading => Some(Activity::Loading),
+            v1::Activity::Waiting => Some(Activity::Waiting),
+            v1::Activity::Preparing => Some(Activity::Preparing),
+            v1::Activity::Computing => Some(Activity::Computing),
+        }
     }
 }
 

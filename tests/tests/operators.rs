@@ -213,3 +213,22 @@ fn what_operators_get_wrong_is_named() {
     let output = run(worker().args(["--coordinator", "http://0.0.0.0:9"]).env("ELBO_TOKEN", TOKEN));
     assert!(stderr(&output).contains("unencrypted") && !stderr(&output).contains(TOKEN), "{}", stderr(&output));
 }
+
+#[tokio::test]
+async fn a_job_nobody_works_on_says_so_after_a_minute_and_no_more_once_somebody_does() {
+    let service = Service::new(3);
+    let mut coordinator = service.coordinator(&[]);
+    let stalled = |text: &str| serde_json::from_str::<Value>(text).unwrap()["stalled"].clone();
+    let status = wait_for(&service.http, "/status", |_, text| !stalled(text).is_null()).await;
+    let sentence = stalled(&status).as_str().unwrap().to_owned();
+    assert!(sentence.starts_with("no worker has been there for 60 s: start some"), "{sentence}");
+    let metrics = get(&service.http, "/metrics").await.unwrap().1;
+    assert_eq!(value(&metrics, "elbo_stalled{part=\"workers\"}"), 1.0);
+    assert!(get(&service.http, "/").await.unwrap().1.contains(&sentence));
+    assert!(service.log().contains(&sentence), "{}", service.log());
+    // It is up to the workers, and restarting the coordinator would mend nothing.
+    assert_eq!(get(&service.http, "/livez").await.unwrap().0, 200);
+    let mut worker = Process::start(&mut service.worker(&format!("http://{}", service.address)));
+    assert_eq!((coordinator.wait(PATIENCE), worker.wait(PATIENCE)), (Some(0), Some(0)));
+    assert!(service.log().contains("the job gets on again"), "{}", service.log());
+}

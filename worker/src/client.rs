@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use elbo_common::ids::LeaseKey;
@@ -251,16 +251,19 @@ impl Client {
         .await
     }
 
-    /// Delivers results; answered when they are durable.
-    pub async fn report(&self, request: &v1::ReportRequest) -> Result<v1::ReportReply, CallError> {
-        let sent = AtomicBool::new(request.again);
+    /// Delivers results; answered when they are durable. Notes in the report whether it was sent without an answer.
+    pub async fn report(&self, report: &mut v1::ReportRequest) -> Result<v1::ReportReply, CallError> {
+        let (before, attempts) = (report.again, AtomicU32::new(0));
         let answer = self
             .call(|mut c| {
-                let request = v1::ReportRequest { again: sent.swap(true, Ordering::Relaxed), ..request.clone() };
+                let again = before || attempts.fetch_add(1, Ordering::Relaxed) > 0;
+                let request = v1::ReportRequest { again, ..report.clone() };
                 async move { c.report(request).await }
             })
             .await;
-        metrics().reported(request, &answer);
+        // All attempts but the last went unanswered, or else there was no further one.
+        report.again = before || attempts.into_inner() > 1;
+        metrics().reported(report, &answer);
         answer
     }
 

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
+use elbo_common::activity::Activity;
 use elbo_proto::v1;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -57,15 +58,8 @@ pub fn metrics() -> &'static Metrics {
     &METRICS
 }
 
-/// What a worker can be at, as it is called.
-pub(crate) fn name(activity: v1::Activity) -> &'static str {
-    match activity {
-        v1::Activity::Unspecified => "unknown",
-        v1::Activity::Loading => "loading",
-        v1::Activity::Waiting => "waiting",
-        v1::Activity::Preparing => "preparing",
-        v1::Activity::Computing => "computing",
-    }
+fn name(activity: v1::Activity) -> &'static str {
+    Option::from(activity).map_or("unknown", Activity::name)
 }
 
 /// The stages samples are given up at, of which a label may be made.
@@ -179,8 +173,7 @@ impl Metrics {
 
     /// What its engines were at by their last heartbeats: the busiest of them.
     pub(crate) fn activity(&self) -> Option<&'static str> {
-        let busiest = self.engines().values().map(|engine| engine.activity).max()?;
-        (busiest != v1::Activity::Unspecified).then(|| name(busiest))
+        self.engines().values().filter_map(|engine| engine.activity.into()).max().map(Activity::name)
     }
 
     pub(crate) fn has_joined(&self) -> bool {

@@ -66,10 +66,10 @@ impl Reporter {
         Ok(())
     }
 
-    async fn deliver(&self, key: LeaseKey, report: v1::ReportRequest) -> Result<(), ClientError> {
+    async fn deliver(&self, key: LeaseKey, mut report: v1::ReportRequest) -> Result<(), ClientError> {
         let evaluations: u64 = report.results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
         loop {
-            match self.client.report(&report).await {
+            match self.client.report(&mut report).await {
                 Ok(reply) => {
                     tracing::debug!(
                         epoch = key.epoch.0,

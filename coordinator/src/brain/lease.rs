@@ -137,7 +137,7 @@ impl Brain {
         if !self.workers.seen(worker, now) || self.is_in_danger(worker) {
             return None;
         }
-        self.workers.set_rate(worker, rate);
+        let rate = self.workers.set_rate(worker, rate);
         let (units, blame) = match self.take_suspects(worker) {
             Some(suspects) => (suspects.units, suspects.blame),
             None => match self.take_ready(worker, rate) {

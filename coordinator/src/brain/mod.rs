@@ -24,14 +24,14 @@ use std::time::Duration;
 
 use elbo_common::ids::{Epoch, LeaseKey, SampleId, ShardId};
 use elbo_common::manifest::Sample;
-use elbo_common::unit::UnitId;
+use elbo_common::unit::{PROMPTS_PER_UNIT, SLOTS_PER_UNIT, UnitId};
 
 pub use job::JobShape;
 pub use lease::{Grant, LeasePolicy};
 pub use record::{Checked, Record, ReportError, SampleFailure, ShardTotals, UnitResult, Waste};
 pub use sample::{Finished, Outcome, ScoredPrompt, SlotError};
 pub use shard::Shard;
-pub use worker::{Activity, Heartbeat, WorkerView};
+pub use worker::{Heartbeat, WorkerView};
 
 use adopt::Orphan;
 use failure::Suspects;
@@ -61,10 +61,10 @@ pub struct Brain {
     /// Blocks that workers hold of shards that are not open yet.
     orphans: BTreeMap<ShardId, Vec<Orphan>>,
     next_lease: u64,
-    /// Evaluations that the ledger had of the shards opened so far.
-    restored: u64,
-    /// Evaluations of the shards that were committed before this coordinator.
-    found_committed: u64,
+    /// When workers were last listened to.
+    listened: Duration,
+    /// Evaluations that coordinators before this one have merged, of the shards committed and of those opened so far.
+    earlier: u64,
     /// Shards that reports speak of though they are not open.
     requested: BTreeSet<ShardId>,
     waste: Waste,
@@ -96,8 +96,8 @@ impl Brain {
             deaths: HashMap::new(),
             orphans: BTreeMap::new(),
             next_lease: 0,
-            restored: 0,
-            found_committed: committed.evaluations,
+            listened: Duration::ZERO,
+            earlier: committed.evaluations,
             requested: BTreeSet::new(),
             waste,
         }
@@ -142,7 +142,7 @@ impl Brain {
     pub fn open_shard(&mut self, id: ShardId, shard: Shard, now: Duration) {
         self.requested.remove(&id);
         if !self.is_begun(id) {
-            self.restored += shard.totals.evaluations;
+            self.earlier += shard.totals.evaluations;
             self.open.insert(id, shard);
             self.place_orphans(id, now);
         }
@@ -198,7 +198,9 @@ impl Brain {
                 Verdict::New => checked.record.results.push(result),
                 Verdict::Known { before } => {
                     checked.duplicates += 1;
-                    let evaluations = u64::from(result.slots).saturating_mul(result.prompts.len() as u64);
+                    // What it says of itself may not have been compared with the unit, which may be gone.
+                    let said = u64::from(result.slots).saturating_mul(result.prompts.len() as u64);
+                    let evaluations = said.min((SLOTS_PER_UNIT * PROMPTS_PER_UNIT) as u64);
                     let since = before.filter(|_| key.epoch == self.epoch);
                     if since.is_some_and(|before| key.lease.0 >= before) {
                         waste.recomputed += evaluations;
@@ -305,8 +307,7 @@ impl Brain {
 
     /// Evaluations merged by this coordinator, not by those before it.
     pub fn merged_here(&self) -> u64 {
-        let earlier: u64 = self.restored + self.found_committed;
-        self.totals().evaluations.saturating_sub(earlier)
+        self.totals().evaluations.saturating_sub(self.earlier)
     }
 
     /// Evaluations that came to nothing, in all runs.

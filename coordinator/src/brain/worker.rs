@@ -3,34 +3,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
+use elbo_common::activity::Activity;
 use elbo_common::ids::LeaseKey;
 
 use super::{Brain, SampleFailure, Shard};
-
-/// What a worker is at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activity {
-    /// Getting the model and the prompts ready.
-    Loading,
-    /// It has nothing to do.
-    Waiting,
-    /// Its device waits for images.
-    Preparing,
-    /// Its device computes.
-    Computing,
-}
-
-impl Activity {
-    /// In a word.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Loading => "loading",
-            Self::Waiting => "waiting",
-            Self::Preparing => "preparing",
-            Self::Computing => "computing",
-        }
-    }
-}
 
 /// A worker's sign of life.
 #[derive(Clone, Debug, Default)]
@@ -86,12 +62,13 @@ impl Workers {
         self.known.get_mut(worker).map(|known| known.last_seen = now).is_some()
     }
 
-    /// Notes the rate a worker says it has.
-    pub(super) fn set_rate(&mut self, worker: &str, rate: f64) {
+    /// Notes the rate a worker says it has, and gives it as it is taken: 0, which is unknown, where it can't be one.
+    pub(super) fn set_rate(&mut self, worker: &str, told: f64) -> f64 {
+        let rate = if told.is_finite() { told.clamp(0.0, HIGHEST_RATE) } else { 0.0 };
         if let Some(known) = self.known.get_mut(worker) {
-            let rate = if rate.is_finite() { rate.clamp(0.0, HIGHEST_RATE) } else { 0.0 };
             self.rate += rate - std::mem::replace(&mut known.rate, rate);
         }
+        rate
     }
 
     /// Notes what a worker has reported.
@@ -162,9 +139,13 @@ impl Brain {
     }
 
     /// Gives up workers that gave no sign of life for the lease time, and takes their leases back: the workers, and the samples
-    /// that too many died of.
+    /// that too many died of. To be called several times in the lease time: after a longer gap it was the coordinator that stood
+    /// still, and could not hear them.
     pub fn expire(&mut self, now: Duration) -> (Vec<String>, Vec<SampleFailure>) {
         let time_to_live = self.policy.time_to_live;
+        if now.saturating_sub(std::mem::replace(&mut self.listened, now)) > time_to_live / 2 {
+            self.workers.known.values_mut().for_each(|worker| worker.last_seen = now);
+        }
         let is_silent = |known: &Worker| now.saturating_sub(known.last_seen) > time_to_live;
         let known = self.workers.known.iter();
         let mut silent: Vec<String> = known.filter(|(_, w)| is_silent(w)).map(|(name, _)| name.clone()).collect();

@@ -101,7 +101,7 @@ fn a_new_coordinator_leaves_workers_the_blocks_they_have() {
 #[test]
 fn who_comes_back_after_its_lease_ran_out_goes_on_with_what_nobody_has_taken() {
     let (mut brain, grants) = all_leased();
-    let (silent, _) = brain.expire(Duration::from_secs(31));
+    let (silent, _) = wait(&mut brain, 0, 31);
     assert!(silent.contains(&"slow".to_owned()));
     brain.join("idle", "host", "cpu", Duration::from_secs(32));
     let taken = brain.grant("idle", RATE, Duration::from_secs(32)).unwrap();

@@ -61,8 +61,9 @@ fn a_known_result_is_a_duplicate_and_counts_as_such_unless_it_was_only_sent_agai
 #[test]
 fn a_silent_worker_loses_its_leases_to_others() {
     let (mut brain, grant) = started();
+    assert_eq!(wait(&mut brain, 0, 29), (vec![], vec![]));
     brain.join("other", "host", "cpu", Duration::from_secs(29));
-    assert_eq!(brain.expire(Duration::from_secs(31)), (vec!["w".to_owned()], vec![]));
+    assert_eq!(wait(&mut brain, 30, 31), (vec!["w".to_owned()], vec![]));
     let mut seen = Vec::new();
     while let Some(next) = brain.grant("other", 0.0, Duration::from_secs(31)) {
         seen.extend(next.units.into_iter().map(|u| u.id));
@@ -188,4 +189,28 @@ fn a_shard_that_is_opened_again_leaves_alone_what_it_keeps() {
     assert_eq!(scored, [false, false, true, false]);
     assert_eq!((totals.samples, totals.quarantined), (4, 0));
     assert_eq!(totals.evaluations + totals.spared, brain.job().planned_evaluations());
+}
+
+#[test]
+fn a_coordinator_that_stood_still_gives_nobody_up_for_what_it_could_not_hear() {
+    let (mut brain, grant) = started();
+    wait(&mut brain, 0, 10);
+    // It was stopped for an hour, and the workers' signs of life wait to be read.
+    assert_eq!(brain.expire(Duration::from_secs(3_600)), (vec![], vec![]));
+    assert!(brain.holds("w", key(1, grant.lease.0)));
+    // Who is really gone is given up a lease time later.
+    assert_eq!(wait(&mut brain, 3_601, 3_631).0, ["w"]);
+}
+
+#[test]
+fn rates_that_can_not_be_are_taken_for_unknown() {
+    for told in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0] {
+        let mut brain = brain(4, 1);
+        open(&mut brain, ShardId(0), 4, vec![]);
+        brain.join("w", "host", "cpu", Duration::ZERO);
+        let grant = brain.grant("w", told, Duration::ZERO).unwrap();
+        let unknown = brain.policy.first_block;
+        assert!(grant.units.iter().map(Unit::evaluations).sum::<u64>() < 3 * unknown, "{told}");
+        assert_eq!((brain.workers()[0].rate, brain.workers.rate()), (0.0, 0.0), "{told}");
+    }
 }

@@ -43,8 +43,8 @@ fn die(brain: &mut Brain, kills: impl Fn(&Grant, u32) -> bool) -> (u32, Vec<Samp
         while let Some(grant) = brain.grant(&worker, 1e6, now) {
             if kills(&grant, deaths) {
                 deaths += 1;
+                let (silent, lost) = wait(brain, now.as_secs(), now.as_secs() + 31);
                 now += Duration::from_secs(31);
-                let (silent, lost) = brain.expire(now);
                 assert_eq!(silent, [worker.as_str()]);
                 brain.apply(Record { results: vec![], failures: lost.clone() }, None);
                 given_up.extend(lost);
@@ -89,7 +89,7 @@ fn a_block_that_failed_once_is_not_blamed_for_its_next_workers_death() {
     assert!(brain.fail("a", key(1, grant.lease.0), "out of memory").is_empty());
     let again = brain.grant("a", 1e9, Duration::ZERO).unwrap();
     assert_eq!(again.attempt, 1);
-    let (silent, given_up) = brain.expire(Duration::from_secs(31));
+    let (silent, given_up) = wait(&mut brain, 0, 31);
     assert_eq!((silent.len(), given_up), (1, vec![]));
     brain.join("b", "host", "cpu", Duration::from_secs(31));
     let last = brain.grant("b", 1e9, Duration::from_secs(31)).unwrap();

@@ -81,6 +81,17 @@ fn key(epoch: u64, lease: u64) -> LeaseKey {
     LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) }
 }
 
+/// Lets time pass, listening for workers every second as the steward does: who was given up meanwhile.
+fn wait(brain: &mut Brain, from: u64, to: u64) -> (Vec<String>, Vec<SampleFailure>) {
+    let (mut silent, mut given_up) = (Vec::new(), Vec::new());
+    for second in from..=to {
+        let (workers, samples) = brain.expire(Duration::from_secs(second));
+        silent.extend(workers);
+        given_up.extend(samples);
+    }
+    (silent, given_up)
+}
+
 /// A small deterministic generator, so that a failing seed replays.
 #[derive(Debug)]
 struct Dice(u64);

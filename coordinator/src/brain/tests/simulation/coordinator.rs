@@ -6,6 +6,8 @@ use super::*;
 pub(super) struct Coordinator {
     pub(super) brain: Brain,
     pub(super) alive: bool,
+    /// It stands still until then.
+    pub(super) stopped_until: u64,
     born: u64,
     /// How fast its clock goes, in eighths.
     pace: u64,
@@ -44,7 +46,7 @@ impl Coordinator {
         };
         let epoch = durable.open();
         let brain = Brain::new(shape(samples, true), epoch, policy, durable.done.clone(), durable.waste);
-        Self { brain, alive: true, born, pace, opening: None }
+        Self { brain, alive: true, stopped_until: 0, born, pace, opening: None }
     }
 
     pub(super) fn clock(&self, now: u64) -> Duration {

@@ -139,6 +139,12 @@ impl Simulation {
         if self.told {
             eprintln!("{:>7} {event:?}", self.now);
         }
+        if let Event::Steward(at) | Event::Stored(at, _) | Event::Request(at, ..) = &event
+            && self.coordinators[*at].stopped_until > self.now
+        {
+            let left = self.coordinators[*at].stopped_until - self.now;
+            return self.later(left, event);
+        }
         match event {
             Event::Fault => self.fault(),
             Event::Start => {
@@ -227,7 +233,7 @@ impl Simulation {
         let workers: Vec<_> = (0..self.workers.len()).filter(|at| self.workers[*at].alive).collect();
         let until = self.now + self.dice.roll(9_000) as u64;
         let some_worker = (!workers.is_empty()).then(|| workers[self.dice.roll(workers.len())]);
-        match (self.dice.roll(8), some_worker) {
+        match (self.dice.roll(9), some_worker) {
             (0, Some(at)) => self.kill_worker(at),
             (1, Some(at)) => self.workers[at].stopped_until = until,
             (2, Some(at)) => self.workers[at].cut_until = until,
@@ -251,6 +257,11 @@ impl Simulation {
                 // One that comes in addition.
                 self.workers[at].cut_until = until;
                 self.later(10, Event::Spawn);
+            }
+            (8, _) => {
+                if let Some(coordinator) = self.coordinators.last_mut() {
+                    coordinator.stopped_until = until;
+                }
             }
             _ => {}
         }
