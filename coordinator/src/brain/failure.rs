@@ -77,11 +77,7 @@ impl Brain {
             *deaths += 1;
             if *deaths >= SUSPICION { deadly.push(unit) } else { others.push(unit) }
         }
-        if blame == Blame::default() {
-            others.into_iter().for_each(|unit| self.make_ready(unit));
-        } else if !others.is_empty() {
-            self.suspects.push_back(Suspects { units: others, blame, failed_on: failed_on.clone() });
-        }
+        self.hand_back(others, blame);
         self.judge_dead(Suspects { units: deadly, blame: Blame { deadly: true, ..blame }, failed_on })
     }
 
@@ -91,6 +87,16 @@ impl Brain {
             suspects.blame.deaths, suspects.failed_on
         );
         self.judge(suspects, &error)
+    }
+
+    /// Units that nobody has any more, of a block that has so much to answer for: suspects stay suspects.
+    pub(super) fn hand_back(&mut self, units: Vec<UnitId>, blame: Blame) {
+        if blame == Blame::default() {
+            units.into_iter().for_each(|unit| self.make_ready(unit));
+        } else if !units.is_empty() {
+            // Its last worker is as good as any: it was not there that it failed.
+            self.suspects.push_back(Suspects { units, blame, failed_on: String::new() });
+        }
     }
 
     /// Another try, a bisection, or the end.

@@ -213,7 +213,7 @@ impl Brain {
         for key in leases {
             if let Some(lease) = self.end_lease_of(worker, *key) {
                 let free = self.unlease(&lease.units, *key);
-                free.into_iter().for_each(|unit| self.make_ready(unit));
+                self.hand_back(free, lease.blame);
             }
         }
     }

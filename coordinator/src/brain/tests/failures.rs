@@ -135,3 +135,38 @@ fn what_is_left_of_a_failed_block_is_not_blamed_for_what_was_taken_out_of_it() {
     assert_eq!(again.units.len() + 1, grant.units.len());
     assert_eq!(given_up.len(), 1);
 }
+
+#[test]
+fn whoever_is_at_something_that_may_be_deadly_has_nothing_else_in_hand() {
+    let mut brain = brain(4, 1);
+    open(&mut brain, ShardId(0), 4, vec![]);
+    // Three workers die of the first block.
+    let mut now = 0;
+    for worker in ["a", "b", "c"] {
+        brain.join(worker, "host", "cpu", Duration::from_secs(now));
+        let block = brain.grant(worker, 0.0, Duration::from_secs(now)).unwrap();
+        assert_eq!(block.units[0].id.sample, SampleId(0));
+        assert_eq!(wait(&mut brain, now, now + 31), (vec![worker.to_owned()], vec![]));
+        now += 31;
+    }
+    let at = Duration::from_secs(now);
+    let is_suspect = |brain: &Brain, grant: &Grant| brain.leases[&key(1, grant.lease.0)].blame.deadly;
+    for worker in ["busy", "free"] {
+        brain.join(worker, "host", "cpu", at);
+    }
+    // The first is given the suspects, and until it has done with them nothing more.
+    let suspects = brain.grant("busy", 0.0, at).unwrap();
+    assert!(is_suspect(&brain, &suspects) && brain.has_ready());
+    assert_eq!(brain.grant("busy", 0.0, at), None);
+    let other = brain.grant("free", 0.0, at).unwrap();
+    assert!(!is_suspect(&brain, &other));
+    // They are handed back, and are no less suspect for that; who holds something else is not given them.
+    brain.leave("busy");
+    while let Some(more) = brain.grant("free", 0.0, at) {
+        assert!(!is_suspect(&brain, &more));
+    }
+    brain.join("new", "host", "cpu", at);
+    let again = brain.grant("new", 0.0, at).unwrap();
+    assert!(is_suspect(&brain, &again));
+    assert_eq!(again.units, suspects.units);
+}
