@@ -1,10 +1,11 @@
-//! Measures the real coordinator, a process of its own, over a generated dataset, from outside and by what it answers to
+//! Measures the parts of the system: [`engine`] a worker's network, beside PyTorch's, and the rest the real coordinator, a process of its own, over a generated dataset, from outside and by what it answers to
 //! thousands of simulated workers.
 //!
 //! [`stage`] makes what a job needs and is never counted, [`process`] starts, watches and kills the coordinator, [`oracle`]
 //! knows the errors every evaluation "has", [`simulated`] is a worker without a model, [`run()`] goes through the phases of a load, and
 //! [`scaling`] through runs of one job with more and more workers.
 
+pub mod engine;
 pub mod oracle;
 pub mod process;
 pub mod report;
@@ -59,6 +60,26 @@ pub enum BenchError {
     /// A prediction can't be read.
     #[error(transparent)]
     Table(#[from] elbo_common::table::TableError),
+    /// The network can't be made or run.
+    #[error(transparent)]
+    Model(#[from] elbo_worker::models::ModelError),
+    /// The device can't be used.
+    #[error(transparent)]
+    Device(#[from] elbo_worker::device::DeviceError),
+    /// A tensor's arithmetic.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// A thread ended by a panic, which is a defect.
+    #[error("a thread of the network ended unexpectedly: please report this")]
+    Lane,
+    /// PyTorch could not be measured.
+    #[error("measuring PyTorch with {python}: {why}; it needs tests/peer/requirements.txt")]
+    Peer {
+        /// The Python.
+        python: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// The schedule does not fit the classes.
     #[error(transparent)]
     Policy(#[from] elbo_common::policy::PolicyError),

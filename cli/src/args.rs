@@ -5,8 +5,11 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use elbo_bench::engine::Subject;
+use elbo_common::job::ModelDtype;
 use elbo_common::preset::Preset;
 use elbo_coordinator::MaxBad;
+use elbo_worker::Devices;
 
 use crate::access::{CallerArgs, GateArgs};
 use crate::job_args::{JobArgs, JobSource};
@@ -62,7 +65,7 @@ impl Command {
 /// Where to compute.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Devices to compute on, an engine for each: cpu, or several as in cpu,cpu [default: cpu]
+    /// Devices to compute on, an engine for each: cpu, cuda (every GPU), cuda:0,1, or several as in cpu,cpu [default: cpu]
     #[arg(long, env = "ELBO_DEVICE")]
     pub(crate) device: Option<String>,
     /// CPU threads of each engine [default: all cores, divided among the engines]
@@ -307,8 +310,51 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchCommand {
     /// The coordinator, over generated images and with simulated workers: listing, CPU time, memory, ledger, restart
     Coordinator(BenchCoordinatorArgs),
+    /// A worker's network: evaluations per second, share of the device's matrix products, where the time goes, beside PyTorch
+    Engine(BenchEngineArgs),
     /// How a job's time falls with the number of simulated workers, and what deaths of workers and coordinator cost
     Scaling(BenchScalingArgs),
+}
+
+/// `elbo bench engine`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchEngineArgs {
+    /// Network: digits, sd15, sd2-base, sdxl, sd3-m, dit-xl-2, or a model directory, whose configuration alone is read
+    #[arg(long, default_value = "sd2-base")]
+    pub(crate) model: Subject,
+    /// Evaluations at a time, a measurement for each; on the CPU they are divided among the threads
+    #[arg(long, value_delimiter = ',', default_value = "2")]
+    pub(crate) batch: Vec<NonZeroUsize>,
+    /// Prompts of every noisy latent; with more than one, what they share is computed once, as in a job
+    #[arg(long, default_value = "1")]
+    pub(crate) prompts: NonZeroUsize,
+    /// Type to compute in: f32, f16 or bf16
+    #[arg(long, default_value = "f32")]
+    pub(crate) dtype: ModelDtype,
+    /// What to compute on: cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: Devices,
+    /// CPU threads [default: all cores]
+    #[arg(long)]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Side of the latents [default: the configuration's]
+    #[arg(long)]
+    pub(crate) latent: Option<NonZeroUsize>,
+    /// Seconds a measurement takes at least
+    #[arg(long, default_value = "5")]
+    pub(crate) seconds: f64,
+    /// Measurements of each batch, of which the fastest counts
+    #[arg(long, default_value = "3")]
+    pub(crate) rounds: NonZeroUsize,
+    /// Write a trace of a second at most, or of one pass, which ui.perfetto.dev opens
+    #[arg(long, value_name = "FILE")]
+    pub(crate) profile: Option<PathBuf>,
+    /// Measure PyTorch and diffusers too, with this Python, which has tests/peer/requirements.txt installed
+    #[arg(long, value_name = "PYTHON")]
+    pub(crate) peer: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `elbo bench scaling`.

@@ -12,9 +12,9 @@ use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobError, JobOptions, Options, Outcome};
 use elbo_net::{Limits, Operator};
-use elbo_worker::Devices;
 use elbo_worker::engine::Problem;
 use elbo_worker::problem::ProblemError;
+use elbo_worker::{Device, Devices};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +45,8 @@ pub(crate) struct Workers {
 
 /// The devices asked for.
 pub(crate) fn devices(args: &DeviceArgs) -> anyhow::Result<Devices> {
-    args.device.as_deref().map_or(Ok(Devices::default()), str::parse).map_err(usage)
+    let devices: Devices = args.device.as_deref().map_or(Ok(Devices::default()), str::parse).map_err(usage)?;
+    devices.find().map_err(usage)
 }
 
 /// The threads of each of `workers` engines.
@@ -146,7 +147,8 @@ pub(crate) async fn label(
     let stop = stop::on_signal()?;
     // A model that can't be loaded is found out before anything is written. All workers share it.
     let loading = job.clone();
-    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.models)).await?;
+    let first = engines.first().copied().unwrap_or(Device::Cpu);
+    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.models, first)).await?;
     let problem = Arc::new(problem.map_err(|e| match e {
         ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) | ProblemError::Shortlist(_) => {
             usage(e)
@@ -174,7 +176,7 @@ pub(crate) async fn label(
         patience: Duration::from_secs(60),
         grace: Duration::from_secs(60),
         model: None,
-        problem: Some(problem),
+        problem: Some((first, problem)),
         stay: false,
     };
     tasks.spawn(elbo_worker::run(worker, stop.clone()));

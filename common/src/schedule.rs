@@ -259,13 +259,18 @@ impl Mix {
     /// Brings the network's `output` into the space it is scored in, given the noisy latent `x_t`: noise, except in flow
     /// matching, where it is velocity (see [`PredictionType::target`]).
     pub fn predicted(self, prediction: PredictionType, x_t: &[f32], output: &mut [f32]) {
-        match prediction {
-            PredictionType::Epsilon | PredictionType::Flow => {}
-            PredictionType::VPrediction => {
-                for (v, x) in output.iter_mut().zip(x_t) {
-                    *v = self.signal * *v + self.noise * x;
-                }
+        if let Some([of_output, of_noisy]) = self.weights(prediction) {
+            for (v, x) in output.iter_mut().zip(x_t) {
+                *v = of_output * *v + of_noisy * x;
             }
+        }
+    }
+
+    /// How much of the output and of the noisy latent make up the prediction; none where the output is the prediction.
+    pub fn weights(self, prediction: PredictionType) -> Option<[f32; 2]> {
+        match prediction {
+            PredictionType::Epsilon | PredictionType::Flow => None,
+            PredictionType::VPrediction => Some([self.signal, self.noise]),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The error of one evaluation, from what the network said of a noisy latent.
 
-use crate::loss::Loss;
+use crate::loss::{Distance, Loss};
 use crate::schedule::{NoiseSchedule, PredictionType};
 
 /// One noisy latent and what it was made of, all in one order of elements.
@@ -54,6 +54,21 @@ impl Scorer {
         &self.schedule
     }
 
+    /// The distance that is all of the loss, if it has no other part.
+    pub fn distance(&self) -> Option<Distance> {
+        self.loss.distance().filter(|_| !self.loss.needs_variance())
+    }
+
+    /// How much of the output and of the noisy latent at a timestep make up the prediction.
+    pub fn weights(&self, timestep: u32) -> [f32; 2] {
+        self.schedule.mix(timestep).weights(self.schedule.prediction()).unwrap_or([1.0, 0.0])
+    }
+
+    /// What a prediction is compared with, into `out`.
+    pub fn target(&self, latent: &[f32], noise: &[f32], out: &mut [f32]) {
+        self.schedule.prediction().target(latent, noise, out);
+    }
+
     /// The error of one evaluation; `output` holds its pixels, channels last, and is used up.
     pub fn error(&self, point: Point<'_>, output: &mut [f32]) -> f32 {
         let mut variance = Vec::new();
@@ -71,7 +86,7 @@ impl Scorer {
         let prediction = self.schedule.prediction();
         self.schedule.mix(point.timestep).predicted(prediction, point.noisy, predicted);
         let mut target = vec![0.0; point.noise.len()];
-        prediction.target(point.latent, point.noise, &mut target);
+        self.target(point.latent, point.noise, &mut target);
         let distance = self.loss.distance().map_or(0.0, |distance| distance.mean(predicted, &target));
         let bound = match self.loss.needs_variance() {
             true => variational_bound(self.schedule.alphas_cumprod(), point, predicted, &variance),

@@ -5,6 +5,7 @@ use pulp::Simd;
 
 use super::cpu::{is_cpu_f32, values};
 use super::math::{Kernel, dispatch, gelu, gelu_tanh, quick_gelu, silu};
+use super::profile::{Part, timed};
 
 /// An elementwise activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +22,13 @@ pub enum Activation {
 
 /// Applies an activation to every element.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
-    if is_cpu_f32(x) {
-        return x.contiguous()?.apply_op1_no_bwd(&Elementwise(activation));
-    }
-    plain(x, activation)
+    timed(x, Part::Other, "activation", 0, || {
+        on_gpu!(x, gpu => gpu.activate(x, activation));
+        match is_cpu_f32(x) {
+            true => x.contiguous()?.apply_op1_no_bwd(&Elementwise(activation)),
+            false => plain(x, activation),
+        }
+    })
 }
 
 /// The same in plain candle operations, for any device and data type.
@@ -39,10 +43,13 @@ pub(crate) fn plain(x: &Tensor, activation: Activation) -> Result<Tensor> {
 
 /// The gated linear unit of a transformer's feed-forward: `x [.., 2C]`, halves `(h, g)`, gives `h gelu(g) [.., C]`.
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
-    if is_cpu_f32(x) {
-        return x.contiguous()?.apply_op1_no_bwd(&Geglu);
-    }
-    plain_geglu(x)
+    timed(x, Part::Other, "geglu", 0, || {
+        on_gpu!(x, gpu => gpu.geglu(x));
+        match is_cpu_f32(x) {
+            true => x.contiguous()?.apply_op1_no_bwd(&Geglu),
+            false => plain_geglu(x),
+        }
+    })
 }
 
 /// The same in plain candle operations, for any device and data type.

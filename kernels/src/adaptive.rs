@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use super::cpu::{full_precision, is_cpu_f32, values, with_values};
 use super::math::dispatch;
 use super::norm::{LayerKernel, LayerOp};
+use super::profile::{Part, timed};
 
 /// Rows `[B, K C]` of `K` shifts, scales and gates of `C` channels each, addressed by their position.
 #[derive(Clone, Copy, Debug)]
@@ -23,10 +24,18 @@ impl<'a> Modulation<'a> {
     /// `norm(x) (1 + scale) + shift` of `x [B, L, C]`, where `norm` has no weights of its own.
     pub fn normalise(&self, x: &Tensor, eps: f64, shift: usize, scale: usize) -> Result<Tensor> {
         self.check(x, shift.max(scale))?;
-        if is_cpu_f32(x) && is_cpu_f32(self.rows) {
-            let op = Normalise { channels: self.channels, eps, shift, scale };
-            return x.contiguous()?.apply_op2_no_bwd(&self.rows.contiguous()?, &op);
-        }
+        timed(x, Part::Norm, "adaptive-norm", 0, || {
+            on_gpu!(x, gpu => gpu.adaptive_norm(x, self.rows, eps, shift, scale));
+            if is_cpu_f32(x) && is_cpu_f32(self.rows) {
+                let op = Normalise { channels: self.channels, eps, shift, scale };
+                return x.contiguous()?.apply_op2_no_bwd(&self.rows.contiguous()?, &op);
+            }
+            self.plain_normalise(x, eps, shift, scale)
+        })
+    }
+
+    /// The same in plain candle operations, for any device and data type.
+    fn plain_normalise(&self, x: &Tensor, eps: f64, shift: usize, scale: usize) -> Result<Tensor> {
         let dtype = x.dtype();
         let x = full_precision(x)?;
         let x = x.broadcast_sub(&x.mean_keepdim(2)?)?;
@@ -42,12 +51,15 @@ impl<'a> Modulation<'a> {
         if x.dims() != h.dims() {
             bail!("a gated branch {:?} does not fit {:?}", h.shape(), x.shape());
         }
-        if is_cpu_f32(x) && is_cpu_f32(h) && is_cpu_f32(self.rows) {
-            let rows = self.rows.contiguous()?;
-            let op = Gate { rows: &rows, channels: self.channels, gate };
-            return x.contiguous()?.apply_op2_no_bwd(&h.contiguous()?, &op);
-        }
-        x + h.broadcast_mul(&self.part(gate)?)?
+        timed(x, Part::Norm, "gate", 0, || {
+            on_gpu!(x, gpu => gpu.gate(x, h, self.rows, gate));
+            if is_cpu_f32(x) && is_cpu_f32(h) && is_cpu_f32(self.rows) {
+                let rows = self.rows.contiguous()?;
+                let op = Gate { rows: &rows, channels: self.channels, gate };
+                return x.contiguous()?.apply_op2_no_bwd(&h.contiguous()?, &op);
+            }
+            x + h.broadcast_mul(&self.part(gate)?)?
+        })
     }
 
     /// Part `index` as `[B, 1, C]`.
@@ -143,12 +155,14 @@ impl QueryKeyNorm {
         if dim == 0 || width % (3 * dim) != 0 || self.key.dim(0)? != dim {
             bail!("norms of heads of {dim} channels do not fit {:?}", qkv.shape());
         }
-        if is_cpu_f32(qkv) && is_cpu_f32(&self.query) {
-            let op =
-                NormaliseHeads { dim, eps: self.eps as f32, weights: [self.query.to_vec1()?, self.key.to_vec1()?] };
-            return qkv.contiguous()?.apply_op1_no_bwd(&op);
-        }
-        self.plain(qkv)
+        timed(qkv, Part::Norm, "query-key-norm", 0, || {
+            on_gpu!(qkv, gpu => gpu.query_key_norm(qkv, &self.query, &self.key, self.eps));
+            if is_cpu_f32(qkv) && is_cpu_f32(&self.query) {
+                let weights = [self.query.to_vec1()?, self.key.to_vec1()?];
+                return qkv.contiguous()?.apply_op1_no_bwd(&NormaliseHeads { dim, eps: self.eps as f32, weights });
+            }
+            self.plain(qkv)
+        })
     }
 
     /// The same in plain candle operations, for any device and data type.

@@ -10,6 +10,7 @@ use pulp::Simd;
 use super::cpu::{full_precision, is_cpu_f32, values, with_values};
 use super::gemm::{Gemm, PackedView, pack_rows, pack_transposed, packed_len};
 use super::math::{Kernel, dispatch, exp, fold, max};
+use super::profile::{Part, timed};
 
 /// Scores kept at once: about a first-level cache's half.
 const TILE_SCORES: usize = 6 * 1024;
@@ -74,16 +75,21 @@ pub fn cross_attention(q: &Tensor, cache: &KeyValues, pairs: &[(u32, u32)]) -> R
     if let Some((query, sequence)) = pairs.iter().find(|(q, s)| *q as usize >= rows || *s as usize >= cache.count) {
         bail!("no query row {query} or sequence {sequence} among {rows} and {}", cache.count);
     }
-    match &cache.store {
+    let flops = 4 * pairs.len() * q.dim(1)? * cache.len * channels;
+    timed(q, Part::Attention, "cross-attention", flops, || match &cache.store {
         Store::Packed(packed) => q.contiguous()?.apply_op1_no_bwd(&CrossOp { cache, packed, pairs }),
         Store::Plain { keys, values } => {
+            #[cfg(feature = "cuda")]
+            if crate::cuda::attention::fits(cache.dim) {
+                on_gpu!(q, gpu => gpu.cross_attention(q, keys, values, cache.heads, pairs));
+            }
             let column = |f: fn(&(u32, u32)) -> u32| Tensor::from_iter(pairs.iter().map(f), q.device());
             let (queries, sequences) = (column(|p| p.0)?, column(|p| p.1)?);
             let q = q.index_select(&queries, 0)?;
             let (k, v) = (keys.index_select(&sequences, 0)?, values.index_select(&sequences, 0)?);
             plain(&q, &k, &v, cache.heads, false)
         }
-    }
+    })
 }
 
 /// Self-attention over `qkv [B, L, 3 heads d]` (queries, keys, values side by side), giving `[B, L, heads d]`.
@@ -94,12 +100,18 @@ pub fn self_attention(qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor
     if heads == 0 || width % (3 * heads) != 0 {
         bail!("{:?} does not divide into queries, keys and values of {heads} heads", qkv.shape());
     }
-    if is_cpu_f32(qkv) {
-        let plan = Plan { heads, dim: width / 3 / heads, len };
-        return qkv.contiguous()?.apply_op1_no_bwd(&SelfOp { plan, causal });
-    }
-    let parts = qkv.chunk(3, D::Minus1)?;
-    plain(&parts[0], &parts[1], &parts[2], heads, causal)
+    timed(qkv, Part::Attention, "self-attention", 4 * qkv.elem_count() / 3 * len, || {
+        #[cfg(feature = "cuda")]
+        if crate::cuda::attention::fits(width / 3 / heads) {
+            on_gpu!(qkv, gpu => gpu.self_attention(qkv, heads, causal));
+        }
+        if is_cpu_f32(qkv) {
+            let plan = Plan { heads, dim: width / 3 / heads, len };
+            return qkv.contiguous()?.apply_op1_no_bwd(&SelfOp { plan, causal });
+        }
+        let parts = qkv.chunk(3, D::Minus1)?;
+        plain(&parts[0], &parts[1], &parts[2], heads, causal)
+    })
 }
 
 /// The same in plain candle operations, for any device and data type.

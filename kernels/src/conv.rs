@@ -1,7 +1,9 @@
-//! 3x3 convolutions on channels-last images, as implicit matrix products.
+//! 3x3 convolutions on channels-last images: implicit matrix products, or Winograd's where an image is large enough.
 //!
 //! A zero-padded copy of the image (or of a strip of its rows) is made in a scratch buffer, normalised and activated on
 //! the way when the convolution follows a group norm; the product then reads its patches straight from that copy.
+
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use pulp::Simd;
@@ -10,6 +12,8 @@ use super::cpu::{Rows, is_cpu_f32, values, with_optional};
 use super::gemm::{Gemm, Packed};
 use super::math::{Kernel, dispatch};
 use super::norm::{Affine, GroupNorm};
+use super::profile::{Part, timed};
+use super::winograd::{self, Winograd};
 
 /// Values of the padded copy made at once: a strip should stay in the second-level cache.
 const STRIP_VALUES: usize = 128 * 1024;
@@ -24,7 +28,7 @@ pub enum Padding {
 }
 
 impl Padding {
-    fn before(self) -> usize {
+    pub(crate) fn before(self) -> usize {
         usize::from(self == Self::Around)
     }
 }
@@ -52,8 +56,22 @@ pub struct Conv2d {
 
 #[derive(Debug)]
 enum Weights {
-    Packed { matrix: Packed, bias: Vec<f32> },
-    Plain { weight: Tensor, bias: Option<Tensor> },
+    Packed {
+        matrix: Packed,
+        bias: Vec<f32>,
+        winograd: OnceLock<Winograd>,
+    },
+    /// Weight `[Cout, 3, 3, Cin]`.
+    #[cfg(feature = "cuda")]
+    Gpu {
+        gpu: std::sync::Arc<crate::cuda::Gpu>,
+        weight: Tensor,
+        bias: Tensor,
+    },
+    Plain {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
 }
 
 impl Conv2d {
@@ -69,21 +87,41 @@ impl Conv2d {
                 Some(bias) => bias.to_vec1()?,
                 None => vec![0.0; outputs],
             };
-            Weights::Packed { matrix: Packed::new(9 * inputs, outputs, at), bias }
+            Weights::Packed { matrix: Packed::new(9 * inputs, outputs, at), bias, winograd: OnceLock::new() }
         } else {
-            Weights::Plain { weight: weight.clone(), bias: bias.cloned() }
+            Self::elsewhere(weight, bias)?
         };
         Ok(Self { inputs, outputs, stride, padding, weights })
     }
 
+    /// Weights for other devices and types than f32 on the CPU.
+    fn elsewhere(weight: &Tensor, bias: Option<&Tensor>) -> Result<Weights> {
+        on_gpu!(weight, gpu => {
+            let bias = match bias {
+                Some(bias) => bias.clone(),
+                None => Tensor::zeros(weight.dim(0)?, weight.dtype(), weight.device())?,
+            };
+            Ok(Weights::Gpu { gpu, weight: weight.permute((0, 2, 3, 1))?.contiguous()?, bias })
+        });
+        Ok(Weights::Plain { weight: weight.clone(), bias: bias.cloned() })
+    }
+
     /// `x [B, H, W, Cin]` to `[B, H', W', Cout]`.
     pub fn forward(&self, x: &Tensor, fused: Fused<'_>) -> Result<Tensor> {
-        match &self.weights {
-            Weights::Packed { matrix, bias } => {
-                x.contiguous()?.apply_op1_no_bwd(&Op { conv: self, matrix, bias, fused })
+        let flops = 2 * 9 * (x.elem_count() / (self.stride * self.stride)) * self.outputs;
+        timed(x, Part::Convolution, "conv2d", flops, || match &self.weights {
+            Weights::Packed { matrix, bias, winograd } => {
+                x.contiguous()?.apply_op1_no_bwd(&Op { conv: self, matrix, bias, winograd, fused })
+            }
+            #[cfg(feature = "cuda")]
+            Weights::Gpu { gpu, weight, bias } => {
+                let (stride, padding) = (self.stride, self.padding);
+                let Fused { norm, shift, residual } = fused;
+                let around = crate::cuda::Surroundings { norm: norm.map(GroupNorm::on_gpu), shift, residual };
+                gpu.convolve(x, crate::cuda::Convolution { weight, bias, stride, padding }, around)
             }
             Weights::Plain { weight, bias } => plain(x, weight, bias.as_ref(), self.stride, self.padding, fused),
-        }
+        })
     }
 }
 
@@ -119,6 +157,7 @@ struct Op<'a> {
     conv: &'a Conv2d,
     matrix: &'a Packed,
     bias: &'a [f32],
+    winograd: &'a OnceLock<Winograd>,
     fused: Fused<'a>,
 }
 
@@ -158,6 +197,15 @@ impl CustomOp1 for Op<'_> {
 }
 
 impl Op<'_> {
+    /// The transformed kernels, made when the first image comes for which they are of use.
+    fn winograd(&self, geometry: &Geometry) -> Option<&Winograd> {
+        let (conv, matrix) = (self.conv, self.matrix);
+        let suits = conv.stride == 1
+            && conv.padding == Padding::Around
+            && winograd::suits(conv.inputs, conv.outputs, geometry.out_height, geometry.out_width);
+        suits.then(|| self.winograd.get_or_init(|| Winograd::new(conv.inputs, conv.outputs, matrix)))
+    }
+
     fn images(
         &self,
         x: &[f32],
@@ -167,8 +215,12 @@ impl Op<'_> {
         out: &mut Vec<f32>,
     ) -> Result<()> {
         let outputs = self.conv.outputs;
-        let strip = geometry.strip();
-        let mut scratch = vec![0.0; geometry.strip_len(strip)];
+        let winograd = self.winograd(geometry);
+        let strip = match winograd {
+            Some(_) => Winograd::strip(geometry.out_width, geometry.out_height),
+            None => geometry.strip(),
+        };
+        let (mut scratch, mut tiles) = (vec![0.0; geometry.strip_len(strip)], winograd::Scratch::default());
         let offsets = geometry.offsets(strip);
         let segments: [usize; 3] = std::array::from_fn(|ky| ky * geometry.padded_width * geometry.channels);
         let (image_len, out_len) = (geometry.image_len(), geometry.out_pixels() * outputs);
@@ -189,6 +241,13 @@ impl Op<'_> {
                 out.resize(done + part.len(), 0.0); // here rather than at once: the memory is then warm for the product
                 let padded = &mut scratch[..geometry.strip_len(rows)];
                 dispatch(Pad { geometry, image, affine: affine.as_ref(), first, padded });
+                let residual = residual.map(|r| &r[part]);
+                if let Some(winograd) = winograd {
+                    let (width, out) = (geometry.out_width, &mut out[done..]);
+                    let strip = winograd::Strip { padded: &scratch, rows, width, bias: &bias, residual, out };
+                    winograd.run(strip, &mut tiles);
+                    continue;
+                }
                 Gemm {
                     a: &scratch,
                     rows: &offsets[..pixels.len()],
@@ -196,7 +255,7 @@ impl Op<'_> {
                     segment_len: 3 * geometry.channels,
                     b: self.matrix.view(),
                     bias: Some(&bias),
-                    residual: residual.map(|r| &r[part]),
+                    residual,
                     out: &mut out[done..],
                     stride: outputs,
                 }

@@ -10,6 +10,7 @@ use super::cpu::{Rows, values};
 use super::linear::{Linear, PackedLinear};
 use super::math::dispatch;
 use super::norm::{LayerKernel, LayerNorm};
+use super::profile::{Part, timed};
 
 /// Positions worked on at once.
 const BLOCK: usize = 32;
@@ -31,7 +32,11 @@ impl FeedForward {
     /// `x [.., C]` to the same shape.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match (self.gate.packed(), self.out.packed()) {
-            (Some(gate), Some(out)) => x.contiguous()?.apply_op1_no_bwd(&Op { norm: &self.norm, gate, out }),
+            (Some(gate), Some(out)) => {
+                let flops = 2 * x.elem_count() * (gate.outputs + out.inputs);
+                let op = Op { norm: &self.norm, gate, out };
+                timed(x, Part::Linear, "feed-forward", flops, || x.contiguous()?.apply_op1_no_bwd(&op))
+            }
             _ => self.plain(x),
         }
     }

@@ -40,6 +40,15 @@ impl Packed {
         Self { k, n, data, start }
     }
 
+    /// The values of column `n`, from the first row on.
+    pub(crate) fn column(&self, n: usize) -> impl Iterator<Item = f32> {
+        let lanes = lanes();
+        let panel = panels(self.n.div_ceil(lanes)).find(|(first, vectors)| n < (first + vectors) * lanes);
+        let (first, width) = panel.map_or((0, 1), |(first, vectors)| (first * lanes, vectors * lanes));
+        let values = &self.data[self.start + first * self.k + n - first..];
+        values.iter().copied().step_by(width).take(self.k)
+    }
+
     /// A borrowed view.
     pub(crate) fn view(&self) -> PackedView<'_> {
         PackedView { k: self.k, n: self.n, data: &self.data[self.start..] }

@@ -3,8 +3,8 @@
 //! One evaluation of a latent diffusion UNet is dominated by convolutions and linear layers, and a tensor library's
 //! general operations lose most of a CPU core's arithmetic to repacking, transposing and unfused passes. The operations
 //! here keep one layout throughout, pack every weight once at load, and fuse what surrounds a product (bias, time shift,
-//! residual, the normalisation in front of a convolution) into it. Each is a candle `CustomOp` for f32 on the CPU; on any
-//! other device or data type the same operation is spelled in plain candle operations.
+//! residual, the normalisation in front of a convolution) into it. Each is a candle `CustomOp` for f32 on the CPU and has a twin on
+//! CUDA devices (feature `cuda`); on any other device or data type it is spelled in plain candle operations.
 //!
 //! Two rules hold for every CPU kernel:
 //!
@@ -15,26 +15,43 @@
 //!   the inner dimension in the same order with fused multiply-add, and reductions stay within an image or a row.
 //!   Scores are thus bit-identical however a job is cut into batches.
 
+/// Returns what a GPU makes of an operation, if `$x` is on one and of a type its kernels know.
+macro_rules! on_gpu {
+    ($x:expr, $gpu:ident => $run:expr) => {
+        #[cfg(feature = "cuda")]
+        if let Some($gpu) = $crate::cuda::Gpu::of($x)? {
+            return $run;
+        }
+    };
+}
+
 mod activation;
 mod adaptive;
 mod attention;
 mod conv;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod errors;
 mod feed_forward;
 mod gemm;
+pub mod gpu;
 mod linear;
 mod math;
 mod norm;
+pub mod profile;
 mod shape;
 #[cfg(test)]
 mod tests;
+mod winograd;
 
 pub use activation::{Activation, activate, geglu};
 pub use adaptive::{Modulation, QueryKeyNorm};
 pub use attention::{KeyValues, cross_attention, self_attention};
 pub use conv::{Conv2d, Fused, Padding};
 pub use cpu::Rows;
+pub use errors::{Deviation, MeanErrors, mean_errors};
 pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm};
-pub use shape::{concat_channels, gather, upsample_nearest2x};
+pub use shape::{concat_channels, download, gather, upload, upsample_nearest2x};

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Rows, is_cpu_f32, values, with_optional};
 use super::gemm::{Gemm, Packed};
+use super::profile::{Part, timed};
 
 /// Rows worked on at once.
 pub(crate) const BLOCK_ROWS: usize = 128;
@@ -42,13 +43,16 @@ impl Linear {
 
     /// `x [B, .., in]` to `[B, .., out]`; `residual`, one `[.., out]` per element of the batch, is added.
     pub fn forward(&self, x: &Tensor, residual: Option<Rows<'_>>) -> Result<Tensor> {
-        match &self.weights {
+        timed(x, Part::Linear, "linear", 2 * x.elem_count() * self.outputs, || match &self.weights {
             Weights::Packed { matrix, bias } => {
                 let layer = self.view(matrix, bias.as_deref());
                 x.contiguous()?.apply_op1_no_bwd(&Op { layer, residual })
             }
-            Weights::Plain { weight, bias } => plain(x, weight, bias.as_ref(), residual),
-        }
+            Weights::Plain { weight, bias } => {
+                on_gpu!(x, gpu => gpu.linear(x, weight, bias.as_ref(), residual));
+                plain(x, weight, bias.as_ref(), residual)
+            }
+        })
     }
 
     /// The packed layer, if it is on the CPU in f32.
@@ -134,7 +138,9 @@ impl CustomOp1 for Op<'_> {
         if let Some(last) = dims.last_mut() {
             *last = outputs;
         }
-        let (rows, batch) = (x.len() / inputs, dims[0]);
+        let rows = x.len() / inputs;
+        // Only a residual that is looked up tells an element of the batch from the next.
+        let batch = if self.residual.is_some_and(|rows| rows.index.is_some()) { dims[0] } else { 1 };
         let mut out = Vec::with_capacity(rows * outputs);
         let image_rows = rows / batch.max(1);
         with_optional(self.residual.map(|r| r.tensor), |residual| {

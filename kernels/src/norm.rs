@@ -8,6 +8,7 @@ use pulp::Simd;
 
 use super::cpu::{full_precision, is_cpu_f32, values};
 use super::math::{Kernel, dispatch, silu, sum};
+use super::profile::{Part, timed};
 
 /// Pixels summed in f32 before the sum is carried in f64.
 const BLOCK: usize = 64;
@@ -52,11 +53,14 @@ impl GroupNorm {
 
     /// `x [B, .., C]` normalised, then passed through SiLU if `activate`.
     pub fn forward(&self, x: &Tensor, activate: bool) -> Result<Tensor> {
-        if self.cpu.is_some() && is_cpu_f32(x) {
-            return x.contiguous()?.apply_op1_no_bwd(&GroupOp { norm: self, activate });
-        }
-        let y = self.plain(x)?;
-        if activate { y.silu() } else { Ok(y) }
+        timed(x, Part::Norm, "group-norm", 0, || {
+            on_gpu!(x, gpu => gpu.group_norm(x, self.on_gpu(), activate));
+            if self.cpu.is_some() && is_cpu_f32(x) {
+                return x.contiguous()?.apply_op1_no_bwd(&GroupOp { norm: self, activate });
+            }
+            let y = self.plain(x)?;
+            if activate { y.silu() } else { Ok(y) }
+        })
     }
 
     /// The same in plain candle operations, for any device and data type.
@@ -70,6 +74,12 @@ impl GroupNorm {
         let variance = x.sqr()?.mean_keepdim((1, 3))?;
         let x = x.broadcast_div(&(variance + self.eps)?.sqrt()?)?.reshape(dims)?.to_dtype(dtype)?;
         x.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)
+    }
+
+    /// The layer as a GPU takes it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_gpu(&self) -> crate::cuda::norm::Group<'_> {
+        crate::cuda::norm::Group { groups: self.groups, eps: self.eps, weight: &self.weight, bias: &self.bias }
     }
 
     /// Factor and summand per channel that normalise one image `[pixels, C]`.
@@ -237,10 +247,13 @@ impl LayerNorm {
 
     /// `x [.., C]` normalised.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self.cpu() {
-            Some(norm) if is_cpu_f32(x) => x.contiguous()?.apply_op1_no_bwd(&norm),
-            _ => self.plain(x),
-        }
+        timed(x, Part::Norm, "layer-norm", 0, || {
+            on_gpu!(x, gpu => gpu.layer_norm(x, &self.weight, &self.bias, self.eps));
+            match self.cpu() {
+                Some(norm) if is_cpu_f32(x) => x.contiguous()?.apply_op1_no_bwd(&norm),
+                _ => self.plain(x),
+            }
+        })
     }
 
     /// The layer's values, if it is on the CPU in f32.

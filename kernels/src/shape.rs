@@ -1,15 +1,35 @@
-//! Copies that change an image's shape or place.
+//! Copies that change an image's shape or place, and those to and from the device.
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Rows, is_cpu_f32, values, with_values};
+use super::profile::{Part, timed};
+
+/// Values as an f32 tensor on a device. On a GPU the copy is made when it gets there, and not waited for.
+pub fn upload(values: &[f32], shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = crate::cuda::Gpu::behind(device)? {
+        return gpu.upload(values, shape);
+    }
+    Tensor::from_slice(values, shape, device)
+}
+
+/// The values of a tensor in f32. On a GPU what makes them is waited for, but not what was asked of it afterwards.
+pub fn download(x: &Tensor) -> Result<Vec<f32>> {
+    let x = x.to_dtype(DType::F32)?.contiguous()?;
+    on_gpu!(&x, gpu => crate::cuda::download(&gpu, &x));
+    x.flatten_all()?.to_vec1()
+}
 
 /// Doubles the height and width of `x [B, H, W, C]` by repeating pixels.
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
-    if is_cpu_f32(x) {
-        return x.contiguous()?.apply_op1_no_bwd(&Upsample);
-    }
-    plain_upsample(x)
+    timed(x, Part::Other, "upsample", 0, || {
+        on_gpu!(x, gpu => gpu.upsample(x));
+        match is_cpu_f32(x) {
+            true => x.contiguous()?.apply_op1_no_bwd(&Upsample),
+            false => plain_upsample(x),
+        }
+    })
 }
 
 /// The same in plain candle operations, for any device and data type.
@@ -44,10 +64,13 @@ impl CustomOp1 for Upsample {
 
 /// Joins `x [B, H, W, C1]` and one image `[H, W, C2]` per batch element to `[B, H, W, C1 + C2]`.
 pub fn concat_channels(x: &Tensor, other: Rows<'_>) -> Result<Tensor> {
-    if is_cpu_f32(x) && is_cpu_f32(other.tensor) {
-        return x.contiguous()?.apply_op1_no_bwd(&Concat { other });
-    }
-    plain_concat(x, other)
+    timed(x, Part::Other, "concat", 0, || {
+        on_gpu!(x, gpu => gpu.concat(x, other));
+        match is_cpu_f32(x) && is_cpu_f32(other.tensor) {
+            true => x.contiguous()?.apply_op1_no_bwd(&Concat { other }),
+            false => plain_concat(x, other),
+        }
+    })
 }
 
 /// The same in plain candle operations, for any device and data type.
@@ -89,10 +112,13 @@ impl CustomOp1 for Concat<'_> {
 /// Rows `index` of `x` along the first dimension.
 pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
     let rows = Rows::indexed(x, index);
-    if is_cpu_f32(x) {
-        return x.contiguous()?.apply_op1_no_bwd(&Gather { rows, index });
-    }
-    rows.materialise()
+    timed(x, Part::Other, "gather", 0, || {
+        on_gpu!(x, gpu => gpu.gather(x, index));
+        match is_cpu_f32(x) {
+            true => x.contiguous()?.apply_op1_no_bwd(&Gather { rows, index }),
+            false => rows.materialise(),
+        }
+    })
 }
 
 struct Gather<'a> {

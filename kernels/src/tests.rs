@@ -1,8 +1,33 @@
-//! Every CPU kernel against the plain candle formulation of the same operation, and bit for bit across batches.
+//! Every kernel against the plain candle formulation of the same operation in double precision on the CPU, and bit for bit
+//! across batches.
+//!
+//! The kernels are those of the CPU, or of the device `ELBO_TEST_DEVICE` names (`cuda:0`) in the type of `ELBO_TEST_DTYPE`
+//! (f32, f16 or bf16).
+
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::*;
+
+/// Where the kernels run.
+fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let open = || match std::env::var("ELBO_TEST_DEVICE").ok().as_deref() {
+        None | Some("cpu") => Device::Cpu,
+        Some(name) => gpu::open(name.strip_prefix("cuda:").unwrap().parse().unwrap()).unwrap(),
+    };
+    DEVICE.get_or_init(open).clone()
+}
+
+/// What they compute in, and its distance from 1 to the next number.
+fn dtype() -> (DType, f64) {
+    match std::env::var("ELBO_TEST_DTYPE").ok().as_deref() {
+        Some("f16") => (DType::F16, 2f64.powi(-10)),
+        Some("bf16") => (DType::BF16, 2f64.powi(-7)),
+        _ => (DType::F32, 2f64.powi(-23)),
+    }
+}
 
 /// Values in about [-2, 2], different for every seed.
 fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
@@ -14,10 +39,15 @@ fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
             (state >> 40) as f32 / (1u64 << 22) as f32 - 2.0
         })
         .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    placed(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
 }
 
-/// Asserts equality up to `tolerance` times the largest magnitude.
+/// A tensor where the kernels run, in the type they compute in.
+fn placed(t: &Tensor) -> Tensor {
+    t.to_dtype(dtype().0).unwrap().to_device(&device()).unwrap()
+}
+
+/// Asserts equality up to `tolerance` times the largest magnitude, or a few roundings of the type.
 fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert_eq!(found.dims(), expected.dims());
     let (found, expected) = (&wide(found), &wide(expected));
@@ -25,16 +55,22 @@ fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
         |t: &Tensor| -> Result<f64> { t.to_dtype(DType::F64)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>() };
     let difference = largest(&(found - expected).unwrap()).unwrap();
     let scale = largest(expected).unwrap();
+    let tolerance = tolerance.max(3.0 * dtype().1);
     assert!(difference <= tolerance * scale, "{difference} against a scale of {scale}");
 }
 
-/// In double precision, where operations take their plain path: the reference for the kernels' rounding.
+/// On the CPU in double precision, where operations take their plain path: the reference for the kernels' rounding.
 fn wide(t: &Tensor) -> Tensor {
-    t.to_dtype(DType::F64).unwrap()
+    host(t).to_dtype(DType::F64).unwrap()
+}
+
+fn host(t: &Tensor) -> Tensor {
+    t.to_device(&Device::Cpu).unwrap()
 }
 
 fn bits(t: &Tensor) -> Vec<u32> {
-    t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    let values = host(t).to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    values.into_iter().map(f32::to_bits).collect()
 }
 
 #[test]
@@ -83,6 +119,10 @@ fn convolution_matches_plain() {
         (9, 8, 12, 5, 2, Padding::After),
         (70, 65, 40, 4, 1, Padding::Around),
         (66, 64, 48, 8, 2, Padding::After),
+        // Large enough for Winograd's tiles: whole strips, and a rest.
+        (16, 16, 32, 48, 1, Padding::Around),
+        (18, 40, 16, 80, 1, Padding::Around),
+        (70, 64, 48, 16, 1, Padding::Around),
     ];
     for (seed, (h, w, inputs, outputs, stride, padding)) in cases.into_iter().enumerate() {
         let seed = 10 * seed as u64;
@@ -103,7 +143,7 @@ fn convolution_matches_plain() {
                 shift: Some(Rows::indexed(&shift, &[1, 1, 0])),
                 residual: Some(Rows::indexed(&residual, &[2, 0, 1])),
             };
-            let conv = if cast(&x).dtype() == DType::F32 { &conv } else { &plain };
+            let conv = if cast(&x).dtype() == DType::F64 { &plain } else { &conv };
             conv.forward(&cast(&x), fused).unwrap()
         };
         assert_close(&fused(Tensor::clone), &fused(wide), 2e-6);
@@ -116,7 +156,7 @@ fn norms_match_plain() {
         [(64, 32, 8), (1, 8, 2), (131, 48, 4), (300, 18, 3)].into_iter().enumerate()
     {
         let seed = 10 * seed as u64;
-        let x = (random((2, pixels, channels), seed) + 3.0).unwrap();
+        let x = placed(&(host(&random((2, pixels, channels), seed)) + 3.0).unwrap());
         let (w, b) = (random(channels, seed + 1), random(channels, seed + 2));
         let norm = GroupNorm::new(groups, 1e-5, &w, &b).unwrap();
         let plain = GroupNorm::new(groups, 1e-5, &wide(&w), &wide(&b)).unwrap();
@@ -143,7 +183,7 @@ fn group_norm_splits_only_between_groups() {
 
 #[test]
 fn activations_match_plain() {
-    let x = (random((5, 77, 26), 1) * 5.0).unwrap();
+    let x = placed(&(host(&random((5, 77, 26), 1)) * 5.0).unwrap());
     for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::GeluTanh] {
         assert_close(&activate(&x, activation).unwrap(), &activate(&wide(&x), activation).unwrap(), 5e-7);
     }
@@ -219,9 +259,44 @@ fn adaptive_norms_and_gates_match_plain() {
 #[test]
 fn copies_match_plain() {
     let (x, y) = (random((3, 4, 5, 6), 1), random((2, 4, 5, 3), 2));
-    assert_eq!(bits(&upsample_nearest2x(&x).unwrap()), bits(&shape::plain_upsample(&x).unwrap()));
-    let rows = Rows::indexed(&y, &[1, 0, 1]);
-    assert_eq!(bits(&concat_channels(&x, rows).unwrap()), bits(&shape::plain_concat(&x, rows).unwrap()));
+    assert_eq!(bits(&upsample_nearest2x(&x).unwrap()), bits(&shape::plain_upsample(&host(&x)).unwrap()));
+    let (index, y_host) = ([1, 0, 1], host(&y));
+    let joined = shape::plain_concat(&host(&x), Rows::indexed(&y_host, &index)).unwrap();
+    assert_eq!(bits(&concat_channels(&x, Rows::indexed(&y, &index)).unwrap()), bits(&joined));
+}
+
+#[test]
+fn mean_errors_match_plain() {
+    let single = |shape: &[usize], seed| random(shape, seed).to_dtype(DType::F32).unwrap();
+    let (noisy, targets, mix) = (single(&[2, 5, 4, 3], 1), single(&[2, 5, 4, 3], 2), single(&[2, 2], 3));
+    // As many channels as the targets, and as many again for a variance.
+    for (channels, seed) in [(3, 4), (6, 5)] {
+        let output = random((4, 5, 4, channels), seed);
+        for deviation in [Deviation::Squared, Deviation::Absolute, Deviation::Huber] {
+            let points = &[0, 0, 1, 1];
+            let of = MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points, deviation };
+            let found = mean_errors(&output, &of).unwrap();
+            let [noisy, targets, mix] = [&noisy, &targets, &mix].map(host);
+            let of = MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points, deviation };
+            assert_close(&found, &errors::plain(&host(&output), &of).unwrap(), 1e-6);
+        }
+    }
+    let shape = (4, 5, 4, 3);
+    let of =
+        MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points: &[0, 0, 1, 2], deviation: Deviation::Huber };
+    assert!(mean_errors(&random(shape, 4), &of).is_err());
+    let few = MeanErrors { points: &[0, 1], ..of };
+    assert!(mean_errors(&random(shape, 4), &few).is_err());
+}
+
+#[test]
+fn values_come_back_from_the_device() {
+    let values: Vec<f32> = (0..1000).map(|i| i as f32 / 7.0).collect();
+    for len in [1000, 10, 1000, 1] {
+        let tensor = upload(&values[..len], len, &device()).unwrap();
+        assert_eq!(download(&tensor).unwrap(), &values[..len]);
+    }
+    assert!(upload(&values, 999, &device()).is_err());
 }
 
 #[test]

@@ -18,9 +18,14 @@ use std::time::{Duration, Instant};
 use elbo_common::predictions::{Prediction, decode_predictions};
 use tempfile::TempDir;
 
-/// The repository's root.
+/// The repository's root: where the tests were built, or `ELBO_TEST_ROOT` where they were carried elsewhere.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    std::env::var_os("ELBO_TEST_ROOT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
+}
+
+/// The fixtures.
+pub fn fixtures() -> PathBuf {
+    root().join("tests/fixtures")
 }
 
 /// The digits model.

@@ -1,6 +1,6 @@
 //! Comparing tensors with references.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// A tensor stored `[.., C, H, W]`, as `[.., H, W, C]`.
 pub fn channels_last(tensor: &Tensor) -> Tensor {
@@ -12,7 +12,7 @@ pub fn channels_last(tensor: &Tensor) -> Tensor {
 
 /// The values in double precision.
 pub fn flat(tensor: &Tensor) -> Vec<f64> {
-    let wide = tensor.to_dtype(DType::F64).and_then(|t| t.flatten_all());
+    let wide = tensor.to_device(&Device::Cpu).and_then(|t| t.to_dtype(DType::F64)).and_then(|t| t.flatten_all());
     wide.and_then(|t| t.to_vec1()).expect("numbers")
 }
 

@@ -46,7 +46,7 @@ impl Case {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let identity = runtime.block_on(JobRecord::read(&store)).unwrap().unwrap().identity;
         let models = JobModels { model: model(), shortlist: None };
-        let problem = Arc::new(Problem::load(&identity, &models).unwrap());
+        let problem = Arc::new(Problem::load(&identity, &models, elbo_worker::Device::Cpu).unwrap());
         Self { _images: images, identity, expected: results(&out), problem }
     }
 
@@ -87,7 +87,7 @@ impl Case {
             patience: Duration::from_secs(60),
             grace: Duration::from_secs(10),
             model: None,
-            problem: Some(Arc::clone(&self.problem)),
+            problem: Some((elbo_worker::Device::Cpu, Arc::clone(&self.problem))),
             stay: false,
         };
         let worker = tokio::spawn(elbo_worker::run(worker, stop));

@@ -3,12 +3,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+use elbo_kernels::gpu::{self, Unavailable};
+
 /// What one engine computes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
     /// Cores of this machine.
     Cpu,
-    /// A CUDA device by its number; every one there is where it has none.
+    /// A CUDA device by its number; every one there is where it has none, until [`Devices::find`] has numbered them.
     Cuda(Option<usize>),
 }
 
@@ -32,12 +34,51 @@ pub enum DeviceError {
     /// It is none.
     #[error("'{0}' is no device: use cpu, or a list like cpu,cpu or cuda:0,1")]
     Unknown(String),
-    /// This program does not know the device.
-    #[error("--device {0} is not available in this build: use --device cpu")]
-    Unavailable(Device),
+    /// It can't be used here.
+    #[error("--device {0}: {1}")]
+    Unavailable(Device, Unavailable),
+}
+
+impl Device {
+    /// The device, ready for tensors.
+    pub fn open(self) -> Result<candle_core::Device, DeviceError> {
+        match self {
+            Self::Cpu => Ok(candle_core::Device::Cpu),
+            Self::Cuda(number) => {
+                gpu::open(number.unwrap_or_default()).map_err(|why| DeviceError::Unavailable(self, why))
+            }
+        }
+    }
+
+    /// Whether it is a GPU.
+    pub fn is_gpu(self) -> bool {
+        self != Self::Cpu
+    }
 }
 
 impl Devices {
+    /// The devices themselves in place of `cuda`, which stands for all of them; an error where one is not there.
+    pub fn find(self) -> Result<Self, DeviceError> {
+        let mut found = Vec::new();
+        for device in self.0 {
+            let unavailable = |why| DeviceError::Unavailable(device, why);
+            match device {
+                Device::Cpu => found.push(device),
+                Device::Cuda(None) => match gpu::count().map_err(unavailable)? {
+                    0 => return Err(unavailable(Unavailable::NoSuchDevice { number: 0, count: 0 })),
+                    count => found.extend((0..count).map(|number| Device::Cuda(Some(number)))),
+                },
+                Device::Cuda(Some(number)) => match gpu::count().map_err(unavailable)? {
+                    count if number >= count => {
+                        return Err(unavailable(Unavailable::NoSuchDevice { number, count }));
+                    }
+                    _ => found.push(device),
+                },
+            }
+        }
+        Ok(Self(found))
+    }
+
     /// The engines of a worker that has `count` of them, taking turns with the devices.
     pub fn engines(&self, count: usize) -> Vec<Device> {
         self.0.iter().copied().cycle().take(count).collect()
@@ -72,10 +113,7 @@ impl FromStr for Devices {
             numbered = matches!(device, Device::Cuda(Some(_)));
             devices.push(device);
         }
-        match devices.iter().find(|device| **device != Device::Cpu) {
-            Some(device) => Err(DeviceError::Unavailable(*device)),
-            None => Ok(Self(devices)),
-        }
+        Ok(Self(devices))
     }
 }
 
@@ -89,12 +127,23 @@ mod tests {
         assert_eq!(devices("cpu"), Ok(Devices::default()));
         assert_eq!(devices("cpu, cpu").unwrap().count(), 2);
         assert_eq!(devices("cpu").unwrap().engines(3), [Device::Cpu; 3]);
-        for (list, first) in [("cuda", "cuda"), ("cuda:1,0", "cuda:1"), ("cpu,cuda:3", "cuda:3")] {
-            let error = devices(list).unwrap_err().to_string();
-            assert!(error.contains(&format!("{first} is not available")), "{error}");
-        }
+        let cuda = |number| Device::Cuda(Some(number));
+        assert_eq!(devices("cuda:1,0").unwrap().engines(2), [cuda(1), cuda(0)]);
+        assert_eq!(devices("cuda:0,cpu").unwrap().engines(3), [cuda(0), Device::Cpu, cuda(0)]);
+        assert_eq!(devices("cuda").unwrap().engines(1), [Device::Cuda(None)]);
         for list in ["", "gpu", "cpu:0", "0", "cpu,1", "cuda:x", "cuda:0,1,x"] {
             assert!(matches!(devices(list), Err(DeviceError::Unknown(_))), "{list}");
         }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_gpu_that_can_not_be_had_is_an_error_that_tells_the_way() {
+        for (list, first) in [("cuda", "cuda"), ("cuda:1,0", "cuda:1"), ("cpu,cuda:3", "cuda:3")] {
+            let error = list.parse::<Devices>().unwrap().find().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--device {first}: this program was built without CUDA")), "{error}");
+            assert!(error.contains("--device cpu"), "{error}");
+        }
+        assert_eq!(Devices::default().find(), Ok(Devices::default()));
     }
 }

@@ -3,22 +3,23 @@
 //! A CPU device runs one *lane* per core: a thread that evaluates whole batches by itself, so that activations stay in
 //! its cache and no thread waits for another inside a layer. Blocks are cut into batches that cross samples, slots and
 //! prompts; lanes take them from one short queue, so the next block's batches follow the last one's without a gap.
+//! A GPU has a few lanes too: while it computes one's batch, the next one's noise is made and copied.
 //! An evaluation's error does not depend on the batch it is in (see [`elbo_kernels`]), so neither does any result.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use elbo_common::class::Prompt;
 use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use elbo_common::policy::{RoundSlots, ScoredBy, Slot};
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Unit, UnitId};
+use elbo_kernels::gpu;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
@@ -70,6 +71,8 @@ pub enum BlockEvent {
     Unit(UnitErrors),
     /// The block can't be finished: some batch of it failed.
     Failed(String),
+    /// The device failed for good: that is no block's fault.
+    Lost(String),
     /// Nothing more of this block will come.
     End,
 }
@@ -123,7 +126,8 @@ pub struct Engine {
     batches: Option<Sender<Batch>>,
     encodes: Option<Sender<Encode>>,
     lanes: Vec<JoinHandle<()>>,
-    batch: usize,
+    /// Evaluations of a batch; less once they did not fit into the device's memory.
+    batch: Arc<AtomicUsize>,
     evaluated: Arc<AtomicU64>,
     /// Batches that are not done.
     queued: Arc<AtomicU64>,
@@ -142,15 +146,16 @@ impl Engine {
         let (encodes, encode_queue) = unbounded();
         let (evaluated, queued) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let cancelled = Arc::new(AtomicBool::new(false));
+        let batch = Arc::new(AtomicUsize::new(batch.max(1)));
         let lanes = (0..lanes)
             .map(|i| {
-                let (evaluated, queued) = (Arc::clone(&evaluated), Arc::clone(&queued));
-                let lane = Lane { problem: Arc::clone(&problem), evaluated, queued };
+                let (evaluated, queued, batch) = (Arc::clone(&evaluated), Arc::clone(&queued), Arc::clone(&batch));
+                let lane = Lane { problem: Arc::clone(&problem), batch, evaluated, queued };
                 let (batches, encodes) = (batch_queue.clone(), encode_queue.clone());
                 std::thread::Builder::new().name(format!("lane-{i}")).spawn(move || lane.run(&batches, &encodes))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let (batches, encodes, batch) = (Some(batches), Some(encodes), batch.max(1));
+        let (batches, encodes) = (Some(batches), Some(encodes));
         Ok(Self { batches, encodes, lanes, batch, evaluated, queued, cancelled })
     }
 
@@ -188,7 +193,7 @@ impl Engine {
                 UnitProgress { errors: vec![0.0; left], left }
             })
             .collect();
-        let batches = batches_of(&units, self.batch);
+        let batches = batches_of(&units, self.batch.load(Ordering::Relaxed));
         let batches_left = AtomicU64::new(batches.len() as u64);
         let block = Arc::new(Block {
             units,
@@ -260,6 +265,7 @@ fn caught<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelErr
 
 struct Lane {
     problem: Arc<Problem>,
+    batch: Arc<AtomicUsize>,
     evaluated: Arc<AtomicU64>,
     queued: Arc<AtomicU64>,
 }
@@ -287,11 +293,7 @@ impl Lane {
 
     fn encode(&self, encode: Encode) {
         let Encode { stage, pixels, reply } = encode;
-        let side = (pixels.len() / 3).isqrt();
-        let latent = caught(|| {
-            let pixels = Tensor::from_vec(pixels, (1, side, side, 3), &Device::Cpu)?;
-            self.problem.stages[stage].encode(&pixels)
-        });
+        let latent = caught(|| self.problem.stages[stage].encode(&pixels));
         let _ = reply.send(latent);
     }
 
@@ -299,7 +301,7 @@ impl Lane {
         let block = &batch.block;
         let pass_over = [&*block.cancelled, &*block.unwanted, &block.failed];
         if !pass_over.iter().any(|flag| flag.load(Ordering::Relaxed)) {
-            match caught(|| self.problem.errors(&block.units, &block.conditions, &batch.evaluations)) {
+            match self.errors(block, &batch.evaluations) {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
                     metrics().computed(errors.len() as u64);
@@ -307,7 +309,9 @@ impl Lane {
                 }
                 Err(error) => {
                     if !block.failed.swap(true, Ordering::Relaxed) {
-                        let _ = block.events.send(BlockEvent::Failed(error.to_string()));
+                        let lost = self.problem.stages.iter().any(|stage| gpu::is_lost(stage.device()));
+                        let event = if lost { BlockEvent::Lost } else { BlockEvent::Failed };
+                        let _ = block.events.send(event(error.to_string()));
                     }
                 }
             }
@@ -315,6 +319,23 @@ impl Lane {
         self.queued.fetch_sub(1, Ordering::Relaxed);
         if block.batches_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             let _ = block.events.send(BlockEvent::End);
+        }
+    }
+
+    /// The errors of evaluations; in halves, now and from now on, where they do not fit into the device's memory.
+    fn errors(&self, block: &Block, evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
+        match caught(|| self.problem.errors(&block.units, &block.conditions, evaluations)) {
+            Err(error) if error.is_out_of_memory() && evaluations.len() > 1 => {
+                let half = evaluations.len().div_ceil(2);
+                if self.batch.fetch_min(half, Ordering::Relaxed) > half {
+                    tracing::warn!(batch = half, %error, "a smaller batch, since the last one did not fit into memory");
+                }
+                let (first, second) = evaluations.split_at(half);
+                let mut errors = self.errors(block, first)?;
+                errors.extend(self.errors(block, second)?);
+                Ok(errors)
+            }
+            other => other,
         }
     }
 }
@@ -392,7 +413,10 @@ impl Problem {
     pub fn measure_batch(&self) -> Result<usize, ModelError> {
         /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
-        const LARGEST_BATCH: usize = 64;
+        /// On a core, and on a GPU, which takes many to fill.
+        const LARGEST_BATCH: [usize; 2] = [64, 512];
+        let on_gpu = !self.stages.last().is_none_or(|stage| stage.device().is_cpu());
+        let largest = LARGEST_BATCH[usize::from(on_gpu)];
         let of_model = |round: &RoundSlots| round.scored_by == ScoredBy::Model && !round.slots.is_empty();
         let Some(round) = self.rounds.iter().position(of_model) else { return Ok(1) };
         let (last, slots) = (self.stages.len() - 1, self.rounds[round].slots.len());
@@ -408,7 +432,7 @@ impl Problem {
         let of_stages = vec![Arc::clone(&conditions); self.stages.len()];
         let prompts: Vec<_> = (0..conditions.len() as u32).map(PromptIndex).collect();
         let latent = Arc::new(vec![0.0; stage.latent_len()]);
-        let units: Vec<_> = (0..LARGEST_BATCH.div_ceil((slots * prompts.len()).max(1)) as u64)
+        let units: Vec<_> = (0..largest.div_ceil((slots * prompts.len()).max(1)) as u64)
             .map(|sample| {
                 let id = UnitId { sample: SampleId(sample), round: Round(round as u16), slots: 0, prompts: 0 };
                 let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
@@ -422,8 +446,15 @@ impl Problem {
             })
             .collect();
         let (mut best, mut best_rate) = (1, 0.0);
-        for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= LARGEST_BATCH) {
+        for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= largest) {
             let evaluations = batches_of(&units, batch).swap_remove(0);
+            // On a GPU the first run of a size makes plans for it.
+            if on_gpu {
+                match self.errors(&units, &of_stages, &evaluations) {
+                    Err(error) if error.is_out_of_memory() && batch > 1 => return Ok(best),
+                    done => done?,
+                };
+            }
             // The fastest of a few runs counts, since disturbances only ever slow one down.
             let mut fastest = Duration::MAX;
             for _ in 0..3 {

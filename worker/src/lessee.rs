@@ -171,18 +171,22 @@ impl Lessee {
             submitted.map_err(|_| WorkerError::Task("block"))?.map_err(WorkerError::from)
         };
         let following = async {
-            let mut failure = None;
+            let (mut failure, mut lost) = (None, None);
             while let Some(event) = inbox.recv().await {
                 match event {
                     BlockEvent::Unit(unit) => self.find(key, Finding::Unit(unit)),
                     BlockEvent::Failed(error) => failure = Some(error),
+                    BlockEvent::Lost(error) => lost = Some(error),
                     BlockEvent::End => break,
                 }
             }
-            failure
+            (failure, lost)
         };
-        let (submitted, failure) = tokio::join!(submitting, following);
+        let (submitted, (failure, lost)) = tokio::join!(submitting, following);
         submitted?;
+        if let Some(error) = lost {
+            return Err(BlockError::Device(error).into());
+        }
         match failure {
             Some(error) => self.give_up(key, &error).await?,
             None if unwanted.load(Ordering::Relaxed) => {

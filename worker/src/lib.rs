@@ -5,6 +5,7 @@
 //! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged. [`http`] and [`metrics`] tell operators how it
 //! is.
 
+mod batch;
 pub mod client;
 pub mod device;
 pub mod engine;
@@ -21,5 +22,5 @@ pub mod report;
 pub mod stage;
 pub mod worker;
 
-pub use device::Devices;
+pub use device::{Device, Devices};
 pub use worker::{Options, WorkerError, run};

@@ -11,6 +11,7 @@ use elbo_common::dataset::{Image, ReadError, Reader};
 use elbo_common::ids::{PromptIndex, Round, SampleId};
 use elbo_common::manifest::Part;
 use elbo_common::unit::{Unit, UnitId};
+use elbo_kernels::gpu;
 use elbo_proto::v1;
 use futures::StreamExt;
 
@@ -59,6 +60,11 @@ pub enum BlockError {
     /// The images' storage does not answer.
     #[error("{0}; check the storage of the images, then start the worker again")]
     Storage(ReadError),
+    /// The device failed, or has no room for one image.
+    #[error(
+        "the device failed: {0}; what it had in hand is computed again elsewhere, or here once the worker is started again"
+    )]
+    Device(String),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),
@@ -214,6 +220,9 @@ impl Preparer {
                     let latent = Arc::new(latent);
                     self.cache.put(key, Arc::clone(&latent));
                     latents.push((key, latent));
+                }
+                Err(error) if error.is_out_of_memory() || gpu::is_lost(self.problem.stages[stage].device()) => {
+                    return Err(BlockError::Device(error.to_string()));
                 }
                 Err(error) => return bad("encode", error.to_string()),
             }

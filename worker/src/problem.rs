@@ -1,9 +1,8 @@
 //! Getting a worker ready for a job: the model is checked and loaded, the prompts are encoded, once per worker.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use candle_core::Device;
 use elbo_common::fingerprint::{HashError, JobIdentity};
 use elbo_common::job::JobSpec;
 use elbo_common::model_files::is_contrastive;
@@ -13,6 +12,7 @@ use elbo_common::policy::{PolicyError, RoundSlots, ScoredBy};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::score::{ScoreError, Scorer};
 
+use crate::device::{Device, DeviceError};
 use crate::engine::Problem;
 use crate::models::{ContrastiveModel, DiffusionModel, Family, LoadOptions, Lora, ModelError};
 use crate::stage::{Diffusion, Model, Stage};
@@ -70,6 +70,9 @@ pub enum ProblemError {
         /// What it must be a multiple of.
         factor: usize,
     },
+    /// The device can't be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The model can't be found or fetched.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -79,28 +82,30 @@ pub enum ProblemError {
 }
 
 impl Problem {
-    /// Loads what the job needs from the directories its models were found in or fetched to, and encodes its prompts.
-    pub fn load(identity: &JobIdentity, models: &JobModels) -> Result<Self, ProblemError> {
+    /// Loads what the job needs on a device, from the directories its models were found in or fetched to, and encodes its
+    /// prompts.
+    pub fn load(identity: &JobIdentity, models: &JobModels, device: Device) -> Result<Self, ProblemError> {
         check_files(identity, models)?;
         let spec = &identity.spec;
+        let device = device.open()?;
         let rounds = spec.rounds(NoiseSchedule::timesteps_of_model(&models.model)?)?;
         let mut stages = Vec::new();
         if let Some(shortlist) = &models.shortlist {
             if !is_contrastive(shortlist) {
                 return Err(ProblemError::Shortlist(shortlist.clone()));
             }
-            stages.push(contrastive(spec, shortlist)?);
+            stages.push(contrastive(spec, shortlist, &device)?);
         }
         stages.push(match is_contrastive(&models.model) {
-            true => contrastive(spec, &models.model)?,
-            false => diffusion(spec, &models.model, &rounds)?,
+            true => contrastive(spec, &models.model, &device)?,
+            false => diffusion(spec, &models.model, &rounds, &device)?,
         });
         Ok(Self { stages, rounds, keep_errors: spec.write_errors })
     }
 }
 
-fn contrastive(spec: &JobSpec, directory: &Path) -> Result<Stage, ProblemError> {
-    let model = ContrastiveModel::load(directory, &LoadOptions::new(Device::Cpu, spec.dtype))?;
+fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<Stage, ProblemError> {
+    let model = ContrastiveModel::load(directory, &LoadOptions::new(device.clone(), spec.dtype))?;
     let mut stage = Stage { model: Model::Contrastive(Box::new(model)), conditions: None };
     if spec.candidates.is_none() {
         stage.conditions = Some(Arc::new(stage.conditions_of(&spec.classes.prompts)?));
@@ -108,12 +113,17 @@ fn contrastive(spec: &JobSpec, directory: &Path) -> Result<Stage, ProblemError> 
     Ok(stage)
 }
 
-fn diffusion(spec: &JobSpec, directory: &Path, rounds: &[RoundSlots]) -> Result<Stage, ProblemError> {
+fn diffusion(
+    spec: &JobSpec,
+    directory: &Path,
+    rounds: &[RoundSlots],
+    device: &candle_core::Device,
+) -> Result<Stage, ProblemError> {
     let mut schedule = NoiseSchedule::of_model(directory)?;
     if let Some(shift) = spec.timestep_shift {
         schedule = schedule.with_shift(shift)?;
     }
-    let mut model = DiffusionModel::load_with(directory, &load_options(spec, directory)?)?;
+    let mut model = DiffusionModel::load_with(directory, &load_options(spec, directory, device)?)?;
     if let Some(size) = spec.size {
         let factor = model.size_factor();
         if size == 0 || !(size as usize).is_multiple_of(factor) {
@@ -148,12 +158,15 @@ fn diffusion(spec: &JobSpec, directory: &Path, rounds: &[RoundSlots]) -> Result<
             Some(Arc::new(conditions))
         }
     };
-    Ok(Stage { model: Model::Diffusion(Box::new(Diffusion { model, scorer, noise, times })), conditions })
+    Ok(Stage {
+        model: Model::Diffusion(Box::new(Diffusion { model, scorer, noise, times, turn: Mutex::default() })),
+        conditions,
+    })
 }
 
 /// How a job's model is loaded.
-fn load_options(spec: &JobSpec, directory: &Path) -> Result<LoadOptions, ModelError> {
-    let mut options = LoadOptions::new(Device::Cpu, spec.dtype);
+fn load_options(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<LoadOptions, ModelError> {
+    let mut options = LoadOptions::new(device.clone(), spec.dtype);
     for lora in &spec.lora {
         options.loras.push(Arc::new(Lora::open(Path::new(&lora.path), lora.scale, directory)?));
     }

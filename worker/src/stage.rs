@@ -1,9 +1,10 @@
 //! What turns evaluations into errors: a diffusion model, or a contrastive model alone or in front of one.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use elbo_common::class::Prompt;
+use elbo_common::loss::Distance;
 use elbo_common::noise::NoiseSource;
 use elbo_common::policy::Slot;
 use elbo_common::score::{Point, Scorer};
@@ -11,6 +12,7 @@ use elbo_common::score::{Point, Scorer};
 use crate::latent::Latent;
 use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, TextRows, TimeCache};
 use elbo_images::Preprocessing;
+use elbo_kernels::{Deviation, MeanErrors, download, mean_errors, upload};
 
 /// A model with the job's prompts as it takes them.
 #[derive(Debug)]
@@ -42,6 +44,8 @@ pub struct Diffusion {
     pub noise: NoiseSource,
     /// What the network needs to know of every timestep of the rounds.
     pub times: TimeCache,
+    /// Held while a batch is given to a GPU.
+    pub turn: Mutex<()>,
 }
 
 /// A sample at a slot: evaluations of one point differ in the prompt alone.
@@ -64,13 +68,34 @@ impl Stage {
         }
     }
 
-    /// What the model makes of preprocessed pixels `[1, S, S, 3]`: a latent `[h, w, C]`, or an embedding `[D]`.
-    pub fn encode(&self, pixels: &Tensor) -> Result<Vec<f32>, ModelError> {
-        let latent = match &self.model {
-            Model::Diffusion(diffusion) => diffusion.model.encode_images(pixels)?,
-            Model::Contrastive(model) => model.encode_images(pixels)?,
+    /// What the model makes of preprocessed pixels `[S, S, 3]`: a latent `[h, w, C]`, or an embedding `[D]`.
+    pub fn encode(&self, pixels: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let side = (pixels.len() / 3).isqrt();
+        let latent = {
+            let _turn = self.turn();
+            let pixels = upload(pixels, (1, side, side, 3), self.device())?;
+            match &self.model {
+                Model::Diffusion(diffusion) => diffusion.model.encode_images(&pixels)?,
+                Model::Contrastive(model) => model.encode_images(&pixels)?,
+            }
         };
-        Ok(latent.flatten_all()?.to_vec1()?)
+        Ok(download(&latent)?)
+    }
+
+    /// Waits until nobody else is giving work to the GPU, if it is one.
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        match &self.model {
+            Model::Diffusion(diffusion) => diffusion.turn(),
+            Model::Contrastive(_) => None,
+        }
+    }
+
+    /// Where the model computes.
+    pub fn device(&self) -> &Device {
+        match &self.model {
+            Model::Diffusion(diffusion) => diffusion.model.device().0,
+            Model::Contrastive(model) => model.device(),
+        }
     }
 
     /// How many values [`Stage::encode`] gives.
@@ -114,6 +139,12 @@ impl Stage {
 }
 
 impl Diffusion {
+    /// Waits until nobody else is giving work to the GPU, if it is one.
+    fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        let on_gpu = !self.model.device().0.is_cpu();
+        on_gpu.then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn errors(
         &self,
         points: &[PointWork<'_>],
@@ -132,11 +163,34 @@ impl Diffusion {
             mix.add_noise(point.latent, &noise[range.clone()], &mut noisy[range]);
         }
         let timesteps: Vec<u32> = points.iter().map(|point| point.slot.timestep).collect();
-        let latents = Tensor::from_slice(&noisy, (points.len(), h, w, c), &Device::Cpu)?;
+        let (device, dtype) = self.model.device();
+        let shape = (points.len(), h, w, c);
+        if let (false, Some(distance)) = (device.is_cpu(), self.scorer.distance()) {
+            let targets = points.iter().zip(noise.chunks_exact(size)).flat_map(|(point, noise)| {
+                let mut target = vec![0.0; size];
+                self.scorer.target(point.latent, noise, &mut target);
+                target
+            });
+            let targets: Vec<f32> = targets.collect();
+            let mix: Vec<f32> = timesteps.iter().flat_map(|timestep| self.scorer.weights(*timestep)).collect();
+            let of_evaluations: Vec<u32> = evaluations.iter().map(|(point, _)| *point).collect();
+            let errors = {
+                // One batch after the other, or the device would hold the activations of several.
+                let _turn = self.turn();
+                let (noisy, targets) = (upload(&noisy, shape, device)?, upload(&targets, shape, device)?);
+                let mix = upload(&mix, (points.len(), 2), device)?;
+                let pass = Pass { latents: &noisy.to_dtype(dtype)?, timesteps: &timesteps, evaluations };
+                let output = self.model.network().forward(&pass, &self.times, conditions)?;
+                let (points, deviation) = (&of_evaluations[..], deviation(distance));
+                mean_errors(&output, &MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points, deviation })?
+            };
+            return Ok(download(&errors)?);
+        }
+        let latents = upload(&noisy, shape, device)?.to_dtype(dtype)?;
         let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations };
         let output = self.model.network().forward(&pass, &self.times, conditions)?;
         let values = output.elem_count() / evaluations.len().max(1);
-        let mut output = output.flatten_all()?.to_vec1::<f32>()?;
+        let mut output = download(&output)?;
         let errors = evaluations.iter().zip(output.chunks_mut(values.max(1))).map(|((at, _), output)| {
             let at = *at as usize;
             let range = at * size..(at + 1) * size;
@@ -144,6 +198,15 @@ impl Diffusion {
             self.scorer.error(Point { latent: points[at].latent, noise, noisy, timestep: timesteps[at] }, output)
         });
         Ok(errors.collect())
+    }
+}
+
+/// A distance as the operations call it.
+fn deviation(distance: Distance) -> Deviation {
+    match distance {
+        Distance::L2 => Deviation::Squared,
+        Distance::L1 => Deviation::Absolute,
+        Distance::Huber => Deviation::Huber,
     }
 }
 

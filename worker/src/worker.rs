@@ -3,6 +3,7 @@
 //! A worker drives all devices it is given. Each has an engine that joins, leases and reports as one of its own, at its own
 //! pace; the model and the encoded prompts are shared by those that can.
 
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
+use elbo_kernels::gpu;
 use elbo_net::ClientTls;
 use elbo_proto::v1;
 use tokio::sync::{OnceCell, mpsc};
@@ -17,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use crate::batch::{KeptBatches, Situation};
 use crate::client::{CallError, Client, ClientError, GOODBYE};
 use crate::device::Device;
 use crate::engine::{Engine, EngineStopped, Problem};
@@ -28,6 +31,8 @@ use crate::pulse::Pulse;
 use crate::report::Reporter;
 use crate::stage::Stage;
 
+/// Lanes of a GPU: while it computes one's batch, another makes the next one's noise, and a third may wait for an image's latent.
+const GPU_LANES: usize = 3;
 /// Memory for latents.
 const LATENT_BYTES: usize = 256 << 20;
 
@@ -87,13 +92,13 @@ pub struct Options {
     pub grace: Duration,
     /// The model as this machine finds it, where it is not the job's.
     pub model: Option<String>,
-    /// The job's model, where the process has loaded it already.
-    pub problem: Option<Arc<Problem>>,
+    /// The job's model, where the process has loaded it on a device already.
+    pub problem: Option<(Device, Arc<Problem>)>,
     /// Whether to wait for a coordinator that stopped before the job was done.
     pub stay: bool,
 }
 
-/// What engines on one kind of device share.
+/// What engines on one device share.
 #[derive(Debug, Default)]
 struct Loaded {
     problem: OnceCell<Arc<Problem>>,
@@ -103,11 +108,18 @@ struct Loaded {
 /// Works until the job is done, the coordinator sends the worker away, or `stop` is cancelled. An engine that fails says so and
 /// leaves; the others go on, and the first error is returned when none is left.
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
-    let loaded = Arc::new(Loaded { problem: OnceCell::new_with(options.problem.clone()), batch: OnceCell::new() });
+    let mut loaded: HashMap<Device, Arc<Loaded>> = HashMap::new();
+    for &device in &options.engines {
+        let problem = options.problem.as_ref().filter(|(on, _)| *on == device).map(|(_, problem)| Arc::clone(problem));
+        loaded
+            .entry(device)
+            .or_insert_with(|| Arc::new(Loaded { problem: OnceCell::new_with(problem), batch: OnceCell::new() }));
+    }
     let options = Arc::new(options);
     let mut engines = JoinSet::new();
-    for number in 0..options.engines.len() {
-        let member = Member { options: Arc::clone(&options), number, loaded: Arc::clone(&loaded) };
+    for (number, device) in options.engines.iter().enumerate() {
+        let loaded = loaded.get(device).map(Arc::clone).unwrap_or_default();
+        let member = Member { options: Arc::clone(&options), number, device: *device, loaded };
         let stop = stop.clone();
         // What every log line of this engine says of it.
         let span = tracing::info_span!("worker", worker = member.name(), job = tracing::field::Empty);
@@ -131,6 +143,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
 struct Member {
     options: Arc<Options>,
     number: usize,
+    device: Device,
     loaded: Arc<Loaded>,
 }
 
@@ -143,9 +156,9 @@ impl Member {
     }
 
     async fn run(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
-        let Options { coordinator, token, tls, host, engines, grace, patience, .. } = &*self.options;
+        let Options { coordinator, token, tls, host, grace, patience, .. } = &*self.options;
         let client = Client::new(coordinator, token.as_deref(), tls.as_ref(), self.name(), *patience)?;
-        let device = match &engines[self.number] {
+        let device = match self.device {
             Device::Cpu => format!("cpu x{}", self.options.threads),
             other => other.to_string(),
         };
@@ -220,31 +233,51 @@ impl Member {
     /// The job's model, loaded by the first engine that needs it, and this engine.
     async fn start(&self, joined: &v1::JoinReply) -> Result<(Arc<Problem>, Arc<Engine>), WorkerError> {
         let options = &self.options;
-        let problem = self.loaded.problem.get_or_try_init(|| load(joined, options.model.as_deref())).await?;
-        let measured = || {
-            let problem = Arc::clone(problem);
-            blocking(move || Ok(problem.measure_batch()?))
-        };
+        let problem =
+            self.loaded.problem.get_or_try_init(|| load(joined, options.model.as_deref(), self.device)).await?;
+        let lanes = if self.device.is_gpu() { GPU_LANES } else { options.threads.get() };
         let batch = match options.batch {
             Some(batch) => batch.get(),
-            None => *self.loaded.batch.get_or_try_init(measured).await?,
+            None => *self.loaded.batch.get_or_try_init(|| find_batch(problem, joined, lanes)).await?,
         };
-        let (problem, threads) = (Arc::clone(problem), options.threads.get());
-        let engine = Arc::new(Engine::start(Arc::clone(&problem), threads, batch)?);
-        tracing::info!(engine = self.number, batch, threads, "ready");
+        let problem = Arc::clone(problem);
+        let engine = Arc::new(Engine::start(Arc::clone(&problem), lanes, batch)?);
+        tracing::info!(engine = self.number, device = %self.device, batch, lanes, "ready");
         Ok((problem, engine))
     }
 }
 
 /// Loads the job's model.
-async fn load(joined: &v1::JoinReply, model: Option<&str>) -> Result<Arc<Problem>, WorkerError> {
+async fn load(joined: &v1::JoinReply, model: Option<&str>, device: Device) -> Result<Arc<Problem>, WorkerError> {
     let mut identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
     if let Some(model) = model {
         model.clone_into(&mut identity.spec.model);
     }
     let models = find_models(&identity).await?;
-    tracing::info!(model = identity.spec.model, prompts = identity.spec.classes.prompts.len(), "loading the model");
-    Ok(Arc::new(blocking(move || Problem::load(&identity, &models)).await?))
+    let prompts = identity.spec.classes.prompts.len();
+    tracing::info!(model = identity.spec.model, prompts, %device, "loading the model");
+    Ok(Arc::new(blocking(move || Problem::load(&identity, &models, device)).await?))
+}
+
+/// The batch size that was found for such a job on such a device before, or is found now.
+async fn find_batch(problem: &Arc<Problem>, joined: &v1::JoinReply, lanes: usize) -> Result<usize, WorkerError> {
+    let identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
+    let device = problem.stages.last().map_or_else(String::new, |stage| gpu::name(stage.device()).unwrap_or_else(cpu));
+    let (situation, kept) = (Situation::new(&device, lanes, &identity), KeptBatches::default());
+    if let Some(batch) = kept.get(&situation) {
+        return Ok(batch);
+    }
+    let problem = Arc::clone(problem);
+    let batch = blocking(move || Ok(problem.measure_batch()?)).await?;
+    kept.put(&situation, batch);
+    Ok(batch)
+}
+
+/// What this machine's processor is called, where Linux tells.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 /// Runs what takes long on a thread of its own.

@@ -8,7 +8,7 @@ use anyhow::Context;
 use elbo_bench::Options;
 use elbo_common::job::DEFAULT_SHARD_SIZE;
 
-use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchScalingArgs};
+use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchEngineArgs, BenchScalingArgs};
 use crate::failure::usage;
 use crate::session;
 
@@ -16,12 +16,43 @@ use crate::session;
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Coordinator(args) => coordinator(args).await,
+        BenchCommand::Engine(args) => engine(args),
         BenchCommand::Scaling(args) => scaling(args).await,
     }
 }
 
 fn program() -> anyhow::Result<PathBuf> {
     std::env::current_exe().context("finding this program, which is also the coordinator")
+}
+
+fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
+    if !args.seconds.is_finite() || args.seconds <= 0.0 {
+        return Err(usage(format!("--seconds {} must be a positive number", args.seconds)));
+    }
+    let [device] = args.device.find().map_err(usage)?.engines(1)[..] else {
+        return Err(usage("--device takes one device here"));
+    };
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let options = elbo_bench::engine::Options {
+        subject: args.model,
+        batches: args.batch.into_iter().map(NonZeroUsize::get).collect(),
+        prompts: args.prompts.get(),
+        dtype: args.dtype,
+        device,
+        threads: args.threads.map_or(cores, NonZeroUsize::get),
+        latent: args.latent.map(NonZeroUsize::get),
+        seconds: args.seconds,
+        rounds: args.rounds.get(),
+        trace: args.profile,
+        peer: args.peer,
+    };
+    let report = elbo_bench::engine::run(&options, |note| eprintln!("{note}"))?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        println!("{report}");
+    }
+    Ok(())
 }
 
 async fn scaling(args: BenchScalingArgs) -> anyhow::Result<()> {

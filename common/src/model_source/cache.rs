@@ -27,18 +27,22 @@ pub(super) fn user_cache() -> PathBuf {
     std::env::var_os("XDG_CACHE_HOME").filter(|d| !d.is_empty()).map_or_else(home, PathBuf::from)
 }
 
+/// Where this program keeps what it can find or fetch again: `$ELBO_CACHE`, or `elbo` in the user's cache.
+pub fn own_cache() -> PathBuf {
+    let own = std::env::var_os("ELBO_CACHE").filter(|d| !d.is_empty());
+    own.map_or_else(|| user_cache().join("elbo"), PathBuf::from)
+}
+
 impl Cache {
     /// A model's place in a directory.
     pub(super) fn at(root: PathBuf) -> Self {
         Self { root }
     }
 
-    /// The place of what is at a URL: below `$ELBO_CACHE`, or `elbo` in the user's cache.
+    /// The place of what is at a URL.
     pub(super) fn of_url(url: &Url) -> Self {
-        let base = std::env::var_os("ELBO_CACHE").filter(|d| !d.is_empty());
-        let base = base.map_or_else(|| user_cache().join("elbo"), PathBuf::from);
         let name = blake3::hash(url.as_str().as_bytes()).to_hex();
-        Self { root: base.join("models").join(&name[..40]) }
+        Self { root: own_cache().join("models").join(&name[..40]) }
     }
 
     /// The directory of a revision.

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use url::Url;
 
+pub use self::cache::own_cache;
+
 use self::cache::Cache;
 use self::hub::{Hub, HubModel};
 use self::mirror::Mirror;

@@ -1,11 +1,10 @@
 //! Every error of every reference table: what all predictions rest on.
 
-use std::path::Path;
-
-use candle_core::{Device, Tensor, safetensors};
+use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_common::loss::Loss;
 use elbo_common::schedule::NoiseSchedule;
 use elbo_common::score::{Point, Scorer};
+use elbo_tests::fixtures;
 use elbo_tests::numbers::{assert_close, flat};
 use elbo_worker::models::{DiffusionModel, Pass};
 
@@ -74,7 +73,8 @@ fn predict(reference: &Reference, model: &DiffusionModel, schedule: &NoiseSchedu
     let cache = model.network().time_cache(&timesteps, &times(schedule, &timesteps)).unwrap();
     let points = 0..timesteps.len() as u32;
     let evaluations: Vec<_> = points.flat_map(|k| (0..CLASSES as u32).map(move |c| (k, c))).collect();
-    let pass = Pass { latents: &noisy(reference, schedule, image), timesteps: &timesteps, evaluations: &evaluations };
+    let latents = noisy(reference, schedule, image).to_dtype(model.device().1).unwrap();
+    let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };
     model.network().forward(&pass, &cache, &reference.conditions(model)).unwrap()
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn table(reference: &Reference, model: &DiffusionModel, schedule: &No
     let network = model.network();
     let learned_variance = network.out_channels() != network.in_channels();
     let scorer = Scorer::new(schedule.clone(), loss, network.in_channels(), learned_variance).unwrap();
-    let rows = |t: &Tensor| t.flatten_from(1).unwrap().to_vec2::<f32>().unwrap();
+    let rows = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_from(1).unwrap().to_vec2::<f32>().unwrap();
     let (latents, noise) = (rows(&reference.channels_last("latents_mean")), rows(&reference.channels_last("noise")));
     let timesteps = reference.timesteps();
     let mut errors = vec![0.0; latents.len() * CLASSES * timesteps.len()];
@@ -107,8 +107,8 @@ pub(crate) fn table(reference: &Reference, model: &DiffusionModel, schedule: &No
 
 #[test]
 fn the_variational_bound_of_a_learned_variance_matches() {
-    let (reference, name) = (Reference::open("digits-dit"), "fixtures/digits-dit/bound.safetensors");
-    let bound = safetensors::load(Path::new(env!("CARGO_MANIFEST_DIR")).join(name), &Device::Cpu).unwrap();
+    let (reference, name) = (Reference::open("digits-dit"), "digits-dit/bound.safetensors");
+    let bound = safetensors::load(fixtures().join(name), &Device::Cpu).unwrap();
     let (model, schedule, expected) = (reference.model(), reference.schedule(), flat(&bound["vlb"]));
     let found = table(&reference, &model, &schedule, Loss::Vlb);
     let worst = found.iter().zip(&expected).fold(0.0f64, |worst, (a, b)| worst.max((a / b - 1.0).abs()));

@@ -1,14 +1,33 @@
 //! Opening a fixture, and comparing with it.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_common::class::Prompt;
 use elbo_common::ids::ClassIndex;
+use elbo_common::job::ModelDtype;
 use elbo_common::schedule::NoiseSchedule;
 use elbo_tests::numbers::{channels_last, flat};
-use elbo_worker::models::{Conditions, DiffusionModel};
+use elbo_tests::{fixtures, model};
+use elbo_worker::Devices;
+use elbo_worker::models::{Conditions, DiffusionModel, LoadOptions};
+
+/// Where the models compute: on the CPU, or on what `ELBO_TEST_DEVICE` says (`cuda:0`).
+pub(crate) fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let open = || {
+        let name = std::env::var("ELBO_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+        name.parse::<Devices>().unwrap().find().unwrap().engines(1)[0].open().unwrap()
+    };
+    DEVICE.get_or_init(open).clone()
+}
+
+/// How the models are loaded: there, in f32.
+pub(crate) fn options() -> LoadOptions {
+    LoadOptions::new(device(), ModelDtype::F32)
+}
 
 pub(crate) struct Reference {
     pub(crate) tensors: HashMap<String, Tensor>,
@@ -18,18 +37,17 @@ pub(crate) struct Reference {
 
 impl Reference {
     pub(crate) fn open(name: &str) -> Self {
-        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let dir = manifest.join("fixtures").join(name);
+        let dir = fixtures().join(name);
         let own = dir.join("model");
         Self {
             tensors: safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap(),
             json: serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap(),
-            model: if own.is_dir() { own } else { manifest.join("../cli/demo/model") },
+            model: if own.is_dir() { own } else { model() },
         }
     }
 
     pub(crate) fn model(&self) -> DiffusionModel {
-        DiffusionModel::load(&self.model).unwrap()
+        DiffusionModel::load_with(&self.model, &options()).unwrap()
     }
 
     pub(crate) fn schedule(&self) -> NoiseSchedule {
@@ -87,7 +105,8 @@ impl Reference {
         let (b, h, w, c) = pixels.dims4().unwrap();
         let repeated = pixels.reshape((b, h, 1, w, 1, c)).unwrap();
         let repeated = repeated.broadcast_as((b, h, upscale, w, upscale, c)).unwrap().contiguous().unwrap();
-        repeated.reshape((b, h * upscale, w * upscale, c)).unwrap().to_dtype(DType::F32).unwrap()
+        let pixels = repeated.reshape((b, h * upscale, w * upscale, c)).unwrap().to_dtype(DType::F32).unwrap();
+        pixels.to_device(&device()).unwrap()
     }
 
     /// x_t of image `i` at timestep `k`, `[1, H, W, C]`.
@@ -96,7 +115,7 @@ impl Reference {
         let part = |name: &str, at: usize, factor: f32| {
             (self.channels_last(name).narrow(0, at, 1).unwrap() * f64::from(factor)).unwrap()
         };
-        (part("latents_mean", i, mix.signal) + part("noise", k, mix.noise)).unwrap()
+        (part("latents_mean", i, mix.signal) + part("noise", k, mix.noise)).unwrap().to_device(&device()).unwrap()
     }
 }
 

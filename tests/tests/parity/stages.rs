@@ -1,13 +1,12 @@
 //! Autoencoders and networks, submodule by submodule.
 
-use std::path::Path;
-
 use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_tests::fixtures;
 use elbo_tests::numbers::{assert_close, bits, channels_last};
-use elbo_worker::models::{Conditions, Dit, LoadOptions, ModelError, Network, Pass, Probe, VaeEncoder};
+use elbo_worker::models::{Conditions, Dit, ModelError, Network, Pass, Probe, VaeEncoder};
 
 use crate::for_each;
-use crate::reference::{Reference, times};
+use crate::reference::{Reference, device, options, times};
 
 for_each!(check_latents:
     latents_of_digits_sd "digits-sd",
@@ -19,7 +18,7 @@ for_each!(check_latents:
 
 fn check_latents(fixture: &str) {
     let reference = Reference::open(fixture);
-    let vae = VaeEncoder::load(&reference.model.join("vae"), &LoadOptions::default()).unwrap();
+    let vae = VaeEncoder::load(&reference.model.join("vae"), &options()).unwrap();
     let mut seen = 0;
     let mut watch = |name: &str, tensor: &Tensor| {
         let name = format!("vae.{name}");
@@ -87,7 +86,7 @@ fn check_network(fixture: &str) {
         assert_close("time embedding", &embedding, reference.get("unet.time_embedding"), 2e-6);
         seen.push("unet.time_embedding".into());
         if reference.has("unet.add_embedding") {
-            let pooled = reference.get("pooled_prompt_embeds").narrow(0, 7, 1).unwrap();
+            let pooled = reference.get("pooled_prompt_embeds").narrow(0, 7, 1).unwrap().to_device(&device()).unwrap();
             let added = unet.added_embedding(Some(&pooled), model.size()).unwrap().unwrap();
             assert_close("added embedding", &added, reference.get("unet.add_embedding"), 5e-6);
             seen.push("unet.add_embedding".into());
@@ -125,7 +124,7 @@ fn check_nonsquare(fixture: &str) {
         ((0..).take(sigmas.len()).collect(), sigmas.iter().map(|s| 1000.0 * s).collect())
     };
     let cache = model.network().time_cache(&timesteps, &inputs).unwrap();
-    let latents = reference.channels_last("nonsquare_in");
+    let latents = reference.channels_last("nonsquare_in").to_device(&device()).unwrap();
     let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &[(0, 3), (1, 3)] };
     let output = model.network().forward(&pass, &cache, &reference.conditions(&model)).unwrap();
     assert_close("output", &output, &reference.channels_last("nonsquare_out"), 1e-5);
@@ -167,7 +166,7 @@ fn latents_that_do_not_fit_are_refused() {
         let reference = Reference::open(fixture);
         let model = reference.model();
         let cache = model.network().time_cache(&[5], &[5.0]).unwrap();
-        let odd = Tensor::zeros((1, 7, 8, model.network().in_channels()), DType::F32, &Device::Cpu).unwrap();
+        let odd = Tensor::zeros((1, 7, 8, model.network().in_channels()), DType::F32, &device()).unwrap();
         let pass = Pass { latents: &odd, timesteps: &[5], evaluations: &[(0, 0)] };
         let error = model.network().forward(&pass, &cache, &reference.conditions(&model)).unwrap_err();
         assert!(matches!(error, ModelError::Input(_)), "{error}");
@@ -176,15 +175,15 @@ fn latents_that_do_not_fit_are_refused() {
 
 #[test]
 fn the_original_names_of_dit_are_understood() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/dit-original");
+    let dir = fixtures().join("dit-original");
     let reference = safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap();
-    let dit = Dit::load(&dir.join("transformer"), &LoadOptions::default()).unwrap();
+    let dit = Dit::load(&dir.join("transformer"), &options()).unwrap();
     let integers = |name: &str| reference[name].to_vec1::<i64>().unwrap().into_iter().map(|v| v as u32);
     let (timesteps, labels): (Vec<u32>, Vec<u32>) = (integers("timesteps").collect(), integers("labels").collect());
     let inputs: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
     let cache = dit.time_cache(&timesteps, &inputs).unwrap();
     let pass = Pass {
-        latents: &channels_last(&reference["latents"]),
+        latents: &channels_last(&reference["latents"]).to_device(&device()).unwrap(),
         timesteps: &timesteps,
         evaluations: &[(0, 0), (1, 1), (2, 2)],
     };

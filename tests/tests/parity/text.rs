@@ -3,12 +3,12 @@
 use candle_core::Tensor;
 use elbo_tests::numbers::assert_close;
 use elbo_worker::models::{
-    ClipTextModel, ClipTokenizer, DiffusionModel, LoadOptions, Probe, T5Encoder, T5Tokenizer, TextEmbeddings,
+    ClipTextModel, ClipTokenizer, DiffusionModel, Probe, T5Encoder, T5Tokenizer, TextEmbeddings,
 };
 
 use crate::for_each;
 use crate::loading::copied;
-use crate::reference::Reference;
+use crate::reference::{Reference, options};
 
 for_each!(check_clip:
     digits_sd "digits-sd",
@@ -36,7 +36,7 @@ fn check_clip(fixture: &str) {
         }
 
         let tokenizer = ClipTokenizer::open(&dir, 77).unwrap();
-        let encoder = ClipTextModel::load(&reference.model.join(&name), &LoadOptions::default()).unwrap();
+        let encoder = ClipTextModel::load(&reference.model.join(&name), &options()).unwrap();
         let ids: Vec<_> = reference.strings("prompts").iter().map(|text| tokenizer.encode(text).unwrap()).collect();
         let mut states = Vec::new();
         let mut watch = |_: &str, state: &Tensor| states.push(state.get(0).unwrap());
@@ -61,7 +61,7 @@ fn check_t5(fixture: &str) {
     let reference = Reference::open(fixture);
     let tokenizer = T5Tokenizer::open(&reference.model.join("tokenizer_3"), 256).unwrap();
     check_ids(&reference, "text_encoder_3", |text| tokenizer.encode(text).unwrap());
-    let encoder = T5Encoder::load(&reference.model.join("text_encoder_3"), &LoadOptions::default()).unwrap();
+    let encoder = T5Encoder::load(&reference.model.join("text_encoder_3"), &options()).unwrap();
     let ids: Vec<_> = reference.strings("prompts").iter().map(|text| tokenizer.encode(text).unwrap()).collect();
     let mut states = Vec::new();
     let mut watch = |_: &str, state: &Tensor| states.push(state.get(0).unwrap());

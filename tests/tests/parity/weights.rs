@@ -1,23 +1,18 @@
 //! Half precision and adapters: what happens to weights between file and layer.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_common::job::ModelDtype;
 use elbo_common::loss::Loss;
-use elbo_tests::model;
 use elbo_tests::numbers::{channels_last, difference, flat};
+use elbo_tests::{fixtures, model};
 use elbo_worker::models::{DiffusionModel, LoadOptions, Lora, ModelError, Pass};
 
 use crate::errors::table;
 use crate::for_each;
-use crate::reference::{Reference, times};
-
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
-}
+use crate::reference::{Reference, device, times};
 
 /// Mean and largest relative difference of two tables.
 fn relative(found: &[f64], expected: &[f64]) -> (f64, f64) {
@@ -43,7 +38,7 @@ fn check_half_precision(fixture: &str) {
     let theirs = safetensors::load(fixtures().join(fixture).join("precision.safetensors"), &Device::Cpu).unwrap();
     let exact = flat(reference.get("mse"));
     for (dtype, name) in [(ModelDtype::F16, "float16"), (ModelDtype::Bf16, "bfloat16")] {
-        let model = DiffusionModel::load_with(&reference.model, &LoadOptions::new(Device::Cpu, dtype)).unwrap();
+        let model = DiffusionModel::load_with(&reference.model, &LoadOptions::new(device(), dtype)).unwrap();
         let ours = table(&reference, &model, &reference.schedule(), Loss::L2);
         let (ours, theirs) = (relative(&ours, &exact), relative(&flat(&theirs[name]), &exact));
         println!(
@@ -57,7 +52,7 @@ fn check_half_precision(fixture: &str) {
 /// What a model predicts of the first image at the tenth timestep for all ten prompts, `[10, H, W, C]`.
 fn predict(reference: &Reference, model: &DiffusionModel) -> Tensor {
     let (schedule, timesteps) = (reference.schedule(), [reference.timesteps()[9]]);
-    let latents = reference.noisy(&schedule, 0, 9);
+    let latents = reference.noisy(&schedule, 0, 9).to_device(&Device::Cpu).unwrap();
     let cache = model.network().time_cache(&timesteps, &times(&schedule, &timesteps)).unwrap();
     let evaluations: Vec<_> = (0..10).map(|c| (0, c)).collect();
     let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };

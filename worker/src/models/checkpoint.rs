@@ -13,10 +13,11 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::drawn::drawn;
 pub use super::error::ModelError;
 use super::file::WeightsFile;
 use super::lora::Lora;
-use super::options::{LoadOptions, Precision};
+use super::options::{LoadOptions, Precision, WeightsFrom};
 
 /// Reads a file, telling a missing one from an unreadable one.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
@@ -47,6 +48,7 @@ pub struct Weights {
     loras: Vec<Arc<Lora>>,
     device: Device,
     precision: Precision,
+    from: WeightsFrom,
 }
 
 #[derive(Deserialize)]
@@ -64,7 +66,11 @@ impl Weights {
             loras: options.loras.clone(),
             device: options.device.clone(),
             precision: options.precision,
+            from: options.weights,
         };
+        if weights.from != WeightsFrom::Files {
+            return Ok(weights);
+        }
         match WeightsLayout::find(dir, stem)? {
             WeightsLayout::Whole(path) => {
                 let file = WeightsFile::open(&path)?;
@@ -135,7 +141,12 @@ impl Weights {
                 weight = (weight.to_dtype(DType::F32)? + change.reshape(shape)?)?;
             }
         }
-        Ok(self.precision.round(&weight)?.to_device(&self.device)?)
+        self.held(&weight)
+    }
+
+    /// A weight as layers hold it.
+    fn held(&self, weight: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.precision.round(weight)?.to_device(&self.device)?)
     }
 }
 
@@ -210,8 +221,12 @@ impl Params<'_> {
 
     /// The weight `name`, stored in one of several shapes; it is returned in the first.
     pub fn get_any(&self, name: &str, shapes: &[&[usize]]) -> Result<Tensor, ModelError> {
+        let shape = shapes.first().copied().unwrap_or_default();
+        if let WeightsFrom::Seed(seed) = self.weights.from {
+            return self.weights.held(&drawn(seed, &self.name(name), shape)?);
+        }
         let (file, key) = self.find(name, shapes)?;
-        self.weights.take(file, &key, shapes.first().copied().unwrap_or_default())
+        self.weights.take(file, &key, shape)
     }
 
     /// The single value `name`, not rounded to the layers' type.

@@ -137,3 +137,18 @@ pub enum ModelError {
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
+
+impl ModelError {
+    /// Whether a device had no memory left, so that fewer evaluations at a time may do.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        /// How the driver, cuBLAS and cuDNN say so.
+        const SIGNS: [&str; 3] = ["OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED"];
+        match self {
+            Self::Tensor(error) => {
+                let text = format!("{error} {error:?}");
+                SIGNS.iter().any(|sign| text.contains(sign))
+            }
+            _ => false,
+        }
+    }
+}

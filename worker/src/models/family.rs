@@ -55,7 +55,7 @@ impl Family {
     }
 
     /// The directory of the network.
-    pub(super) fn network(self) -> &'static str {
+    pub fn network(self) -> &'static str {
         match self {
             Self::StableDiffusion | Self::Sdxl => "unet",
             Self::Sd3 | Self::Dit => "transformer",

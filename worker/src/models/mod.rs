@@ -12,6 +12,7 @@ mod checkpoint;
 mod clip;
 mod contrastive;
 mod dit;
+mod drawn;
 mod encoder;
 mod error;
 mod family;
@@ -34,7 +35,7 @@ mod vae;
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use elbo_common::class::Prompt;
 
 pub use self::checkpoint::{ModelError, Params, Weights};
@@ -46,7 +47,7 @@ pub use self::inspect::{Component, Inspection, Memory};
 pub use self::lora::Lora;
 pub use self::mmdit::{ContextCache, Mmdit};
 pub use self::network::{Conditions, Network, TextRows};
-pub use self::options::{LoadOptions, Precision};
+pub use self::options::{LoadOptions, Precision, WeightsFrom};
 pub use self::pass::Pass;
 pub use self::probe::Probe;
 pub use self::t5::{T5Encoder, T5Tokenizer};
@@ -163,18 +164,18 @@ impl DiffusionModel {
             return Ok(Conditions::Labels(dit.label_cache(&labels)?));
         }
         let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
-        let embeddings = self.encode_texts(&texts)?;
-        match &self.network {
-            Network::Unet(unet) => Ok(Conditions::Prompts(unet.prompt_cache(&embeddings, self.size)?)),
-            Network::Mmdit(mmdit) => Ok(Conditions::Contexts(mmdit.context_cache(&embeddings)?)),
-            Network::Dit(_) => Err(ModelError::NoTextEncoder),
-        }
+        self.network.text_conditions(&self.encode_texts(&texts)?, self.size)
     }
 
     /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1].
     pub fn encode_images(&self, pixels: &Tensor) -> Result<Tensor, ModelError> {
         let pixels = pixels.to_device(&self.options.device)?.to_dtype(self.options.precision.compute)?;
         self.vae.encode(&pixels, &mut Probe::none())
+    }
+
+    /// Where it computes, and the type it computes in.
+    pub fn device(&self) -> (&Device, DType) {
+        (&self.options.device, self.options.precision.compute)
     }
 
     /// Gives the text encoders' memory back once the prompts are encoded.

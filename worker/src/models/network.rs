@@ -10,8 +10,10 @@ use super::family::Family;
 use super::mmdit::{ContextCache, Mmdit};
 use super::options::LoadOptions;
 use super::pass::Pass;
+use super::text::TextEmbeddings;
 use super::timestep::TimeCache;
 use super::unet::{PromptCache, Unet};
+use elbo_kernels::download;
 
 /// What predicts the noise (or the velocity).
 #[derive(Debug)]
@@ -48,7 +50,7 @@ impl TextRows {
     /// Rows `[N, D]` in f32.
     pub fn new(rows: &Tensor) -> Result<Self, ModelError> {
         let width = rows.dim(1)?;
-        Ok(Self { values: rows.flatten_all()?.to_vec1()?, width })
+        Ok(Self { values: download(rows)?, width })
     }
 
     /// Number of texts.
@@ -134,6 +136,24 @@ impl Network {
             Self::Unet(unet) => unet.out_channels(),
             Self::Dit(dit) => dit.out_channels(),
             Self::Mmdit(mmdit) => mmdit.in_channels(),
+        }
+    }
+
+    /// Computes what depends on texts alone, for images of `side` pixels.
+    pub fn text_conditions(&self, texts: &TextEmbeddings, side: usize) -> Result<Conditions, ModelError> {
+        match self {
+            Self::Unet(unet) => Ok(Conditions::Prompts(unet.prompt_cache(texts, side)?)),
+            Self::Mmdit(mmdit) => Ok(Conditions::Contexts(mmdit.context_cache(texts)?)),
+            Self::Dit(_) => Err(ModelError::NoTextEncoder),
+        }
+    }
+
+    /// Widths of the text tokens and of the pooled embedding the network takes, where it takes texts.
+    pub fn text_widths(&self) -> Option<(usize, Option<usize>)> {
+        match self {
+            Self::Unet(unet) => Some((unet.text_width(), unet.pooled_width())),
+            Self::Mmdit(mmdit) => Some((mmdit.text_width(), Some(mmdit.pooled_width()))),
+            Self::Dit(_) => None,
         }
     }
 

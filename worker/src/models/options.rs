@@ -36,6 +36,16 @@ impl Precision {
     }
 }
 
+/// Where a model's weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightsFrom {
+    /// The files beside its configuration.
+    #[default]
+    Files,
+    /// A seed: they are drawn such that activations keep their scale. To measure speed no other file is needed.
+    Seed(u64),
+}
+
 /// How a model is loaded. By default for the CPU, in f32, as it is stored.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -45,17 +55,19 @@ pub struct LoadOptions {
     pub precision: Precision,
     /// What is merged into its weights, in this order.
     pub loras: Vec<Arc<Lora>>,
+    /// Where the weights come from.
+    pub weights: WeightsFrom,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Cpu, precision: Precision::F32, loras: Vec::new() }
+        Self { device: Device::Cpu, precision: Precision::F32, loras: Vec::new(), weights: WeightsFrom::Files }
     }
 }
 
 impl LoadOptions {
     /// A model as it is stored, on a device, in a job's element type.
     pub fn new(device: Device, dtype: ModelDtype) -> Self {
-        Self { precision: Precision::on(&device, dtype), device, loras: Vec::new() }
+        Self { precision: Precision::on(&device, dtype), device, ..Self::default() }
     }
 }

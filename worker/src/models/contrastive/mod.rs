@@ -83,6 +83,11 @@ impl ContrastiveModel {
         self.preprocessing.clone()
     }
 
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Dimensions of an embedding.
     pub fn width(&self) -> usize {
         self.width

@@ -106,6 +106,11 @@ impl Mmdit {
         self.config.joint_attention_dim
     }
 
+    /// Width of the pooled text embedding it takes.
+    pub fn pooled_width(&self) -> usize {
+        self.config.pooled_projection_dim
+    }
+
     /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
     pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
         let embedding = self.time.forward(&SINUSOID.forward(times, &self.device, self.dtype)?)?;

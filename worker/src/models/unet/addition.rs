@@ -27,6 +27,11 @@ impl TextTimeEmbedding {
         })
     }
 
+    /// Width of the pooled embeddings.
+    pub(super) fn pooled_width(&self) -> usize {
+        self.pooled
+    }
+
     /// What prompts with pooled embeddings `[N, P]` add to the time embedding of square images of `side` pixels, `[N, 4 C]`.
     ///
     /// The six sizes are height and width before preprocessing, the crop's top and left, and height and width now. They are

@@ -120,6 +120,11 @@ impl Unet {
         self.config.levels.iter().map(|level| level.text).max().unwrap_or_default()
     }
 
+    /// Width of the pooled text embedding it takes, if it takes one.
+    pub fn pooled_width(&self) -> Option<usize> {
+        self.addition.as_ref().map(TextTimeEmbedding::pooled_width)
+    }
+
     /// Time embeddings `[T, 4 C]`.
     pub fn time_embedding(&self, timesteps: &[f32]) -> Result<Tensor, ModelError> {
         Ok(self.time.forward(&self.sinusoid.forward(timesteps, &self.device, self.dtype)?)?)

@@ -1,0 +1,42 @@
+//! The matrix products a device is capable of, as far as this program gets there.
+
+use std::time::Instant;
+
+use candle_core::{Device, Tensor};
+use elbo_kernels::Linear;
+use elbo_worker::models::Precision;
+
+use super::Options;
+use crate::BenchError;
+
+/// Rows, inputs and outputs of the product on a core and on a GPU: large enough that nothing but the product counts.
+const SIDE: [usize; 2] = [2048, 8192];
+/// Products at a time, on a core and on a GPU, where they queue up.
+const PRODUCTS: [usize; 2] = [1, 20];
+/// Measurements.
+const REPEATS: usize = 6;
+
+/// Floating point operations per second of large products, on all threads of the CPU at once, the best of a few.
+pub(super) fn flops_per_second(device: &Device, options: &Options) -> Result<f64, BenchError> {
+    let kind = usize::from(!device.is_cpu());
+    let (side, products) = (SIDE[kind], PRODUCTS[kind]);
+    let threads = if device.is_cpu() { options.threads } else { 1 };
+    let dtype = Precision::on(device, options.dtype).compute;
+    let random = || Tensor::rand(-1f32, 1f32, (side, side), &Device::Cpu)?.to_device(device)?.to_dtype(dtype);
+    let (layer, x) = (Linear::new(&random()?, None)?, random()?);
+    let work = |_| {
+        for _ in 1..products {
+            layer.forward(&x, None)?;
+        }
+        super::lanes::wait(&layer.forward(&x, None)?)
+    };
+    work(0)?;
+    let mut best = 0f64;
+    for _ in 0..REPEATS {
+        let started = Instant::now();
+        super::lanes::on_every(threads, work)?;
+        let flops = threads * products * 2 * side * side * side;
+        best = best.max(flops as f64 / started.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}

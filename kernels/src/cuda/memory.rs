@@ -1,0 +1,181 @@
+//! Device memory: operands as pointers, outputs, and copies that nobody waits for.
+
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, ValidAsZeroBits,
+};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, DType, Result, Shape, Storage, Tensor, bail};
+use half::{bf16, f16};
+
+use super::{Gpu, failed, lock};
+use crate::Rows;
+
+/// An address in a device's memory; 0 is none.
+pub(super) type Pointer = u64;
+
+/// Index lists a device remembers: a pass asks for the same few in every layer.
+const REMEMBERED: usize = 8;
+
+/// Host memory that a device reads by itself, and what was uploaded lately.
+#[derive(Debug, Default)]
+pub(super) struct Staging {
+    floats: Pool<f32>,
+    words: Pool<u32>,
+    indices: Vec<(Vec<u32>, Arc<CudaSlice<u32>>)>,
+}
+
+/// Page-locked buffers, each with the end of the copy that used it last. Copies from other memory would wait for the stream.
+#[derive(Debug)]
+struct Pool<T>(Vec<(PinnedHostSlice<T>, CudaEvent)>);
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: DeviceRepr + ValidAsZeroBits + Copy> Pool<T> {
+    /// Copies values to the device as soon as it gets there.
+    fn upload(&mut self, stream: &Arc<CudaStream>, values: &[T]) -> Result<CudaSlice<T>> {
+        let failed = |error| failed("copying to the device", error);
+        // The buffer that was used longest ago: in all likelihood its copy is done.
+        let at = self.0.iter().position(|(buffer, event)| buffer.len() >= values.len() && event.is_complete());
+        let mut buffer = match at {
+            Some(at) => self.0.remove(at).0,
+            None => {
+                let len = values.len().next_power_of_two().max(1024);
+                // SAFETY: what is read of it is written first.
+                unsafe { stream.context().alloc_pinned_with_flags::<T>(len, 0) }.map_err(failed)?
+            }
+        };
+        buffer.as_mut_slice().map_err(failed)?[..values.len()].copy_from_slice(values);
+        // SAFETY: every element is overwritten by the copy, which precedes whatever else this stream does with it.
+        let mut slice = unsafe { stream.alloc::<T>(values.len()) }.map_err(failed)?;
+        let source = &buffer.as_slice().map_err(failed)?[..values.len()];
+        stream.memcpy_htod(source, &mut slice).map_err(failed)?;
+        let done = stream.record_event(None).map_err(failed)?;
+        self.0.push((buffer, done));
+        Ok(slice)
+    }
+}
+
+impl Gpu {
+    /// The address of a contiguous tensor's first element.
+    pub(super) fn pointer(&self, tensor: &Tensor) -> Result<Pointer> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else { bail!("a tensor on the device is needed") };
+        if storage.device.id() != self.device.id() {
+            bail!("a tensor is on another device");
+        }
+        let Some((start, _)) = layout.contiguous_offsets() else {
+            bail!("a contiguous tensor is needed, found {layout:?}");
+        };
+        // The guards that come with addresses order several streams; here there is one.
+        let base = match &storage.slice {
+            CudaStorageSlice::F32(slice) => slice.device_ptr(&self.stream).0,
+            CudaStorageSlice::F16(slice) => slice.device_ptr(&self.stream).0,
+            CudaStorageSlice::BF16(slice) => slice.device_ptr(&self.stream).0,
+            CudaStorageSlice::U32(slice) => slice.device_ptr(&self.stream).0,
+            _ => bail!("the device's kernels do not know {:?}", storage.dtype()),
+        };
+        Ok(base + (start * tensor.dtype().size_in_bytes()) as u64)
+    }
+
+    /// The address of a tensor that has the type and number of elements it must have, or none for none.
+    pub(super) fn operand(&self, tensor: Option<&Tensor>, dtype: DType, len: usize) -> Result<Pointer> {
+        match tensor {
+            None => Ok(0),
+            Some(tensor) if tensor.dtype() == dtype && tensor.elem_count() == len => self.pointer(tensor),
+            Some(tensor) => {
+                bail!("an operand {:?} {:?} where {len} values of {dtype:?} are needed", tensor.shape(), tensor.dtype())
+            }
+        }
+    }
+
+    /// Rows of `len` values, one for each of `count` images: where they start, and which image takes which.
+    pub(super) fn rows(
+        &self,
+        rows: Option<Rows<'_>>,
+        dtype: DType,
+        count: usize,
+        len: usize,
+    ) -> Result<(Pointer, Pointer)> {
+        let Some(Rows { tensor, index }) = rows else { return Ok((0, 0)) };
+        let available = tensor.dim(0)?;
+        let pointer = self.operand(Some(tensor), dtype, available * len)?;
+        match index {
+            None if available == count => Ok((pointer, 0)),
+            Some(index) if index.len() == count && index.iter().all(|&i| (i as usize) < available) => {
+                Ok((pointer, self.indices(index)?))
+            }
+            _ => bail!("no row for each of {count} images among {:?}", tensor.shape()),
+        }
+    }
+
+    /// The address of an index list on the device.
+    pub(super) fn indices(&self, index: &[u32]) -> Result<Pointer> {
+        let mut staging = lock(&self.staging);
+        if let Some((_, known)) = staging.indices.iter().find(|(known, _)| known == index) {
+            return Ok(known.device_ptr(&self.stream).0);
+        }
+        let slice = Arc::new(staging.words.upload(&self.stream, index)?);
+        let pointer = slice.device_ptr(&self.stream).0;
+        if staging.indices.len() == REMEMBERED {
+            // Freed in the stream's order, after whatever reads it.
+            staging.indices.remove(0);
+        }
+        staging.indices.push((index.to_vec(), slice));
+        Ok(pointer)
+    }
+
+    /// A tensor without values yet, and where they go.
+    pub(super) fn output(&self, dtype: DType, shape: impl Into<Shape>) -> Result<(Tensor, Pointer)> {
+        let shape = shape.into();
+        let storage = match dtype {
+            DType::F32 => self.storage::<f32>(shape.elem_count())?,
+            DType::F16 => self.storage::<f16>(shape.elem_count())?,
+            DType::BF16 => self.storage::<bf16>(shape.elem_count())?,
+            _ => bail!("the device's kernels do not know {dtype:?}"),
+        };
+        let tensor = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false);
+        let pointer = self.pointer(&tensor)?;
+        Ok((tensor, pointer))
+    }
+
+    fn storage<T: CudaDType + DeviceRepr>(&self, len: usize) -> Result<CudaStorage> {
+        // SAFETY: whoever asks for an output writes all of it.
+        Ok(CudaStorage::wrap_cuda_slice(unsafe { self.device.alloc::<T>(len) }?, self.device.clone()))
+    }
+
+    /// Values as a tensor, copied when the device gets there.
+    pub(crate) fn upload(&self, values: &[f32], shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        if shape.elem_count() != values.len() {
+            bail!("{} values for {shape:?}", values.len());
+        }
+        let slice = lock(&self.staging).floats.upload(&self.stream, values)?;
+        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, self.device.clone()));
+        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+    }
+}
+
+/// The values of a contiguous f32 tensor, waiting for what makes them but not for what the stream does afterwards.
+pub(crate) fn download(gpu: &Gpu, tensor: &Tensor) -> Result<Vec<f32>> {
+    let failed = |error| failed("copying from the device", error);
+    let (storage, layout) = tensor.storage_and_layout();
+    let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+        bail!("a contiguous tensor on the device is needed");
+    };
+    let slice = storage.as_cuda_slice::<f32>()?.slice(start..end);
+    // SAFETY: it is read only after the copy has filled it.
+    let mut host = unsafe { gpu.stream.context().alloc_pinned_with_flags::<f32>(end - start, 0) }.map_err(failed)?;
+    gpu.stream.memcpy_dtoh(&slice, &mut host).map_err(failed)?;
+    let blocking = candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+    let done = gpu.stream.record_event(Some(blocking)).map_err(failed)?;
+    done.synchronize().map_err(failed)?;
+    Ok(host.as_slice().map_err(failed)?.to_vec())
+}

@@ -1,0 +1,144 @@
+//! Where an engine's time goes: while a profile is taken, every operation tells what it was, when, and how much arithmetic.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use candle_core::{Result, Tensor};
+
+/// What kind of work an operation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// Convolutions, with the norm in front of them where they are one operation.
+    Convolution,
+    /// Linear layers and feed-forwards.
+    Linear,
+    /// Attention.
+    Attention,
+    /// Norms and modulations.
+    Norm,
+    /// Activations and copies.
+    Other,
+}
+
+impl Part {
+    /// Every part, by its name.
+    pub const ALL: [(Self, &'static str); 5] = [
+        (Self::Convolution, "conv"),
+        (Self::Linear, "linear"),
+        (Self::Attention, "attention"),
+        (Self::Norm, "norm"),
+        (Self::Other, "other"),
+    ];
+
+    /// The name.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(part, _)| *part == self).map_or("", |(_, name)| name)
+    }
+}
+
+/// One operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    /// What kind of work it was.
+    pub part: Part,
+    /// Its name.
+    pub name: &'static str,
+    /// The thread it ran on, counted from 0 as they turn up.
+    pub thread: u32,
+    /// When it began, from the profile's start.
+    pub start: Duration,
+    /// How long it took.
+    pub time: Duration,
+    /// Floating point operations of its products, a multiply-add being two.
+    pub flops: u64,
+}
+
+/// A profile being taken. One at a time per process: a second one waits for the first.
+#[derive(Debug)]
+pub struct Profile {
+    _only: MutexGuard<'static, ()>,
+}
+
+static ON: AtomicBool = AtomicBool::new(false);
+static ONE: Mutex<()> = Mutex::new(());
+static SPANS: Mutex<Option<(Instant, Vec<Span>)>> = Mutex::new(None);
+static THREADS: AtomicU32 = AtomicU32::new(0);
+
+thread_local! {
+    static THREAD: u32 = THREADS.fetch_add(1, Ordering::Relaxed);
+}
+
+fn spans() -> MutexGuard<'static, Option<(Instant, Vec<Span>)>> {
+    SPANS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Profile {
+    /// Begins to record the operations of all threads.
+    pub fn start() -> Self {
+        let only = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        *spans() = Some((Instant::now(), Vec::new()));
+        ON.store(true, Ordering::Relaxed);
+        Self { _only: only }
+    }
+
+    /// What was recorded, and for how long.
+    pub fn finish(self) -> (Vec<Span>, Duration) {
+        ON.store(false, Ordering::Relaxed);
+        spans().take().map_or_else(Default::default, |(start, spans)| (spans, start.elapsed()))
+    }
+}
+
+impl Drop for Profile {
+    fn drop(&mut self) {
+        ON.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Runs an operation on `x` of so many floating point operations, recording it if a profile is being taken.
+///
+/// On a GPU its own clock is asked, and waited for: while a profile is taken, operations run one after the other.
+pub(crate) fn timed<R>(
+    x: &Tensor,
+    part: Part,
+    name: &'static str,
+    flops: usize,
+    operation: impl FnOnce() -> Result<R>,
+) -> Result<R> {
+    if !ON.load(Ordering::Relaxed) {
+        return operation();
+    }
+    let began = Instant::now();
+    let before = mark(x)?;
+    let result = operation();
+    let time = match (before, mark(x)?) {
+        (Some(before), Some(after)) => before.until(&after)?,
+        _ => began.elapsed(),
+    };
+    if let Some((start, spans)) = &mut *spans() {
+        let start = began.saturating_duration_since(*start);
+        spans.push(Span { part, name, thread: THREAD.with(|thread| *thread), start, time, flops: flops as u64 });
+    }
+    result
+}
+
+#[cfg(feature = "cuda")]
+use crate::cuda::mark;
+
+/// A point in a device's work, where the device has a clock of its own; the CPU's is the host's.
+#[cfg(not(feature = "cuda"))]
+#[derive(Debug)]
+struct Mark;
+
+#[cfg(not(feature = "cuda"))]
+impl Mark {
+    fn until(&self, _: &Self) -> Result<Duration> {
+        Ok(Duration::ZERO)
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+#[allow(clippy::unnecessary_wraps)] // as the GPU's
+fn mark(_: &Tensor) -> Result<Option<Mark>> {
+    Ok(None)
+}

@@ -1,0 +1,11 @@
+// Work of the fake GPU that waits for its turn: see queue.cpp.
+#pragma once
+
+namespace queue {
+// At once, or late: ELBO_EMULATED_ASYNC.
+void configure();
+// Does all that was asked for.
+void finish();
+// Does the next piece. False if there is none.
+bool advance();
+}  // namespace queue
