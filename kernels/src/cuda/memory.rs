@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::cuda_backend::cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, ValidAsZeroBits,
 };
@@ -39,19 +40,23 @@ impl<T> Default for Pool<T> {
 }
 
 impl<T: DeviceRepr + ValidAsZeroBits + Copy> Pool<T> {
+    /// A buffer that no copy uses any more, with room for so many values. They are never freed, which would wait for the device.
+    fn take(&mut self, stream: &CudaStream, len: usize) -> Result<PinnedHostSlice<T>> {
+        match self.0.iter().position(|(buffer, event)| buffer.len() >= len && event.is_complete()) {
+            Some(at) => Ok(self.0.remove(at).0),
+            None => {
+                let len = len.next_power_of_two().max(1024);
+                // SAFETY: what is read of it is written first.
+                let buffer = unsafe { stream.context().alloc_pinned_with_flags::<T>(len, 0) };
+                buffer.map_err(|error| failed("page-locked memory", error))
+            }
+        }
+    }
+
     /// Copies values to the device as soon as it gets there.
     fn upload(&mut self, stream: &Arc<CudaStream>, values: &[T]) -> Result<CudaSlice<T>> {
         let failed = |error| failed("copying to the device", error);
-        // The buffer that was used longest ago: in all likelihood its copy is done.
-        let at = self.0.iter().position(|(buffer, event)| buffer.len() >= values.len() && event.is_complete());
-        let mut buffer = match at {
-            Some(at) => self.0.remove(at).0,
-            None => {
-                let len = values.len().next_power_of_two().max(1024);
-                // SAFETY: what is read of it is written first.
-                unsafe { stream.context().alloc_pinned_with_flags::<T>(len, 0) }.map_err(failed)?
-            }
-        };
+        let mut buffer = self.take(stream, values.len())?;
         buffer.as_mut_slice().map_err(failed)?[..values.len()].copy_from_slice(values);
         // SAFETY: every element is overwritten by the copy, which precedes whatever else this stream does with it.
         let mut slice = unsafe { stream.alloc::<T>(values.len()) }.map_err(failed)?;
@@ -171,11 +176,11 @@ pub(crate) fn download(gpu: &Gpu, tensor: &Tensor) -> Result<Vec<f32>> {
         bail!("a contiguous tensor on the device is needed");
     };
     let slice = storage.as_cuda_slice::<f32>()?.slice(start..end);
-    // SAFETY: it is read only after the copy has filled it.
-    let mut host = unsafe { gpu.stream.context().alloc_pinned_with_flags::<f32>(end - start, 0) }.map_err(failed)?;
-    gpu.stream.memcpy_dtoh(&slice, &mut host).map_err(failed)?;
-    let blocking = candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
-    let done = gpu.stream.record_event(Some(blocking)).map_err(failed)?;
+    let mut buffer = lock(&gpu.staging).floats.take(&gpu.stream, end - start)?;
+    gpu.stream.memcpy_dtoh(&slice, &mut buffer.as_mut_slice().map_err(failed)?[..end - start]).map_err(failed)?;
+    let done = gpu.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed)?;
     done.synchronize().map_err(failed)?;
-    Ok(host.as_slice().map_err(failed)?.to_vec())
+    let values = buffer.as_slice().map_err(failed)?[..end - start].to_vec();
+    lock(&gpu.staging).floats.0.push((buffer, done));
+    Ok(values)
 }

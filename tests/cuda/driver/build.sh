@@ -38,10 +38,11 @@ wrap() {
     flags="-I$(dirname "$2") -Wno-unknown-pragmas"
     [ "$group" = candle ] && flags="-I$objects/stubs $flags -w"
     sed 's/extern __shared__ int dst_row\[\];/int* dst_row = (int*)elbo_cuda::dynamic_shared();/' "$2" > "$objects/$name.cu.new"
-    # Lines "name bound", the bound being what stands in __launch_bounds__.
-    kernels=$({ echo "#include \"$4\""; echo "#undef __launch_bounds__"; echo "#define __launch_bounds__(...) BOUND<__VA_ARGS__>"; cat "$objects/$name.cu.new"; } |
+    # Lines "name bound", the bound being the threads that stand in __launch_bounds__.
+    kernels=$({ echo "#include \"$4\""; echo "#undef __launch_bounds__"; echo "#define __launch_bounds__(threads, ...) BOUND<threads>"; cat "$objects/$name.cu.new"; } |
         $gpp $flags -E -P -x c++ - | tr '\n' ' ' | grep -oP 'extern "C"\s+(BOUND<[^>]*>\s*)?void\s+(BOUND<[^>]*>\s*)?\w+(?=\s*\()' |
-        sed -E 's/.*BOUND<([^>]*)>.* (\w+)$/\2 \1/; s/^extern.* (\w+)$/\1/' | sort -u)
+        sed -E 's/.*BOUND<([^>]*)>.* (\w+)$/\2 \1/; s/^extern.* (\w+)$/\1/' | sort -u) ||
+        { echo "$2: no kernel was recognised in it" >&2; return 1; }
     {
         echo "#include \"$4\""
         echo "#include \"kernels.h\""
