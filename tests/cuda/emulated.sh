@@ -1,25 +1,39 @@
 #!/bin/bash
-# Runs the CUDA path on the processor: operations in f32, f16 and bf16, then whole models against PyTorch's numbers.
-#   tests/cuda/emulated.sh [operations|models]     both by default; builds what it needs below target/
+# Runs the CUDA path on the processor, in parts, all by default; builds what it needs below target/.
+#   tests/cuda/emulated.sh [operations] [jobs] [models]
+# operations: each against plain formulas, in f32, f16 and bf16; jobs: whole ones, against the processor's (tests/cuda/job.py);
+# models: every submodule and error against PyTorch's, which takes an hour and more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-what=${1:-all}
+[ $# -gt 0 ] || set -- operations jobs models
 libraries=${ELBO_EMULATED:-target/cuda-emulated}
-if [ "$what" != models ]; then
-    deploy/cuda/build.sh test -p elbo-kernels --no-run
-fi
-# candle's own kernels are compiled from the sources that cargo has fetched by now.
+build() { deploy/cuda/build.sh "$@"; }
+# Fetches candle, whose own kernels are compiled for the processor too.
+build test -p elbo-kernels --no-run
 tests/cuda/driver/build.sh "$libraries"
 libraries=$(cd "$libraries" && pwd)
 # Cargo's runner: only the tests see these libraries.
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_LIBRARY_PATH=$libraries ELBO_TEST_DEVICE=cuda:0"
-if [ "$what" != models ]; then
-    for dtype in f32 f16 bf16; do
-        echo "== operations in $dtype"
-        ELBO_TEST_DTYPE=$dtype ELBO_EMULATED_ASYNC=1 deploy/cuda/build.sh test -p elbo-kernels
-    done
-fi
-if [ "$what" != operations ]; then
-    echo "== models"
-    deploy/cuda/build.sh test -p elbo-tests --test parity
-fi
+for part in "$@"; do
+    case $part in
+        operations)
+            for dtype in f32 f16 bf16; do
+                echo "== operations in $dtype"
+                ELBO_TEST_DTYPE=$dtype ELBO_EMULATED_ASYNC=1 build test -p elbo-kernels
+            done
+            ;;
+        jobs)
+            echo "== jobs"
+            build build --bin elbo
+            tests/cuda/job.py "${CARGO_TARGET_DIR:-target/cuda}/x86_64-unknown-linux-gnu/release/elbo" "$libraries"
+            ;;
+        models)
+            echo "== models"
+            build test -p elbo-tests --test parity
+            ;;
+        *)
+            echo "no part $part: operations, jobs or models" >&2
+            exit 2
+            ;;
+    esac
+done

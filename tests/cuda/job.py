@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Whole jobs on an emulated GPU, compared with the same jobs on the processor.
+
+    tests/cuda/job.py ELBO LIBRARIES
+
+ELBO is built with the feature cuda, LIBRARIES are what tests/cuda/driver/build.sh leaves. Three digits are labelled in every
+type, with a loss that is computed on the host, and with so little memory that batches have to be halved, which must not change
+a bit. `tests/cuda/emulated.sh jobs` does it all.
+"""
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Largest relative difference of an image's errors, by type: f32 differs in the order of sums, the others in every rounding.
+TOLERANCES = {"f32": 2e-5, "f16": 5e-3, "bf16": 3e-2}
+
+
+def main():
+    elbo, libraries = (Path(path).resolve() for path in sys.argv[1:])
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        for digit in ["zero", "four", "seven"]:
+            image = min((ROOT / "cli/demo/images" / digit).iterdir())
+            (scratch / "images" / digit).mkdir(parents=True)
+            shutil.copy(image, scratch / "images" / digit)
+
+        def label(name, *flags, **environment):
+            environment = {"LD_LIBRARY_PATH": str(libraries), "ELBO_CACHE": str(scratch / "cache")} | environment
+            out, table = scratch / name, scratch / f"{name}.csv"
+            command = [elbo, "label", "--images", scratch / "images", "--keep", "2,1", "--samples", "2,4", "--progress", "none"]
+            said = run([*command, "--label-from", "parent", "--out", out, *flags], environment)
+            run([elbo, "export", out, "--format", "csv", "--to", table], {})
+            with table.open() as file:
+                return list(csv.DictReader(file)), said
+
+        unet = ["--model", ROOT / "cli/demo/model", "--classes", ROOT / "cli/demo/classes.csv"]
+        dit = ["--model", ROOT / "tests/fixtures/digits-dit/model", "--loss", "l2+vlb"]
+        for model, name in [(unet, "unet"), (dit, "dit")]:
+            expected, _ = label(f"{name}-cpu", *model)
+            for dtype, tolerance in TOLERANCES.items():
+                found, _ = label(f"{name}-{dtype}", *model, "--device", "cuda", "--dtype", dtype, "--batch", "8")
+                worst = compare(found, expected)
+                print(f"{name}, {dtype}: largest relative difference of an error {worst:.1e}")
+                assert worst < tolerance, f"{name}, {dtype}: {worst}"
+        whole, _ = label("whole", *unet, "--device", "cuda:0", "--batch", "20")
+        halved, said = label("halved", *unet, "--device", "cuda:0", "--batch", "20", ELBO_EMULATED_MEMORY="40000000")
+        assert "did not fit into memory" in said, f"no batch was halved: {said}"
+        assert halved == whole, "halved batches changed a result"
+        print("halved batches: the same bits")
+
+
+def run(command, environment):
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stderr}"
+    return done.stderr
+
+
+def compare(found, expected):
+    """The largest relative difference of the errors, image by image and rank by rank; predictions must agree."""
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["key"] == theirs["key"] and ours["predicted_class"] == theirs["predicted_class"], (ours, theirs)
+        for column in [c for c in theirs if c.startswith("error_") and theirs[c]]:
+            worst = max(worst, abs(float(ours[column]) / float(theirs[column]) - 1))
+    return worst
+
+
+if __name__ == "__main__":
+    main()
