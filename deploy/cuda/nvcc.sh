@@ -1,16 +1,20 @@
 #!/bin/bash
 # nvcc, but for candle's kernels of quantised weights and mixtures of experts: no model of elbo's calls them, and they would
-# take minutes and 33 MB. Objects without code stand in for them, with functions that end the process where Rust names some.
+# take minutes and 39 MB. Objects and PTX without code stand in for them, with functions that end the process where Rust names some.
+set -euo pipefail
 source="${!#}"
-output=
-for ((i = 1; i < $#; i++)); do
-    if [ "${!i}" = -o ]; then
-        next=$((i + 1))
-        output="${!next}"
-    fi
-done
+# What follows an option.
+after() {
+    local option=$1 previous=
+    shift
+    for argument in "$@"; do
+        [ "$previous" != "$option" ] || echo "$argument"
+        previous=$argument
+    done
+}
 case " $* " in
     *" -c "*)
+        output=$(after -o "$@")
         case "$source" in
             *moe_gguf.cu)
                 declarations="$(dirname "$(dirname "$source")")/ffi.rs"
@@ -25,10 +29,9 @@ case " $* " in
                 ;;
         esac
         ;;
-    *" --ptx "* | *" -ptx "*)
-        # Quantised weights again, 6 MB of text.
-        if [[ $source == */quantized.cu && -n $output ]]; then
-            printf '.version 9.0\n.target sm_80\n.address_size 64\n' > "$output"
+    *" --ptx "*)
+        if [[ $source == */quantized.cu ]]; then
+            printf '.version 9.0\n.target sm_80\n.address_size 64\n' > "$(after --output-directory "$@")/quantized.ptx"
             exit
         fi
         ;;
