@@ -14,6 +14,8 @@ flags=(--release --features cuda --target "$target")
 if [ $# -gt 0 ]; then
     exec cargo "$1" "${flags[@]}" "${@:2}"
 fi
+# What is carried about is compiled in larger pieces: 56 MB instead of 61, for twice the time.
+export CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 cargo build "${flags[@]}" --bin elbo
 parity=$(cargo test "${flags[@]}" --test parity --no-run --message-format json |
     python3 -c '
