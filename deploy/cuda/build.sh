@@ -14,7 +14,7 @@ flags=(--release --features cuda --target "$target")
 if [ $# -gt 0 ]; then
     exec cargo "$1" "${flags[@]}" "${@:2}"
 fi
-# What is carried about is compiled in larger pieces: 56 MB instead of 61, for twice the time.
+# What is carried about is compiled in larger pieces, which takes longer and makes it smaller.
 export CARGO_PROFILE_RELEASE_CODEGEN_UNITS=1
 cargo build "${flags[@]}" --bin elbo
 parity=$(cargo test "${flags[@]}" --test parity --no-run --message-format json |
