@@ -109,36 +109,20 @@ pub(crate) fn timed<R>(
         return operation();
     }
     let began = Instant::now();
-    let before = mark(x)?;
+    #[cfg(feature = "cuda")]
+    let before = crate::cuda::mark(x)?;
     let result = operation();
-    let time = match (before, mark(x)?) {
-        (Some(before), Some(after)) => before.until(&after)?,
-        _ => began.elapsed(),
+    #[cfg(feature = "cuda")]
+    let on_device = match (before, crate::cuda::mark(x)?) {
+        (Some(before), Some(after)) => Some(before.until(&after)?),
+        _ => None,
     };
+    #[cfg(not(feature = "cuda"))]
+    let (on_device, _) = (None::<Duration>, x);
+    let time = on_device.unwrap_or_else(|| began.elapsed());
     if let Some((start, spans)) = &mut *spans() {
         let start = began.saturating_duration_since(*start);
         spans.push(Span { part, name, thread: THREAD.with(|thread| *thread), start, time, flops: flops as u64 });
     }
     result
-}
-
-#[cfg(feature = "cuda")]
-use crate::cuda::mark;
-
-/// A point in a device's work, where the device has a clock of its own; the CPU's is the host's.
-#[cfg(not(feature = "cuda"))]
-#[derive(Debug)]
-struct Mark;
-
-#[cfg(not(feature = "cuda"))]
-impl Mark {
-    fn until(&self, _: &Self) -> Result<Duration> {
-        Ok(Duration::ZERO)
-    }
-}
-
-#[cfg(not(feature = "cuda"))]
-#[allow(clippy::unnecessary_wraps)] // as the GPU's
-fn mark(_: &Tensor) -> Result<Option<Mark>> {
-    Ok(None)
 }

@@ -266,6 +266,20 @@ fn copies_match_plain() {
 }
 
 #[test]
+fn index_lists_come_and_go_while_one_stays_in_use() {
+    let (heads, q, k) = (2, random((3, 9, 16), 1), random((2, 7, 16), 2));
+    let cache = KeyValues::new(&k, &k, heads).unwrap();
+    for round in 0..40u32 {
+        // The queries' list is the same in every round, the sequences' another each time.
+        let pairs: Vec<_> = (0..6).map(|i| (i % 3, round >> i & 1)).collect();
+        let found = cross_attention(&q, &cache, &pairs).unwrap();
+        let (queries, sequences): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
+        let [q, k] = [gather(&wide(&q), &queries).unwrap(), gather(&wide(&k), &sequences).unwrap()];
+        assert_close(&found, &attention::plain(&q, &k, &k, heads, false).unwrap(), 2e-6);
+    }
+}
+
+#[test]
 fn mean_errors_match_plain() {
     let single = |shape: &[usize], seed| random(shape, seed).to_dtype(DType::F32).unwrap();
     let (noisy, targets, mix) = (single(&[2, 5, 4, 3], 1), single(&[2, 5, 4, 3], 2), single(&[2, 2], 3));

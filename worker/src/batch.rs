@@ -1,12 +1,107 @@
-//! Batch sizes that were found by measuring, kept for the next worker on such a device with such a job.
+//! How many evaluations make a batch: found by measuring, and kept for the next worker on such a device with such a job.
 //!
-//! A size changes no result, so what is kept is a hint: a file that can't be read or written is measured for again.
+//! What is kept is a hint: where the file can't be read or written, sizes are measured again.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use elbo_common::class::Prompt;
 use elbo_common::fingerprint::JobIdentity;
+use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use elbo_common::model_source::own_cache;
+use elbo_common::policy::{RoundSlots, ScoredBy};
+use elbo_common::unit::{Unit, UnitId};
+use elbo_kernels::gpu;
+
+use crate::engine::{Problem, UnitWork, batches_of};
+use crate::models::ModelError;
+
+/// The batch size that was found for such a job on such a device before, or is found now.
+pub(crate) fn find(problem: &Problem, identity: &JobIdentity, lanes: usize) -> Result<usize, ModelError> {
+    let device = problem.stages.last().map_or_else(String::new, |stage| gpu::name(stage.device()).unwrap_or_else(cpu));
+    let (situation, kept) = (Situation::new(&device, lanes, identity), KeptBatches::default());
+    if let Some(batch) = kept.get(&situation) {
+        return Ok(batch);
+    }
+    let batch = problem.measure_batch()?;
+    kept.put(&situation, batch);
+    Ok(batch)
+}
+
+/// What this machine's processor is called, where Linux tells.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+impl Problem {
+    /// The batch size with the most evaluations per second on one lane, found by measuring.
+    fn measure_batch(&self) -> Result<usize, ModelError> {
+        /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
+        const LONGEST_BATCH: Duration = Duration::from_millis(500);
+        /// On a core, and on a GPU, which takes many to fill.
+        const LARGEST_BATCH: [usize; 2] = [64, 512];
+        let on_gpu = !self.stages.last().is_none_or(|stage| stage.device().is_cpu());
+        let largest = LARGEST_BATCH[usize::from(on_gpu)];
+        let of_model = |round: &RoundSlots| round.scored_by == ScoredBy::Model && !round.slots.is_empty();
+        let Some(round) = self.rounds.iter().position(of_model) else { return Ok(1) };
+        let (last, slots) = (self.stages.len() - 1, self.rounds[round].slots.len());
+        let stage = &self.stages[last];
+        let conditions = match &stage.conditions {
+            Some(conditions) => Arc::clone(conditions),
+            None => {
+                // Captions are all as long for the network: padded.
+                let caption = |class| Prompt { text: "a photo".into(), class: ClassIndex(class), label: None };
+                Arc::new(stage.conditions_of(&[caption(0), caption(1)])?)
+            }
+        };
+        let of_stages = vec![Arc::clone(&conditions); self.stages.len()];
+        let prompts: Vec<_> = (0..conditions.len() as u32).map(PromptIndex).collect();
+        let latent = Arc::new(vec![0.0; stage.latent_len()]);
+        let units: Vec<_> = (0..largest.div_ceil((slots * prompts.len()).max(1)) as u64)
+            .map(|sample| {
+                let id = UnitId { sample: SampleId(sample), round: Round(round as u16), slots: 0, prompts: 0 };
+                let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
+                UnitWork {
+                    unit,
+                    key: Arc::from("batch size"),
+                    latent: Arc::clone(&latent),
+                    stage: last,
+                    first_condition: 0,
+                }
+            })
+            .collect();
+        let (mut best, mut best_rate) = (1, 0.0);
+        for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= largest) {
+            let evaluations = batches_of(&units, batch).swap_remove(0);
+            // On a GPU the first run of a size makes plans for it.
+            if on_gpu {
+                match self.errors(&units, &of_stages, &evaluations) {
+                    Err(error) if error.is_out_of_memory() && batch > 1 => return Ok(best),
+                    done => done?,
+                };
+            }
+            // The fastest of a few runs counts, since disturbances only ever slow one down.
+            let mut fastest = Duration::MAX;
+            for _ in 0..3 {
+                let started = Instant::now();
+                self.errors(&units, &of_stages, &evaluations)?;
+                fastest = fastest.min(started.elapsed());
+                if fastest > LONGEST_BATCH {
+                    return Ok(best);
+                }
+            }
+            let rate = evaluations.len() as f64 / fastest.as_secs_f64().max(1e-9);
+            if rate > 1.02 * best_rate {
+                (best, best_rate) = (batch, rate);
+            }
+        }
+        Ok(best)
+    }
+}
 
 /// What a batch size is good for.
 #[derive(Clone, Debug, PartialEq, Eq)]

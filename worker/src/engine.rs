@@ -3,22 +3,22 @@
 //! A CPU device runs one *lane* per core: a thread that evaluates whole batches by itself, so that activations stay in
 //! its cache and no thread waits for another inside a layer. Blocks are cut into batches that cross samples, slots and
 //! prompts; lanes take them from one short queue, so the next block's batches follow the last one's without a gap.
-//! A GPU has a few lanes too: while it computes one's batch, the next one's noise is made and copied.
-//! An evaluation's error does not depend on the batch it is in (see [`elbo_kernels`]), so neither does any result.
+//! On the CPU an evaluation's error does not depend on the batch it is in (see [`elbo_kernels`]), so neither does any result.
+//!
+//! A GPU has a few lanes too: while it computes one's batch, the next one's noise is made and copied. NVIDIA's libraries may
+//! round another way in another batch.
 
 use std::any::Any;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use elbo_common::class::Prompt;
-use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
+use elbo_common::ids::Round;
 use elbo_common::policy::{RoundSlots, ScoredBy, Slot};
 use elbo_common::sums::Sums;
-use elbo_common::unit::{Unit, UnitId};
+use elbo_common::unit::Unit;
 use elbo_kernels::gpu;
 use tokio::sync::{mpsc, oneshot};
 
@@ -79,7 +79,7 @@ pub enum BlockEvent {
 
 /// One evaluation of a block: positions of the unit in the block, of the slot and of the prompt in the unit.
 #[derive(Clone, Copy, Debug)]
-struct Evaluation {
+pub(crate) struct Evaluation {
     unit: u32,
     slot: u32,
     prompt: u32,
@@ -237,7 +237,7 @@ impl Drop for Engine {
 ///
 /// Evaluations of one slot share their noisy latent and the class-independent part of the network, so a batch ends between
 /// slots where it can.
-fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>> {
+pub(crate) fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>> {
     let mut batches: Vec<Vec<Evaluation>> = Vec::new();
     for (unit, work) in (0u32..).zip(units) {
         for slot in 0..work.unit.slots.len() as u32 {
@@ -381,7 +381,7 @@ impl Problem {
     }
 
     /// The errors of a batch of evaluations, in their order; all of one stage.
-    fn errors(
+    pub(crate) fn errors(
         &self,
         units: &[UnitWork],
         conditions: &[Arc<Conditions>],
@@ -409,70 +409,6 @@ impl Problem {
         self.stages[stage].errors(&works, &conditions[stage], &pairs)
     }
 
-    /// The batch size with the most evaluations per second on one lane, found by measuring. Changes no result.
-    pub fn measure_batch(&self) -> Result<usize, ModelError> {
-        /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
-        const LONGEST_BATCH: Duration = Duration::from_millis(500);
-        /// On a core, and on a GPU, which takes many to fill.
-        const LARGEST_BATCH: [usize; 2] = [64, 512];
-        let on_gpu = !self.stages.last().is_none_or(|stage| stage.device().is_cpu());
-        let largest = LARGEST_BATCH[usize::from(on_gpu)];
-        let of_model = |round: &RoundSlots| round.scored_by == ScoredBy::Model && !round.slots.is_empty();
-        let Some(round) = self.rounds.iter().position(of_model) else { return Ok(1) };
-        let (last, slots) = (self.stages.len() - 1, self.rounds[round].slots.len());
-        let stage = &self.stages[last];
-        let conditions = match &stage.conditions {
-            Some(conditions) => Arc::clone(conditions),
-            None => {
-                // Captions are all as long for the network: padded.
-                let caption = |class| Prompt { text: "a photo".into(), class: ClassIndex(class), label: None };
-                Arc::new(stage.conditions_of(&[caption(0), caption(1)])?)
-            }
-        };
-        let of_stages = vec![Arc::clone(&conditions); self.stages.len()];
-        let prompts: Vec<_> = (0..conditions.len() as u32).map(PromptIndex).collect();
-        let latent = Arc::new(vec![0.0; stage.latent_len()]);
-        let units: Vec<_> = (0..largest.div_ceil((slots * prompts.len()).max(1)) as u64)
-            .map(|sample| {
-                let id = UnitId { sample: SampleId(sample), round: Round(round as u16), slots: 0, prompts: 0 };
-                let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
-                UnitWork {
-                    unit,
-                    key: Arc::from("batch size"),
-                    latent: Arc::clone(&latent),
-                    stage: last,
-                    first_condition: 0,
-                }
-            })
-            .collect();
-        let (mut best, mut best_rate) = (1, 0.0);
-        for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= largest) {
-            let evaluations = batches_of(&units, batch).swap_remove(0);
-            // On a GPU the first run of a size makes plans for it.
-            if on_gpu {
-                match self.errors(&units, &of_stages, &evaluations) {
-                    Err(error) if error.is_out_of_memory() && batch > 1 => return Ok(best),
-                    done => done?,
-                };
-            }
-            // The fastest of a few runs counts, since disturbances only ever slow one down.
-            let mut fastest = Duration::MAX;
-            for _ in 0..3 {
-                let started = Instant::now();
-                self.errors(&units, &of_stages, &evaluations)?;
-                fastest = fastest.min(started.elapsed());
-                if fastest > LONGEST_BATCH {
-                    return Ok(best);
-                }
-            }
-            let rate = evaluations.len() as f64 / fastest.as_secs_f64().max(1e-9);
-            if rate > 1.02 * best_rate {
-                (best, best_rate) = (batch, rate);
-            }
-        }
-        Ok(best)
-    }
-
     fn slot(&self, work: &UnitWork, slot: u32) -> Slot {
         self.rounds[work.unit.id.round.at()].slots[work.unit.slots.start + slot as usize]
     }
@@ -480,6 +416,9 @@ impl Problem {
 
 #[cfg(test)]
 mod tests {
+    use elbo_common::ids::{PromptIndex, SampleId};
+    use elbo_common::unit::UnitId;
+
     use super::*;
 
     fn work(sample: u64, slots: usize, prompts: u32) -> UnitWork {

@@ -62,7 +62,7 @@ pub enum BlockError {
     Storage(ReadError),
     /// The device failed, or has no room for one image.
     #[error(
-        "the device failed: {0}; what it had in hand is computed again elsewhere, or here once the worker is started again"
+        "the device failed: {0}; start the worker again (with a smaller --batch if memory ran out): what it had in hand is not lost"
     )]
     Device(String),
     /// The engine is gone.

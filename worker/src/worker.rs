@@ -11,7 +11,6 @@ use std::time::Duration;
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
-use elbo_kernels::gpu;
 use elbo_net::ClientTls;
 use elbo_proto::v1;
 use tokio::sync::{OnceCell, mpsc};
@@ -19,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::batch::{KeptBatches, Situation};
+use crate::batch;
 use crate::client::{CallError, Client, ClientError, GOODBYE};
 use crate::device::Device;
 use crate::engine::{Engine, EngineStopped, Problem};
@@ -259,25 +258,11 @@ async fn load(joined: &v1::JoinReply, model: Option<&str>, device: Device) -> Re
     Ok(Arc::new(blocking(move || Problem::load(&identity, &models, device)).await?))
 }
 
-/// The batch size that was found for such a job on such a device before, or is found now.
+/// The batch size for a job's model.
 async fn find_batch(problem: &Arc<Problem>, joined: &v1::JoinReply, lanes: usize) -> Result<usize, WorkerError> {
     let identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
-    let device = problem.stages.last().map_or_else(String::new, |stage| gpu::name(stage.device()).unwrap_or_else(cpu));
-    let (situation, kept) = (Situation::new(&device, lanes, &identity), KeptBatches::default());
-    if let Some(batch) = kept.get(&situation) {
-        return Ok(batch);
-    }
     let problem = Arc::clone(problem);
-    let batch = blocking(move || Ok(problem.measure_batch()?)).await?;
-    kept.put(&situation, batch);
-    Ok(batch)
-}
-
-/// What this machine's processor is called, where Linux tells.
-fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+    blocking(move || Ok(batch::find(&problem, &identity, lanes)?)).await
 }
 
 /// Runs what takes long on a thread of its own.

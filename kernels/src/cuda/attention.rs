@@ -65,9 +65,10 @@ impl Gpu {
         let ((_, q_len, channels), (_, kv_len, _), dtype) = (q.dims3()?, keys.dims3()?, q.dtype());
         let rows = |of: fn(&(u32, u32)) -> u32| self.indices(&pairs.iter().map(of).collect::<Vec<_>>());
         let sequences = |start, rows, len| Sequences { start, rows, len, stride: channels, image: len * channels };
-        let queries = sequences(self.pointer(&q)?, rows(|pair| pair.0)?, q_len);
+        let (of_queries, of_sequences) = (rows(|pair| pair.0)?, rows(|pair| pair.1)?);
+        let queries = sequences(self.pointer(&q)?, of_queries.pointer, q_len);
         let start = self.operand(Some(&keys), dtype, keys.elem_count())?;
-        let sequences = sequences(start, rows(|pair| pair.1)?, kv_len);
+        let sequences = sequences(start, of_sequences.pointer, kv_len);
         let values = self.operand(Some(&values), dtype, keys.elem_count())?;
         self.attention(queries, sequences, values, [pairs.len(), heads, channels / heads], false, dtype)
     }

@@ -18,6 +18,18 @@ use crate::Rows;
 /// An address in a device's memory; 0 is none.
 pub(super) type Pointer = u64;
 
+/// Which row each image takes: a list that stays on the device until this is dropped, so hold it until its reader is launched.
+#[derive(Debug)]
+pub(super) struct Index {
+    /// Where the list is; 0 where every image takes its own row.
+    pub(super) pointer: Pointer,
+    _list: Option<Arc<CudaSlice<u32>>>,
+}
+
+impl Index {
+    const OWN: Self = Self { pointer: 0, _list: None };
+}
+
 /// Index lists a device remembers: a pass asks for the same few in every layer.
 const REMEMBERED: usize = 8;
 
@@ -108,12 +120,12 @@ impl Gpu {
         dtype: DType,
         count: usize,
         len: usize,
-    ) -> Result<(Pointer, Pointer)> {
-        let Some(Rows { tensor, index }) = rows else { return Ok((0, 0)) };
+    ) -> Result<(Pointer, Index)> {
+        let Some(Rows { tensor, index }) = rows else { return Ok((0, Index::OWN)) };
         let available = tensor.dim(0)?;
         let pointer = self.operand(Some(tensor), dtype, available * len)?;
         match index {
-            None if available == count => Ok((pointer, 0)),
+            None if available == count => Ok((pointer, Index::OWN)),
             Some(index) if index.len() == count && index.iter().all(|&i| (i as usize) < available) => {
                 Ok((pointer, self.indices(index)?))
             }
@@ -121,20 +133,23 @@ impl Gpu {
         }
     }
 
-    /// The address of an index list on the device.
-    pub(super) fn indices(&self, index: &[u32]) -> Result<Pointer> {
+    /// An index list on the device.
+    pub(super) fn indices(&self, index: &[u32]) -> Result<Index> {
         let mut staging = lock(&self.staging);
-        if let Some((_, known)) = staging.indices.iter().find(|(known, _)| known == index) {
-            return Ok(known.device_ptr(&self.stream).0);
-        }
-        let slice = Arc::new(staging.words.upload(&self.stream, index)?);
-        let pointer = slice.device_ptr(&self.stream).0;
-        if staging.indices.len() == REMEMBERED {
-            // Freed in the stream's order, after whatever reads it.
-            staging.indices.remove(0);
-        }
-        staging.indices.push((index.to_vec(), slice));
-        Ok(pointer)
+        let known = staging.indices.iter().find(|(known, _)| known == index).map(|(_, list)| Arc::clone(list));
+        let list = match known {
+            Some(list) => list,
+            None => {
+                let list = Arc::new(staging.words.upload(&self.stream, index)?);
+                if staging.indices.len() == REMEMBERED {
+                    staging.indices.remove(0);
+                }
+                staging.indices.push((index.to_vec(), Arc::clone(&list)));
+                list
+            }
+        };
+        let pointer = list.device_ptr(&self.stream).0;
+        Ok(Index { pointer, _list: Some(list) })
     }
 
     /// A tensor without values yet, and where they go.

@@ -133,9 +133,9 @@ impl Gpu {
                 self.pointer(out)?,
                 self.operand(bias, dtype, channels)?,
                 shift,
-                shift_rows,
+                shift_rows.pointer,
                 residual,
-                residual_rows,
+                residual_rows.pointer,
             ])
             .sizes(&[images, image / channels.max(1), channels])?
             .over(out.elem_count())

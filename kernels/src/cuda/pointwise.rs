@@ -70,7 +70,7 @@ impl Gpu {
         let (from, rows) = self.rows(Some(Rows::indexed(&x, index)), x.dtype(), index.len(), len)?;
         let (out, to) = self.output(x.dtype(), dims)?;
         self.kernel("gather", x.dtype())?
-            .pointers(&[from, rows, to])
+            .pointers(&[from, rows.pointer, to])
             .sizes(&[index.len()])?
             .long(len)
             .over(index.len() * len)?;
@@ -88,7 +88,7 @@ impl Gpu {
         let (from, rows) = self.rows(Some(other), dtype, images, h * w * c2)?;
         let (out, to) = self.output(dtype, (images, h, w, c1 + c2))?;
         self.kernel("concat", dtype)?
-            .pointers(&[self.pointer(&x)?, from, rows, to])
+            .pointers(&[self.pointer(&x)?, from, rows.pointer, to])
             .sizes(&[images, h * w, c1, c2])?
             .over(out.elem_count())?;
         Ok(out)
@@ -117,6 +117,7 @@ impl Gpu {
             Deviation::Huber => 2,
         };
         let f32s = |tensor, len| self.operand(Some(tensor), DType::F32, len);
+        let of_points = self.indices(of.points)?;
         let (out, to) = self.output(DType::F32, evaluations)?;
         let size = points * height * width * channels;
         self.kernel("errors", output.dtype())?
@@ -125,7 +126,7 @@ impl Gpu {
                 f32s(of.noisy, size)?,
                 f32s(of.targets, size)?,
                 f32s(of.mix, 2 * points)?,
-                self.indices(of.points)?,
+                of_points.pointer,
                 to,
             ])
             .sizes(&[evaluations, height * width, channels, out_channels, deviation])?

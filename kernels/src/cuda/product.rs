@@ -275,7 +275,7 @@ impl Gpu {
             Some(Rows { tensor, index: Some(index) }) => {
                 let len = out.elem_count() / images.max(1);
                 let (from, index_at) = self.rows(Some(Rows::indexed(tensor, index)), dtype, images, len)?;
-                let gather = self.kernel("gather", dtype)?.pointers(&[from, index_at, to]);
+                let gather = self.kernel("gather", dtype)?.pointers(&[from, index_at.pointer, to]);
                 gather.sizes(&[images])?.long(len).over(out.elem_count())?;
                 to
             }
