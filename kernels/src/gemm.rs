@@ -67,25 +67,12 @@ pub(crate) struct PackedView<'a> {
 }
 
 /// Number of values packing writes.
-pub(crate) fn packed_len(k: usize, n: usize) -> usize {
+fn packed_len(k: usize, n: usize) -> usize {
     k * n.next_multiple_of(lanes())
 }
 
-/// Packs a `[k, n]` matrix whose rows are `row(k)` into `data`; columns are filled up with zeros to whole vectors.
-pub(crate) fn pack_rows<'a>(k: usize, n: usize, data: &mut [f32], row: impl Fn(usize) -> &'a [f32]) {
-    let lanes = lanes();
-    for (first, vectors) in panels(n.div_ceil(lanes)) {
-        let (width, first) = (vectors * lanes, first * lanes);
-        let used = width.min(n - first);
-        for (i, to) in data[first * k..][..width * k].chunks_exact_mut(width).enumerate() {
-            to[..used].copy_from_slice(&row(i)[first..first + used]);
-            to[used..].fill(0.0);
-        }
-    }
-}
-
 /// Packs a `[k, n]` matrix whose columns are `column(n)`, zero where there is none.
-pub(crate) fn pack_transposed<'a>(k: usize, n: usize, data: &mut [f32], column: impl Fn(usize) -> Option<&'a [f32]>) {
+fn pack_transposed<'a>(k: usize, n: usize, data: &mut [f32], column: impl Fn(usize) -> Option<&'a [f32]>) {
     let lanes = lanes();
     for (first, vectors) in panels(n.div_ceil(lanes)) {
         let (width, first) = (vectors * lanes, first * lanes);
@@ -101,7 +88,7 @@ pub(crate) fn pack_transposed<'a>(k: usize, n: usize, data: &mut [f32], column: 
 }
 
 /// First vector and number of vectors of each panel; widths differ by at most one.
-fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(crate) fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
     let count = vectors.div_ceil(PANEL_VECTORS).max(1);
     let (base, extra) = (vectors / count, vectors % count);
     (0..count).map(move |i| (i * base + i.min(extra), base + usize::from(i < extra)))
@@ -319,7 +306,7 @@ fn finish_partly<S: Simd, const MR: usize, const NV: usize>(
 ///
 /// Every slice is cut to `len` values first, so that no bounds are checked in the loop.
 #[inline(always)]
-fn multiply<S: Simd, const MR: usize, const NV: usize>(
+pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(
     simd: S,
     acc: &mut [[S::f32s; NV]; MR],
     a: &[&[f32]; MR],

@@ -34,6 +34,7 @@ mod cpu;
 mod cuda;
 mod errors;
 mod feed_forward;
+mod flash;
 mod gemm;
 pub mod gpu;
 mod linear;

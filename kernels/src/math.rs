@@ -48,12 +48,14 @@ pub(crate) fn lanes() -> usize {
     dispatch(Lanes)
 }
 
+/// 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits of the mantissa.
+const ROUND: f32 = 12_582_912.0;
+
 /// e^x with a relative error below 2e-7 on [-87, 88]; clamped outside, NaN stays NaN.
 ///
 /// Cody and Waite's reduction by multiples of ln 2 in two parts, then Cephes' expf polynomial.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer kept in the low mantissa bits
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
     let x = if x < -87.0 { -87.0 } else { x };
@@ -69,6 +71,25 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 0.5);
     let y = p.mul_add(r * r, r) + 1.0;
     y * f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()))
+}
+
+/// 2^x with a relative error below 2e-7 for x from -126 to 0; smaller x count as -126, NaN stays NaN.
+///
+/// 2^n by the exponent's bits, times a minimax polynomial for the rest in [-1/2, 1/2].
+#[inline(always)]
+pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    use std::f32::consts::LN_2;
+    const POLYNOMIAL: [f32; 6] = [1.330_060_5e-3, 9.669_691e-3, 5.550_558_5e-2, 0.240_222_83, LN_2, 1.0];
+    let least = simd.splat_f32s(-126.0);
+    let x = simd.select_f32s(simd.less_than_f32s(x, least), least, x);
+    let shifted = simd.add_f32s(x, simd.splat_f32s(ROUND));
+    let rest = simd.sub_f32s(x, simd.sub_f32s(shifted, simd.splat_f32s(ROUND)));
+    let mut power = simd.splat_f32s(POLYNOMIAL[0]);
+    for c in &POLYNOMIAL[1..] {
+        power = simd.mul_add_f32s(power, rest, simd.splat_f32s(*c));
+    }
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(power), exponent))
 }
 
 /// x * sigmoid(x).
@@ -131,18 +152,6 @@ pub(crate) fn sum(values: &[f32], map: impl Fn(f32) -> f32) -> f32 {
         *lane += map(v);
     }
     fold(lanes, |a, b| a + b)
-}
-
-/// Largest value of a slice whose length is a multiple of sixteen.
-#[inline(always)]
-pub(crate) fn max(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for chunk in values.as_chunks::<16>().0 {
-        for (lane, &v) in lanes.iter_mut().zip(chunk) {
-            *lane = if v > *lane { v } else { *lane };
-        }
-    }
-    fold(lanes, |a, b| if a > b { a } else { b })
 }
 
 /// Reduces sixteen lanes pairwise; the fixed loops become shuffles.

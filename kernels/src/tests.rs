@@ -7,6 +7,7 @@
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Result, Tensor};
+use pulp::Simd;
 
 use super::*;
 
@@ -73,6 +74,23 @@ fn bits(t: &Tensor) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
+fn exp2(x: &[f32]) -> Vec<f32> {
+    struct Powers<'a>(&'a [f32]);
+    impl math::Kernel for Powers<'_> {
+        type Output = Vec<f32>;
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Vec<f32> {
+            let mut powers = self.0.to_vec();
+            for values in powers.chunks_mut(S::F32_LANES) {
+                let power = math::exp2(simd, simd.partial_load_f32s(values));
+                simd.partial_store_f32s(values, power);
+            }
+            powers
+        }
+    }
+    math::dispatch(Powers(x))
+}
+
 #[test]
 fn elementary_functions_are_accurate() {
     for i in -8700..=8800 {
@@ -80,6 +98,12 @@ fn elementary_functions_are_accurate() {
         let expected = f64::from(x).exp();
         assert!((f64::from(math::exp(x)) / expected - 1.0).abs() < 2e-7, "exp({x})");
     }
+    let powers: Vec<f32> = (0..=126_000).map(|i| i as f32 / -1000.0).collect();
+    for (&x, power) in powers.iter().zip(exp2(&powers)) {
+        assert!((f64::from(power) / f64::from(x).exp2() - 1.0).abs() < 2e-7, "2^{x}: {power}");
+    }
+    assert_eq!(exp2(&[0.0, -1.0, -126.0]), [1.0, 0.5, f32::MIN_POSITIVE]);
+    assert!(exp2(&[f32::NEG_INFINITY])[0] <= f32::MIN_POSITIVE && exp2(&[f32::NAN])[0].is_nan());
     let gaussian = |x: f64| (-x * x).exp() * std::f64::consts::FRAC_2_SQRT_PI;
     let (mut integral, steps) = (0.0, 2000);
     for i in 0..5 * steps {
@@ -200,6 +224,8 @@ fn attention_matches_plain() {
         (2, 80, 9, 16),
         (1, 160, 5, 31),
         (3, 5, 90, 100),
+        (1, 40, 50, 400),
+        (2, 8, 300, 129),
     ]
     .into_iter()
     .enumerate()

@@ -1,0 +1,300 @@
+//! Attention of one head on the CPU, block of keys by block of keys.
+//!
+//! The softmax is online (Milakov & Gimelshein, 2018), the order of the loops FlashAttention's (Dao et al., 2022): a
+//! panel of queries meets all keys while a running maximum, the sum of exponentials and the weighted values stay with it,
+//! so what is kept does not grow with the sequence. A panel's queries lie side by side in the lanes of its vectors: both
+//! products and the softmax between them then use whole vectors however narrow a head is, and every query sees its keys
+//! in the same order on every machine.
+
+use pulp::Simd;
+
+use super::gemm::{multiply, panels};
+use super::math::{Kernel, exp2, outline};
+
+/// Keys scored at once: their scores for the widest panel take three quarters of a first-level cache.
+const BLOCK_KEYS: usize = 128;
+/// Floats in the widest panel's row: three vectors of AVX-512.
+const WIDEST: usize = 48;
+
+/// How one sequence's keys and values are packed: per head the keys `[len, dim]`, then the values, block of keys by block
+/// of keys, `[dim, keys]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    pub(crate) heads: usize,
+    /// Width of a head.
+    pub(crate) dim: usize,
+    /// Keys.
+    pub(crate) len: usize,
+}
+
+impl Plan {
+    fn head_len(self) -> usize {
+        2 * self.len * self.dim
+    }
+
+    /// Values a packed sequence takes.
+    pub(crate) fn sequence_len(self) -> usize {
+        self.heads * self.head_len()
+    }
+}
+
+/// Packs one sequence whose positions are `stride` values apart.
+pub(crate) struct Pack<'a> {
+    pub(crate) plan: Plan,
+    pub(crate) keys: &'a [f32],
+    pub(crate) values: &'a [f32],
+    pub(crate) stride: usize,
+    /// `plan.sequence_len()` values.
+    pub(crate) packed: &'a mut [f32],
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let Plan { dim, len, .. } = self.plan;
+        for (h, head) in self.packed.chunks_exact_mut(self.plan.head_len().max(1)).enumerate() {
+            let (keys, values) = head.split_at_mut(len * dim);
+            for (position, key) in keys.chunks_exact_mut(dim).enumerate() {
+                key.copy_from_slice(&self.keys[position * self.stride + h * dim..][..dim]);
+            }
+            for (i, block) in values.chunks_mut(BLOCK_KEYS * dim).enumerate() {
+                let from = &self.values[i * BLOCK_KEYS * self.stride + h * dim..];
+                let count = block.len() / dim;
+                transpose(from, self.stride, [count, dim], block, count);
+            }
+        }
+    }
+}
+
+/// Buffers of one operation, reused from panel to panel.
+pub(crate) struct Scratch {
+    /// A panel's queries, `[dim, panel]`.
+    queries: Vec<f32>,
+    /// Scores of a block of keys, then their exponentials, `[keys, panel]`.
+    scores: Vec<f32>,
+    /// Sums of weighted values, `[dim, panel]`.
+    sums: Vec<f32>,
+}
+
+impl Scratch {
+    pub(crate) fn new(plan: Plan) -> Self {
+        let scores = vec![0.0; BLOCK_KEYS.min(plan.len) * WIDEST];
+        Self { queries: vec![0.0; plan.dim * WIDEST], scores, sums: vec![0.0; plan.dim * WIDEST] }
+    }
+}
+
+/// All heads of one image's queries, against each of some packed sequences.
+pub(crate) struct Attend<'a> {
+    pub(crate) plan: Plan,
+    /// Queries `[queries, heads * dim]`, positions `stride` values apart.
+    pub(crate) q: &'a [f32],
+    pub(crate) queries: usize,
+    pub(crate) stride: usize,
+    /// Query `i` sees keys `0..=i` only.
+    pub(crate) causal: bool,
+    /// The packed sequences.
+    pub(crate) sequences: &'a [&'a [f32]],
+    pub(crate) scratch: &'a mut Scratch,
+    /// `[sequences, queries, heads * dim]`.
+    pub(crate) out: &'a mut [f32],
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Plan { heads, dim, .. } = self.plan;
+        let channels = heads * dim;
+        let scale = std::f32::consts::LOG2_E / (dim as f32).sqrt();
+        for (first, vectors) in panels(self.queries.div_ceil(S::F32_LANES)) {
+            let (first, width) = (first * S::F32_LANES, vectors * S::F32_LANES);
+            let used = width.min(self.queries - first);
+            for h in 0..heads {
+                let q = &mut self.scratch.queries[..dim * width];
+                if used < width {
+                    q.fill(0.0);
+                }
+                transpose(&self.q[first * self.stride + h * dim..], self.stride, [used, dim], q, width);
+                q.iter_mut().for_each(|q| *q *= scale);
+                for (i, sequence) in self.sequences.iter().enumerate() {
+                    let head = &sequence[h * self.plan.head_len()..][..self.plan.head_len()];
+                    let causal = self.causal.then_some(first);
+                    let panel = Panel { plan: self.plan, head, causal, scratch: &mut *self.scratch };
+                    match vectors {
+                        1 => outline(simd, Vectors::<1>(panel)),
+                        2 => outline(simd, Vectors::<2>(panel)),
+                        _ => outline(simd, Vectors::<3>(panel)),
+                    }
+                    let out = &mut self.out[(i * self.queries + first) * channels + h * dim..];
+                    transpose(&self.scratch.sums, width, [dim, used], out, channels);
+                }
+            }
+        }
+    }
+}
+
+/// One panel of queries against one head of one sequence; leaves the attended values in `scratch.sums`.
+struct Panel<'a> {
+    plan: Plan,
+    head: &'a [f32],
+    /// The panel's first query, if later keys are hidden.
+    causal: Option<usize>,
+    scratch: &'a mut Scratch,
+}
+
+/// A panel of `NV` vectors.
+struct Vectors<'a, const NV: usize>(Panel<'a>);
+
+impl<const NV: usize> Kernel for Vectors<'_, NV> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Panel { plan: Plan { dim, len, .. }, head, causal, scratch } = self.0;
+        let width = NV * S::F32_LANES;
+        let (keys, values) = head.split_at(len * dim);
+        let queries = &scratch.queries[..dim * width];
+        let sums = &mut scratch.sums[..dim * width];
+        let mut largest = [simd.splat_f32s(f32::NEG_INFINITY); NV];
+        let mut total = [simd.splat_f32s(0.0); NV];
+        for first in (0..len).step_by(BLOCK_KEYS) {
+            let count = BLOCK_KEYS.min(len - first);
+            let scores = &mut scratch.scores[..count * width];
+            let a = &keys[first * dim..];
+            outline(simd, Product::<NV> { a, rows: count, inner: dim, b: queries, add: false, out: scores });
+            if let Some(query) = causal {
+                hide(scores, width, first, query);
+            }
+
+            let before = largest;
+            for row in vectors::<S, NV>(scores) {
+                for v in 0..NV {
+                    largest[v] = simd.max_f32s(largest[v], row[v]);
+                }
+            }
+            if first > 0 {
+                let mut factor = before;
+                for v in 0..NV {
+                    factor[v] = exp2(simd, simd.sub_f32s(before[v], largest[v]));
+                    total[v] = simd.mul_f32s(total[v], factor[v]);
+                }
+                scale(simd, sums, factor);
+            }
+            for row in vectors_mut::<S, NV>(scores) {
+                for v in 0..NV {
+                    row[v] = exp2(simd, simd.sub_f32s(row[v], largest[v]));
+                    total[v] = simd.add_f32s(total[v], row[v]);
+                }
+            }
+            let a = &values[first * dim..];
+            outline(simd, Product::<NV> { a, rows: dim, inner: count, b: scores, add: first > 0, out: sums });
+        }
+        let mut inverse = total;
+        for v in 0..NV {
+            inverse[v] = simd.div_f32s(simd.splat_f32s(1.0), total[v]);
+        }
+        scale(simd, sums, inverse);
+    }
+}
+
+/// The scores of keys after a query, which are hidden from it: key `first` is the block's first, `query` the panel's.
+fn hide(scores: &mut [f32], width: usize, first: usize, query: usize) {
+    for (j, row) in scores.chunks_exact_mut(width).enumerate() {
+        let hidden = (first + j).saturating_sub(query).min(width);
+        row[..hidden].fill(f32::NEG_INFINITY);
+    }
+}
+
+#[inline(always)]
+fn vectors<S: Simd, const NV: usize>(rows: &[f32]) -> &[[S::f32s; NV]] {
+    S::as_simd_f32s(rows).0.as_chunks::<NV>().0
+}
+
+#[inline(always)]
+fn vectors_mut<S: Simd, const NV: usize>(rows: &mut [f32]) -> &mut [[S::f32s; NV]] {
+    S::as_mut_simd_f32s(rows).0.as_chunks_mut::<NV>().0
+}
+
+#[inline(always)]
+fn scale<S: Simd, const NV: usize>(simd: S, rows: &mut [f32], factor: [S::f32s; NV]) {
+    for row in vectors_mut::<S, NV>(rows) {
+        for v in 0..NV {
+            row[v] = simd.mul_f32s(row[v], factor[v]);
+        }
+    }
+}
+
+/// `out[m] = sum_k a[m, k] b[k]`, a function of its own so that it has all registers to itself.
+struct Product<'a, const NV: usize> {
+    /// `rows` rows of `inner` values.
+    a: &'a [f32],
+    rows: usize,
+    inner: usize,
+    /// `inner` rows of `NV` vectors.
+    b: &'a [f32],
+    /// Whether the result is added to what `out` holds.
+    add: bool,
+    /// `rows` rows of `NV` vectors.
+    out: &'a mut [f32],
+}
+
+impl<const NV: usize> Kernel for Product<'_, NV> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let mut m = 0;
+        if S::F32_LANES >= 16 {
+            m = self.tiles::<S, 8>(simd, m);
+        }
+        m = self.tiles::<S, 4>(simd, m);
+        self.tiles::<S, 1>(simd, m);
+    }
+}
+
+impl<const NV: usize> Product<'_, NV> {
+    /// Whole tiles of `MR` rows from row `m` on; returns the first row not done.
+    #[inline(always)]
+    fn tiles<S: Simd, const MR: usize>(&mut self, simd: S, mut m: usize) -> usize {
+        while m + MR <= self.rows {
+            let mut rows = [&self.a[..0]; MR];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = &self.a[(m + r) * self.inner..][..self.inner];
+            }
+            if let Some(out) = vectors_mut::<S, NV>(self.out)[m..].first_chunk_mut::<MR>() {
+                let mut sums = if self.add { *out } else { [[simd.splat_f32s(0.0); NV]; MR] };
+                multiply(simd, &mut sums, &rows, self.b, self.inner);
+                *out = sums;
+            }
+            m += MR;
+        }
+        m
+    }
+}
+
+/// `to[c, r] = from[r, c]` for `r < rows`, `c < columns`; rows of `from` and `to` are their strides apart.
+#[inline(always)]
+fn transpose(from: &[f32], stride: usize, [rows, columns]: [usize; 2], to: &mut [f32], to_stride: usize) {
+    const SIDE: usize = 4;
+    let (whole_rows, whole_columns) = (rows / SIDE * SIDE, columns / SIDE * SIDE);
+    for r in (0..whole_rows).step_by(SIDE) {
+        for c in (0..whole_columns).step_by(SIDE) {
+            let mut square = [[0.0; SIDE]; SIDE];
+            for (i, line) in square.iter_mut().enumerate() {
+                line.copy_from_slice(&from[(r + i) * stride + c..][..SIDE]);
+            }
+            for j in 0..SIDE {
+                let line: [f32; SIDE] = std::array::from_fn(|i| square[i][j]);
+                to[(c + j) * to_stride + r..][..SIDE].copy_from_slice(&line);
+            }
+        }
+    }
+    for r in 0..rows {
+        for c in if r < whole_rows { whole_columns } else { 0 }..columns {
+            to[c * to_stride + r] = from[r * stride + c];
+        }
+    }
+}
