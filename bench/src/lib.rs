@@ -1,4 +1,5 @@
-//! Measures the parts of the system: [`engine`] a worker's network, beside PyTorch's, and the rest the real coordinator, a process of its own, over a generated dataset, from outside and by what it answers to
+//! Measures the parts of the system: [`engine`] a worker's network, beside PyTorch's, [`policy`] what policies make of known
+//! errors, and the rest the real coordinator, a process of its own, over a generated dataset, from outside and by what it answers to
 //! thousands of simulated workers.
 //!
 //! [`stage`] makes what a job needs and is never counted, [`process`] starts, watches and kills the coordinator, [`oracle`]
@@ -7,6 +8,7 @@
 
 pub mod engine;
 pub mod oracle;
+pub mod policy;
 pub mod process;
 pub mod report;
 mod run;
@@ -79,6 +81,30 @@ pub enum BenchError {
         python: PathBuf,
         /// Why not.
         why: String,
+    },
+    /// An output that can't be read.
+    #[error(transparent)]
+    Output(#[from] elbo_common::output::OutputError),
+    /// A `job.json` that can't be read.
+    #[error(transparent)]
+    Record(#[from] elbo_common::record::RecordError),
+    /// An output without the errors of an exhaustive job.
+    #[error("{location} can't be replayed: {problem}")]
+    NoErrors {
+        /// The output.
+        location: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A policy that looks at more slots than there are.
+    #[error(
+        "a policy looks at {needed} slots and {recorded} are recorded: run the exhaustive job with more --samples, or replay a shorter schedule"
+    )]
+    TooFewSlots {
+        /// What it looks at.
+        needed: usize,
+        /// What there is.
+        recorded: usize,
     },
     /// The schedule does not fit the classes.
     #[error(transparent)]

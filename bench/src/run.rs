@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use elbo_common::ensemble::Contenders;
 use elbo_common::job::DEFAULT_SHARD_SIZE;
-use elbo_common::policy::costs;
+use elbo_common::policy::Course;
 use elbo_common::predictions::decode_predictions;
 use elbo_common::preset::Preset;
 use elbo_proto::v1;
@@ -292,8 +292,8 @@ impl Bench<'_> {
 /// Evaluations of an image.
 pub(crate) fn planned(preset: Preset, classes: u32) -> Result<u64, BenchError> {
     let contenders = Contenders::prompts(classes as usize);
-    let rounds = preset.policy().rounds(TIMESTEPS, Some(&contenders))?;
-    Ok(costs(&rounds, &contenders).iter().map(|cost| cost.evaluations).sum())
+    let course = Course::new(&preset.policy(), None, TIMESTEPS, Some(&contenders))?;
+    Ok(course.costs(&contenders).iter().map(|cost| cost.evaluations).sum())
 }
 
 async fn status(address: &str) -> Result<v1::StatusReply, BenchError> {

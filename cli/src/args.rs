@@ -312,6 +312,8 @@ pub(crate) enum BenchCommand {
     Coordinator(BenchCoordinatorArgs),
     /// A worker's network: evaluations per second, share of the device's matrix products, where the time goes, beside PyTorch
     Engine(BenchEngineArgs),
+    /// What policies make of the errors of an exhaustive job, or of drawn ones: accuracy, evaluations, agreement
+    Policy(BenchPolicyArgs),
     /// How a job's time falls with the number of simulated workers, and what deaths of workers and coordinator cost
     Scaling(BenchScalingArgs),
 }
@@ -352,6 +354,50 @@ pub(crate) struct BenchEngineArgs {
     /// Measure PyTorch and diffusers too, with this Python, which has tests/peer/requirements.txt installed
     #[arg(long, value_name = "PYTHON")]
     pub(crate) peer: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `elbo bench policy`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchPolicyArgs {
+    /// Output of a job with --policy exhaustive --samples N --write-errors
+    #[arg(required_unless_present = "synthetic")]
+    pub(crate) out: Option<String>,
+    /// Draw the errors of so many classes instead
+    #[arg(long, value_name = "CLASSES", conflicts_with = "out")]
+    pub(crate) synthetic: Option<NonZeroUsize>,
+    /// Images to draw
+    #[arg(long, requires = "synthetic", default_value = "200")]
+    pub(crate) images: NonZeroUsize,
+    /// Contenders that stay after each stage of the reference
+    #[arg(long, value_delimiter = ',', default_value = "5,1", conflicts_with = "preset")]
+    pub(crate) keep: Vec<u32>,
+    /// Timesteps by the end of each stage of the reference
+    #[arg(long, value_delimiter = ',', default_value = "20,100", conflicts_with = "preset")]
+    pub(crate) samples: Vec<u32>,
+    /// A published schedule as the reference [default with --synthetic: imagenet]
+    #[arg(long)]
+    pub(crate) preset: Option<Preset>,
+    /// Levels of races
+    #[arg(long, value_delimiter = ',', default_value = "0.05,0.1,0.02,0.01")]
+    pub(crate) risk: Vec<f64>,
+    /// Slots of a race at most
+    #[arg(long, default_value = "250")]
+    pub(crate) max_slots: u32,
+    /// Images a pilot learns from which timesteps to look at, chosen by the seed; 0 for no pilot
+    #[arg(long, default_value = "200")]
+    pub(crate) pilot: usize,
+    /// Seed of the choice, and of drawn errors
+    #[arg(long, default_value = "0")]
+    pub(crate) seed: u64,
+    /// Write what the pilot found, for --timesteps-from
+    #[arg(long, value_name = "FILE")]
+    pub(crate) timesteps_to: Option<PathBuf>,
+    /// Write the table as CSV
+    #[arg(long, value_name = "FILE")]
+    pub(crate) csv: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

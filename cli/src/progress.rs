@@ -35,7 +35,8 @@ pub(crate) async fn show(mode: ProgressMode, progress: watch::Receiver<Progress>
 }
 
 async fn bar(mut progress: watch::Receiver<Progress>) {
-    let bar = ProgressBar::new(1);
+    const STEPS: u64 = 10_000;
+    let bar = ProgressBar::new(STEPS);
     // The template is a constant: were it wrong, the default style would do.
     if let Ok(style) = ProgressStyle::with_template("{bar:30.cyan/dim} {percent:>3}%  {msg}") {
         bar.set_style(style.progress_chars("━╸─"));
@@ -43,8 +44,7 @@ async fn bar(mut progress: watch::Receiver<Progress>) {
     let _cleared = Cleared(bar.clone());
     loop {
         let now = progress.borrow_and_update().clone();
-        bar.set_length(now.evaluations_total.max(1));
-        bar.set_position(now.evaluations + now.unreported);
+        bar.set_position((now.share() * STEPS as f64) as u64);
         bar.set_message(message(&now));
         if progress.changed().await.is_err() {
             return;
@@ -94,8 +94,7 @@ fn message(now: &Progress) -> String {
 }
 
 fn plain(now: &Progress) -> String {
-    let share = 100.0 * (now.evaluations + now.unreported) as f64 / now.evaluations_total.max(1) as f64;
-    format!("{share:.1}%: {}", message(now))
+    format!("{:.1}%: {}", 100.0 * now.share(), message(now))
 }
 
 fn json(now: &Progress) -> String {

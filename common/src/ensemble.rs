@@ -54,6 +54,8 @@ impl fmt::Display for PromptEnsemble {
 pub struct Contenders {
     /// The contender of every prompt; contenders are numbered in the order of their first prompts.
     of_prompt: Vec<u32>,
+    /// The class of every prompt, by number.
+    class_of_prompt: Vec<u32>,
     count: usize,
     ensemble: PromptEnsemble,
 }
@@ -61,21 +63,29 @@ pub struct Contenders {
 impl Contenders {
     /// So many prompts, each for itself.
     pub fn prompts(count: usize) -> Self {
-        Self { of_prompt: (0..count as u32).collect(), count, ensemble: PromptEnsemble::Max }
+        let each: Vec<u32> = (0..count as u32).collect();
+        Self { of_prompt: each.clone(), class_of_prompt: each, count, ensemble: PromptEnsemble::Max }
     }
 
     /// The contenders among a job's classes.
     pub fn of_classes(classes: &Classes, ensemble: PromptEnsemble) -> Self {
-        if ensemble == PromptEnsemble::Max {
-            return Self::prompts(classes.prompts.len());
-        }
         let mut numbers: BTreeMap<ClassIndex, u32> = BTreeMap::new();
         let mut number = |class| {
             let next = numbers.len() as u32;
             *numbers.entry(class).or_insert(next)
         };
-        let of_prompt = classes.prompts.iter().map(|prompt| number(prompt.class)).collect();
-        Self { of_prompt, count: numbers.len(), ensemble }
+        let class_of_prompt: Vec<u32> = classes.prompts.iter().map(|prompt| number(prompt.class)).collect();
+        match ensemble {
+            PromptEnsemble::Max => Self { class_of_prompt, ..Self::prompts(classes.prompts.len()) },
+            PromptEnsemble::Mean => {
+                Self { of_prompt: class_of_prompt.clone(), class_of_prompt, count: numbers.len(), ensemble }
+            }
+        }
+    }
+
+    /// Whether some prompts are of more than one class.
+    pub fn are_rivals(&self, prompts: &[PromptIndex]) -> bool {
+        prompts.windows(2).any(|pair| self.class_of_prompt[pair[0].at()] != self.class_of_prompt[pair[1].at()])
     }
 
     /// How many contenders there are.

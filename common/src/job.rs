@@ -5,11 +5,12 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::audit::Audit;
 use crate::class::Classes;
 use crate::ensemble::{Contenders, PromptEnsemble};
 use crate::loss::Loss;
 use crate::noise::NoiseScope;
-use crate::policy::{Policy, PolicyError, RoundSlots, ScoredBy, Slot};
+use crate::policy::{Course, Policy, PolicyError};
 
 /// Samples in a shard unless the job says otherwise.
 pub const DEFAULT_SHARD_SIZE: u32 = 1000;
@@ -96,29 +97,6 @@ impl FromStr for Shortlist {
     }
 }
 
-/// The rounds of a policy, after one in which a shortlist is made.
-pub fn rounds(
-    policy: &Policy,
-    shortlist: Option<&Shortlist>,
-    timesteps: u32,
-    contenders: Option<&Contenders>,
-) -> Result<Vec<RoundSlots>, PolicyError> {
-    let mut rounds = policy.rounds(timesteps, contenders)?;
-    if let (Some(Shortlist { keep, .. }), Some(contenders)) = (shortlist, contenders) {
-        let (count, noun) = (contenders.len(), contenders.noun());
-        let first = match policy {
-            Policy::Reference { stages, .. } => stages.first().map_or(1, |stage| stage.keep),
-            Policy::Exhaustive { .. } => 1,
-        };
-        if *keep as usize >= count || *keep < first {
-            return Err(PolicyError::Shortlist { keep: *keep, count, noun, first });
-        }
-        let slots = vec![Slot { timestep: 0, noise: 0 }];
-        rounds.insert(0, RoundSlots { slots, keep: *keep, scored_by: ScoredBy::Shortlist });
-    }
-    Ok(rounds)
-}
-
 /// The whole specification of a job.
 ///
 /// Paths (`images`, `model`, `lora`, `noise`) say where things were found; what they hold enters the fingerprint by content. How
@@ -149,6 +127,9 @@ pub struct JobSpec {
     pub shortlist: Option<Shortlist>,
     /// Rounds and eliminations.
     pub policy: Policy,
+    /// Which samples another policy also scores, for comparison.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<Audit>,
     /// The error of an evaluation.
     pub loss: Loss,
     /// Element type of the network.
@@ -183,8 +164,19 @@ impl JobSpec {
         self.candidates.is_none().then(|| Contenders::of_classes(&self.classes, self.prompt_ensemble))
     }
 
-    /// The rounds of every sample, for a model with `timesteps` training timesteps.
-    pub fn rounds(&self, timesteps: u32) -> Result<Vec<RoundSlots>, PolicyError> {
-        rounds(&self.policy, self.shortlist.as_ref(), timesteps, self.contenders().as_ref())
+    /// The course of every sample, for a model with `timesteps` training timesteps.
+    pub fn course(&self, timesteps: u32) -> Result<Course, PolicyError> {
+        let shortlist = self.shortlist.as_ref().map(|shortlist| shortlist.keep);
+        let contenders = self.contenders();
+        let course = Course::new(&self.policy, shortlist, timesteps, contenders.as_ref())?;
+        match &self.audit {
+            Some(audit) => course.with_audit(&audit.policy, timesteps, contenders.as_ref()),
+            None => Ok(course),
+        }
+    }
+
+    /// Whether workers report every single error, and not sums alone.
+    pub fn reports_errors(&self) -> bool {
+        self.write_errors || matches!(self.policy, Policy::Race { .. })
     }
 }

@@ -12,6 +12,8 @@ pub const MANIFEST: &str = "manifest";
 pub const PREDICTIONS: &str = "predictions";
 /// Directory of single evaluations' errors (`--write-errors`).
 pub const ERRORS: &str = "errors";
+/// Directory of audited samples (`--audit`).
+pub const AUDIT: &str = "audit";
 /// Directory of quarantined samples.
 pub const QUARANTINE: &str = "quarantine";
 /// Directory of the objects a store is tried out with before a job starts; there is nothing in it afterwards.
@@ -27,6 +29,11 @@ pub fn predictions(shard: ShardId) -> Path {
 /// The errors of a shard.
 pub fn errors(shard: ShardId) -> Path {
     shard_file(ERRORS, shard)
+}
+
+/// The audited samples of a shard.
+pub fn audit(shard: ShardId) -> Path {
+    shard_file(AUDIT, shard)
 }
 
 /// The quarantined samples of a shard.

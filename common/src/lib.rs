@@ -7,12 +7,14 @@
 //! from and written to object storage.
 
 pub mod activity;
+pub mod audit;
 pub mod class;
 pub mod dataset;
 pub mod ensemble;
 pub mod export;
 pub mod fingerprint;
 pub mod ids;
+pub mod interval;
 pub mod job;
 pub mod layout;
 pub mod loss;

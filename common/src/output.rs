@@ -10,11 +10,12 @@ use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
 use object_store::path::Path;
 
+use crate::audit::Audited;
 use crate::ids::ShardId;
 use crate::layout;
 use crate::manifest::{Manifest, ManifestError, Sample};
 use crate::parquet_file::ParquetFile;
-use crate::predictions::{Judgement, Named, Prediction, Quarantined, Tally};
+use crate::predictions::{ErrorRow, Judgement, Named, Prediction, Quarantined, Tally};
 use crate::store::{Store, StoreError};
 use crate::table::{self, ReadError, TableError, View};
 
@@ -54,7 +55,7 @@ impl Output {
 
     /// How many predictions files there are.
     pub async fn shards(&self) -> Result<u64, OutputError> {
-        Ok(self.files().await?.len() as u64)
+        Ok(self.files(layout::PREDICTIONS).await?.len() as u64)
     }
 
     /// Every row's status and evaluations.
@@ -75,6 +76,16 @@ impl Output {
     /// Every row.
     pub fn predictions(&self) -> impl Stream<Item = Result<Prediction, OutputError>> + Send {
         self.all()
+    }
+
+    /// Every audited sample, where a job audits.
+    pub fn audited(&self) -> impl Stream<Item = Result<Audited, OutputError>> + Send {
+        self.all_in(layout::AUDIT)
+    }
+
+    /// Every single error, where the job writes them.
+    pub fn errors(&self) -> impl Stream<Item = Result<ErrorRow, OutputError>> + Send {
+        self.all_in(layout::ERRORS)
     }
 
     /// Every sample of the manifest, with its prediction if there is one yet; for jobs whose samples bring what their scores
@@ -123,9 +134,17 @@ impl Output {
 
     /// The rows of all predictions files.
     fn all<V: View + Send + 'static>(&self) -> impl Stream<Item = Result<V, OutputError>> + Send + use<V> {
+        self.all_in(layout::PREDICTIONS)
+    }
+
+    /// The rows of all files in a directory.
+    fn all_in<V: View + Send + 'static>(
+        &self,
+        directory: &'static str,
+    ) -> impl Stream<Item = Result<V, OutputError>> + Send + use<V> {
         let output = self.clone();
         let listed = async move {
-            let files = output.files().await?;
+            let files = output.files(directory).await?;
             let open = move |file: ObjectMeta| {
                 let output = output.clone();
                 let table = ParquetFile::new(&output.store, file.location.clone(), file.size);
@@ -157,9 +176,9 @@ impl Output {
         Ok(rows.map_err(move |error| unread(&path, error)))
     }
 
-    /// The predictions files in the order of their shards.
-    async fn files(&self) -> Result<Vec<ObjectMeta>, OutputError> {
-        let directory = Path::from(layout::PREDICTIONS);
+    /// The files of a directory in the order of their shards.
+    async fn files(&self, directory: &str) -> Result<Vec<ObjectMeta>, OutputError> {
+        let directory = Path::from(directory);
         let listed = self.store.inner().list(Some(&directory)).try_collect::<Vec<_>>().await;
         let mut files =
             listed.map_err(|source| StoreError::Object { action: "listing", path: directory.to_string(), source })?;

@@ -244,7 +244,7 @@ impl Row for Prediction {
     }
 }
 
-fn text(column: &StringArray, row: usize) -> Option<String> {
+pub(crate) fn text(column: &StringArray, row: usize) -> Option<String> {
     column.is_valid(row).then(|| column.value(row).to_owned())
 }
 

@@ -142,6 +142,7 @@ mod tests {
             image_column: None,
             shortlist: None,
             policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
+            audit: None,
             loss: Loss::Huber,
             dtype: ModelDtype::F32,
             size: None,

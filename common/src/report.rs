@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::audit::{AuditBuilder, AuditReport, Audited};
 use crate::class::Classes;
 use crate::ensemble::PromptEnsemble;
 use crate::ids::ClassIndex;
@@ -46,6 +47,9 @@ pub struct Report {
     pub evaluations_recomputed: u64,
     /// Evaluations computed by two workers at once.
     pub evaluations_duplicated: u64,
+    /// What a comparison with the reference policy found, where samples were audited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
     /// How the prompts of a class make its score.
     pub prompt_ensemble: PromptEnsemble,
     /// Text, image and group score, where images with their own captions come in pairs.
@@ -105,13 +109,21 @@ pub struct ReportBuilder {
     confusion: Confusion,
     uncertain: Vec<Uncertain>,
     reasons: Reasons,
+    audit: AuditBuilder,
 }
 
 impl ReportBuilder {
     /// A report of predictions among `classes`, none of which are given where every sample brings its own captions; of the
     /// scores a job may have kept the best `top_k`.
     pub fn new(classes: &Classes, prompt_ensemble: PromptEnsemble, top_k: Option<u32>) -> Self {
-        Self { classes: classes.clone(), prompt_ensemble, top_k, confusion: Confusion::new(classes), ..Self::default() }
+        Self {
+            classes: classes.clone(),
+            prompt_ensemble,
+            top_k,
+            confusion: Confusion::new(classes),
+            audit: AuditBuilder::new(classes),
+            ..Self::default()
+        }
     }
 
     /// Takes a prediction in.
@@ -132,6 +144,11 @@ impl ReportBuilder {
             self.count(&prediction.into(), truth);
         }
         self.pairs.add(sample, prediction);
+    }
+
+    /// Takes an audited sample in.
+    pub fn add_audited(&mut self, row: &Audited) {
+        self.audit.add(row);
     }
 
     fn count(&mut self, row: &Judgement, truth: Option<ClassIndex>) {
@@ -181,6 +198,7 @@ impl ReportBuilder {
             evaluations: self.evaluations,
             evaluations_recomputed: totals.map_or(0, |totals| totals.evaluations_recomputed),
             evaluations_duplicated: totals.map_or(0, |totals| totals.evaluations_duplicated),
+            audit: self.audit.finish(),
             prompt_ensemble: self.prompt_ensemble,
             pairs: self.pairs.finish(),
             confusion: self.confusion,
@@ -246,6 +264,9 @@ impl fmt::Display for Report {
             writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?;
         }
         self.accuracy(f)?;
+        if let Some(audit) = &self.audit {
+            write!(f, "\n{audit}")?;
+        }
         if let Some(pairs) = &self.pairs {
             write!(f, "\n{pairs}")?;
         }

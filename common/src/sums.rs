@@ -18,6 +18,13 @@ pub struct Sums {
 }
 
 impl Sums {
+    /// The sums of some errors, added in order.
+    pub fn of(errors: &[f32]) -> Self {
+        let mut sums = Self::default();
+        errors.iter().for_each(|error| sums.add(*error));
+        sums
+    }
+
     /// Adds one evaluation's error.
     pub fn add(&mut self, error: f32) {
         let error = f64::from(error);

@@ -95,7 +95,7 @@ fn run(index: u16, length: usize, total: usize) -> Range<usize> {
 pub struct Unit {
     /// Its name.
     pub id: UnitId,
-    /// Positions of its slots in the round.
+    /// Positions of its slots among the job's.
     pub slots: Range<usize>,
     /// Its prompts.
     pub prompts: Vec<PromptIndex>,

@@ -6,12 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use elbo_common::audit::{self, Audited};
 use elbo_common::class::Classes;
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{ClassIndex, Round, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::manifest::Sample;
-use elbo_common::policy::RoundSlots;
+use elbo_common::policy::Slot;
 use elbo_common::predictions::{self, ErrorRow, Labelled, Outcome as RowOutcome, Prediction, Quarantined, Score};
 use elbo_common::record::JobRecord;
 use elbo_common::store::{Store, StoreError};
@@ -37,6 +38,7 @@ pub struct Finishing {
 #[derive(Clone, Debug, Default)]
 pub struct Kept {
     rows: BTreeMap<SampleId, Prediction>,
+    audited: BTreeMap<SampleId, Audited>,
     errors: BTreeMap<SampleId, Vec<ErrorRow>>,
 }
 
@@ -59,6 +61,9 @@ impl Kept {
             let rows = predictions::decode_predictions(bytes)?;
             kept.rows = rows.into_iter().filter(|row| row.labelled().is_some()).map(|row| (row.sample, row)).collect();
         }
+        if let Some(bytes) = out.read(&layout::audit(shard)).await? {
+            kept.audited = audit::decode(bytes)?.into_iter().map(|row| (row.sample, row)).collect();
+        }
         if let Some(bytes) = out.read(&layout::errors(shard)).await? {
             for row in predictions::decode_errors(bytes)? {
                 kept.errors.entry(row.sample).or_default().push(row);
@@ -79,28 +84,33 @@ fn attempts(stage: &str) -> u32 {
 }
 
 /// The files of a finished shard, predictions last: where they are, so is all else.
-pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> Result<Vec<(Path, Bytes)>, TableError> {
+pub fn files(finishing: &Finishing, job: &JobRecord, slots: &[Slot]) -> Result<Vec<(Path, Bytes)>, TableError> {
     let spec = &job.identity.spec;
     let of_job = job_metadata(job);
     let with_classes = [&of_job[..], &score_metadata(job)[..]].concat();
     let contenders = spec.contenders();
-    let (mut rows, mut quarantined, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut rows, mut quarantined, mut errors, mut audited) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let kept = &finishing.kept;
     for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
         rows.push(match &finished.outcome {
             Outcome::Kept => {
                 errors.extend(kept.errors.get(&sample.id).into_iter().flatten().copied());
+                audited.extend(kept.audited.get(&sample.id).cloned());
                 let gone = || TableError::Rows {
                     table: "predictions",
                     problem: format!("the row of {} is gone, which was there when the shard was opened", sample.key),
                 };
                 kept.rows.get(&sample.id).cloned().ok_or_else(gone)?
             }
-            Outcome::Scored { prompts, errors: single } => {
+            Outcome::Scored { prompts, errors: single, audit } => {
                 let classes = sample.classes(&spec.classes);
                 let contenders = contenders.clone().unwrap_or_else(|| Contenders::prompts(prompts.len()));
-                errors.extend(single.iter().map(|e| error_row(sample, e, &classes, rounds)));
-                scored(sample, prompts, &classes, &contenders, spec.top_k)
+                errors.extend(single.iter().map(|e| error_row(sample, e, &classes, slots)));
+                let row = scored(sample, prompts, &classes, &contenders, spec.top_k);
+                if let (Some(audit), Some(labelled)) = (audit, row.labelled()) {
+                    audited.push(audited_row(&row, labelled, audit, &classes, &contenders));
+                }
+                row
             }
             Outcome::Quarantined(failure) => {
                 quarantined.push(quarantine_row(sample, failure));
@@ -111,6 +121,9 @@ pub fn files(finishing: &Finishing, job: &JobRecord, rounds: &[RoundSlots]) -> R
     let mut files = Vec::new();
     if spec.write_errors {
         files.push((layout::errors(finishing.shard), predictions::encode_errors(&errors, &with_classes)?));
+    }
+    if spec.audit.is_some() {
+        files.push((layout::audit(finishing.shard), audit::encode(&audited, &with_classes)?));
     }
     if !quarantined.is_empty() {
         files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &of_job)?));
@@ -169,6 +182,26 @@ fn scored(
     }
 }
 
+/// What the audit of a sample with this row came to.
+fn audited_row(
+    row: &Prediction,
+    labelled: &Labelled,
+    audit: &[ScoredPrompt],
+    classes: &Classes,
+    contenders: &Contenders,
+) -> Audited {
+    let best = class_scores(audit, classes, contenders).first().map_or(labelled.class, |score| score.class);
+    Audited {
+        sample: row.sample,
+        key: row.key.clone(),
+        label: row.label.clone(),
+        class: labelled.class,
+        evaluations: row.evaluations,
+        reference_class: best,
+        reference_evaluations: audit.iter().map(|p| p.sums.n).sum(),
+    }
+}
+
 /// A class scores as the best of its contenders does: as its best prompt, or as the mean of its prompts where they compete
 /// together. Best first: by the last round a class was in, then by mean error; ties by the lower prompt, as in the policy.
 fn class_scores(prompts: &[ScoredPrompt], classes: &Classes, contenders: &Contenders) -> Vec<Score> {
@@ -221,8 +254,8 @@ fn quarantine_row(sample: &Sample, failure: &SampleFailure) -> Quarantined {
     }
 }
 
-fn error_row(sample: &Sample, error: &SlotError, classes: &Classes, rounds: &[RoundSlots]) -> ErrorRow {
-    let slot = rounds[error.round.at()].slots[error.slot];
+fn error_row(sample: &Sample, error: &SlotError, classes: &Classes, slots: &[Slot]) -> ErrorRow {
+    let slot = slots[error.slot];
     ErrorRow {
         sample: sample.id,
         class: classes.class_of(error.prompt),

@@ -8,7 +8,7 @@ use elbo_common::ids::{Epoch, ShardId};
 use elbo_common::job::JobSpec;
 use elbo_common::layout;
 use elbo_common::manifest::{Manifest, ManifestError, ManifestWriter, Sample};
-use elbo_common::policy::{PolicyError, RoundSlots};
+use elbo_common::policy::{Course, PolicyError};
 use elbo_common::record::{JobRecord, JobState, ManifestRecord, RecordError, Versions};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::store::preflight::{self, PreflightError};
@@ -87,8 +87,8 @@ pub struct Job {
     pub record: JobRecord,
     /// The dataset.
     pub manifest: Manifest,
-    /// The rounds of every sample.
-    pub rounds: Vec<RoundSlots>,
+    /// The course of every sample.
+    pub course: Course,
     /// The durable state.
     pub ledger: Ledger,
     /// Shards committed already.
@@ -105,7 +105,7 @@ impl Job {
         out: Store,
         options: JobOptions,
     ) -> Result<Self, JobError> {
-        let rounds = rounds_of(&identity, model)?;
+        let course = course_of(&identity, model)?;
         preflight::check(&out).await?;
         if options.fresh {
             discard(&out).await?;
@@ -154,7 +154,7 @@ impl Job {
         let present = out.list(layout::PREDICTIONS).await?;
         let mut done = ledger.done().await?;
         done.retain(|shard, _| present.contains(&layout::predictions(*shard)));
-        let mut job = Self { out, record, manifest, rounds, ledger, done, retried: BTreeMap::new() };
+        let mut job = Self { out, record, manifest, course, ledger, done, retried: BTreeMap::new() };
         if options.retry_quarantined {
             job.retry_quarantined().await?;
         }
@@ -194,9 +194,9 @@ impl Job {
     }
 }
 
-/// The rounds of a job, from its policy and the schedule in its model's directory.
-pub fn rounds_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Vec<RoundSlots>, JobError> {
-    Ok(identity.spec.rounds(NoiseSchedule::timesteps_of_model(model)?)?)
+/// The course of a job, from its policy and the schedule in its model's directory.
+pub fn course_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Course, JobError> {
+    Ok(identity.spec.course(NoiseSchedule::timesteps_of_model(model)?)?)
 }
 
 /// Lists a job's images; labels must be classes.
@@ -262,6 +262,7 @@ async fn discard(out: &Store) -> Result<(), StoreError> {
         layout::LEDGER,
         layout::PREDICTIONS,
         layout::ERRORS,
+        layout::AUDIT,
         layout::QUARANTINE,
         layout::MANIFEST,
         "report.html",

@@ -479,4 +479,26 @@ mod tests {
         assert_eq!(third.retried().await.unwrap().into_keys().collect::<Vec<_>>(), [ShardId(7)]);
         assert!(third.begun().await.unwrap().is_empty());
     }
+
+    /// What a race's ledger keeps: single errors, since sums lose the pairs. They are smaller too, as rounds are short.
+    #[test]
+    fn the_single_errors_of_a_race_take_less_than_sums_would() {
+        use elbo_common::policy::{Course, Policy, Timesteps};
+        use prost::Message;
+        let contenders = elbo_common::ensemble::Contenders::prompts(1000);
+        let policy = Policy::race(0.02, 250, Timesteps::default()).unwrap();
+        let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
+        for (done, left) in [(0, 1000), (2, 400), (3, 100), (4, 10), (5, 4)] {
+            let prompts: Vec<_> = (0..left).map(elbo_common::ids::PromptIndex).collect();
+            let slots = course.round(Round(1), done, &contenders, &prompts).unwrap().len();
+            let id = UnitId { sample: SampleId(1), round: Round(1), slots: 0, prompts: 0 };
+            let of = |sums: usize, errors: usize| {
+                let (sum, sum_sq, errors) = (vec![0.5; sums], vec![0.25; sums], vec![0.1; errors]);
+                let prompts = prompts.iter().map(|p| p.0).collect();
+                to_wire(UnitResult { id, prompts, slots: slots as u32, sum, sum_sq, errors }).encoded_len()
+            };
+            let (errors, sums) = (of(0, slots * left as usize), of(left as usize, 0));
+            assert!(errors <= sums, "{left} prompts on {slots} slots: {errors} bytes of errors, {sums} of sums");
+        }
+    }
 }

@@ -27,8 +27,8 @@ pub struct Progress {
     /// Evaluations workers have finished and not reported yet.
     pub unreported: u64,
     /// Evaluations the job takes in all, if no further sample is given up; at most so many where classes have unequally many
-    /// prompts.
-    pub evaluations_total: u64,
+    /// prompts. Of a race it is an estimate from the samples that have ended, `None` before there are any.
+    pub evaluations_total: Option<u64>,
     /// Evaluations per second over the last half minute; `None` before there is a figure.
     pub rate: Option<f64>,
     /// The workers that are there.
@@ -40,9 +40,15 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// The part of the work that is done, in [0, 1]; 0 while nobody can tell.
+    pub fn share(&self) -> f64 {
+        let share = |total: u64| (self.evaluations + self.unreported) as f64 / total.max(1) as f64;
+        self.evaluations_total.map_or(0.0, share).min(1.0)
+    }
+
     /// The time left at the current rate.
     pub fn eta(&self) -> Option<Duration> {
-        let left = self.evaluations_total.saturating_sub(self.evaluations + self.unreported) as f64;
+        let left = self.evaluations_total?.saturating_sub(self.evaluations + self.unreported) as f64;
         let seconds = left / self.rate.filter(|r| *r > 0.0)?;
         Duration::try_from_secs_f64(seconds).ok()
     }
@@ -85,7 +91,7 @@ impl Meter {
             evaluations: totals.evaluations,
             evaluations_here: brain.merged_here(),
             unreported,
-            evaluations_total: brain.job().planned_evaluations().saturating_sub(totals.spared),
+            evaluations_total: brain.expected_evaluations(),
             rate: self.rate(now, brain.merged_here() + unreported),
             workers,
             done: brain.is_done(),
@@ -118,7 +124,7 @@ mod tests {
         let progress = Progress {
             evaluations: 50,
             unreported: 10,
-            evaluations_total: 100,
+            evaluations_total: Some(100),
             rate: Some(8.0),
             ..Progress::default()
         };

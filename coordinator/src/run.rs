@@ -9,7 +9,7 @@ use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{Epoch, ShardId};
 use elbo_common::layout;
 use elbo_common::manifest::{Manifest, ManifestError};
-use elbo_common::policy::RoundSlots;
+use elbo_common::policy::Course;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
 use elbo_common::store::{Store, StoreError};
 use elbo_common::table::TableError;
@@ -159,7 +159,7 @@ pub struct Coordinator {
     shared: Arc<Shared>,
     out: Store,
     manifest: Manifest,
-    rounds: Vec<RoundSlots>,
+    course: Arc<Course>,
     /// Shards whose quarantined samples get another try, and since which epoch.
     retried: BTreeMap<ShardId, Epoch>,
     options: Options,
@@ -169,17 +169,18 @@ pub struct Coordinator {
 impl Coordinator {
     /// A coordinator for an opened job; cancelling `stop` interrupts it.
     pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
-        let Job { out, record, manifest, rounds, ledger, done, retried } = job;
+        let Job { out, record, manifest, course, ledger, done, retried } = job;
         let spec = &record.identity.spec;
         // Where every sample brings its own captions, nothing competes in those without.
         let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
         let (captions, keep_errors) = (manifest.caption_counts(), spec.write_errors);
-        let shape = JobShape::new(rounds.clone(), contenders, captions, spec.shard_size, keep_errors);
+        let shape = JobShape::new(course.clone(), contenders, captions, spec.shard_size, keep_errors)
+            .with_audit(spec.audit.clone(), spec.seed);
         let brain = Brain::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
         shared.publish();
-        Ok(Self { shared, out, manifest, rounds, retried, options, stop })
+        Ok(Self { shared, out, manifest, course: Arc::new(course), retried, options, stop })
     }
 
     /// Follows the job's progress.
@@ -334,8 +335,8 @@ impl Coordinator {
         if self.retried.contains_key(&finishing.shard) {
             finishing.kept = Kept::read(&self.out, finishing.shard).await?;
         }
-        let (shared, rounds, shard) = (Arc::clone(&self.shared), self.rounds.clone(), finishing.shard);
-        let encode = move || commit::files(&finishing, &shared.record, &rounds);
+        let (shared, course, shard) = (Arc::clone(&self.shared), Arc::clone(&self.course), finishing.shard);
+        let encode = move || commit::files(&finishing, &shared.record, course.slots());
         let files = tokio::task::spawn_blocking(encode).await.map_err(|_| RunError::Task("encoder"))??;
         let quarantine = layout::quarantine(shard);
         if !files.iter().any(|(path, _)| *path == quarantine) {

@@ -145,11 +145,10 @@ pub(crate) fn reply(progress: &Progress, stopping: bool) -> v1::StatusReply {
 /// A page for people: how far the job called `job` is.
 pub(crate) fn page(job: &str, epoch: u64, progress: &Progress, status: &JobStatus) -> String {
     let mut body = format!("<h1>elbo: job {} is {}</h1>", escape(job), escape(&status.state));
-    let (done, total) = (progress.evaluations + progress.unreported, progress.evaluations_total.max(1));
-    let share = 100.0 * done as f64 / total as f64;
+    let share = 100.0 * progress.share();
     let left = progress.eta().map(|eta| format!(", {} left", duration(eta))).unwrap_or_default();
     // Writing to a string does not fail.
-    let _ = write!(body, "<progress max=\"{total}\" value=\"{done}\"></progress><p>{share:.1}%{left}</p>");
+    let _ = write!(body, "<progress max=\"100\" value=\"{share:.2}\"></progress><p>{share:.1}%{left}</p>");
     if let Some(stalled) = &status.stalled {
         let _ = write!(body, "<p class=\"stalled\">{}</p>", escape(stalled));
     }
@@ -159,7 +158,10 @@ pub(crate) fn page(job: &str, epoch: u64, progress: &Progress, status: &JobStatu
         ("images", format!("{} of {}", status.samples_done, status.samples)),
         ("quarantined", status.samples_quarantined.to_string()),
         ("shards", format!("{done} done, {active} active, {pending} pending")),
-        ("evaluations", format!("{} of {}", status.evaluations, progress.evaluations_total)),
+        (
+            "evaluations",
+            format!("{} of {}", status.evaluations, progress.evaluations_total.map_or("?".into(), |n| n.to_string())),
+        ),
         ("rate", format!("{:.1} evaluations/s", status.evaluations_per_second)),
         ("coordinator", format!("epoch {epoch}, elbo {}", env!("CARGO_PKG_VERSION"))),
     ] {
@@ -201,7 +203,7 @@ mod tests {
     #[test]
     fn the_page_shows_what_workers_call_themselves_as_text() {
         let evil = "<script>alert('1')</script>";
-        let progress = Progress { evaluations_total: 200, evaluations: 50, ..Progress::default() };
+        let progress = Progress { evaluations_total: Some(200), evaluations: 50, ..Progress::default() };
         let mut status = JobStatus::from(reply(&progress, false));
         status.stalled = Some("a & b".into());
         status.workers.push(Worker {

@@ -160,7 +160,7 @@ impl Telemetry {
         registry.register("samples", "Samples by state: total, done, quarantined", g.samples.clone());
         registry.register(
             "evaluations",
-            "Evaluations by state: planned in all, merged, unreported (finished by workers), ready (waiting for a worker)",
+            "Evaluations by state: planned in all (0 while unknown), merged, unreported (finished by workers), ready (waiting for a worker)",
             g.evaluations.clone(),
         );
         registry.register("evaluations_per_second", "Evaluations per second over half a minute", g.rate.clone());
@@ -239,7 +239,7 @@ impl Telemetry {
             set(&g.samples, "state", state, count);
         }
         for (state, count) in [
-            ("planned", progress.evaluations_total),
+            ("planned", progress.evaluations_total.unwrap_or(0)),
             ("merged", progress.evaluations),
             ("unreported", progress.unreported),
             ("ready", ready),

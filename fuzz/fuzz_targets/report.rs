@@ -8,7 +8,7 @@ use std::time::Duration;
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{Epoch, LeaseId, LeaseKey, SampleId, ShardId};
 use elbo_common::manifest::Sample;
-use elbo_common::policy::Policy;
+use elbo_common::policy::{Course, Policy};
 use elbo_common::unit::Unit;
 use elbo_coordinator::brain::{Brain, Checked, Heartbeat, JobShape, LeasePolicy, Record, Shard, UnitResult, Waste};
 use elbo_coordinator::intake;
@@ -23,8 +23,8 @@ const WORKERS: [&str; 2] = ["a", "b"];
 fn brain() -> Brain {
     let contenders = Contenders::prompts(3);
     let policy = Policy::reference(&[2, 1], &[2, 4], 1).expect("a policy");
-    let rounds = policy.rounds(1000, Some(&contenders)).expect("rounds");
-    let shape = JobShape::new(rounds, contenders, &[(0, SAMPLES)].into(), SAMPLES as u32, false);
+    let course = Course::new(&policy, None, 1000, Some(&contenders)).expect("a course");
+    let shape = JobShape::new(course, contenders, &[(0, SAMPLES)].into(), SAMPLES as u32, false);
     let sample = |id| Sample {
         id: SampleId(id),
         key: id.to_string(),

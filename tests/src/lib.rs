@@ -128,9 +128,9 @@ pub fn with(mut flags: Vec<String>, values: &[(&str, &str)]) -> Vec<String> {
     flags
 }
 
-/// Every file below an output's `predictions`, `errors` and `quarantine`, with its bytes.
+/// Every file of an output with rows of samples, with its bytes.
 pub fn results(out: &Path) -> Vec<(String, Vec<u8>)> {
-    ["predictions", "errors", "quarantine"]
+    ["predictions", "errors", "audit", "quarantine"]
         .iter()
         .map(|d| out.join(d))
         .filter(|d| d.is_dir())

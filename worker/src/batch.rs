@@ -11,7 +11,7 @@ use elbo_common::class::Prompt;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use elbo_common::model_source::own_cache;
-use elbo_common::policy::{RoundSlots, ScoredBy};
+use elbo_common::policy::ScoredBy;
 use elbo_common::unit::{Unit, UnitId};
 use elbo_kernels::gpu;
 
@@ -46,9 +46,8 @@ impl Problem {
         const LARGEST_BATCH: [usize; 2] = [64, 512];
         let on_gpu = !self.stages.last().is_none_or(|stage| stage.device().is_cpu());
         let largest = LARGEST_BATCH[usize::from(on_gpu)];
-        let of_model = |round: &RoundSlots| round.scored_by == ScoredBy::Model && !round.slots.is_empty();
-        let Some(round) = self.rounds.iter().position(of_model) else { return Ok(1) };
-        let (last, slots) = (self.stages.len() - 1, self.rounds[round].slots.len());
+        let (last, slots) = (self.stages.len() - 1, self.course.slots().len());
+        let round = Round(u16::from(self.course.scored_by(Round(0)) == ScoredBy::Shortlist));
         let stage = &self.stages[last];
         let conditions = match &stage.conditions {
             Some(conditions) => Arc::clone(conditions),
@@ -63,7 +62,7 @@ impl Problem {
         let latent = Arc::new(vec![0.0; stage.latent_len()]);
         let units: Vec<_> = (0..largest.div_ceil((slots * prompts.len()).max(1)) as u64)
             .map(|sample| {
-                let id = UnitId { sample: SampleId(sample), round: Round(round as u16), slots: 0, prompts: 0 };
+                let id = UnitId { sample: SampleId(sample), round, slots: 0, prompts: 0 };
                 let unit = Unit { id, slots: 0..slots, prompts: prompts.clone() };
                 UnitWork {
                     unit,

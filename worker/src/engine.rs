@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use elbo_common::ids::Round;
-use elbo_common::policy::{RoundSlots, ScoredBy, Slot};
+use elbo_common::policy::{Course, ScoredBy, Slot};
 use elbo_common::sums::Sums;
 use elbo_common::unit::Unit;
 use elbo_kernels::gpu;
@@ -33,9 +33,9 @@ pub struct Problem {
     /// The models: the job's, last, and what makes its shortlist in front of it.
     pub stages: Vec<Stage>,
     /// The slots of every round.
-    pub rounds: Vec<RoundSlots>,
-    /// Whether single errors are reported.
-    pub keep_errors: bool,
+    pub course: Course,
+    /// Whether single errors are reported, and not sums.
+    pub reports_errors: bool,
 }
 
 /// A unit with its sample's latent.
@@ -53,14 +53,14 @@ pub struct UnitWork {
     pub first_condition: u32,
 }
 
-/// The result of a finished unit: sums by prompt, and single errors where the job keeps them.
+/// The result of a finished unit: every single error where the job wants them, else their sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnitErrors {
     /// The unit.
     pub unit: Unit,
-    /// Sums by prompt, slots added in order.
+    /// Sums by prompt, slots added in order; none where there are single errors, from which they follow.
     pub sums: Vec<Sums>,
-    /// Every error, prompt by prompt.
+    /// Every error, prompt by prompt, or none.
     pub errors: Vec<f32>,
 }
 
@@ -305,7 +305,7 @@ impl Lane {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
                     metrics().computed(errors.len() as u64);
-                    block.take(&batch.evaluations, &errors, self.problem.keep_errors);
+                    block.take(&batch.evaluations, &errors, self.problem.reports_errors);
                 }
                 Err(error) => {
                     if !block.failed.swap(true, Ordering::Relaxed) {
@@ -342,7 +342,7 @@ impl Lane {
 
 impl Block {
     /// Notes a batch's errors and reports the units they complete.
-    fn take(&self, evaluations: &[Evaluation], errors: &[f32], keep_errors: bool) {
+    fn take(&self, evaluations: &[Evaluation], errors: &[f32], reports_errors: bool) {
         let mut finished = Vec::new();
         {
             let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
@@ -357,15 +357,10 @@ impl Block {
             }
         }
         for (unit, errors) in finished {
-            let sums = errors
-                .chunks(unit.slots.len().max(1))
-                .map(|of_prompt| {
-                    let mut sums = Sums::default();
-                    of_prompt.iter().for_each(|e| sums.add(*e));
-                    sums
-                })
-                .collect();
-            let errors = if keep_errors { errors } else { Vec::new() };
+            let (sums, errors) = match reports_errors {
+                true => (Vec::new(), errors),
+                false => (errors.chunks(unit.slots.len().max(1)).map(Sums::of).collect(), Vec::new()),
+            };
             let _ = self.events.send(BlockEvent::Unit(UnitErrors { unit, sums, errors }));
         }
     }
@@ -374,9 +369,9 @@ impl Block {
 impl Problem {
     /// Which of the stages scores a round.
     pub fn stage_of(&self, round: Round) -> usize {
-        match self.rounds.get(round.at()).map(|round| round.scored_by) {
-            Some(ScoredBy::Shortlist) => 0,
-            _ => self.stages.len() - 1,
+        match self.course.scored_by(round) {
+            ScoredBy::Shortlist => 0,
+            ScoredBy::Model => self.stages.len() - 1,
         }
     }
 
@@ -401,16 +396,20 @@ impl Problem {
             .iter()
             .map(|(unit, slot)| {
                 let work = &units[*unit as usize];
-                PointWork { key: &work.key, latent: &work.latent, slot: self.slot(work, *slot) }
+                Ok(PointWork { key: &work.key, latent: &work.latent, slot: self.slot(work, *slot)? })
             })
-            .collect();
+            .collect::<Result<_, ModelError>>()?;
         let Some(first) = evaluations.first() else { return Ok(Vec::new()) };
         let stage = units[first.unit as usize].stage;
         self.stages[stage].errors(&works, &conditions[stage], &pairs)
     }
 
-    fn slot(&self, work: &UnitWork, slot: u32) -> Slot {
-        self.rounds[work.unit.id.round.at()].slots[work.unit.slots.start + slot as usize]
+    /// A slot of a unit, which was checked to be of the course.
+    fn slot(&self, work: &UnitWork, slot: u32) -> Result<Slot, ModelError> {
+        let position = work.unit.slots.start + slot as usize;
+        self.course
+            .slot(work.unit.id.round, position)
+            .ok_or_else(|| ModelError::Input(format!("slot {position} is beyond the job's")))
     }
 }
 

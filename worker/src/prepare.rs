@@ -79,7 +79,7 @@ pub struct Preparer {
     pub cache: LatentCache,
     /// Reads images.
     pub reader: Reader,
-    /// The job: its rounds, its models, and its prompts or the text encoders for its samples' captions.
+    /// The job: its course, its models, and its prompts or the text encoders for its samples' captions.
     pub problem: Arc<Problem>,
     /// Samples read and encoded so far.
     pub prepared: Arc<AtomicU64>,
@@ -173,7 +173,7 @@ impl Preparer {
         let slots = unit.slot_begin as usize..unit.slot_end as usize;
         let (_, prompts) = of_sample.get(&id.sample)?;
         let fits = slots.start < slots.end
-            && slots.end <= self.problem.rounds.get(id.round.at())?.slots.len()
+            && self.problem.course.slot(id.round, slots.end - 1).is_some()
             && !unit.prompts.is_empty()
             && unit.prompts.iter().all(|&p| (p as usize) < *prompts);
         fits.then(|| Unit { id, slots, prompts: unit.prompts.into_iter().map(PromptIndex).collect() })

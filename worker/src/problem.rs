@@ -8,7 +8,7 @@ use elbo_common::job::JobSpec;
 use elbo_common::model_files::is_contrastive;
 use elbo_common::model_source::{JobModels, SourceError};
 use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
-use elbo_common::policy::{PolicyError, RoundSlots, ScoredBy};
+use elbo_common::policy::{Course, PolicyError};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::score::{ScoreError, Scorer};
 
@@ -88,7 +88,7 @@ impl Problem {
         check_files(identity, models)?;
         let spec = &identity.spec;
         let device = device.open()?;
-        let rounds = spec.rounds(NoiseSchedule::timesteps_of_model(&models.model)?)?;
+        let course = spec.course(NoiseSchedule::timesteps_of_model(&models.model)?)?;
         let mut stages = Vec::new();
         if let Some(shortlist) = &models.shortlist {
             if !is_contrastive(shortlist) {
@@ -98,9 +98,9 @@ impl Problem {
         }
         stages.push(match is_contrastive(&models.model) {
             true => contrastive(spec, &models.model, &device)?,
-            false => diffusion(spec, &models.model, &rounds, &device)?,
+            false => diffusion(spec, &models.model, &course, &device)?,
         });
-        Ok(Self { stages, rounds, keep_errors: spec.write_errors })
+        Ok(Self { stages, course, reports_errors: spec.reports_errors() })
     }
 }
 
@@ -116,7 +116,7 @@ fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -
 fn diffusion(
     spec: &JobSpec,
     directory: &Path,
-    rounds: &[RoundSlots],
+    course: &Course,
     device: &candle_core::Device,
 ) -> Result<Stage, ProblemError> {
     let mut schedule = NoiseSchedule::of_model(directory)?;
@@ -131,16 +131,16 @@ fn diffusion(
         }
         model.set_size(size as usize);
     }
-    let slots = rounds.iter().filter(|round| round.scored_by == ScoredBy::Model).flat_map(|round| &round.slots);
+    let slots: Vec<_> = course.all_slots().collect();
     let noise = match &spec.noise {
         None => NoiseSource::Counter { seed: spec.seed, scope: spec.noise_scope },
         Some(path) => {
             let table = NoiseTable::read(Path::new(path))?;
-            table.check(model.latent_shape(), slots.clone().map(|s| s.noise as usize + 1).max().unwrap_or(0))?;
+            table.check(model.latent_shape(), slots.iter().map(|s| s.noise as usize + 1).max().unwrap_or(0))?;
             NoiseSource::Table(table)
         }
     };
-    let mut timesteps: Vec<u32> = slots.map(|s| s.timestep).collect();
+    let mut timesteps: Vec<u32> = slots.iter().map(|s| s.timestep).collect();
     timesteps.sort_unstable();
     timesteps.dedup();
     let network = model.network();

@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use anyhow::Context;
 use elbo_bench::Options;
+use elbo_bench::policy::synthetic::Model;
+use elbo_bench::policy::{Reference, recorded};
 use elbo_common::job::DEFAULT_SHARD_SIZE;
+use elbo_common::preset::Preset;
+use elbo_common::store::{Location, Store};
 
-use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchEngineArgs, BenchScalingArgs};
+use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchEngineArgs, BenchPolicyArgs, BenchScalingArgs};
 use crate::failure::usage;
 use crate::session;
 
@@ -17,6 +21,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.command {
         BenchCommand::Coordinator(args) => coordinator(args).await,
         BenchCommand::Engine(args) => engine(args),
+        BenchCommand::Policy(args) => policy(args).await,
         BenchCommand::Scaling(args) => scaling(args).await,
     }
 }
@@ -51,6 +56,43 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
         println!("{}", serde_json::to_string(&report)?);
     } else {
         println!("{report}");
+    }
+    Ok(())
+}
+
+async fn policy(args: BenchPolicyArgs) -> anyhow::Result<()> {
+    /// Slots of drawn errors: as many as the longest published schedule looks at.
+    const DRAWN: u32 = 1000;
+    let errors = match (&args.out, args.synthetic) {
+        (Some(out), _) => recorded::read(&Store::open(&Location::parse(out)?)?).await?,
+        (None, classes) => {
+            let classes = classes.map_or(1000, NonZeroUsize::get);
+            Model { classes, samples: args.images.get(), slots: DRAWN, seed: args.seed }.draw()
+        }
+    };
+    let preset = args.preset.or(args.out.is_none().then_some(Preset::Imagenet));
+    let stages = || Reference::Stages { keep: args.keep.clone(), samples: args.samples.clone() };
+    let options = elbo_bench::policy::Options {
+        reference: preset.map_or_else(stages, Reference::Preset),
+        risks: args.risk,
+        max_slots: args.max_slots,
+        // Drawn errors are alike at all timesteps.
+        pilot: (args.pilot > 0 && args.out.is_some()).then_some(args.pilot),
+        seed: args.seed,
+    };
+    let (table, pilot) = elbo_bench::policy::run(&errors, &options)?;
+    if let Some(path) = &args.csv {
+        std::fs::write(path, table.csv()).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if let Some(path) = &args.timesteps_to {
+        let pilot = pilot.ok_or_else(|| usage("--timesteps-to needs a pilot: give --pilot a number of images"))?;
+        let json = serde_json::to_string_pretty(&pilot.timesteps())?;
+        std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string(&table)?);
+    } else {
+        print!("{table}");
     }
     Ok(())
 }

@@ -25,8 +25,6 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
         images: Some(path("images")),
         classes: Some(source.join("classes.csv")),
         model: Some(path("model")),
-        keep: vec![5, 1],
-        samples: vec![20, 100],
         loss: Some(Loss::L2),
         label_from: Some("parent".into()),
         ..JobArgs::default()

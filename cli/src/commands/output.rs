@@ -51,6 +51,12 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
             report.add(&row);
         }
     }
+    if spec.audit.is_some() {
+        let mut rows = pin!(output.audited());
+        while let Some(row) = rows.try_next().await? {
+            report.add_audited(&row);
+        }
+    }
     Ok(report.finish(record.totals, record.timings))
 }
 

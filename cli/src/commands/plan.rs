@@ -6,7 +6,7 @@ use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleS
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::manifest::Sample;
 use elbo_common::model_source::{ModelSource, Wanted};
-use elbo_common::policy::{RoundCost, costs};
+use elbo_common::policy::RoundCost;
 use elbo_common::schedule::NoiseSchedule;
 use indicatif::HumanCount;
 use serde::Serialize;
@@ -30,10 +30,13 @@ struct Plan {
     rounds: Vec<RoundCost>,
     evaluations_per_image: u64,
     evaluations_total: Option<u64>,
-    /// Whether images may cost less than `rounds` says: those with fewer captions, or whose classes with the most prompts
-    /// are eliminated first.
+    /// Whether images may cost less than `rounds` says: in a race, with fewer captions, or where the classes with the most
+    /// prompts are eliminated first.
     #[serde(skip)]
     at_most: bool,
+    /// What every image costs at least, in a race.
+    #[serde(skip)]
+    least: Option<u64>,
 }
 
 /// Counts samples, classes and evaluations.
@@ -52,7 +55,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     };
     let classes = flags.read_classes(&takes)?;
     let of_job = flags.contenders(&classes);
-    let rounds = flags.to_rounds(&takes, timesteps, of_job.as_ref())?;
+    let course = flags.to_course(&takes, timesteps, of_job.as_ref())?;
     let captions = match &flags.images {
         None => None,
         Some(images) => {
@@ -70,7 +73,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         }
     };
     let contenders = |captions| of_job.clone().unwrap_or_else(|| Contenders::prompts(captions));
-    let cost = |captions| costs(&rounds, &contenders(captions)).iter().map(|r| r.evaluations).sum::<u64>();
+    let cost = |captions| course.costs(&contenders(captions)).iter().map(|r| r.evaluations).sum::<u64>();
     let most = captions.as_ref().and_then(|counts| counts.last_key_value()).map_or(0, |(captions, _)| *captions);
     let largest = contenders(most);
     let plan = Plan {
@@ -78,10 +81,13 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         classes: if of_job.is_some() { classes.names.len() } else { most },
         prompts: largest.prompt_count(),
         prompt_ensemble: flags.ensemble(),
-        rounds: costs(&rounds, &largest),
+        rounds: course.costs(&largest),
         evaluations_per_image: cost(most),
         evaluations_total: captions.as_ref().map(|counts| counts.iter().map(|(captions, n)| n * cost(*captions)).sum()),
-        at_most: !largest.are_even() || captions.is_some_and(|counts| counts.len() > 1),
+        least: course
+            .needs_pairs()
+            .then(|| (course.first_slots(largest.prompt_count()) * largest.prompt_count()) as u64),
+        at_most: course.needs_pairs() || !largest.are_even() || captions.is_some_and(|counts| counts.len() > 1),
     };
     if args.json {
         println!("{}", serde_json::to_string(&plan)?);
@@ -124,7 +130,11 @@ fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {
             count(round.slots)
         );
     }
-    let at_most = if plan.at_most { " at most" } else { "" };
+    let at_most = match (plan.least, plan.at_most) {
+        (Some(least), _) => format!(" at most, {} at least: a race ends as soon as one class is left", count(least)),
+        (None, true) => " at most".to_owned(),
+        (None, false) => String::new(),
+    };
     println!("evaluations an image {:>14}{at_most}", count(plan.evaluations_per_image));
     let Some(total) = plan.evaluations_total else { return Ok(()) };
     println!("evaluations in all   {:>14}", count(total));

@@ -6,6 +6,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::Args;
+use elbo_common::audit::Share;
 use elbo_common::ensemble::PromptEnsemble;
 use elbo_common::job::ModelDtype;
 use elbo_common::loss::Loss;
@@ -22,6 +23,8 @@ use crate::progress::ProgressMode;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum PolicyName {
+    /// A class leaves as soon as it is significantly worse than the best: --risk and --max-slots
+    Race,
     /// The schedule of Li et al. (2023): --keep and --samples
     Reference,
     /// Every prompt on every slot: --samples N
@@ -86,10 +89,26 @@ pub(crate) struct JobArgs {
     /// A CLIP, SigLIP or OpenCLIP model that picks the K prompts the model is asked about
     #[arg(long, env = "ELBO_SHORTLIST", value_name = "MODEL:K", conflicts_with = "candidates")]
     pub(crate) shortlist: Option<String>,
-    /// Who is evaluated on what [default: reference; exhaustive with --candidates]
+    /// Who is evaluated on what [default: race; reference with --keep, --samples or --preset, exhaustive with --candidates]
     #[arg(long, value_enum, env = "ELBO_POLICY")]
     pub(crate) policy: Option<PolicyName>,
-    /// Prompts (classes with --prompt-ensemble mean) that stay after each stage [default: 5,1]
+    /// Level of a race's tests: the lower, the more evaluations and the fewer lost best classes [default: 0.05]
+    #[arg(long, env = "ELBO_RISK", value_name = "P")]
+    pub(crate) risk: Option<f64>,
+    /// Slots (timesteps with a noise) of a race at most [default: 250]
+    #[arg(long, env = "ELBO_MAX_SLOTS", value_name = "N")]
+    #[serde(alias = "max-slots")]
+    pub(crate) max_slots: Option<u32>,
+    /// JSON file that says where a race's timesteps lie, as `elbo bench policy --timesteps-to` writes it [default: everywhere
+    /// alike]
+    #[arg(long, env = "ELBO_TIMESTEPS_FROM", value_name = "FILE")]
+    #[serde(alias = "timesteps-from")]
+    pub(crate) timesteps_from: Option<PathBuf>,
+    /// Share of the images, like 1%, that the reference scores too (with --keep, --samples and --trials), for the report to compare
+    #[arg(long, env = "ELBO_AUDIT", value_name = "SHARE")]
+    #[serde(deserialize_with = "from_str")]
+    pub(crate) audit: Option<Share>,
+    /// Prompts (classes with --prompt-ensemble mean) that stay after each stage of the reference [default: 5,1]
     #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) keep: Vec<u32>,
@@ -230,6 +249,10 @@ impl JobArgs {
             lora: if self.lora.is_empty() { file.lora } else { self.lora },
             shortlist: self.shortlist.or(file.shortlist),
             policy: self.policy.or(file.policy),
+            risk: self.risk.or(file.risk),
+            max_slots: self.max_slots.or(file.max_slots),
+            timesteps_from: self.timesteps_from.or(file.timesteps_from),
+            audit: self.audit.or(file.audit),
             keep: many(self.keep, file.keep),
             samples: many(self.samples, file.samples),
             trials: self.trials.or(file.trials),

@@ -3,15 +3,17 @@
 use std::num::NonZeroU32;
 use std::path::Path;
 
+use anyhow::Context as _;
+use elbo_common::audit::Audit;
 use elbo_common::class::{ClassError, Classes, ModelLabels};
 use elbo_common::dataset::{self, LabelSource};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
-use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist, rounds};
+use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist};
 use elbo_common::loss::Loss;
 use elbo_common::model_files::is_contrastive;
 use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
-use elbo_common::policy::{Policy, RoundSlots};
+use elbo_common::policy::{Course, DEFAULT_MAX_SLOTS, DEFAULT_RISK, Policy, Span, Timesteps};
 use elbo_common::preset::Preset;
 
 use super::{JobArgs, NoiseScopeName, PolicyName};
@@ -116,6 +118,11 @@ impl JobArgs {
             (self.size.is_some(), "--size"),
             (!self.lora.is_empty(), "--lora"),
             (self.shortlist.is_some(), "--shortlist"),
+            (
+                self.risk.is_some() || self.max_slots.is_some() || self.timesteps_from.is_some(),
+                "--risk, --max-slots and --timesteps-from",
+            ),
+            (self.audit.is_some(), "--audit"),
         ];
         match meaningless.iter().find(|(given, _)| *given) {
             Some((_, flags)) => Err(usage(format!(
@@ -125,15 +132,20 @@ impl JobArgs {
         }
     }
 
-    /// The rounds of a job with these contenders and a model with so many timesteps.
-    pub(crate) fn to_rounds(
+    /// The course of a job with these contenders and a model with so many timesteps.
+    pub(crate) fn to_course(
         &self,
         takes: &Takes,
         timesteps: u32,
         contenders: Option<&Contenders>,
-    ) -> anyhow::Result<Vec<RoundSlots>> {
+    ) -> anyhow::Result<Course> {
         let policy = self.to_policy(takes, contenders)?;
-        rounds(&policy, self.to_shortlist()?.as_ref(), timesteps, contenders).map_err(usage)
+        let shortlist = self.to_shortlist()?.map(|shortlist| shortlist.keep);
+        let course = Course::new(&policy, shortlist, timesteps, contenders).map_err(usage)?;
+        match self.to_audit(takes, contenders)? {
+            Some(audit) => course.with_audit(&audit.policy, timesteps, contenders).map_err(usage),
+            None => Ok(course),
+        }
     }
 
     /// The policy for a job with these contenders, or one in which every image brings its own.
@@ -141,32 +153,85 @@ impl JobArgs {
         if *takes == Takes::PromptsOnce {
             return self.once();
         }
+        if self.preset.is_some() && self.policy.is_some() {
+            return Err(usage("--preset and --policy exclude each other: a preset names its policy"));
+        }
+        let name = self.policy_name(contenders.is_some());
+        self.check_policy_flags(name)?;
         let trials = self.trials.unwrap_or(1);
-        let matching = contenders.is_none().then_some(PolicyName::Exhaustive);
-        let policy = match (self.policy.or(matching.filter(|_| self.preset.is_none())), self.preset) {
-            (Some(PolicyName::Exhaustive), None) => {
-                if !self.keep.is_empty() {
-                    return Err(usage(
-                        "--keep has no meaning with --policy exhaustive (the default with --candidates), which eliminates \
-                         nobody: leave it out, or add --policy reference",
-                    ));
-                }
+        let policy = match name {
+            PolicyName::Race => {
+                let timesteps =
+                    self.timesteps_from.as_deref().map_or_else(|| Ok(Timesteps::default()), read_timesteps)?;
+                let max_slots = self.max_slots.unwrap_or(DEFAULT_MAX_SLOTS);
+                Policy::race(self.risk.unwrap_or(DEFAULT_RISK), max_slots, timesteps)
+            }
+            PolicyName::Exhaustive => {
                 Policy::exhaustive(if self.samples.is_empty() { &[100] } else { &self.samples }, trials)
             }
-            (None | Some(PolicyName::Reference), preset) => {
-                // The default schedule fits few classes too; one that was asked for is taken by its word.
-                let few = contenders.map_or(5, |c| c.len() as u32).clamp(1, 5);
-                let default_keep = preset.map_or(vec![few, 1], |p| p.keep().to_vec());
-                let default_samples = preset.map_or(vec![25, 250], |p| p.samples().to_vec());
-                let keep = if self.keep.is_empty() { default_keep } else { self.keep.clone() };
-                let samples = if self.samples.is_empty() { default_samples } else { self.samples.clone() };
-                Policy::reference(&keep, &samples, trials)
-            }
-            (Some(PolicyName::Exhaustive), Some(_)) => {
-                return Err(usage("--preset and --policy exclude each other: a preset names its policy"));
-            }
+            PolicyName::Reference => return self.reference(contenders),
         };
         policy.map_err(usage)
+    }
+
+    /// The reference policy these flags give.
+    fn reference(&self, contenders: Option<&Contenders>) -> anyhow::Result<Policy> {
+        // The default schedule fits few classes too; one that was asked for is taken by its word.
+        let few = contenders.map_or(5, |c| c.len() as u32).clamp(1, 5);
+        let default_keep = self.preset.map_or(vec![few, 1], |p| p.keep().to_vec());
+        let default_samples = self.preset.map_or(vec![25, 250], |p| p.samples().to_vec());
+        let keep = if self.keep.is_empty() { default_keep } else { self.keep.clone() };
+        let samples = if self.samples.is_empty() { default_samples } else { self.samples.clone() };
+        Policy::reference(&keep, &samples, self.trials.unwrap_or(1)).map_err(usage)
+    }
+
+    /// What audits the job.
+    fn to_audit(&self, takes: &Takes, contenders: Option<&Contenders>) -> anyhow::Result<Option<Audit>> {
+        let Some(share) = self.audit else { return Ok(None) };
+        if *takes == Takes::PromptsOnce || self.policy_name(contenders.is_some()) != PolicyName::Race {
+            return Err(usage("--audit compares --policy race with the reference: leave it out"));
+        }
+        Ok(Some(Audit { share, policy: self.reference(contenders)? }))
+    }
+
+    /// The policy that was asked for, or that the other flags are for; by default a race, and where every image brings its
+    /// own few captions, which are compared with each other, an exhaustive one.
+    fn policy_name(&self, are_shared: bool) -> PolicyName {
+        let of_reference = !self.keep.is_empty() || !self.samples.is_empty() || self.trials.is_some();
+        match self.policy {
+            Some(name) => name,
+            None if self.preset.is_some() => PolicyName::Reference,
+            None if !are_shared => PolicyName::Exhaustive,
+            None if of_reference && self.audit.is_none() => PolicyName::Reference,
+            None => PolicyName::Race,
+        }
+    }
+
+    /// Refuses flags that the policy has no use for.
+    fn check_policy_flags(&self, name: PolicyName) -> anyhow::Result<()> {
+        let of_race = self.risk.is_some() || self.max_slots.is_some() || self.timesteps_from.is_some();
+        if name != PolicyName::Race && of_race {
+            return Err(usage(
+                "--risk, --max-slots and --timesteps-from are for --policy race: leave them out, or --keep, --samples, \
+                 --trials and --preset",
+            ));
+        }
+        if name == PolicyName::Race
+            && self.audit.is_none()
+            && (!self.keep.is_empty() || !self.samples.is_empty() || self.trials.is_some())
+        {
+            return Err(usage(
+                "--keep, --samples and --trials have no meaning with --policy race, which decides by --risk: leave them out, \
+                 or add --policy reference, or --audit",
+            ));
+        }
+        if name == PolicyName::Exhaustive && !self.keep.is_empty() {
+            return Err(usage(
+                "--keep has no meaning with --policy exhaustive (the default with --candidates), which eliminates nobody: \
+                 leave it out, or add --policy reference",
+            ));
+        }
+        Ok(())
     }
 
     /// The model, without which nothing else can be decided.
@@ -194,7 +259,8 @@ impl JobArgs {
         let contenders = self.contenders(&classes);
         let policy = self.to_policy(takes, contenders.as_ref())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
-        self.to_rounds(takes, u32::MAX, contenders.as_ref())?;
+        self.to_course(takes, u32::MAX, contenders.as_ref())?;
+        let audit = self.to_audit(takes, contenders.as_ref())?;
         let shortlist = match (self.to_shortlist()?, self.shortlist_source()?) {
             (Some(shortlist), Some(source)) => Some(Shortlist { model: source.to_string(), ..shortlist }),
             _ => None,
@@ -216,6 +282,7 @@ impl JobArgs {
             image_column: self.image_column.clone(),
             shortlist,
             policy,
+            audit,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
             dtype: self.dtype.unwrap_or(ModelDtype::F32),
             size: self.size,
@@ -241,6 +308,18 @@ impl JobArgs {
     }
 }
 
+/// A saved density of timesteps.
+fn read_timesteps(path: &Path) -> anyhow::Result<Timesteps> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading the timesteps {}", path.display()))?;
+    let spans: Vec<Span> = serde_json::from_str(&text).map_err(|e| {
+        usage(format!(
+            "the timesteps {}: {e}; a list like [{{\"from\": 400, \"to\": 900, \"share\": 1}}] is needed",
+            path.display()
+        ))
+    })?;
+    Timesteps::new(spans).map_err(|e| usage(format!("the timesteps {}: {e}", path.display())))
+}
+
 fn lora(text: &str) -> anyhow::Result<Lora> {
     let Lora { path, scale } = text.parse().map_err(usage)?;
     Ok(Lora { path: absolute(Path::new(&path))?, scale })
@@ -255,12 +334,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_schedule_fits_few_classes_but_an_explicit_one_is_taken_by_its_word() {
+    fn a_race_is_the_default_and_flags_of_the_reference_ask_for_it() {
         let three = Contenders::prompts(3);
-        let policy = JobArgs::default().to_policy(&Takes::Prompts, Some(&three)).unwrap();
+        let policy = |flags: JobArgs| flags.to_policy(&Takes::Prompts, Some(&three));
+        assert_eq!(policy(JobArgs::default()).unwrap(), Policy::race(0.05, 250, Timesteps::default()).unwrap());
+        let samples = JobArgs { keep: vec![2, 1], samples: vec![25, 250], ..JobArgs::default() };
+        assert_eq!(policy(samples).unwrap(), Policy::reference(&[2, 1], &[25, 250], 1).unwrap());
+        let both = JobArgs { risk: Some(0.1), samples: vec![25, 250], ..JobArgs::default() };
+        assert!(policy(both).unwrap_err().to_string().contains("are for --policy race"));
+        let keep = JobArgs { policy: Some(PolicyName::Race), keep: vec![1], ..JobArgs::default() };
+        assert!(policy(keep).unwrap_err().to_string().contains("add --policy reference"));
+    }
+
+    #[test]
+    fn the_reference_fits_few_classes_but_an_explicit_schedule_is_taken_by_its_word() {
+        let three = Contenders::prompts(3);
+        let reference = JobArgs { policy: Some(PolicyName::Reference), ..JobArgs::default() };
+        let policy = reference.to_policy(&Takes::Prompts, Some(&three)).unwrap();
         assert_eq!(policy, Policy::reference(&[3, 1], &[25, 250], 1).unwrap());
         let explicit = JobArgs { keep: vec![5, 1], samples: vec![25, 250], ..JobArgs::default() };
-        assert!(explicit.to_policy(&Takes::Prompts, Some(&three)).unwrap().rounds(1000, Some(&three)).is_err());
+        assert!(explicit.to_course(&Takes::Prompts, 1000, Some(&three)).is_err());
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! A sample on its way through the rounds: the units of the current one, and the sums of those before.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{LeaseKey, PromptIndex, Round, SampleId};
-use elbo_common::policy::ScoredBy;
+use elbo_common::policy::{Course, ScoredBy, Standing};
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Cut, Unit, UnitId};
 
@@ -19,13 +20,21 @@ pub(super) const PROMPT_BYTES: usize = size_of::<PromptIndex>() + 2 * size_of::<
 
 const _: () = assert!(size_of::<ScoredPrompt>() <= PROMPT_BYTES);
 
+/// What a unit's evaluations came to.
+#[derive(Clone, Debug)]
+enum Scores {
+    /// Sums by prompt.
+    Sums(Box<[Sums]>),
+    /// Every error, prompt by prompt.
+    Errors(Box<[f32]>),
+}
+
 #[derive(Clone, Debug)]
 enum UnitState {
     /// Ready, where nobody computes it.
     Open(Holders),
     Done {
-        sums: Box<[Sums]>,
-        errors: Box<[f32]>,
+        scores: Scores,
         /// The number of the next lease when it was done: leases from there on had no reason to compute it.
         before: u64,
     },
@@ -37,8 +46,8 @@ pub(super) struct Active {
     sample: SampleId,
     contenders: Arc<Contenders>,
     round: Round,
-    /// Slots of the round.
-    slots: usize,
+    /// The round's slots, as positions in the course it belongs to. Those of the job's model before it are done.
+    slots: Range<usize>,
     remaining: Vec<PromptIndex>,
     /// The round's units; none once all rounds are over.
     units: Vec<UnitState>,
@@ -47,34 +56,57 @@ pub(super) struct Active {
     totals: Vec<Sums>,
     /// The last round a prompt was evaluated in, by prompt.
     last_round: Vec<Round>,
+    /// The errors of the remaining prompts on every slot done, by prompt, where eliminations need pairs. A prompt that
+    /// leaves leaves nothing behind.
+    pairs: Vec<Vec<f32>>,
     errors: Vec<SlotError>,
+    /// Whether the sample is to be audited when it is through.
+    audited: bool,
+    /// What the course came to, and the round after its last, once the audit is under way.
+    judged: Option<(Vec<ScoredPrompt>, Round)>,
 }
 
 impl Active {
     /// A sample with so many captions of its own at the beginning of its first round.
-    pub(super) fn begin(job: &JobShape, sample: SampleId, captions: usize) -> Self {
+    pub(super) fn begin(job: &JobShape, sample: SampleId, captions: usize, audited: bool) -> Self {
         let contenders = job.contenders_of(captions);
         let prompts = 0..contenders.prompt_count() as u32;
         let mut state = Self {
             sample,
             round: Round(0),
-            slots: 0,
+            slots: 0..0,
             remaining: prompts.map(PromptIndex).collect(),
             units: Vec::new(),
             totals: Vec::new(),
             last_round: Vec::new(),
+            pairs: Vec::new(),
             errors: Vec::new(),
+            audited,
+            judged: None,
             contenders,
         };
         state.enter_round(job);
         state
     }
 
-    /// Starts the current round, passing over rounds without a new slot.
+    /// The course the sample is on, and its round there.
+    fn course<'j>(&self, job: &'j JobShape) -> (&'j Course, Round) {
+        match (&self.judged, job.course().audit()) {
+            (Some((_, start)), Some(audit)) => (audit, Round(self.round.0 - start.0)),
+            _ => (job.course(), self.round),
+        }
+    }
+
+    /// Starts the current round, passing over rounds without a new slot; after the last one the audit, if there is one.
     fn enter_round(&mut self, job: &JobShape) {
         self.units = Vec::new();
-        while let Some(round) = job.rounds().get(self.round.at()) {
-            self.slots = round.slots.len();
+        loop {
+            let (course, round) = self.course(job);
+            match course.round(round, self.slots.end, &self.contenders, &self.remaining) {
+                Some(slots) => self.slots = slots,
+                None if self.begin_audit(job) => continue,
+                None => return,
+            }
             let units = self.cut().units();
             if units > 0 {
                 self.units = vec![UnitState::Open(Holders::default()); units];
@@ -84,22 +116,53 @@ impl Active {
         }
     }
 
-    fn eliminate(&mut self, job: &JobShape) {
-        let round = &job.rounds()[self.round.at()];
-        self.allocate();
-        self.remaining = self.contenders.survivors(&self.remaining, &self.totals, round.keep);
-        if round.scored_by == ScoredBy::Shortlist {
-            // The job's model judges those that stay afresh.
-            self.remaining.iter().for_each(|prompt| self.totals[prompt.at()] = Sums::default());
+    /// Puts the sample on the audit's course, if it is to be audited and was not yet.
+    fn begin_audit(&mut self, job: &JobShape) -> bool {
+        if !std::mem::take(&mut self.audited) || job.course().audit().is_none() {
+            return false;
         }
+        let scored = self.scored();
+        // A shortlist holds for both.
+        let is_on_shortlist = |prompt: &ScoredPrompt| prompt.sums.n > 0 && !self.left_by_shortlist(job, prompt);
+        self.remaining = scored.iter().filter(|prompt| is_on_shortlist(prompt)).map(|prompt| prompt.prompt).collect();
+        self.judged = Some((scored, self.round));
+        (self.slots, self.totals, self.last_round, self.pairs) = (0..0, Vec::new(), Vec::new(), Vec::new());
+        true
+    }
+
+    fn left_by_shortlist(&self, job: &JobShape, prompt: &ScoredPrompt) -> bool {
+        prompt.round == Round(0) && job.course().scored_by(Round(0)) == ScoredBy::Shortlist
+    }
+
+    fn eliminate(&mut self, job: &JobShape) {
+        self.allocate(job);
+        let (course, round) = self.course(job);
+        let standing = Standing { remaining: &self.remaining, totals: &self.totals, errors: &self.pairs };
+        let stay = course.survivors(round, &self.contenders, standing);
+        if course.scored_by(round) == ScoredBy::Shortlist {
+            // The job's model judges those that stay afresh.
+            stay.iter().for_each(|prompt| self.totals[prompt.at()] = Sums::default());
+            self.slots = 0..0;
+        }
+        for prompt in &self.remaining {
+            if let Some(pairs) = self.pairs.get_mut(prompt.at())
+                && stay.binary_search(prompt).is_err()
+            {
+                *pairs = Vec::new();
+            }
+        }
+        self.remaining = stay;
         self.round = Round(self.round.0 + 1);
     }
 
     /// Makes room for the sums of all prompts.
-    fn allocate(&mut self) {
+    fn allocate(&mut self, job: &JobShape) {
         let prompts = self.contenders.prompt_count();
         self.totals.resize(prompts, Sums::default());
         self.last_round.resize(prompts, Round(0));
+        if self.course(job).0.needs_pairs() {
+            self.pairs.resize(prompts, Vec::new());
+        }
     }
 
     /// The current round.
@@ -109,7 +172,7 @@ impl Active {
 
     /// How the current round is cut into units.
     pub(super) fn cut(&self) -> Cut {
-        Cut::new(self.slots, self.remaining.len())
+        Cut::new(self.slots.len(), self.remaining.len())
     }
 
     /// Whether all rounds are over.
@@ -135,14 +198,21 @@ impl Active {
     }
 
     /// Leases a unit that is not done and has fewer than two leases, and describes it.
-    pub(super) fn lease(&mut self, id: UnitId, key: LeaseKey) -> Option<Unit> {
+    pub(super) fn lease(&mut self, job: &JobShape, id: UnitId, key: LeaseKey) -> Option<Unit> {
         let position = self.position(id)?;
         let UnitState::Open(holders) = &mut self.units[position] else { return None };
         if !holders.add(key) {
             return None;
         }
         let cut = self.cut();
-        Some(Unit { id, slots: cut.slot_range(id), prompts: self.remaining[cut.prompt_range(id)].to_vec() })
+        Some(Unit { id, slots: self.unit_slots(job, id), prompts: self.remaining[cut.prompt_range(id)].to_vec() })
+    }
+
+    /// The slots of a unit of the current round, as positions among all of the job.
+    fn unit_slots(&self, job: &JobShape, id: UnitId) -> Range<usize> {
+        let before = if self.judged.is_some() { job.course().slots().len() } else { 0 };
+        let (start, slots) = (before + self.slots.start, self.cut().slot_range(id));
+        start + slots.start..start + slots.end
     }
 
     /// Takes a lease back; whether the unit is ready now.
@@ -182,14 +252,15 @@ impl Active {
         {
             return Verdict::Invalid("its slots or prompts are not the unit's");
         }
-        if result.sum.len() != prompts.len() || result.sum_sq.len() != prompts.len() {
-            return Verdict::Invalid("it needs one sum per prompt");
+        let (errors, sums) = if job.takes_errors() { (slots * prompts.len(), 0) } else { (0, prompts.len()) };
+        if result.errors.len() != errors || result.sum.len() != sums || result.sum_sq.len() != sums {
+            return Verdict::Invalid(
+                "it needs every single error where the job takes them, and one sum per prompt elsewhere",
+            );
         }
-        if result.errors.len() != if job.keeps_errors() { slots * prompts.len() } else { 0 } {
-            return Verdict::Invalid("it needs every single error where the job keeps them, and none elsewhere");
-        }
-        if !sums_of(result).all(|sums| sums.is_plausible()) {
-            return Verdict::Invalid("its sums are not sums of errors");
+        if !sums_of(result).all(|sums| sums.is_plausible()) || !result.errors.iter().all(|e| e.is_finite() && *e >= 0.0)
+        {
+            return Verdict::Invalid("its sums are not sums of errors, or its errors are none");
         }
         match self.units[position] {
             UnitState::Open(_) => Verdict::New,
@@ -205,8 +276,11 @@ impl Active {
         let position = self.position(result.id)?;
         let evaluations = u64::from(result.slots) * result.prompts.len() as u64;
         let held = HeldUnit { unit: result.id, holders: self.holders(result.id), evaluations };
-        self.units[position] =
-            UnitState::Done { sums: sums_of(&result).collect(), errors: result.errors.into(), before };
+        let scores = match job.takes_errors() {
+            true => Scores::Errors(result.errors.into()),
+            false => Scores::Sums(sums_of(&result).collect()),
+        };
+        self.units[position] = UnitState::Done { scores, before };
         let round_complete = self.units.iter().all(|u| matches!(u, UnitState::Done { .. }));
         if round_complete {
             self.merge_round(job);
@@ -218,41 +292,63 @@ impl Active {
 
     /// Merges the round's units in their order, which is the job's and not that of arrival.
     fn merge_round(&mut self, job: &JobShape) {
-        self.allocate();
+        self.allocate(job);
         self.remaining.iter().for_each(|prompt| self.last_round[prompt.at()] = self.round);
         let cut = self.cut();
         let units: Vec<_> = cut.ids(self.sample, self.round).zip(std::mem::take(&mut self.units)).collect();
         let start = self.errors.len();
+        let (course, round) = self.course(job);
+        let of_model = course.scored_by(round) == ScoredBy::Model;
         for (id, state) in units {
-            let UnitState::Done { sums, errors, .. } = state else { continue };
-            let (slots, prompts) = (cut.slot_range(id), &self.remaining[cut.prompt_range(id)]);
-            for (i, (prompt, sums)) in prompts.iter().zip(&sums).enumerate() {
-                self.totals[prompt.at()].merge(sums);
-                if job.rounds()[self.round.at()].scored_by == ScoredBy::Shortlist {
-                    continue;
+            let UnitState::Done { scores, .. } = state else { continue };
+            let slots = self.unit_slots(job, id);
+            let prompts = self.remaining[cut.prompt_range(id)].to_vec();
+            match scores {
+                Scores::Sums(sums) => {
+                    prompts.iter().zip(&sums).for_each(|(prompt, sums)| self.totals[prompt.at()].merge(sums));
                 }
-                let of_prompt = errors.iter().skip(i * slots.len()).take(slots.len());
-                self.errors.extend(slots.clone().zip(of_prompt).map(|(slot, &error)| SlotError {
-                    prompt: *prompt,
-                    round: self.round,
-                    slot,
-                    error,
-                }));
+                Scores::Errors(errors) => {
+                    for (prompt, errors) in prompts.iter().zip(errors.chunks_exact(slots.len())) {
+                        self.merge_errors(job, *prompt, slots.clone(), errors, of_model);
+                    }
+                }
             }
         }
         self.errors[start..].sort_by_key(|e| (e.prompt, e.slot));
     }
 
+    /// Merges a prompt's errors on some slots; those of the job's model are kept, where the job needs them later.
+    fn merge_errors(
+        &mut self,
+        job: &JobShape,
+        prompt: PromptIndex,
+        slots: Range<usize>,
+        errors: &[f32],
+        of_model: bool,
+    ) {
+        self.totals[prompt.at()].merge(&Sums::of(errors));
+        if of_model && self.course(job).0.needs_pairs() {
+            self.pairs[prompt.at()].extend_from_slice(errors);
+        }
+        // What an audit looks at is no part of what the prediction rests on.
+        if of_model && job.keeps_errors() && self.judged.is_none() {
+            self.errors.extend(slots.zip(errors).map(|(slot, &error)| SlotError { prompt, slot, error }));
+        }
+    }
+
+    /// Every prompt with its sums, by index.
+    fn scored(&self) -> Vec<ScoredPrompt> {
+        let scores = self.totals.iter().zip(&self.last_round);
+        let prompts = (0u32..).map(PromptIndex).zip(scores);
+        prompts.map(|(prompt, (sums, round))| ScoredPrompt { prompt, sums: *sums, round: *round }).collect()
+    }
+
     /// How the sample ended, once all rounds are over.
     pub(super) fn take_outcome(&mut self) -> Outcome {
-        let scores = self.totals.iter().zip(&self.last_round);
-        Outcome::Scored {
-            prompts: (0u32..)
-                .map(PromptIndex)
-                .zip(scores)
-                .map(|(prompt, (sums, round))| ScoredPrompt { prompt, sums: *sums, round: *round })
-                .collect(),
-            errors: std::mem::take(&mut self.errors),
+        let (last, errors) = (self.scored(), std::mem::take(&mut self.errors));
+        match self.judged.take() {
+            Some((prompts, _)) => Outcome::Scored { prompts, errors, audit: Some(last) },
+            None => Outcome::Scored { prompts: last, errors, audit: None },
         }
     }
 }

@@ -305,6 +305,12 @@ impl Brain {
         totals
     }
 
+    /// Evaluations of the whole job, as far as can be told.
+    pub fn expected_evaluations(&self) -> Option<u64> {
+        let open = self.open.values().map(Shard::unfinished).sum();
+        self.job.expected_evaluations(self.totals(), open)
+    }
+
     /// Evaluations merged by this coordinator, not by those before it.
     pub fn merged_here(&self) -> u64 {
         self.totals().evaluations.saturating_sub(self.earlier)

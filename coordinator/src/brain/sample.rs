@@ -15,9 +15,7 @@ use super::{JobShape, SampleFailure, UnitResult};
 pub struct SlotError {
     /// The prompt.
     pub prompt: PromptIndex,
-    /// The round.
-    pub round: Round,
-    /// The slot's position in the round.
+    /// The slot's position in the course.
     pub slot: usize,
     /// The job's loss.
     pub error: f32,
@@ -41,8 +39,10 @@ pub enum Outcome {
     Scored {
         /// Every prompt, by index.
         prompts: Vec<ScoredPrompt>,
-        /// Every error, by round, prompt and slot, where the job keeps them.
+        /// Every error, by round, prompt and slot, where the job writes them.
         errors: Vec<SlotError>,
+        /// Every prompt by the audit, where the sample is audited.
+        audit: Option<Vec<ScoredPrompt>>,
     },
     /// Given up.
     Quarantined(SampleFailure),
@@ -74,6 +74,8 @@ pub(super) struct SampleState {
     id: SampleId,
     /// How many captions of its own it has.
     captions: u32,
+    /// Whether it is audited.
+    audited: bool,
     stage: Stage,
     /// Evaluations merged or waiting to be.
     evaluations: u64,
@@ -90,7 +92,9 @@ enum Stage {
 impl SampleState {
     pub(super) fn new(job: &JobShape, sample: &Sample) -> Self {
         let captions = sample.candidates.len();
-        let mut state = Self { id: sample.id, captions: captions as u32, stage: Stage::Untouched, evaluations: 0 };
+        let audited = job.audits(&sample.key);
+        let mut state =
+            Self { id: sample.id, captions: captions as u32, audited, stage: Stage::Untouched, evaluations: 0 };
         if job.prompts_of(captions) == 0 {
             // There is nothing to evaluate.
             state.active(job);
@@ -101,14 +105,14 @@ impl SampleState {
 
     /// How the first round is cut into units.
     fn first_cut(&self, job: &JobShape) -> Cut {
-        let slots = job.rounds().first().map_or(0, |round| round.slots.len());
-        Cut::new(slots, job.prompts_of(self.captions as usize))
+        let prompts = job.prompts_of(self.captions as usize);
+        Cut::new(job.course().first_slots(prompts), prompts)
     }
 
     /// The evaluations of the first round.
     pub(super) fn first_evaluations(&self, job: &JobShape) -> u64 {
-        let slots = job.rounds().first().map_or(0, |round| round.slots.len());
-        (slots * job.prompts_of(self.captions as usize)) as u64
+        let prompts = job.prompts_of(self.captions as usize);
+        (job.course().first_slots(prompts) * prompts) as u64
     }
 
     pub(super) fn is_in_first_round(&self) -> bool {
@@ -122,7 +126,7 @@ impl SampleState {
     /// The sample's rounds, begun if need be; `None` once it has ended.
     fn active(&mut self, job: &JobShape) -> Option<&mut Active> {
         if let Stage::Untouched = self.stage {
-            self.stage = Stage::Active(Box::new(Active::begin(job, self.id, self.captions as usize)));
+            self.stage = Stage::Active(Box::new(Active::begin(job, self.id, self.captions as usize, self.audited)));
         }
         match &mut self.stage {
             Stage::Active(active) => Some(active),
@@ -185,7 +189,7 @@ impl SampleState {
 
     /// Leases a unit that is not done and has fewer than two leases, and describes it.
     pub(super) fn lease(&mut self, job: &JobShape, id: UnitId, key: LeaseKey) -> Option<Unit> {
-        self.active(job)?.lease(id, key)
+        self.active(job)?.lease(job, id, key)
     }
 
     /// Takes a lease back; whether the unit is ready now.

@@ -256,6 +256,11 @@ impl Shard {
         self.totals.spared += self.states[index].spared(&self.job);
     }
 
+    /// How many samples have not ended.
+    pub(super) fn unfinished(&self) -> u64 {
+        self.unfinished as u64
+    }
+
     /// Whether every sample has ended.
     pub fn is_finished(&self) -> bool {
         self.unfinished == 0

@@ -30,12 +30,35 @@ fn results_that_contradict_the_job_are_refused() {
     assert!(refused(|r| r.id.sample = SampleId(99)).contains("no such sample"));
     assert!(refused(|r| r.prompts[0] = 5).contains("not the unit's"));
     assert!(refused(|r| r.slots = 3).contains("not the unit's"));
+    assert!(refused(|r| r.errors.clear()).contains("every single error"));
+    assert!(refused(|r| r.sum.push(1.0)).contains("every single error"));
+    assert!(refused(|r| r.errors[0] = f32::NAN).contains("its errors are none"));
+    assert!(refused(|r| r.errors[0] = -1.0).contains("its errors are none"));
+    let never = check(&mut brain, LeaseId(77), good.clone()).unwrap_err();
+    assert_eq!(never, ReportError::UnknownLease(key(1, 77)));
+    assert!(check(&mut brain, grant.lease, good).is_ok());
+}
+
+#[test]
+fn sums_that_are_none_are_refused() {
+    let policy = LeasePolicy { first_block: 300, ..LeasePolicy::default() };
+    let mut brain = Brain::new(shape(4, false), Epoch(1), policy, BTreeMap::new(), Waste::default());
+    open(&mut brain, ShardId(0), 4, vec![]);
+    brain.join("w", "host", "cpu", Duration::ZERO);
+    let grant = brain.grant("w", 0.0, Duration::ZERO).unwrap();
+    let single = evaluate(&grant.units[0]);
+    let sums: Vec<_> = single.errors.chunks(single.slots as usize).map(elbo_common::sums::Sums::of).collect();
+    let (sum, sum_sq) = sums.iter().map(|sums| (sums.sum, sums.sum_sq)).unzip();
+    let good = UnitResult { sum, sum_sq, errors: vec![], ..single };
+    let mut refused = |change: fn(&mut UnitResult)| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        check(&mut brain, grant.lease, bad).unwrap_err().to_string()
+    };
     assert!(refused(|r| r.sum.truncate(1)).contains("one sum per prompt"));
     assert!(refused(|r| r.sum[0] = f64::NAN).contains("not sums of errors"));
     assert!(refused(|r| r.sum[0] = -1.0).contains("not sums of errors"));
-    assert!(refused(|r| r.errors.clear()).contains("every single error"));
-    let never = check(&mut brain, LeaseId(77), good.clone()).unwrap_err();
-    assert_eq!(never, ReportError::UnknownLease(key(1, 77)));
+    assert!(refused(|r| r.errors.push(1.0)).contains("one sum per prompt"));
     assert!(check(&mut brain, grant.lease, good).is_ok());
 }
 
@@ -129,8 +152,9 @@ fn fewer_shards_are_open_the_more_they_weigh() {
     let policy = LeasePolicy::default();
     let window = |prompts: usize, shard_size| {
         let contenders = Contenders::prompts(prompts);
-        let rounds = Policy::exhaustive(&[10], 1).unwrap().rounds(1000, Some(&contenders)).unwrap();
-        policy.window(&JobShape::new(rounds, contenders, &[(0, 1_000_000)].into(), shard_size, false))
+        let exhaustive = Policy::exhaustive(&[10], 1).unwrap();
+        let course = Course::new(&exhaustive, None, 1000, Some(&contenders)).unwrap();
+        policy.window(&JobShape::new(course, contenders, &[(0, 1_000_000)].into(), shard_size, false))
     };
     assert_eq!(window(10, 1000), policy.window);
     let large = window(1000, 1000);
@@ -159,11 +183,10 @@ fn a_restored_shard_hands_out_what_is_left_and_nothing_twice() {
     while let Some(grant) = after.grant("w", 10.0, Duration::ZERO) {
         granted.extend(grant.units.iter().map(|unit| unit.id));
     }
-    let shape = shape(4, true);
-    let first = Cut::new(shape.rounds()[0].slots.len(), 70);
+    let first = Cut::new(10, 70);
     let mut expected: Vec<_> = (1..4).flat_map(|sample| first.ids(SampleId(sample), Round(0))).collect();
     expected.retain(|unit| !reported.contains(unit));
-    expected.extend(Cut::new(shape.rounds()[1].slots.len(), 3).ids(SampleId(0), Round(1)));
+    expected.extend(Cut::new(90, 3).ids(SampleId(0), Round(1)));
     granted.sort_unstable();
     expected.sort_unstable();
     assert_eq!(granted, expected);

@@ -6,18 +6,35 @@ mod failures;
 mod simulation;
 
 use super::*;
+use elbo_common::audit::Audit;
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{LeaseId, PromptIndex, Round};
 use elbo_common::noise::{NoiseScope, NoiseSource};
-use elbo_common::policy::Policy;
+use elbo_common::policy::{Course, Policy, Timesteps};
 use elbo_common::unit::Unit;
 
 const SHARD_SIZE: u32 = 4;
 
+fn reference() -> Policy {
+    Policy::reference(&[3, 1], &[10, 100], 1).unwrap()
+}
+
+/// Seventy prompts, of which three stay after ten slots, and one after a hundred.
 fn shape(samples: u64, keep_errors: bool) -> JobShape {
     let contenders = Contenders::prompts(70);
-    let rounds = Policy::reference(&[3, 1], &[10, 100], 1).unwrap().rounds(1000, Some(&contenders)).unwrap();
-    JobShape::new(rounds, contenders, &[(0, samples)].into(), SHARD_SIZE, keep_errors)
+    let course = Course::new(&reference(), None, 1000, Some(&contenders)).unwrap();
+    JobShape::new(course, contenders, &[(0, samples)].into(), SHARD_SIZE, keep_errors)
+}
+
+/// The same seventy prompts in a race, of whose samples a part is audited.
+fn race(samples: u64, keep_errors: bool) -> JobShape {
+    let policy = Policy::race(0.05, 40, Timesteps::default()).unwrap();
+    let audit = reference();
+    let contenders = Contenders::prompts(70);
+    let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
+    let course = course.with_audit(&audit, 1000, Some(&contenders)).unwrap();
+    let shape = JobShape::new(course, contenders, &[(0, samples)].into(), SHARD_SIZE, keep_errors);
+    shape.with_audit(Some(Audit { share: "30%".parse().unwrap(), policy: audit }), 0)
 }
 
 fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {
@@ -48,9 +65,9 @@ fn brain(samples: u64, epoch: u64) -> Brain {
 }
 
 /// The error of an evaluation, as good as any and the same for everyone.
-fn error(sample: SampleId, round: Round, slot: usize, prompt: PromptIndex) -> f32 {
+fn error(sample: SampleId, slot: usize, prompt: PromptIndex) -> f32 {
     let mut out = [0.0];
-    let key = format!("{sample}/{round}/{slot}");
+    let key = format!("{sample}/{slot}");
     NoiseSource::Counter { seed: 1, scope: NoiseScope::Sample }.fill(&key, prompt.0, &mut out);
     out[0].abs() + 0.001 * prompt.0 as f32
 }
@@ -65,14 +82,8 @@ fn evaluate(unit: &Unit) -> UnitResult {
         errors: Vec::new(),
     };
     for prompt in &unit.prompts {
-        let mut sums = elbo_common::sums::Sums::default();
-        for slot in unit.slots.clone() {
-            let error = error(unit.id.sample, unit.id.round, slot, *prompt);
-            sums.add(error);
-            result.errors.push(error);
-        }
-        result.sum.push(sums.sum);
-        result.sum_sq.push(sums.sum_sq);
+        let of_slot = |slot| error(unit.id.sample, slot, *prompt);
+        result.errors.extend(unit.slots.clone().map(of_slot));
     }
     result
 }

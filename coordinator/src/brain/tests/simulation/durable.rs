@@ -12,6 +12,8 @@ pub(super) enum Write {
 
 #[derive(Debug, Default)]
 pub(super) struct Durable {
+    /// Whether the job is a race.
+    pub(super) races: bool,
     epoch: u64,
     records: BTreeMap<ShardId, Vec<Record>>,
     pub(super) done: BTreeMap<ShardId, ShardTotals>,
@@ -22,6 +24,11 @@ pub(super) struct Durable {
 }
 
 impl Durable {
+    /// What is on the store of a job that was never begun.
+    pub(super) fn of(races: bool) -> Self {
+        Self { races, ..Self::default() }
+    }
+
     /// A coordinator takes the ledger over.
     pub(super) fn open(&mut self) -> Epoch {
         self.epoch += 1;

@@ -52,6 +52,7 @@ enum Nature {
 /// The samples, and what evaluations of them give.
 #[derive(Debug, Default)]
 struct Natures {
+    races: bool,
     odd: BTreeMap<SampleId, Nature>,
     results: BTreeMap<UnitId, UnitResult>,
 }
@@ -97,8 +98,8 @@ impl Simulation {
             queue: BTreeMap::new(),
             sequence: 0,
             samples,
+            durable: Durable::of(nature.races),
             nature,
-            durable: Durable::default(),
             coordinators: Vec::new(),
             workers: Vec::new(),
             faults,
@@ -297,7 +298,8 @@ fn explore(seed: u64) {
             odd.insert(SampleId(dice.roll(samples as usize) as u64), nature);
         }
     }
-    let nature = || Natures { odd: odd.clone(), results: BTreeMap::new() };
+    let races = dice.roll(2) == 0;
+    let nature = || Natures { races, odd: odd.clone(), results: BTreeMap::new() };
     let mut calm = Simulation::new(seed, samples, workers, nature(), false);
     calm.run();
     let mut troubled = Simulation::new(seed, samples, workers, nature(), true);
@@ -316,9 +318,10 @@ fn explore(seed: u64) {
     }
     assert_eq!(troubled.durable.waste.recomputed, 0);
     let sound = samples - odd.len() as u64;
-    let each = shape(1, true).planned_evaluations();
+    let each = if races { 70 * 2 } else { shape(1, true).planned_evaluations() };
+    let most = if races { race(1, true) } else { shape(1, true) }.planned_evaluations();
     let counted: u64 = troubled.durable.done.values().map(|totals| totals.evaluations).sum();
-    assert!(counted >= sound * each && counted <= samples * each, "{counted} evaluations");
+    assert!(counted >= sound * each && counted <= samples * most, "{counted} evaluations");
 }
 
 fn number(variable: &str) -> Option<u64> {
@@ -343,28 +346,89 @@ fn in_every_simulated_cluster_the_job_ends_as_it_would_undisturbed() {
 fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
     let mut world = Simulation::new(5, 4, 2, Natures::default(), false);
     world.run();
-    let shape = shape(4, true);
-    let Outcome::Scored { prompts, errors } = &world.durable.output[&ShardId(0)][2].outcome else { panic!() };
+    let Outcome::Scored { prompts, errors, .. } = &world.durable.output[&ShardId(0)][2].outcome else { panic!() };
     let all: Vec<_> = (0..70).map(PromptIndex).collect();
-    let mean = |prompt: PromptIndex, rounds: u16| {
-        let all: Vec<f64> = (0..rounds)
-            .flat_map(|r| (0..shape.rounds()[usize::from(r)].slots.len()).map(move |s| (r, s)))
-            .map(|(r, s)| f64::from(error(SampleId(2), Round(r), s, prompt)))
-            .collect();
-        all.iter().sum::<f64>() / all.len() as f64
+    let mean = |prompt: PromptIndex, slots: usize| {
+        (0..slots).map(|s| f64::from(error(SampleId(2), s, prompt))).sum::<f64>() / slots as f64
     };
     let mut by_first: Vec<_> = all.clone();
-    by_first.sort_by(|a, b| mean(*a, 1).total_cmp(&mean(*b, 1)));
+    by_first.sort_by(|a, b| mean(*a, 10).total_cmp(&mean(*b, 10)));
     for prompt in &all {
         let survived = by_first[..3].contains(prompt);
         let scored = prompts[prompt.at()];
         assert_eq!(scored.round, Round(u16::from(survived)));
-        assert!((scored.sums.mean() - mean(*prompt, 1 + u16::from(survived))).abs() < 1e-9);
+        assert!((scored.sums.mean() - mean(*prompt, if survived { 100 } else { 10 })).abs() < 1e-9);
     }
     // One row per evaluation, in the order round, prompt, slot.
-    assert_eq!(4 * errors.len() as u64, shape.planned_evaluations());
-    assert!(errors.is_sorted_by_key(|e| (e.round, e.prompt, e.slot)));
-    assert!(errors.iter().all(|e| e.error == error(SampleId(2), e.round, e.slot, e.prompt)));
+    assert_eq!(4 * errors.len() as u64, shape(4, true).planned_evaluations());
+    assert!(errors.is_sorted_by_key(|e| (e.slot >= 10, e.prompt, e.slot)));
+    assert!(errors.iter().all(|e| e.error == error(SampleId(2), e.slot, e.prompt)));
+}
+
+/// A race by the book: whoever leaves is compared with the leader of the moment on the very slots that both have seen, also
+/// when the leader is another than before.
+#[test]
+fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
+    let mut world = Simulation::new(5, 8, 3, Natures { races: true, ..Natures::default() }, false);
+    world.run();
+    let (contenders, job) = (Contenders::prompts(70), race(8, true));
+    let mut changes = 0;
+    for finished in world.durable.output.values().flatten() {
+        let Outcome::Scored { prompts, .. } = &finished.outcome else { panic!() };
+        let (mut remaining, mut done, mut leader) = ((0..70).map(PromptIndex).collect::<Vec<_>>(), 0, None);
+        for round in (0..).map(Round) {
+            let Some(slots) = job.course().round(round, done, &contenders, &remaining) else { break };
+            done = slots.end;
+            let all: Vec<Vec<f32>> = (0..70)
+                .map(|prompt| (0..done).map(|s| error(finished.sample, s, PromptIndex(prompt))).collect())
+                .collect();
+            let mean = |p: &PromptIndex| all[p.at()].iter().map(|e| f64::from(*e)).sum::<f64>();
+            let best = *remaining.iter().min_by(|a, b| mean(a).total_cmp(&mean(b))).unwrap();
+            changes += u32::from(leader.replace(best).is_some_and(|before| before != best));
+            for prompt in &remaining {
+                assert!(prompts[prompt.at()].round >= round);
+            }
+            // Single errors by prompt: those of prompts that left before hold what no comparison may look at.
+            remaining = elbo_common::policy::Race { risk: 0.05 }.survivors(
+                &contenders,
+                &remaining,
+                &all,
+                &job.course().slots()[..done],
+            );
+            let left = prompts.iter().filter(|p| p.round == round && !remaining.contains(&p.prompt));
+            assert!(left.clone().all(|p| p.sums.n as usize == done));
+        }
+        let last = prompts.iter().map(|p| p.round).max();
+        assert!(
+            remaining.iter().all(|p| Some(prompts[p.at()].round) == last && prompts[p.at()].sums.n as usize == done)
+        );
+    }
+    assert!(changes > 0, "no leader ever changed: this says nothing");
+}
+
+/// The audit of a sample is the reference applied to all its errors on the audit's own slots.
+#[test]
+fn an_audited_sample_is_scored_by_the_reference_on_slots_of_its_own() {
+    let mut world = Simulation::new(5, 40, 3, Natures { races: true, ..Natures::default() }, false);
+    world.run();
+    let before = race(1, true).course().slots().len();
+    let mut audited = 0;
+    for finished in world.durable.output.values().flatten() {
+        let Outcome::Scored { audit, .. } = &finished.outcome else { panic!() };
+        let Some(audit) = audit else { continue };
+        audited += 1;
+        let mean = |prompt: u32, slots: usize| {
+            let of_slot = |s| f64::from(error(finished.sample, before + s, PromptIndex(prompt)));
+            (0..slots).map(of_slot).sum::<f64>() / slots as f64
+        };
+        let mut by_first: Vec<u32> = (0..70).collect();
+        by_first.sort_by(|a, b| mean(*a, 10).total_cmp(&mean(*b, 10)));
+        for scored in audit {
+            let slots = if by_first[..3].contains(&scored.prompt.0) { 100 } else { 10 };
+            assert!((scored.sums.mean() - mean(scored.prompt.0, slots)).abs() < 1e-9);
+        }
+    }
+    assert!((4..25).contains(&audited), "{audited} of 40");
 }
 
 #[test]

@@ -2,26 +2,30 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ensemble::Contenders;
+mod course;
+pub mod pilot;
+mod race;
+mod reference;
+pub mod replay;
+mod timesteps;
+
+pub use course::{Course, RoundCost, Standing};
+pub use race::Race;
+pub use timesteps::{Span, Timesteps, TimestepsError};
+
+/// The level of a race's tests unless a job says otherwise.
+pub const DEFAULT_RISK: f64 = 0.05;
+
+/// The slots of a race at most unless a job says otherwise.
+pub const DEFAULT_MAX_SLOTS: u32 = 250;
 
 /// One (timestep, noise) pair. Every prompt of a sample is scored on the same slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot {
     /// Diffusion timestep, `0 .. num_train_timesteps`.
     pub timestep: u32,
     /// Noise index: the row of a noise file, or the counter of the generator.
     pub noise: u32,
-}
-
-/// The slots evaluated between two eliminations, and how many contenders stay afterwards.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RoundSlots {
-    /// The slots in evaluation order.
-    pub slots: Vec<Slot>,
-    /// How many contenders stay after the round, where there are more.
-    pub keep: u32,
-    /// Which model scores it.
-    pub scored_by: ScoredBy,
 }
 
 /// Which of a job's models scores a round.
@@ -44,7 +48,7 @@ pub struct Stage {
 }
 
 /// Who is evaluated on what, and who is eliminated when.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "lowercase")]
 pub enum Policy {
     /// The adaptive schedule of Li et al. (2023), reproduced exactly (their `eval_prob_adaptive`).
@@ -61,10 +65,20 @@ pub enum Policy {
         /// Noises per timestep.
         trials: u32,
     },
+    /// Contenders leave as soon as they are significantly worse than the best: see [`Race`].
+    Race {
+        /// The level of each test.
+        risk: f64,
+        /// Slots at most.
+        max_slots: u32,
+        /// Where the slots lie.
+        #[serde(default, skip_serializing_if = "Timesteps::is_even")]
+        timesteps: Timesteps,
+    },
 }
 
 /// A policy that can't be carried out.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PolicyError {
     /// `--keep` and `--samples` disagree in length.
     #[error("--keep has {keep} stages and --samples has {samples}: give both the same number of values")]
@@ -125,6 +139,15 @@ pub enum PolicyError {
         /// Timesteps of the later stage.
         after: u32,
     },
+    /// A race at a level that is none.
+    #[error("--risk {0} is not the level of a test: use a number above 0 and below 0.5, like {DEFAULT_RISK}")]
+    Risk(f64),
+    /// A race too short for a test.
+    #[error("--max-slots {0} is too few: a class leaves after two slots at the earliest, so use at least 2")]
+    MaxSlots(u32),
+    /// A density of slots that is none, or not the model's.
+    #[error("{0}: give timesteps of the model, from 0 on, in ascending order")]
+    Timesteps(#[from] TimestepsError),
     /// Exhaustive takes one grid size.
     #[error("--policy exhaustive evaluates one grid: give --samples one value, not {0}")]
     ExhaustiveStages(usize),
@@ -167,92 +190,54 @@ impl Policy {
         }
     }
 
-    /// The rounds for a model with `timesteps` training timesteps and a job with these contenders; none where every sample
-    /// brings its own, of which a round keeps all if there are too few.
-    pub fn rounds(&self, timesteps: u32, contenders: Option<&Contenders>) -> Result<Vec<RoundSlots>, PolicyError> {
-        let all = contenders.map_or(u32::MAX, |c| c.len() as u32);
-        let (stages, trials) = match self {
-            Self::Reference { stages, trials } => (stages.clone(), *trials),
-            Self::Exhaustive { samples, trials } => (vec![Stage { samples: *samples, keep: all }], *trials),
-        };
-        let most = stages.iter().map(|s| s.samples).max().unwrap_or(0);
-        if most == 0 {
-            return Err(PolicyError::Zero("--samples"));
+    /// The race at a level.
+    pub fn race(risk: f64, max_slots: u32, timesteps: Timesteps) -> Result<Self, PolicyError> {
+        if !(risk > 0.0 && risk < 0.5) {
+            return Err(PolicyError::Risk(risk));
         }
-        if most > timesteps {
-            return Err(PolicyError::TooManySamples { samples: most, timesteps });
+        if max_slots < 2 {
+            return Err(PolicyError::MaxSlots(max_slots));
         }
-        if let (Some(c), Some(stage)) = (contenders, stages.iter().find(|s| s.keep > all)) {
-            return Err(PolicyError::KeepTooLarge { keep: stage.keep, count: c.len(), noun: c.noun() });
-        }
-        let mut done = Vec::new();
-        Ok(stages
-            .iter()
-            .map(|stage| {
-                let fresh = new_timesteps(timesteps, most, stage.samples, &done);
-                let slots = slots_by_rank(&fresh, done.len() as u32, trials);
-                done.extend(fresh);
-                RoundSlots { slots, keep: stage.keep, scored_by: ScoredBy::Model }
-            })
-            .collect())
+        Ok(Self::Race { risk, max_slots, timesteps })
     }
-}
 
-/// The timesteps a stage with `samples` adds to those `done`: ascending, from the grid of the largest stage.
-fn new_timesteps(timesteps: u32, most: u32, samples: u32, done: &[u32]) -> Vec<u32> {
-    let spacing = timesteps / most;
-    let grid: Vec<u32> = (0..most).map(|i| spacing / 2 + i * spacing).collect();
-    let step = (most / samples) as usize;
-    grid.into_iter().skip(step / 2).step_by(step).take(samples as usize).filter(|t| !done.contains(t)).collect()
-}
-
-/// Slots of a stage's new timesteps: the noise index follows the rank of evaluation, not the timestep.
-fn slots_by_rank(fresh: &[u32], done: u32, trials: u32) -> Vec<Slot> {
-    fresh
-        .iter()
-        .zip(done..)
-        .flat_map(|(&timestep, rank)| (0..trials).map(move |q| Slot { timestep, noise: trials * rank + q }))
-        .collect()
-}
-
-/// What one round costs for one sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct RoundCost {
-    /// Slots evaluated.
-    pub slots: u64,
-    /// Prompts evaluated on each.
-    pub prompts: u64,
-    /// Their product.
-    pub evaluations: u64,
-}
-
-/// The evaluations each round costs for one sample with these contenders: exact where they are even, else the most it can be.
-pub fn costs(rounds: &[RoundSlots], contenders: &Contenders) -> Vec<RoundCost> {
-    let mut prompts = contenders.prompt_count() as u64;
-    rounds
-        .iter()
-        .map(|round| {
-            let slots = round.slots.len() as u64;
-            let cost = RoundCost { slots, prompts, evaluations: slots * prompts };
-            prompts = prompts.min(contenders.most_prompts(round.keep));
-            cost
-        })
-        .collect()
+    /// How many contenders the first elimination keeps at least.
+    fn first_keep(&self) -> u32 {
+        match self {
+            Self::Reference { stages, .. } => stages.first().map_or(1, |stage| stage.keep),
+            Self::Exhaustive { .. } | Self::Race { .. } => 1,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::class::Classes;
-    use crate::ensemble::PromptEnsemble;
+    use crate::ensemble::{Contenders, PromptEnsemble};
+    use crate::ids::Round;
     use crate::preset::Preset;
 
-    fn timesteps(round: &RoundSlots) -> Vec<u32> {
-        round.slots.iter().map(|s| s.timestep).collect()
+    fn course(policy: &Policy, timesteps: u32, contenders: Option<&Contenders>) -> Result<Course, PolicyError> {
+        Course::new(policy, None, timesteps, contenders)
     }
 
-    fn total(rounds: &[RoundSlots], contenders: &Contenders) -> u64 {
-        costs(rounds, contenders).iter().map(|c| c.evaluations).sum()
+    /// The slots of every round of a course that is fixed.
+    fn rounds(course: &Course, contenders: &Contenders) -> Vec<Vec<Slot>> {
+        let (mut done, mut rounds) = (0, Vec::new());
+        while let Some(slots) = course.round(Round(rounds.len() as u16), done, contenders, &[]) {
+            done = slots.end;
+            rounds.push(course.slots()[slots].to_vec());
+        }
+        rounds
+    }
+
+    fn timesteps(round: &[Slot]) -> Vec<u32> {
+        round.iter().map(|s| s.timestep).collect()
+    }
+
+    fn total(course: &Course, contenders: &Contenders) -> u64 {
+        course.costs(contenders).iter().map(|c| c.evaluations).sum()
     }
 
     #[test]
@@ -268,8 +253,8 @@ mod tests {
             (Preset::Imagenet, 1000, 124_500),
         ] {
             let contenders = Contenders::prompts(prompts);
-            let rounds = preset.policy().rounds(1000, Some(&contenders)).unwrap();
-            assert_eq!(total(&rounds, &contenders), expected, "{preset}");
+            let course = course(&preset.policy(), 1000, Some(&contenders)).unwrap();
+            assert_eq!(total(&course, &contenders), expected, "{preset}");
         }
     }
 
@@ -280,7 +265,7 @@ mod tests {
         let policy = Policy::reference(&[2, 1], &[2, 5], 1).unwrap();
         let cost = |ensemble| {
             let contenders = Contenders::of_classes(&classes, ensemble);
-            total(&policy.rounds(1000, Some(&contenders)).unwrap(), &contenders)
+            total(&course(&policy, 1000, Some(&contenders)).unwrap(), &contenders)
         };
         // Two slots for all twelve prompts; then three slots for two prompts, or for two classes of three prompts.
         assert_eq!(cost(PromptEnsemble::Max), 2 * 12 + 3 * 2);
@@ -288,43 +273,45 @@ mod tests {
 
         let by_mean = Contenders::of_classes(&classes, PromptEnsemble::Mean);
         let greedy = Policy::reference(&[5, 1], &[2, 5], 1).unwrap();
-        let message = greedy.rounds(1000, Some(&by_mean)).unwrap_err().to_string();
+        let message = course(&greedy, 1000, Some(&by_mean)).unwrap_err().to_string();
         assert!(message.contains("--keep 5 is more than the 4 classes"), "{message}");
-        assert!(greedy.rounds(1000, None).is_ok(), "samples with few candidates keep them all");
+        assert!(course(&greedy, 1000, None).is_ok(), "samples with few candidates keep them all");
     }
 
     #[test]
     fn candidates_fewer_than_a_stage_keeps_all_stay() {
-        let rounds = Policy::reference(&[5, 1], &[2, 5], 1).unwrap().rounds(1000, None).unwrap();
-        assert_eq!(total(&rounds, &Contenders::prompts(2)), 2 * 2 + 3 * 2);
-        assert_eq!(total(&rounds, &Contenders::prompts(9)), 2 * 9 + 3 * 5);
+        let course = course(&Policy::reference(&[5, 1], &[2, 5], 1).unwrap(), 1000, None).unwrap();
+        assert_eq!(total(&course, &Contenders::prompts(2)), 2 * 2 + 3 * 2);
+        assert_eq!(total(&course, &Contenders::prompts(9)), 2 * 9 + 3 * 5);
     }
 
     #[test]
     fn a_stage_takes_every_stepth_point_of_the_largest_grid_less_those_done() {
         // M = 5, s = 200: grid 100, 300, 500, 700, 900. n = 2: step 2, G[1::2][:2] = 300, 700.
-        let rounds =
-            Policy::reference(&[2, 1], &[2, 5], 1).unwrap().rounds(1000, Some(&Contenders::prompts(3))).unwrap();
+        let (policy, three) = (Policy::reference(&[2, 1], &[2, 5], 1).unwrap(), Contenders::prompts(3));
+        let rounds = rounds(&course(&policy, 1000, Some(&three)).unwrap(), &three);
         assert_eq!(timesteps(&rounds[0]), [300, 700]);
         assert_eq!(timesteps(&rounds[1]), [100, 500, 900]);
     }
 
     #[test]
     fn noise_indices_follow_evaluation_rank_across_stages_and_trials() {
-        let rounds =
-            Policy::reference(&[2, 1], &[2, 5], 3).unwrap().rounds(1000, Some(&Contenders::prompts(3))).unwrap();
-        let noises: Vec<Vec<u32>> = rounds.iter().map(|r| r.slots.iter().map(|s| s.noise).collect()).collect();
+        let (policy, three) = (Policy::reference(&[2, 1], &[2, 5], 3).unwrap(), Contenders::prompts(3));
+        let rounds = rounds(&course(&policy, 1000, Some(&three)).unwrap(), &three);
+        let noises: Vec<Vec<u32>> = rounds.iter().map(|r| r.iter().map(|s| s.noise).collect()).collect();
         assert_eq!(noises[0], [0, 1, 2, 3, 4, 5]);
         assert_eq!(noises[1], [6, 7, 8, 9, 10, 11, 12, 13, 14]);
-        assert_eq!(rounds[1].slots[3], Slot { timestep: 500, noise: 9 });
+        assert_eq!(rounds[1][3], Slot { timestep: 500, noise: 9 });
     }
 
     #[test]
     fn exhaustive_scores_every_prompt_on_one_even_grid() {
-        let rounds = Policy::exhaustive(&[4], 1).unwrap().rounds(1000, Some(&Contenders::prompts(7))).unwrap();
+        let (policy, seven) = (Policy::exhaustive(&[4], 1).unwrap(), Contenders::prompts(7));
+        let course = course(&policy, 1000, Some(&seven)).unwrap();
+        let rounds = rounds(&course, &seven);
         assert_eq!(rounds.len(), 1);
         assert_eq!(timesteps(&rounds[0]), [125, 375, 625, 875]);
-        assert_eq!(rounds[0].keep, 7);
+        assert_eq!(total(&course, &seven), 4 * 7);
     }
 
     #[test]
@@ -335,8 +322,14 @@ mod tests {
         assert!(message(Policy::reference(&[5, 1], &[100, 20], 1)).contains("must grow"));
         assert!(message(Policy::reference(&[5, 1], &[0, 20], 1)).contains("at least 1"));
         assert!(message(Policy::exhaustive(&[20, 100], 1)).contains("one value"));
+        assert!(message(Policy::race(0.5, 10, Timesteps::default())).contains("below 0.5"));
+        assert!(message(Policy::race(0.02, 1, Timesteps::default())).contains("at least 2"));
         let policy = Policy::reference(&[5, 1], &[20, 100], 1).unwrap();
-        assert!(policy.rounds(1000, Some(&Contenders::prompts(4))).unwrap_err().to_string().contains("use at most 4"));
-        assert!(policy.rounds(50, Some(&Contenders::prompts(10))).unwrap_err().to_string().contains("use at most 50"));
+        assert!(
+            course(&policy, 1000, Some(&Contenders::prompts(4))).unwrap_err().to_string().contains("use at most 4")
+        );
+        assert!(
+            course(&policy, 50, Some(&Contenders::prompts(10))).unwrap_err().to_string().contains("use at most 50")
+        );
     }
 }

@@ -1,0 +1,159 @@
+//! How policies did, as a table for people and as CSV.
+
+use std::fmt;
+
+use elbo_common::ids::PromptIndex;
+use elbo_common::interval::wilson;
+use elbo_common::policy::replay::{Replayed, decide_by};
+use serde::Serialize;
+
+use super::Errors;
+
+/// How one policy did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// The policy.
+    pub policy: String,
+    /// The share of samples with a label that got their class; none without labels.
+    pub accuracy: Option<f64>,
+    /// Its 95 % interval.
+    pub accuracy_interval: Option<(f64, f64)>,
+    /// The share of samples that got the class that all slots together give.
+    pub agreement: f64,
+    /// Its 95 % interval.
+    pub agreement_interval: (f64, f64),
+    /// Evaluations of a sample.
+    pub evaluations: f64,
+    /// The standard error of that mean.
+    pub evaluations_std_error: f64,
+    /// How many times more the reference takes.
+    pub saving: f64,
+    /// Rounds of a sample.
+    pub rounds: f64,
+}
+
+/// How all of them did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Table {
+    /// What was replayed.
+    pub errors: String,
+    /// Samples.
+    pub samples: usize,
+    /// Of them those with a label.
+    pub labelled: usize,
+    /// One row for each policy.
+    pub rows: Vec<Row>,
+    #[serde(skip)]
+    truth: Vec<Option<PromptIndex>>,
+    #[serde(skip)]
+    all: Vec<PromptIndex>,
+    #[serde(skip)]
+    contenders: elbo_common::ensemble::Contenders,
+}
+
+impl Table {
+    /// A table of some of the samples, with a row for all slots together.
+    pub(super) fn new(errors: &Errors, samples: &[usize]) -> Self {
+        let slots: Vec<usize> = (0..errors.scored.slots.len()).collect();
+        let decide = |sample: &usize| decide_by(&errors.contenders, &errors.scored.errors[*sample], &slots);
+        let truth: Vec<_> = samples.iter().map(|&s| errors.truth[s]).collect();
+        let mut table = Self {
+            errors: errors.title.clone(),
+            samples: samples.len(),
+            labelled: truth.iter().flatten().count(),
+            rows: Vec::new(),
+            truth,
+            all: samples.iter().map(decide).collect(),
+            contenders: errors.contenders.clone(),
+        };
+        let evaluations = (errors.contenders.prompt_count() * slots.len()) as u64;
+        let exhaustive: Vec<_> =
+            table.all.iter().map(|&best| Replayed { best, margin: None, evaluations, rounds: 1 }).collect();
+        table.add("exhaustive", &exhaustive);
+        table
+    }
+
+    /// Adds a policy.
+    pub(super) fn add(&mut self, policy: &str, replayed: &[Replayed]) {
+        let same = |a: PromptIndex, b: PromptIndex| !self.contenders.are_rivals(&[a, b]);
+        let right =
+            replayed.iter().zip(&self.truth).filter(|(r, truth)| truth.is_some_and(|t| same(t, r.best))).count();
+        let agreeing = replayed.iter().zip(&self.all).filter(|(r, all)| same(**all, r.best)).count();
+        let n = replayed.len().max(1) as f64;
+        let mean = replayed.iter().map(|r| r.evaluations as f64).sum::<f64>() / n;
+        let variance = replayed.iter().map(|r| (r.evaluations as f64 - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        let reference = self.rows.iter().find(|row| row.policy == "reference").map_or(mean, |row| row.evaluations);
+        self.rows.push(Row {
+            policy: policy.to_owned(),
+            accuracy: (self.labelled > 0).then(|| right as f64 / self.labelled as f64),
+            accuracy_interval: (self.labelled > 0).then(|| wilson(right as u64, self.labelled as u64)),
+            agreement: agreeing as f64 / n,
+            agreement_interval: wilson(agreeing as u64, replayed.len() as u64),
+            evaluations: mean,
+            evaluations_std_error: (variance / n).sqrt(),
+            saving: reference / mean,
+            rounds: replayed.iter().map(|r| f64::from(r.rounds)).sum::<f64>() / n,
+        });
+    }
+
+    /// The rows as CSV.
+    pub fn csv(&self) -> String {
+        let mut text = String::from(
+            "policy,accuracy,accuracy_low,accuracy_high,agreement,agreement_low,agreement_high,evaluations,evaluations_std_error,saving,rounds\n",
+        );
+        for row in &self.rows {
+            let optional = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
+            let cells = [
+                format!("\"{}\"", row.policy),
+                optional(row.accuracy),
+                optional(row.accuracy_interval.map(|i| i.0)),
+                optional(row.accuracy_interval.map(|i| i.1)),
+                row.agreement.to_string(),
+                row.agreement_interval.0.to_string(),
+                row.agreement_interval.1.to_string(),
+                row.evaluations.to_string(),
+                row.evaluations_std_error.to_string(),
+                row.saving.to_string(),
+                row.rounds.to_string(),
+            ];
+            text.push_str(&cells.join(","));
+            text.push('\n');
+        }
+        text
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{}: {} images, {} with a label; in brackets 95 % intervals",
+            self.errors, self.samples, self.labelled
+        )?;
+        writeln!(f, "agreement: with all slots together; saving: against the reference\n")?;
+        writeln!(
+            f,
+            "{:<40} {:>22} {:>22} {:>18} {:>7} {:>6}",
+            "policy", "accuracy %", "agreement %", "evaluations/image", "saving", "rounds"
+        )?;
+        for row in &self.rows {
+            let share = |share: f64, (low, high): (f64, f64)| {
+                format!("{:.2} [{:.1}, {:.1}]", 100.0 * share, 100.0 * low, 100.0 * high)
+            };
+            let accuracy = match (row.accuracy, row.accuracy_interval) {
+                (Some(accuracy), Some(interval)) => share(accuracy, interval),
+                _ => "-".to_owned(),
+            };
+            let evaluations = format!("{:.1} ± {:.1}", row.evaluations, 1.96 * row.evaluations_std_error);
+            writeln!(
+                f,
+                "{:<40} {accuracy:>22} {:>22} {evaluations:>18} {:>6.1}x {:>6.1}",
+                row.policy,
+                share(row.agreement, row.agreement_interval),
+                row.saving,
+                row.rounds
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,61 @@
+//! The adaptive schedule of Li et al. (ICCV 2023), as their `eval_prob_adaptive` does it.
+
+use super::course::Step;
+use super::{PolicyError, Slot, Stage};
+use crate::ensemble::Contenders;
+
+/// The slots of some stages in order, and where each ends; without contenders every sample brings its own, of which a stage
+/// keeps all if there are too few.
+pub(super) fn schedule(
+    stages: &[Stage],
+    trials: u32,
+    timesteps: u32,
+    contenders: Option<&Contenders>,
+) -> Result<(Vec<Slot>, Vec<Step>), PolicyError> {
+    let most = stages.iter().map(|stage| stage.samples).max().unwrap_or(0);
+    check(most, timesteps)?;
+    if let Some(c) = contenders
+        && let Some(stage) = stages.iter().find(|stage| stage.keep as usize > c.len())
+    {
+        return Err(PolicyError::KeepTooLarge { keep: stage.keep, count: c.len(), noun: c.noun() });
+    }
+    let (mut done, mut slots, mut steps) = (Vec::new(), Vec::new(), Vec::new());
+    for stage in stages {
+        let fresh = new_timesteps(timesteps, most, stage.samples, &done);
+        slots.extend(slots_by_rank(&fresh, done.len() as u32, trials));
+        done.extend(fresh);
+        steps.push(Step { end: slots.len(), keep: stage.keep });
+    }
+    Ok((slots, steps))
+}
+
+/// The slots of one grid with so many timesteps.
+pub(super) fn grid(samples: u32, trials: u32, timesteps: u32) -> Result<Vec<Slot>, PolicyError> {
+    check(samples, timesteps)?;
+    Ok(slots_by_rank(&new_timesteps(timesteps, samples, samples, &[]), 0, trials))
+}
+
+fn check(samples: u32, timesteps: u32) -> Result<(), PolicyError> {
+    match samples {
+        0 => Err(PolicyError::Zero("--samples")),
+        _ if samples > timesteps => Err(PolicyError::TooManySamples { samples, timesteps }),
+        _ => Ok(()),
+    }
+}
+
+/// The timesteps a stage with `samples` adds to those `done`: ascending, from the grid of the largest stage.
+fn new_timesteps(timesteps: u32, most: u32, samples: u32, done: &[u32]) -> Vec<u32> {
+    let spacing = timesteps / most;
+    let grid: Vec<u32> = (0..most).map(|i| spacing / 2 + i * spacing).collect();
+    let step = (most / samples) as usize;
+    grid.into_iter().skip(step / 2).step_by(step).take(samples as usize).filter(|t| !done.contains(t)).collect()
+}
+
+/// Slots of a stage's new timesteps: the noise index follows the rank of evaluation, not the timestep.
+fn slots_by_rank(fresh: &[u32], done: u32, trials: u32) -> Vec<Slot> {
+    fresh
+        .iter()
+        .zip(done..)
+        .flat_map(|(&timestep, rank)| (0..trials).map(move |q| Slot { timestep, noise: trials * rank + q }))
+        .collect()
+}

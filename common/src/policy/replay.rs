@@ -1,0 +1,120 @@
+//! A course run over errors that were recorded before: what a policy would have decided, without a model.
+
+use super::{Course, ScoredBy, Slot, Standing};
+use crate::ensemble::Contenders;
+use crate::ids::{PromptIndex, Round};
+use crate::sums::Sums;
+
+/// What a course came to for one sample.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Replayed {
+    /// The best prompt of the best contender.
+    pub best: PromptIndex,
+    /// The mean error of the best contender of another class less that of the best, where they have been through the same
+    /// slots.
+    pub margin: Option<f64>,
+    /// Evaluations.
+    pub evaluations: u64,
+    /// Rounds.
+    pub rounds: u16,
+}
+
+/// For every slot of a course, which recorded slot stands for it: the nearest in time that is not taken; none where there
+/// are too few. Whatever noise a slot had is as good as any other.
+pub fn stand_ins(course: &[Slot], recorded: &[Slot]) -> Option<Vec<usize>> {
+    let mut free: Vec<usize> = (0..recorded.len()).collect();
+    let stand_in = |slot: &Slot| {
+        let nearest = (0..free.len()).min_by_key(|&i| recorded[free[i]].timestep.abs_diff(slot.timestep))?;
+        Some(free.remove(nearest))
+    };
+    course.iter().map(stand_in).collect()
+}
+
+/// What some slots together say of a sample with these errors, by prompt and recorded slot: a prompt of the best contender.
+pub fn decide_by(contenders: &Contenders, errors: &[Vec<f32>], slots: &[usize]) -> PromptIndex {
+    let all: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
+    let sums = |errors: &Vec<f32>| Sums::of(&slots.iter().map(|slot| errors[*slot]).collect::<Vec<_>>());
+    let totals: Vec<Sums> = errors.iter().map(sums).collect();
+    contenders.survivors(&all, &totals, 1).first().copied().unwrap_or(PromptIndex(0))
+}
+
+/// Runs a course over a sample's errors, by prompt and recorded slot; `at` are the [`stand_ins`] of the course's slots.
+pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at: &[usize]) -> Replayed {
+    let mut remaining: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
+    let (mut totals, mut seen) = (vec![Sums::default(); errors.len()], vec![Vec::new(); errors.len()]);
+    let (mut done, mut evaluations, mut round) = (0, 0, Round(0));
+    let mut last = remaining.clone();
+    while let Some(slots) = course.round(round, done, contenders, &remaining) {
+        debug_assert_eq!(course.scored_by(round), ScoredBy::Model, "a shortlist's errors are not recorded");
+        evaluations += (slots.len() * remaining.len()) as u64;
+        for prompt in &remaining {
+            let errors = at[slots.clone()].iter().map(|slot| errors[prompt.at()][*slot]);
+            seen[prompt.at()].extend(errors);
+            totals[prompt.at()].merge(&Sums::of(&seen[prompt.at()][done..]));
+        }
+        done = slots.end;
+        last = remaining;
+        let standing = Standing { remaining: &last, totals: &totals, errors: &seen };
+        remaining = course.survivors(round, contenders, standing);
+        round = Round(round.0 + 1);
+    }
+    let best = contenders.survivors(&remaining, &totals, 1);
+    let lowest = |prompts: &[PromptIndex]| {
+        prompts.iter().copied().min_by(|a, b| totals[a.at()].mean().total_cmp(&totals[b.at()].mean()))
+    };
+    let rivals: Vec<_> =
+        last.iter().copied().filter(|p| best.iter().all(|b| contenders.are_rivals(&[*b, *p]))).collect();
+    let second = contenders.survivors(&rivals, &totals, 1);
+    let mean = |prompts: &[PromptIndex]| {
+        prompts.iter().map(|p| totals[p.at()].mean()).sum::<f64>() / prompts.len().max(1) as f64
+    };
+    Replayed {
+        best: lowest(&best).unwrap_or(PromptIndex(0)),
+        margin: (!second.is_empty()).then(|| mean(&second) - mean(&best)),
+        evaluations,
+        rounds: round.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{Policy, Timesteps};
+
+    fn slots(timesteps: &[u32]) -> Vec<Slot> {
+        timesteps.iter().zip(0..).map(|(&timestep, noise)| Slot { timestep, noise }).collect()
+    }
+
+    #[test]
+    fn a_slot_is_stood_in_for_by_the_nearest_that_is_free() {
+        let recorded = slots(&[100, 300, 500, 700]);
+        assert_eq!(stand_ins(&slots(&[310, 290, 690]), &recorded), Some(vec![1, 0, 3]));
+        assert_eq!(stand_ins(&slots(&[1, 2, 3, 4, 5]), &recorded), None);
+    }
+
+    #[test]
+    fn the_reference_keeps_the_lowest_and_pays_for_whom_it_kept() {
+        let contenders = Contenders::prompts(3);
+        let policy = Policy::reference(&[2, 1], &[1, 3], 1).unwrap();
+        let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
+        // The second is best on the first slot and loses by all three; the third is out after the first.
+        let errors = vec![vec![2.0, 1.0, 1.0], vec![1.0, 3.0, 3.0], vec![5.0, 0.0, 0.0]];
+        let at = stand_ins(course.slots(), course.slots()).unwrap();
+        let found = replay(&course, &contenders, &errors, &at);
+        assert_eq!((found.best, found.evaluations, found.rounds), (PromptIndex(0), 3 + 2 * 2, 2));
+        assert!((found.margin.unwrap() - (7.0 - 4.0) / 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_race_ends_when_one_class_is_left() {
+        let contenders = Contenders::prompts(10);
+        let policy = Policy::race(0.02, 20, Timesteps::default()).unwrap();
+        let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
+        let wave = |slot: usize| [0.0, 0.01, 0.02][slot % 3];
+        let errors: Vec<Vec<f32>> =
+            (0..10).map(|p| (0..20).map(|s| 1.0 + if p == 4 { 0.0 } else { 1.0 + wave(s + p) }).collect()).collect();
+        let at = stand_ins(course.slots(), course.slots()).unwrap();
+        let found = replay(&course, &contenders, &errors, &at);
+        assert_eq!((found.best, found.evaluations, found.rounds), (PromptIndex(4), 2 * 10, 1));
+    }
+}
