@@ -60,7 +60,7 @@ fn a_race_is_the_default_and_takes_as_long_as_an_image_is_hard() {
     run_ok(&mut label(images.path(), out.path(), &[]));
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(out.path().join("job.json")).unwrap()).unwrap();
-    assert_eq!(record["policy"], serde_json::json!({"name": "race", "risk": 0.05, "max_slots": 250}));
+    assert_eq!(record["spec"]["policy"], serde_json::json!({"name": "race", "risk": 0.05, "max_slots": 250}));
     let rows = predictions(out.path());
     for row in &rows {
         // Ten classes on two slots, then fewer on more.
@@ -108,7 +108,7 @@ fn an_exhaustive_jobs_errors_tell_what_a_race_would_have_cost_and_where_it_shoul
     let out = outs.path().join("race");
     run_ok(&mut label(images.path(), &out, &["--timesteps-from", timesteps.to_str().unwrap()]));
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("job.json")).unwrap()).unwrap();
-    assert_eq!(record["policy"]["timesteps"], found);
+    assert_eq!(record["spec"]["policy"]["timesteps"], found);
 
     let race = outs.path().join("race");
     let refused = run(elbo().args(["bench", "policy"]).arg(&race));

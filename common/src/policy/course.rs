@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::{Policy, PolicyError, Race, ScoredBy, Slot, reference};
+use super::reference::{self, Step};
+use super::{Policy, PolicyError, Race, ScoredBy, Slot};
 use crate::ensemble::Contenders;
 use crate::ids::{PromptIndex, Round};
 use crate::sums::Sums;
@@ -27,15 +28,6 @@ enum Elimination {
     Fixed(Vec<Step>),
     /// Whoever has lost leaves.
     Race(Race),
-}
-
-/// The end of a round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Step {
-    /// The slots evaluated by then.
-    pub(super) end: usize,
-    /// The contenders that stay.
-    pub(super) keep: u32,
 }
 
 /// What is known of a sample's prompts when a round ends.

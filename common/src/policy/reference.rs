@@ -1,8 +1,16 @@
 //! The adaptive schedule of Li et al. (ICCV 2023), as their `eval_prob_adaptive` does it.
 
-use super::course::Step;
 use super::{PolicyError, Slot, Stage};
 use crate::ensemble::Contenders;
+
+/// The end of a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// The slots evaluated by then.
+    pub(super) end: usize,
+    /// The contenders that stay.
+    pub(super) keep: u32,
+}
 
 /// The slots of some stages in order, and where each ends; without contenders every sample brings its own, of which a stage
 /// keeps all if there are too few.
