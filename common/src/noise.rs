@@ -91,7 +91,9 @@ pub enum NoiseError {
         expected: [usize; 3],
     },
     /// The schedule needs more rows than there are.
-    #[error("the noise file has {rows} rows, but the schedule uses {needed}: give a file with at least {needed}")]
+    #[error(
+        "the noise file has {rows} rows, but the schedule uses {needed}: give a file with at least {needed}, or a schedule with fewer slots (--max-slots {rows} in a race)"
+    )]
     TooFewRows {
         /// Rows of the file.
         rows: usize,

@@ -19,6 +19,9 @@ pub const DEFAULT_RISK: f64 = 0.05;
 /// The slots of a race at most unless a job says otherwise.
 pub const DEFAULT_MAX_SLOTS: u32 = 250;
 
+/// The slots a race may have.
+const MOST_SLOTS: u32 = 100_000;
+
 /// One (timestep, noise) pair. Every prompt of a sample is scored on the same slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot {
@@ -142,8 +145,10 @@ pub enum PolicyError {
     /// A race at a level that is none.
     #[error("--risk {0} is not the level of a test: use a number above 0 and below 0.5, like {DEFAULT_RISK}")]
     Risk(f64),
-    /// A race too short for a test.
-    #[error("--max-slots {0} is too few: a class leaves after two slots at the earliest, so use at least 2")]
+    /// A race too short for a test, or longer than anyone can wait for.
+    #[error(
+        "--max-slots {0} is out of range: a class leaves after two slots at the earliest, so use at least 2, and at most {MOST_SLOTS}"
+    )]
     MaxSlots(u32),
     /// A density of slots that is none, or not the model's.
     #[error("{0}: give timesteps of the model, from 0 on, in ascending order")]
@@ -195,7 +200,7 @@ impl Policy {
         if !(risk > 0.0 && risk < 0.5) {
             return Err(PolicyError::Risk(risk));
         }
-        if max_slots < 2 {
+        if !(2..=MOST_SLOTS).contains(&max_slots) {
             return Err(PolicyError::MaxSlots(max_slots));
         }
         Ok(Self::Race { risk, max_slots, timesteps })
@@ -324,6 +329,7 @@ mod tests {
         assert!(message(Policy::exhaustive(&[20, 100], 1)).contains("one value"));
         assert!(message(Policy::race(0.5, 10, Timesteps::default())).contains("below 0.5"));
         assert!(message(Policy::race(0.02, 1, Timesteps::default())).contains("at least 2"));
+        assert!(message(Policy::race(0.02, u32::MAX, Timesteps::default())).contains("at most 100000"));
         let policy = Policy::reference(&[5, 1], &[20, 100], 1).unwrap();
         assert!(
             course(&policy, 1000, Some(&Contenders::prompts(4))).unwrap_err().to_string().contains("use at most 4")

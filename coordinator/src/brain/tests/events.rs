@@ -40,6 +40,20 @@ fn results_that_contradict_the_job_are_refused() {
 }
 
 #[test]
+fn what_a_race_will_take_is_told_by_the_samples_that_have_ended() {
+    let job = race(10, false);
+    let planned_each = job.planned_evaluations() / 10;
+    let none = ShardTotals { samples: 0, evaluations: 50, ..ShardTotals::default() };
+    assert_eq!(job.expected_evaluations(none, 10), None);
+    // Four have ended after 200 evaluations each; two are on their way, with 300 so far, and four were not begun.
+    let totals = ShardTotals { samples: 4, quarantined: 0, evaluations: 1100, spared: 4 * (planned_each - 200) };
+    assert_eq!(job.expected_evaluations(totals, 2), Some(1100 + 4 * 200 + 2 * 100));
+    let fixed = shape(10, false);
+    let spared = ShardTotals { spared: 7, ..ShardTotals::default() };
+    assert_eq!(fixed.expected_evaluations(spared, 10), Some(fixed.planned_evaluations() - 7));
+}
+
+#[test]
 fn sums_that_are_none_are_refused() {
     let policy = LeasePolicy { first_block: 300, ..LeasePolicy::default() };
     let mut brain = Brain::new(shape(4, false), Epoch(1), policy, BTreeMap::new(), Waste::default());
