@@ -174,9 +174,4 @@ impl JobSpec {
             None => Ok(course),
         }
     }
-
-    /// Whether workers report every single error, and not sums alone.
-    pub fn reports_errors(&self) -> bool {
-        self.write_errors || matches!(self.policy, Policy::Race { .. })
-    }
 }

@@ -47,7 +47,7 @@ pub struct Totals {
     pub samples: u64,
     /// Samples given up.
     pub quarantined: u64,
-    /// Evaluations the predictions rest on.
+    /// Evaluations the predictions rest on, and those of audits.
     pub evaluations: u64,
     /// Evaluations computed again though their results had been acknowledged.
     pub evaluations_recomputed: u64,

@@ -100,7 +100,8 @@ impl Problem {
             true => contrastive(spec, &models.model, &device)?,
             false => diffusion(spec, &models.model, &course, &device)?,
         });
-        Ok(Self { stages, course, reports_errors: spec.reports_errors() })
+        let reports_errors = course.reports_errors(spec.write_errors);
+        Ok(Self { stages, course, reports_errors })
     }
 }
 

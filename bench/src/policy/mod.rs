@@ -42,7 +42,8 @@ pub struct Options {
     pub risks: Vec<f64>,
     /// Slots of a race at most.
     pub max_slots: u32,
-    /// Samples that a pilot learns from, chosen by `seed`; none for no pilot. The others are raced with what it learns.
+    /// Samples that a pilot learns from, at the first level, chosen by `seed`; none for no pilot. All samples are then raced
+    /// with what it learns, its own too.
     pub pilot: Option<usize>,
     /// Seed of the choice.
     pub seed: u64,
@@ -86,8 +87,8 @@ pub fn run(errors: &Errors, options: &Options) -> Result<(Table, Option<Pilot>),
     let chosen = choose(everyone.len(), count, options.seed);
     let pilot_errors = chosen.iter().map(|&sample| errors.scored.errors[sample].clone()).collect();
     let scored = Scored { slots: errors.scored.slots.clone(), errors: pilot_errors };
-    let middle = options.risks.first().copied().unwrap_or(elbo_common::policy::DEFAULT_RISK);
-    let pilot = Pilot::learn(&scored, &errors.contenders, errors.timesteps, middle)?;
+    let level = options.risks.first().copied().unwrap_or(elbo_common::policy::DEFAULT_RISK);
+    let pilot = Pilot::learn(&scored, &errors.contenders, errors.timesteps, level)?;
     let within = errors.scored.slots.iter().filter(|slot| pilot.window.contains(&slot.timestep)).count() as u32;
     for &risk in &options.risks {
         let policy = Policy::race(risk, options.max_slots.min(within), pilot.timesteps())?;

@@ -67,8 +67,7 @@ impl Table {
             contenders: errors.contenders.clone(),
         };
         let evaluations = (errors.contenders.prompt_count() * slots.len()) as u64;
-        let exhaustive: Vec<_> =
-            table.all.iter().map(|&best| Replayed { best, margin: None, evaluations, rounds: 1 }).collect();
+        let exhaustive: Vec<_> = table.all.iter().map(|&best| Replayed { best, evaluations, rounds: 1 }).collect();
         table.add("exhaustive", &exhaustive);
         table
     }

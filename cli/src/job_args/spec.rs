@@ -13,7 +13,7 @@ use elbo_common::loss::Loss;
 use elbo_common::model_files::is_contrastive;
 use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
-use elbo_common::policy::{Course, DEFAULT_MAX_SLOTS, DEFAULT_RISK, Policy, Span, Timesteps};
+use elbo_common::policy::{Course, DEFAULT_MAX_SLOTS, DEFAULT_RISK, Policy, Timesteps};
 use elbo_common::preset::Preset;
 
 use super::{JobArgs, NoiseScopeName, PolicyName};
@@ -311,13 +311,12 @@ impl JobArgs {
 /// A saved density of timesteps.
 fn read_timesteps(path: &Path) -> anyhow::Result<Timesteps> {
     let text = std::fs::read_to_string(path).with_context(|| format!("reading the timesteps {}", path.display()))?;
-    let spans: Vec<Span> = serde_json::from_str(&text).map_err(|e| {
+    serde_json::from_str(&text).map_err(|e| {
         usage(format!(
             "the timesteps {}: {e}; a list like [{{\"from\": 400, \"to\": 900, \"share\": 1}}] is needed",
             path.display()
         ))
-    })?;
-    Timesteps::new(spans).map_err(|e| usage(format!("the timesteps {}: {e}", path.display())))
+    })
 }
 
 fn lora(text: &str) -> anyhow::Result<Lora> {

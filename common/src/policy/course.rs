@@ -80,6 +80,8 @@ impl Course {
                 (slots, Elimination::Fixed(vec![all]))
             }
             Policy::Race { risk, max_slots, timesteps: density } => {
+                // A policy may come from a job.json or a coordinator, and not by way of the flags.
+                super::check_race(*risk, *max_slots)?;
                 density.check(timesteps)?;
                 (density.slots(timesteps, *max_slots), Elimination::Race(Race { risk: *risk }))
             }
@@ -129,6 +131,11 @@ impl Course {
     /// Whether eliminations need every single error of the remaining prompts, because they compare pairs.
     pub fn needs_pairs(&self) -> bool {
         matches!(self.elimination, Elimination::Race(_))
+    }
+
+    /// Whether workers report every single error, from which sums follow, and not sums; of a job that writes errors or not.
+    pub fn reports_errors(&self, written: bool) -> bool {
+        written || self.needs_pairs()
     }
 
     /// The positions of the slots that a round evaluates, for a sample whose `remaining` prompts have been through `done`

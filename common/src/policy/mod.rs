@@ -197,12 +197,7 @@ impl Policy {
 
     /// The race at a level.
     pub fn race(risk: f64, max_slots: u32, timesteps: Timesteps) -> Result<Self, PolicyError> {
-        if !(risk > 0.0 && risk < 0.5) {
-            return Err(PolicyError::Risk(risk));
-        }
-        if !(2..=MOST_SLOTS).contains(&max_slots) {
-            return Err(PolicyError::MaxSlots(max_slots));
-        }
+        check_race(risk, max_slots)?;
         Ok(Self::Race { risk, max_slots, timesteps })
     }
 
@@ -213,6 +208,17 @@ impl Policy {
             Self::Exhaustive { .. } | Self::Race { .. } => 1,
         }
     }
+}
+
+/// Whether there can be a race at a level, with so many slots.
+fn check_race(risk: f64, max_slots: u32) -> Result<(), PolicyError> {
+    if !(risk > 0.0 && risk < 0.5) {
+        return Err(PolicyError::Risk(risk));
+    }
+    if !(2..=MOST_SLOTS).contains(&max_slots) {
+        return Err(PolicyError::MaxSlots(max_slots));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@
 //!   along the timesteps is no uncertainty of its mean over evenly spread ones.
 //! - A variance from a few slots is moderated by that of the other contenders, as by a prior of [`PRIOR_DEGREES`] degrees
 //!   of freedom (Smyth, 2004): two slots that happen to agree convict nobody.
-//!
 //! - The best of many is the best by luck too, and convicts the others too easily: with more than ten contenders left the
 //!   level is lowered by the root of their number over ten, which was chosen by measuring (`elbo bench policy
 //!   --synthetic 1000`).
@@ -61,15 +60,16 @@ impl Race {
         let mut order: Vec<usize> = (0..slots.len()).collect();
         order.sort_by_key(|&i| (slots[i].timestep, i));
         let rows = contender_errors(contenders, remaining, errors, &order);
-        let mean = |row: &[f64]| row.iter().sum::<f64>() / row.len() as f64;
-        let Some(best) = (0..rows.len()).min_by(|&a, &b| mean(&rows[a].1).total_cmp(&mean(&rows[b].1))) else {
+        let sums: Vec<f64> = rows.iter().map(|(_, row)| row.iter().sum()).collect();
+        let Some(best) = (0..rows.len()).min_by(|&a, &b| sums[a].total_cmp(&sums[b])) else {
             return Vec::new();
         };
         let out = self.losers(&rows, best);
-        remaining.iter().copied().filter(|prompt| !out.contains(&contenders.of_prompt(*prompt))).collect()
+        let stays = |prompt: &PromptIndex| out.binary_search(&contenders.of_prompt(*prompt)).is_err();
+        remaining.iter().copied().filter(stays).collect()
     }
 
-    /// The contenders that are significantly worse than the best one.
+    /// The contenders that are significantly worse than the best one, ascending.
     fn losers(&self, rows: &[(u32, Vec<f64>)], best: usize) -> Vec<u32> {
         let leader = &rows[best].1;
         let n = leader.len();

@@ -10,9 +10,6 @@ use crate::sums::Sums;
 pub struct Replayed {
     /// The best prompt of the best contender.
     pub best: PromptIndex,
-    /// The mean error of the best contender of another class less that of the best, where they have been through the same
-    /// slots.
-    pub margin: Option<f64>,
     /// Evaluations.
     pub evaluations: u64,
     /// Rounds.
@@ -43,7 +40,6 @@ pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at:
     let mut remaining: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
     let (mut totals, mut seen) = (vec![Sums::default(); errors.len()], vec![Vec::new(); errors.len()]);
     let (mut done, mut evaluations, mut round) = (0, 0, Round(0));
-    let mut last = remaining.clone();
     while let Some(slots) = course.round(round, done, contenders, &remaining) {
         debug_assert_eq!(course.scored_by(round), ScoredBy::Model, "a shortlist's errors are not recorded");
         evaluations += (slots.len() * remaining.len()) as u64;
@@ -53,8 +49,7 @@ pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at:
             totals[prompt.at()].merge(&Sums::of(&seen[prompt.at()][done..]));
         }
         done = slots.end;
-        last = remaining;
-        let standing = Standing { remaining: &last, totals: &totals, errors: &seen };
+        let standing = Standing { remaining: &remaining, totals: &totals, errors: &seen };
         remaining = course.survivors(round, contenders, standing);
         round = Round(round.0 + 1);
     }
@@ -62,18 +57,7 @@ pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at:
     let lowest = |prompts: &[PromptIndex]| {
         prompts.iter().copied().min_by(|a, b| totals[a.at()].mean().total_cmp(&totals[b.at()].mean()))
     };
-    let rivals: Vec<_> =
-        last.iter().copied().filter(|p| best.iter().all(|b| contenders.are_rivals(&[*b, *p]))).collect();
-    let second = contenders.survivors(&rivals, &totals, 1);
-    let mean = |prompts: &[PromptIndex]| {
-        prompts.iter().map(|p| totals[p.at()].mean()).sum::<f64>() / prompts.len().max(1) as f64
-    };
-    Replayed {
-        best: lowest(&best).unwrap_or(PromptIndex(0)),
-        margin: (!second.is_empty()).then(|| mean(&second) - mean(&best)),
-        evaluations,
-        rounds: round.0,
-    }
+    Replayed { best: lowest(&best).unwrap_or(PromptIndex(0)), evaluations, rounds: round.0 }
 }
 
 #[cfg(test)]
@@ -102,7 +86,6 @@ mod tests {
         let at = stand_ins(course.slots(), course.slots()).unwrap();
         let found = replay(&course, &contenders, &errors, &at);
         assert_eq!((found.best, found.evaluations, found.rounds), (PromptIndex(0), 3 + 2 * 2, 2));
-        assert!((found.margin.unwrap() - (7.0 - 4.0) / 3.0).abs() < 1e-12);
     }
 
     #[test]

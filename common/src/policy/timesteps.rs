@@ -20,8 +20,16 @@ pub struct Span {
 
 /// The density of slots over the timesteps: as many in every span as its share says; everywhere alike where there is no span.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "Vec<Span>")]
 pub struct Timesteps(Vec<Span>);
+
+impl TryFrom<Vec<Span>> for Timesteps {
+    type Error = TimestepsError;
+
+    fn try_from(spans: Vec<Span>) -> Result<Self, TimestepsError> {
+        Self::new(spans)
+    }
+}
 
 /// A density that is none.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -139,6 +147,10 @@ mod tests {
         assert!(matches!(Timesteps::new(vec![span(5, 5, 1.0)]), Err(TimestepsError::Order(_))));
         assert!(matches!(Timesteps::new(vec![span(5, 9, 1.0), span(8, 10, 1.0)]), Err(TimestepsError::Order(_))));
         assert!(matches!(Timesteps::new(vec![span(5, 9, f64::NAN)]), Err(TimestepsError::Share(_))));
+        let read = |json| serde_json::from_str::<Timesteps>(json);
+        assert!(read(r#"[{"from": 800, "to": 300, "share": 1}]"#).unwrap_err().to_string().contains("from 800 to 300"));
+        let fine = Timesteps::within(300..800).unwrap();
+        assert_eq!(read(&serde_json::to_string(&fine).unwrap()).unwrap(), fine);
         assert!(Timesteps::within(0..1001).unwrap().check(1000).is_err());
     }
 }

@@ -343,6 +343,12 @@ impl Active {
         prompts.map(|(prompt, (sums, round))| ScoredPrompt { prompt, sums: *sums, round: *round }).collect()
     }
 
+    /// How the sample ended before its audit; `None` if that is not under way.
+    pub(super) fn outcome_before_audit(&mut self) -> Option<Outcome> {
+        let (prompts, _) = self.judged.take()?;
+        Some(Outcome::Scored { prompts, errors: std::mem::take(&mut self.errors), audit: None })
+    }
+
     /// How the sample ended, once all rounds are over.
     pub(super) fn take_outcome(&mut self) -> Outcome {
         let (last, errors) = (self.scored(), std::mem::take(&mut self.errors));

@@ -101,7 +101,7 @@ impl JobShape {
 
     /// Whether results bring every single error, from which sums follow, and not sums alone.
     pub(super) fn takes_errors(&self) -> bool {
-        self.keep_errors || self.course.needs_pairs()
+        self.course.reports_errors(self.keep_errors)
     }
 
     /// What competes for a sample with so many captions of its own.

@@ -220,10 +220,20 @@ impl SampleState {
 
     /// Gives the sample up; the units of it that are leased.
     pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<HeldUnit> {
-        match std::mem::replace(&mut self.stage, Stage::Ended(Outcome::Quarantined(failure))) {
-            Stage::Active(active) => active.leased(),
-            Stage::Untouched | Stage::Ended(_) => Vec::new(),
-        }
+        let Stage::Active(active) = &mut self.stage else {
+            self.stage = Stage::Ended(Outcome::Quarantined(failure));
+            return Vec::new();
+        };
+        let held = active.leased();
+        // What fails while it is audited has its class already: only the audit is lost.
+        let outcome = active.outcome_before_audit().unwrap_or(Outcome::Quarantined(failure));
+        self.stage = Stage::Ended(outcome);
+        held
+    }
+
+    /// Whether the sample was given up.
+    pub(super) fn is_quarantined(&self) -> bool {
+        matches!(self.stage, Stage::Ended(Outcome::Quarantined(_)))
     }
 
     /// How the sample ended; `None` if it has not.

@@ -245,7 +245,7 @@ impl Shard {
             return Vec::new();
         };
         let held = self.states[index].quarantine(failure);
-        self.totals.quarantined += 1;
+        self.totals.quarantined += u64::from(self.states[index].is_quarantined());
         self.finish_one(index);
         held
     }

@@ -54,6 +54,32 @@ fn what_a_race_will_take_is_told_by_the_samples_that_have_ended() {
 }
 
 #[test]
+fn a_sample_that_fails_while_it_is_audited_keeps_its_class() {
+    let job = Arc::new(race(40, true));
+    let audited = (0..4).map(SampleId).find(|id| job.audits(&format!("{id}.png"))).unwrap();
+    let mut shard = Shard::restore(&job, manifest(ShardId(0), 40), &[], vec![]);
+    let failure = |sample| SampleFailure { sample, stage: "read".into(), error: "gone".into() };
+    let before = job.course().slots().len();
+    let key = key(1, 1);
+    // Through the race, until units are of the audit's slots.
+    'race: loop {
+        for id in shard.take("w", u64::MAX) {
+            let unit = shard.lease(id, key).unwrap();
+            if unit.id.sample == audited && unit.slots.start >= before {
+                break 'race;
+            }
+            shard.apply(evaluate(&unit), None, 2);
+        }
+    }
+    assert!(!shard.quarantine(failure(audited)).is_empty(), "its lease is told");
+    assert_eq!((shard.totals.quarantined, shard.is_unfinished(audited)), (0, false));
+    (0..4).map(SampleId).filter(|id| *id != audited).for_each(|id| drop(shard.quarantine(failure(id))));
+    let (_, outcomes) = shard.into_outcomes();
+    let kept = outcomes.iter().find(|finished| finished.sample == audited).unwrap();
+    assert!(matches!(&kept.outcome, Outcome::Scored { audit: None, prompts, .. } if prompts.len() == 70));
+}
+
+#[test]
 fn sums_that_are_none_are_refused() {
     let policy = LeasePolicy { first_block: 300, ..LeasePolicy::default() };
     let mut brain = Brain::new(shape(4, false), Epoch(1), policy, BTreeMap::new(), Waste::default());
