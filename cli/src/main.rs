@@ -8,6 +8,7 @@ mod job_args;
 mod logging;
 mod otlp;
 mod progress;
+mod recorded;
 mod session;
 mod stop;
 

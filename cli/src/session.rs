@@ -23,6 +23,7 @@ use crate::args::{DeviceArgs, HttpArgs, RunArgs};
 use crate::failure::{Interrupted, usage};
 use crate::job_args::{JobArgs, Takes};
 use crate::progress;
+use crate::recorded;
 use crate::stop;
 
 /// A job that is done.
@@ -106,7 +107,10 @@ pub(crate) struct Identified {
 pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     let shortlist = flags.shortlist_source()?;
     let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), |note| eprintln!("{note}")).await?;
-    let spec = flags.to_spec(&Takes::of_model(&models.model)?)?;
+    let mut spec = flags.to_spec(&Takes::of_model(&models.model)?)?;
+    if let Some(out) = &flags.calibration_from {
+        spec.calibration = Some(recorded::calibration(out).await?);
+    }
     let directories = models.clone();
     let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directories)).await??;
     Ok(Identified { identity, models })

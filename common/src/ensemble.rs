@@ -85,7 +85,7 @@ impl Contenders {
 
     /// Whether some prompts are of more than one class.
     pub fn are_rivals(&self, prompts: &[PromptIndex]) -> bool {
-        prompts.windows(2).any(|pair| self.class_of_prompt[pair[0].at()] != self.class_of_prompt[pair[1].at()])
+        prompts.windows(2).any(|pair| self.class_of(pair[0]) != self.class_of(pair[1]))
     }
 
     /// How many contenders there are.
@@ -106,6 +106,11 @@ impl Contenders {
     /// The number of the contender a prompt belongs to.
     pub fn of_prompt(&self, prompt: PromptIndex) -> u32 {
         self.of_prompt[prompt.at()]
+    }
+
+    /// The number of the class a prompt belongs to.
+    pub fn class_of(&self, prompt: PromptIndex) -> u32 {
+        self.class_of_prompt[prompt.at()]
     }
 
     /// What a contender is called: `prompts` or `classes`.

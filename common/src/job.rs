@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::Audit;
+use crate::calibration::Calibration;
 use crate::class::Classes;
 use crate::ensemble::{Contenders, PromptEnsemble};
 use crate::loss::Loss;
@@ -130,6 +131,12 @@ pub struct JobSpec {
     /// Which samples another policy also scores, for comparison.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<Audit>,
+    /// What makes confidence of errors, where another job found it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
+    /// Samples get no class whose confidence is below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub abstain_below: Option<f64>,
     /// The error of an evaluation.
     pub loss: Loss,
     /// Element type of the network.

@@ -129,6 +129,7 @@ pub struct ManifestWriter {
     root: blake3::Hasher,
     samples: u64,
     captions: BTreeMap<usize, u64>,
+    labelled: u64,
 }
 
 impl std::fmt::Debug for ManifestWriter {
@@ -149,6 +150,7 @@ impl ManifestWriter {
             root: blake3::Hasher::new(),
             samples: 0,
             captions: BTreeMap::new(),
+            labelled: 0,
         }
     }
 
@@ -182,7 +184,7 @@ impl ManifestWriter {
         self.end_shard()?;
         self.end_part()?;
         let digest = self.root.finalize().to_hex().to_string();
-        let record = ManifestRecord { samples: self.samples, digest, captions: self.captions };
+        let record = ManifestRecord { samples: self.samples, digest, captions: self.captions, labelled: self.labelled };
         Ok(((0..).map(layout::manifest).zip(self.parts).collect(), record))
     }
 }
@@ -190,6 +192,7 @@ impl ManifestWriter {
 impl SampleSink for ManifestWriter {
     fn take(&mut self, sample: Sample) -> Result<(), DatasetError> {
         self.samples += 1;
+        self.labelled += u64::from(sample.label.is_some());
         *self.captions.entry(sample.candidates.len()).or_default() += 1;
         self.pending.push(sample);
         if self.pending.len() == self.shard_size { Ok(self.end_shard()?) } else { Ok(()) }

@@ -6,16 +6,20 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use futures::stream::BoxStream;
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::ObjectMeta;
 use object_store::path::Path;
 
 use crate::audit::Audited;
+use crate::class::Classes;
 use crate::ids::ShardId;
+use crate::job::JobSpec;
 use crate::layout;
 use crate::manifest::{Manifest, ManifestError, Sample};
 use crate::parquet_file::ParquetFile;
 use crate::predictions::{ErrorRow, Judgement, Named, Prediction, Quarantined, Tally};
+use crate::record::ManifestRecord;
 use crate::store::{Store, StoreError};
 use crate::table::{self, ReadError, TableError, View};
 
@@ -114,6 +118,24 @@ impl Output {
             }
         };
         futures::stream::iter(shards).map(of_shard).buffered(OPENED).try_flatten()
+    }
+
+    /// Every prediction of a job, with the classes it chose from: the job's, or the captions of the sample.
+    pub async fn predictions_and_classes(
+        &self,
+        spec: &JobSpec,
+        listed: &ManifestRecord,
+    ) -> Result<BoxStream<'static, Result<(Prediction, Arc<Classes>), OutputError>>, OutputError> {
+        let of_job = Arc::new(spec.classes.clone());
+        if spec.candidates.is_none() {
+            return Ok(self.all::<Prediction>().map_ok(move |row| (row, Arc::clone(&of_job))).boxed());
+        }
+        let manifest = Manifest::open(&self.store, listed, spec.shard_size).await?;
+        let rows = self.samples_and_predictions(manifest).try_filter_map(move |(sample, row)| {
+            let classes = Arc::new(sample.classes(&of_job).into_owned());
+            std::future::ready(Ok(row.map(|row| (row, classes))))
+        });
+        Ok(rows.boxed())
     }
 
     /// The predictions at a path, some at a time; none where there is no such file.

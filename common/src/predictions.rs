@@ -14,6 +14,8 @@ use arrow_schema::{DataType, Field, Fields, Schema};
 use bytes::Bytes;
 use parquet::errors::ParquetError;
 
+use crate::calibration::{Calibration, Evidence};
+use crate::class::Classes;
 use crate::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use crate::table::{self, Columns, Row, TableError};
 
@@ -21,11 +23,17 @@ mod view;
 
 pub use view::{BEST, Judgement, Named, Tally, Verdict};
 
+use view::Status;
+
 /// Rows in a row group of the errors table, and scores in one of the predictions: a reader holds some tens of megabytes.
 const ITEMS_PER_GROUP: usize = 1 << 20;
 
-pub(crate) const OK: &str = "ok";
-pub(crate) const QUARANTINED: &str = "quarantined";
+/// Status of a sample with a class.
+const OK: &str = "ok";
+/// Of one that was scored, and whose best class is too unsure to be its class.
+const UNCERTAIN: &str = "uncertain";
+/// Of one that could not be scored.
+const QUARANTINED: &str = "quarantined";
 
 /// What the job says of one sample.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,6 +55,8 @@ pub struct Prediction {
 pub enum Outcome {
     /// It has a class (status `ok`).
     Labelled(Labelled),
+    /// It was scored, and its best class is less sure than the job asks for (status `uncertain`).
+    Uncertain(Uncertain),
     /// It could not be evaluated (status `quarantined`).
     Quarantined {
         /// Why not.
@@ -63,6 +73,17 @@ pub struct Labelled {
     pub class_name: String,
     /// Confidence in the class, in [0, 1].
     pub confidence: Option<f32>,
+    /// The mean error of the second-best class less that of the best; none where there is one class.
+    pub margin: Option<f32>,
+    /// Every scored class, best first.
+    pub scores: Vec<Score>,
+}
+
+/// What is known of a sample that was not given a class.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Uncertain {
+    /// Confidence in the best class, in [0, 1].
+    pub confidence: f32,
     /// The mean error of the second-best class less that of the best; none where there is one class.
     pub margin: Option<f32>,
     /// Every scored class, best first.
@@ -117,25 +138,84 @@ pub struct Quarantined {
 }
 
 impl Prediction {
-    /// The class and its scores, where there are any.
+    /// The class and its scores, where there is a class.
     pub fn labelled(&self) -> Option<&Labelled> {
         match &self.outcome {
             Outcome::Labelled(labelled) => Some(labelled),
+            Outcome::Uncertain(_) | Outcome::Quarantined { .. } => None,
+        }
+    }
+
+    /// The scored classes, best first; none where the sample could not be scored.
+    pub fn scores(&self) -> &[Score] {
+        match &self.outcome {
+            Outcome::Labelled(Labelled { scores, .. }) | Outcome::Uncertain(Uncertain { scores, .. }) => scores,
+            Outcome::Quarantined { .. } => &[],
+        }
+    }
+
+    /// The mean error of the second-best class less that of the best.
+    pub fn margin(&self) -> Option<f32> {
+        match &self.outcome {
+            Outcome::Labelled(Labelled { margin, .. }) | Outcome::Uncertain(Uncertain { margin, .. }) => *margin,
             Outcome::Quarantined { .. } => None,
         }
     }
 
-    /// The scored classes, best first; none where there is no class.
-    pub fn scores(&self) -> &[Score] {
-        self.labelled().map_or(&[], |labelled| &labelled.scores)
+    /// Confidence in the best class.
+    pub fn confidence(&self) -> Option<f32> {
+        match &self.outcome {
+            Outcome::Labelled(labelled) => labelled.confidence,
+            Outcome::Uncertain(uncertain) => Some(uncertain.confidence),
+            Outcome::Quarantined { .. } => None,
+        }
     }
 
-    /// Why there is no class, where there is none.
+    /// Why it could not be scored, where that is so.
     pub fn error(&self) -> Option<&str> {
         match &self.outcome {
-            Outcome::Labelled(_) => None,
             Outcome::Quarantined { error } => Some(error),
+            Outcome::Labelled(_) | Outcome::Uncertain(_) => None,
         }
+    }
+
+    /// What the column `status` says.
+    pub fn status(&self) -> &'static str {
+        match &self.outcome {
+            Outcome::Labelled(_) => OK,
+            Outcome::Uncertain(_) => UNCERTAIN,
+            Outcome::Quarantined { .. } => QUARANTINED,
+        }
+    }
+
+    /// What its confidence rests on; none where it could not be scored.
+    pub fn evidence(&self) -> Option<Evidence> {
+        let scores = self.scores();
+        (!scores.is_empty()).then(|| Evidence::of(scores, self.margin(), self.evaluations))
+    }
+
+    /// The sample with its confidence, one of `classes` only where that is not below `abstain_below`.
+    pub fn calibrated(self, calibration: &Calibration, abstain_below: Option<f64>, classes: &Classes) -> Self {
+        let Some(confidence) = self.evidence().map(|evidence| calibration.confidence(&evidence) as f32) else {
+            return self;
+        };
+        let (margin, scores) = match self.outcome {
+            Outcome::Labelled(Labelled { margin, scores, .. })
+            | Outcome::Uncertain(Uncertain { margin, scores, .. }) => (margin, scores),
+            Outcome::Quarantined { .. } => return self,
+        };
+        let is_sure = abstain_below.is_none_or(|least| f64::from(confidence) >= least);
+        let outcome = match scores.first().filter(|_| is_sure) {
+            Some(best) => Outcome::Labelled(Labelled {
+                class: best.class,
+                class_name: classes.name(best.class).to_owned(),
+                confidence: Some(confidence),
+                margin,
+                scores,
+            }),
+            None => Outcome::Uncertain(Uncertain { confidence, margin, scores }),
+        };
+        Self { outcome, ..self }
     }
 }
 
@@ -190,7 +270,6 @@ impl Row for Prediction {
     }
 
     fn columns(rows: &[Self]) -> Result<Vec<ArrayRef>, ParquetError> {
-        let status = |row: &Self| if row.labelled().is_some() { OK } else { QUARANTINED };
         let labelled = || rows.iter().map(Self::labelled);
         Ok(vec![
             Arc::new(UInt64Array::from_iter_values(rows.iter().map(|r| r.sample.0))),
@@ -198,10 +277,10 @@ impl Row for Prediction {
             Arc::new(StringArray::from_iter(rows.iter().map(|r| r.label.as_ref()))),
             Arc::new(StringArray::from_iter(labelled().map(|l| l.map(|l| &l.class_name)))),
             Arc::new(Int32Array::from_iter(labelled().map(|l| l.map(|l| l.class.0)))),
-            Arc::new(Float32Array::from_iter(labelled().map(|l| l.and_then(|l| l.confidence)))),
-            Arc::new(Float32Array::from_iter(labelled().map(|l| l.and_then(|l| l.margin)))),
+            Arc::new(Float32Array::from_iter(rows.iter().map(Self::confidence))),
+            Arc::new(Float32Array::from_iter(rows.iter().map(Self::margin))),
             Arc::new(UInt32Array::from_iter_values(rows.iter().map(|r| r.evaluations))),
-            Arc::new(StringArray::from_iter_values(rows.iter().map(status))),
+            Arc::new(StringArray::from_iter_values(rows.iter().map(Self::status))),
             Arc::new(StringArray::from_iter(rows.iter().map(Self::error))),
             Arc::new(score_lists(rows)?),
         ])
@@ -219,18 +298,27 @@ impl Row for Prediction {
         let error: &StringArray = columns.nullable("error")?;
         let scores: &ListArray = columns.required("scores")?;
         for i in 0..columns.len() {
-            let outcome = if view::is_quarantined(columns, i)? {
-                Outcome::Quarantined { error: text(error, i).unwrap_or_default() }
-            } else if class.is_null(i) || class_name.is_null(i) {
-                return Err(columns.wrong("predicted_index", format!("is null in row {i}, whose status is ok")));
-            } else {
-                Outcome::Labelled(Labelled {
+            let margin = margin.is_valid(i).then(|| margin.value(i));
+            let outcome = match view::status(columns, i)? {
+                Status::Quarantined => Outcome::Quarantined { error: text(error, i).unwrap_or_default() },
+                Status::Ok if class.is_null(i) || class_name.is_null(i) => {
+                    return Err(columns.wrong("predicted_index", format!("is null in row {i}, whose status is ok")));
+                }
+                Status::Ok => Outcome::Labelled(Labelled {
                     class: ClassIndex(class.value(i)),
                     class_name: class_name.value(i).to_owned(),
                     confidence: confidence.is_valid(i).then(|| confidence.value(i)),
-                    margin: margin.is_valid(i).then(|| margin.value(i)),
+                    margin,
                     scores: read_scores(columns, &scores.value(i))?,
-                })
+                }),
+                Status::Uncertain if confidence.is_null(i) => {
+                    return Err(columns.wrong("confidence", format!("is null in row {i}, whose status is uncertain")));
+                }
+                Status::Uncertain => Outcome::Uncertain(Uncertain {
+                    confidence: confidence.value(i),
+                    margin,
+                    scores: read_scores(columns, &scores.value(i))?,
+                }),
             };
             rows.push(Self {
                 sample: SampleId(sample.value(i)),
@@ -386,141 +474,4 @@ impl Row for Quarantined {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rows() -> Vec<Prediction> {
-        let score = |class, std_error| Score {
-            class: ClassIndex(class),
-            mean_error: 0.25 + class as f32,
-            std_error,
-            n: 20,
-            round: Round(1),
-        };
-        let labelled = Outcome::Labelled(Labelled {
-            class: ClassIndex(7),
-            class_name: "cat".into(),
-            confidence: Some(0.9),
-            margin: None,
-            scores: vec![score(7, Some(0.01)), score(2, None)],
-        });
-        let row = |sample, key: &str, label: Option<&str>, outcome| Prediction {
-            sample: SampleId(sample),
-            key: key.into(),
-            label: label.map(str::to_owned),
-            evaluations: 40,
-            outcome,
-        };
-        vec![
-            row(0, "cat/0.png", Some("cat"), labelled.clone()),
-            row(1, "bad.png", None, Outcome::Quarantined { error: "decoding: not an image".into() }),
-            row(2, "ö/ü.png", None, labelled),
-        ]
-    }
-
-    #[test]
-    fn predictions_survive_parquet_and_their_bytes_depend_on_the_rows_alone() {
-        let meta = [("fingerprint".to_owned(), "abc".to_owned())];
-        let bytes = encode_predictions(&rows(), &meta).unwrap();
-        assert_eq!(bytes, encode_predictions(&rows(), &meta).unwrap());
-        assert_eq!(decode_predictions(bytes).unwrap(), rows());
-    }
-
-    #[test]
-    fn metadata_is_the_files_own() {
-        let meta = [("fingerprint".to_owned(), "abc".to_owned())];
-        let bytes = encode_predictions(&rows(), &meta).unwrap();
-        let metadata = table::metadata::<Prediction>(&bytes).unwrap();
-        let pairs = metadata.metadata().file_metadata().key_value_metadata().unwrap();
-        assert!(pairs.iter().any(|kv| kv.key == "fingerprint" && kv.value.as_deref() == Some("abc")));
-    }
-
-    #[test]
-    fn readers_can_skip_by_every_column_and_large_files_have_several_row_groups() {
-        let scores =
-            vec![Score { class: ClassIndex(2), mean_error: 0.5, std_error: None, n: 1, round: Round(0) }; 1000];
-        let rows: Vec<_> = (0..2000)
-            .map(|i| Prediction {
-                sample: SampleId(i),
-                key: format!("{i:05}.png"),
-                outcome: Outcome::Labelled(Labelled {
-                    class: ClassIndex(i as i32 / 1000),
-                    class_name: "cat".into(),
-                    confidence: None,
-                    margin: Some(0.5),
-                    scores: scores.clone(),
-                }),
-                ..rows()[0].clone()
-            })
-            .collect();
-        let metadata = table::metadata::<Prediction>(&encode_predictions(&rows, &[]).unwrap()).unwrap();
-        let groups = metadata.metadata().row_groups();
-        assert_eq!(groups.iter().map(|group| group.num_rows()).collect::<Vec<_>>(), [1048, 952]);
-        let bounds = |group: usize, name: &str| {
-            let columns = groups[group].columns().iter();
-            let column = columns.clone().find(|column| column.column_path().string() == name).unwrap();
-            let statistics = column.statistics().unwrap();
-            (statistics.min_bytes_opt().unwrap().to_vec(), statistics.max_bytes_opt().unwrap().to_vec())
-        };
-        let numbers = |from: u64, to: u64| (from.to_le_bytes().to_vec(), to.to_le_bytes().to_vec());
-        assert_eq!(bounds(1, "sample_id"), numbers(1048, 1999));
-        assert_eq!(bounds(1, "predicted_index"), (1i32.to_le_bytes().to_vec(), 1i32.to_le_bytes().to_vec()));
-        assert_eq!(bounds(0, "key"), (b"00000.png".to_vec(), b"01047.png".to_vec()));
-        for name in ["margin", "status", "scores.list.element.class_index", "scores.list.element.mean_error"] {
-            bounds(0, name);
-        }
-        assert_eq!(groups[0].sorting_columns().unwrap()[0].column_idx, 0);
-        assert!(groups[0].columns().iter().all(|c| matches!(c.compression(), parquet::basic::Compression::ZSTD(_))));
-    }
-
-    #[test]
-    fn no_rows_are_a_table_too() {
-        assert_eq!(decode_predictions(encode_predictions(&[], &[]).unwrap()).unwrap(), []);
-        assert_eq!(decode_errors(encode_errors(&[], &[]).unwrap()).unwrap(), []);
-        assert_eq!(decode_quarantine(encode_quarantine(&[], &[]).unwrap()).unwrap(), []);
-    }
-
-    #[test]
-    fn errors_and_quarantine_survive_parquet() {
-        let errors: Vec<_> = (0..3000u32)
-            .map(|i| ErrorRow {
-                sample: SampleId(u64::from(i) / 10),
-                class: ClassIndex(-1),
-                prompt: PromptIndex(i % 10),
-                timestep: 999 - i % 1000,
-                noise: i,
-                error: i as f32 / 7.0,
-            })
-            .collect();
-        assert_eq!(decode_errors(encode_errors(&errors, &[]).unwrap()).unwrap(), errors);
-        let quarantined = vec![Quarantined {
-            sample: SampleId(9),
-            key: "a.png".into(),
-            stage: "decode".into(),
-            error: "truncated".into(),
-            attempts: 3,
-        }];
-        assert_eq!(decode_quarantine(encode_quarantine(&quarantined, &[]).unwrap()).unwrap(), quarantined);
-    }
-
-    #[test]
-    fn other_files_are_refused_with_the_column_that_differs() {
-        let not_parquet = decode_predictions(Bytes::from_static(b"hello")).unwrap_err().to_string();
-        assert!(not_parquet.contains("reading the predictions") && not_parquet.contains("delete it"), "{not_parquet}");
-        let other = decode_quarantine(
-            encode_errors(
-                &[ErrorRow {
-                    sample: SampleId(0),
-                    class: ClassIndex(0),
-                    prompt: PromptIndex(0),
-                    timestep: 0,
-                    noise: 0,
-                    error: 0.0,
-                }],
-                &[],
-            )
-            .unwrap(),
-        );
-        assert!(other.unwrap_err().to_string().contains("column 'key' is missing"));
-    }
-}
+mod tests;

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
+use crate::calibration::Confidence;
 use crate::fingerprint::JobIdentity;
 use crate::layout;
 use crate::store::{Store, StoreError};
@@ -29,6 +30,9 @@ pub struct ManifestRecord {
     pub digest: String,
     /// How many samples have so many captions of their own.
     pub captions: BTreeMap<usize, u64>,
+    /// Samples with a label.
+    #[serde(default)]
+    pub labelled: u64,
 }
 
 /// Versions of what wrote the output.
@@ -83,6 +87,9 @@ pub struct JobRecord {
     pub totals: Option<Totals>,
     /// Timings of a done job.
     pub timings: Option<Timings>,
+    /// What the confidence of a done job's predictions rests on; none where there was nothing to fit it to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confidence: Option<Confidence>,
 }
 
 /// A `job.json` that can't be used.
@@ -143,6 +150,8 @@ mod tests {
             shortlist: None,
             policy: Policy::reference(&[2, 1], &[5, 10], 1).unwrap(),
             audit: None,
+            calibration: None,
+            abstain_below: Some(0.9),
             loss: Loss::Huber,
             dtype: ModelDtype::F32,
             size: None,
@@ -167,10 +176,11 @@ mod tests {
             state: JobState::Unfinished,
             fingerprint: identity.fingerprint("m"),
             identity,
-            manifest: ManifestRecord { samples: 3, digest: "m".into(), captions: [(0, 3)].into() },
+            manifest: ManifestRecord { samples: 3, digest: "m".into(), captions: [(0, 3)].into(), labelled: 3 },
             versions: Versions { elbo: "1".into(), protocol: 1 },
             totals: None,
             timings: None,
+            confidence: None,
         };
         let json = serde_json::to_string(&record).unwrap();
         assert_eq!(serde_json::from_str::<JobRecord>(&json).unwrap(), record);

@@ -9,6 +9,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::audit::{AuditBuilder, AuditReport, Audited};
+use crate::calibration::Confidence;
 use crate::class::Classes;
 use crate::ensemble::PromptEnsemble;
 use crate::ids::ClassIndex;
@@ -16,6 +17,7 @@ use crate::manifest::Sample;
 use crate::predictions::{BEST, Judgement, Prediction, Verdict};
 use crate::record::{Timings, Totals};
 
+mod confidence;
 mod confusion;
 mod pairs;
 mod reasons;
@@ -27,8 +29,8 @@ pub use reasons::Reasons;
 
 use pairs::Pairs;
 
-/// Most uncertain samples kept.
-const UNCERTAIN_SHOWN: usize = 10;
+/// Samples with the closest decisions that are kept.
+const CLOSEST_SHOWN: usize = 10;
 
 /// A job's results in figures. Serialises to what `elbo report --json` prints; what is skipped is for people.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -37,7 +39,9 @@ pub struct Report {
     pub samples: u64,
     /// Samples with a prediction (status `ok`).
     pub labelled: u64,
-    /// Samples without one.
+    /// Samples whose best class is less sure than the job asks for (status `uncertain`).
+    pub uncertain: u64,
+    /// Samples that could not be scored.
     pub quarantined: u64,
     /// Accuracy over the samples with a prediction and a label that is a class; none where there are none.
     pub accuracy: Option<Accuracy>,
@@ -47,6 +51,9 @@ pub struct Report {
     pub evaluations_recomputed: u64,
     /// Evaluations computed by two workers at once.
     pub evaluations_duplicated: u64,
+    /// What the confidence of a done job's predictions rests on, and how good it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub confidence: Option<Confidence>,
     /// What a comparison with the reference policy found, where samples were audited.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditReport>,
@@ -60,7 +67,7 @@ pub struct Report {
     pub confusion: Confusion,
     /// The ten samples with the smallest margin, smallest first.
     #[serde(skip)]
-    pub uncertain: Vec<Uncertain>,
+    pub closest: Vec<Close>,
     /// Why samples were quarantined.
     #[serde(skip)]
     pub reasons: Reasons,
@@ -82,12 +89,12 @@ pub struct Accuracy {
 
 /// A sample whose two best classes are close.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Uncertain {
+pub struct Close {
     /// Its path relative to the source.
     pub key: String,
     /// Its label.
     pub label: Option<String>,
-    /// The predicted class.
+    /// The best class.
     pub class_name: String,
     /// The mean error of the second-best class less that of the best.
     pub margin: f32,
@@ -103,11 +110,12 @@ pub struct ReportBuilder {
     meanings: HashMap<String, Option<ClassIndex>>,
     pairs: Pairs,
     labelled: u64,
+    uncertain: u64,
     quarantined: u64,
     top5: u64,
     evaluations: u64,
     confusion: Confusion,
-    uncertain: Vec<Uncertain>,
+    closest: Vec<Close>,
     reasons: Reasons,
     audit: AuditBuilder,
 }
@@ -132,7 +140,7 @@ impl ReportBuilder {
             Some(meaning) => *meaning,
             None => *self.meanings.entry(label.clone()).or_insert(self.classes.with_label(label)),
         });
-        self.count(row, truth);
+        self.count(row, truth, None);
     }
 
     /// Takes in a sample with its own captions, and its prediction if there is one yet. A class is a position among the
@@ -141,7 +149,7 @@ impl ReportBuilder {
         if let Some(prediction) = prediction {
             let captions = Classes::of_captions(&sample.candidates);
             let truth = prediction.label.as_deref().and_then(|label| captions.with_label(label));
-            self.count(&prediction.into(), truth);
+            self.count(&prediction.into(), truth, Some(&captions));
         }
         self.pairs.add(sample, prediction);
     }
@@ -151,7 +159,8 @@ impl ReportBuilder {
         self.audit.add(row);
     }
 
-    fn count(&mut self, row: &Judgement, truth: Option<ClassIndex>) {
+    /// Counts a sample among classes of its own, or the job's.
+    fn count(&mut self, row: &Judgement, truth: Option<ClassIndex>, own: Option<&Classes>) {
         self.evaluations += u64::from(row.evaluations);
         let verdict = match &row.verdict {
             Ok(verdict) => verdict,
@@ -161,27 +170,31 @@ impl ReportBuilder {
                 return;
             }
         };
-        self.labelled += 1;
-        if let Some(truth) = truth {
-            self.confusion.add(truth, verdict.class);
-            self.top5 += u64::from(verdict.best.contains(&truth));
+        if !verdict.is_sure {
+            self.uncertain += 1;
+        } else {
+            self.labelled += 1;
+            if let Some(truth) = truth {
+                self.confusion.add(truth, verdict.class);
+                self.top5 += u64::from(verdict.best.contains(&truth));
+            }
         }
-        self.uncertain(row, verdict);
+        self.keep_if_close(row, verdict, own);
     }
 
     /// Keeps the sample if its margin is among the smallest so far; equal margins stay in order.
-    fn uncertain(&mut self, row: &Judgement, verdict: &Verdict) {
+    fn keep_if_close(&mut self, row: &Judgement, verdict: &Verdict, own: Option<&Classes>) {
         let Some(margin) = verdict.margin else { return };
-        let at = self.uncertain.partition_point(|other| other.margin.total_cmp(&margin).is_le());
-        if at < UNCERTAIN_SHOWN {
-            let (key, label, class_name) = (row.key.clone(), row.label.clone(), verdict.class_name.clone());
-            self.uncertain.insert(at, Uncertain { key, label, class_name, margin });
-            self.uncertain.truncate(UNCERTAIN_SHOWN);
+        let at = self.closest.partition_point(|other| other.margin.total_cmp(&margin).is_le());
+        if at < CLOSEST_SHOWN {
+            let class_name = own.unwrap_or(&self.classes).name(verdict.class).to_owned();
+            self.closest.insert(at, Close { key: row.key.clone(), label: row.label.clone(), class_name, margin });
+            self.closest.truncate(CLOSEST_SHOWN);
         }
     }
 
-    /// The report of a job; `totals` and `timings` of one that is done.
-    pub fn finish(self, totals: Option<Totals>, timings: Option<Timings>) -> Report {
+    /// The report of a job, with what its record says of one that is done.
+    pub fn finish(self, totals: Option<Totals>, timings: Option<Timings>, confidence: Option<Confidence>) -> Report {
         let judged = self.confusion.total();
         let kept = self.top_k.map_or(usize::MAX, |k| k as usize);
         let has_five = kept >= BEST.min(self.classes.names.len());
@@ -191,18 +204,20 @@ impl ReportBuilder {
             mean_per_class: self.confusion.mean_recall(),
         });
         Report {
-            samples: self.labelled + self.quarantined,
+            samples: self.labelled + self.uncertain + self.quarantined,
             labelled: self.labelled,
+            uncertain: self.uncertain,
             quarantined: self.quarantined,
             accuracy,
             evaluations: self.evaluations,
             evaluations_recomputed: totals.map_or(0, |totals| totals.evaluations_recomputed),
             evaluations_duplicated: totals.map_or(0, |totals| totals.evaluations_duplicated),
+            confidence,
             audit: self.audit.finish(),
             prompt_ensemble: self.prompt_ensemble,
             pairs: self.pairs.finish(),
             confusion: self.confusion,
-            uncertain: self.uncertain,
+            closest: self.closest,
             reasons: self.reasons,
             timings,
         }
@@ -213,8 +228,10 @@ impl Report {
     /// What the job took, in all and for an image.
     fn cost(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} evaluations", self.evaluations)?;
-        if self.labelled > 0 {
-            write!(f, ", {:.1} a labelled image", self.evaluations as f64 / self.labelled as f64)?;
+        let scored = self.labelled + self.uncertain;
+        if scored > 0 {
+            let noun = if self.uncertain == 0 { "labelled" } else { "scored" };
+            write!(f, ", {:.1} a {noun} image", self.evaluations as f64 / scored as f64)?;
         }
         let twice = self.evaluations_recomputed + self.evaluations_duplicated;
         writeln!(f, "; {twice} computed more than once")?;
@@ -245,9 +262,9 @@ impl Report {
         if self.confusion.is_nameless() { Ok(()) } else { write!(f, "\n{}", self.confusion) }
     }
 
-    fn uncertain(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    fn closest(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\nmost uncertain samples (margin of the mean error, sample, class, label)")?;
-        for sample in &self.uncertain {
+        for sample in &self.closest {
             let (key, class) = (text::tail(&sample.key, 30), text::head(&sample.class_name, 16));
             let label = text::head(sample.label.as_deref().unwrap_or("-"), 16);
             writeln!(f, "  {:>10}  {key}  {class}  {}", format!("{:.3e}", sample.margin), label.trim_end())?;
@@ -258,20 +275,28 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} samples: {} labelled, {} quarantined", self.samples, self.labelled, self.quarantined)?;
+        write!(f, "{} samples: {} labelled, ", self.samples, self.labelled)?;
+        if self.uncertain > 0 {
+            write!(f, "{} uncertain, ", self.uncertain)?;
+        }
+        writeln!(f, "{} quarantined", self.quarantined)?;
         self.cost(f)?;
         if self.prompt_ensemble == PromptEnsemble::Mean {
             writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?;
         }
         self.accuracy(f)?;
+        if let Some(confidence) = &self.confidence {
+            writeln!(f)?;
+            confidence::write(confidence, f)?;
+        }
         if let Some(audit) = &self.audit {
             write!(f, "\n{audit}")?;
         }
         if let Some(pairs) = &self.pairs {
             write!(f, "\n{pairs}")?;
         }
-        if !self.uncertain.is_empty() {
-            self.uncertain(f)?;
+        if !self.closest.is_empty() {
+            self.closest(f)?;
         }
         if self.reasons.is_empty() { Ok(()) } else { write!(f, "\n{}", self.reasons) }
     }
@@ -317,7 +342,7 @@ mod tests {
     fn report(rows: &[Prediction], ensemble: PromptEnsemble, totals: Option<Totals>) -> Report {
         let mut builder = ReportBuilder::new(&classes(), ensemble, None);
         rows.iter().for_each(|row| builder.add(&row.into()));
-        builder.finish(totals, None)
+        builder.finish(totals, None, None)
     }
 
     #[test]
@@ -346,7 +371,7 @@ mod tests {
         assert_eq!(
             serde_json::to_value(&report).unwrap(),
             serde_json::json!({
-                "samples": 7, "labelled": 6, "quarantined": 1,
+                "samples": 7, "labelled": 6, "uncertain": 0, "quarantined": 1,
                 "accuracy": {"top1": 0.5, "top5": 0.75, "mean_per_class": (1.0 / 3.0 + 1.0) / 2.0},
                 "evaluations": 60, "evaluations_recomputed": 7, "evaluations_duplicated": 5,
                 "prompt_ensemble": "mean"
@@ -367,7 +392,7 @@ mod tests {
         let mut rows: Vec<_> = (0..30).map(|i| prediction(i, None, &[1, 0], ((i * 7) % 30) as f32)).collect();
         rows.extend([bad(30, "empty"), bad(31, "truncated"), bad(32, "truncated")]);
         let report = report(&rows, PromptEnsemble::Max, None);
-        let margins: Vec<_> = report.uncertain.iter().map(|u| u.margin).collect();
+        let margins: Vec<_> = report.closest.iter().map(|u| u.margin).collect();
         assert_eq!(margins, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
         assert_eq!(report.reasons.counted(), [("truncated", 2), ("empty", 1)]);
         let text = report.to_string();
@@ -382,7 +407,7 @@ mod tests {
         let of = |top_k, ranked: &[i32]| {
             let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, top_k);
             builder.add(&(&prediction(0, Some("ant"), ranked, 0.5)).into());
-            builder.finish(None, None)
+            builder.finish(None, None, None)
         };
         let cut = of(Some(4), &[1, 2, 3, 4]);
         assert_eq!(serde_json::to_value(&cut).unwrap()["accuracy"]["top5"], serde_json::Value::Null);
@@ -392,7 +417,7 @@ mod tests {
         let two = Classes::parse("ant\nbee", &[]).unwrap();
         let mut builder = ReportBuilder::new(&two, PromptEnsemble::Max, Some(2));
         builder.add(&(&prediction(0, Some("ant"), &[1, 0], 0.5)).into());
-        assert_eq!(builder.finish(None, None).accuracy.unwrap().top5, Some(1.0));
+        assert_eq!(builder.finish(None, None, None).accuracy.unwrap().top5, Some(1.0));
     }
 
     #[test]
@@ -400,7 +425,7 @@ mod tests {
         let of = |starts| {
             let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, None);
             (0..4).for_each(|i| builder.add(&(&prediction(i, None, &[0, 1], 0.5)).into()));
-            builder.finish(None, Some(Timings { starts, seconds: 8.0 })).to_string()
+            builder.finish(None, Some(Timings { starts, seconds: 8.0 }), None).to_string()
         };
         assert!(of(1).contains("8.0 s, 2.000 s an image (0.5 images/s)"), "{}", of(1));
         assert!(of(3).contains("8.0 s in the last of 3 runs"), "{}", of(3));

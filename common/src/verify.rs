@@ -28,7 +28,7 @@ pub struct Verification {
     pub ok: bool,
     /// Samples in the manifest.
     pub manifest: u64,
-    /// Rows with a prediction (status `ok`).
+    /// Rows of samples that were scored (status `ok` or `uncertain`).
     pub predictions: u64,
     /// Rows without one (status `quarantined`).
     pub quarantined: u64,

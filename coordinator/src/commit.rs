@@ -59,7 +59,7 @@ impl Kept {
         let mut kept = Self::default();
         if let Some(bytes) = out.read(&layout::predictions(shard)).await? {
             let rows = predictions::decode_predictions(bytes)?;
-            kept.rows = rows.into_iter().filter(|row| row.labelled().is_some()).map(|row| (row.sample, row)).collect();
+            kept.rows = rows.into_iter().filter(|row| row.error().is_none()).map(|row| (row.sample, row)).collect();
         }
         if let Some(bytes) = out.read(&layout::audit(shard)).await? {
             kept.audited = audit::decode(bytes)?.into_iter().map(|row| (row.sample, row)).collect();
@@ -128,8 +128,18 @@ pub fn files(finishing: &Finishing, job: &JobRecord, slots: &[Slot]) -> Result<V
     if !quarantined.is_empty() {
         files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &of_job)?));
     }
-    files.push((layout::predictions(finishing.shard), predictions::encode_predictions(&rows, &with_classes)?));
+    files.push((layout::predictions(finishing.shard), predictions_file(&rows, job)?));
     Ok(files)
+}
+
+/// The predictions of a shard.
+pub(crate) fn predictions_file(rows: &[Prediction], job: &JobRecord) -> Result<Bytes, TableError> {
+    let mut metadata = [job_metadata(job), score_metadata(job)].concat();
+    if let Some(confidence) = &job.confidence {
+        metadata.push(pair("calibration", serde_json::to_string(&confidence.calibration).unwrap_or_default()));
+        metadata.extend(job.identity.spec.abstain_below.map(|least| pair("abstain_below", least)));
+    }
+    predictions::encode_predictions(rows, &metadata)
 }
 
 fn pair(key: &str, value: impl ToString) -> (String, String) {

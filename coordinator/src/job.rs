@@ -16,6 +16,7 @@ use elbo_common::store::{Store, StoreError};
 use object_store::path::Path;
 
 use crate::brain::ShardTotals;
+use crate::calibrate::{self, CalibrateError};
 use crate::ledger::{Ledger, LedgerError};
 
 /// A job that can't be taken up.
@@ -56,6 +57,16 @@ pub enum JobError {
     /// The output can't be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// There is nothing that would tell how sure a prediction is.
+    #[error(
+        "--abstain-below needs to know how sure a prediction is, and no image has a label: bring some with --label-from, let \
+         the reference score a share of the images too with --audit 1%, or take over what a job with labels found out with \
+         --calibration-from"
+    )]
+    NothingToCalibrate,
+    /// Confidence could not be written.
+    #[error(transparent)]
+    Calibrate(#[from] CalibrateError),
     /// The ledger can't be opened.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
@@ -119,7 +130,11 @@ impl Job {
         }
         let listed = match known {
             Some(_) => None,
-            None => Some(list(&identity).await?),
+            None => {
+                let (files, listed) = list(&identity).await?.finish()?;
+                check_confidence(&identity.spec, &listed)?;
+                Some((files, listed))
+            }
         };
         // From here on any other coordinator of this output is fenced.
         let ledger = Ledger::open(&out).await?;
@@ -130,7 +145,7 @@ impl Job {
                 (record, manifest)
             }
             (None, listed) => {
-                let (files, listed) = listed.unwrap_or_else(|| ManifestWriter::new(shard_size)).finish()?;
+                let (files, listed) = listed.unwrap_or_default();
                 for (path, bytes) in files {
                     out.write(&path, bytes).await?;
                 }
@@ -159,6 +174,9 @@ impl Job {
             job.retry_quarantined().await?;
         }
         job.retried = job.ledger.retried().await?;
+        if !job.is_done() {
+            job.record.confidence = None;
+        }
         Ok(job)
     }
 
@@ -169,7 +187,7 @@ impl Job {
         shards.extend(self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(shard, _)| *shard));
         if self.record.state == JobState::Done && !shards.is_empty() {
             self.record.state = JobState::Unfinished;
-            self.record.totals = None;
+            (self.record.totals, self.record.confidence) = (None, None);
             self.record.write(&self.out).await?;
         }
         self.done.retain(|shard, _| !shards.contains(shard));
@@ -186,12 +204,19 @@ impl Job {
         if self.is_done() && self.record.state != JobState::Done {
             let mut totals = ShardTotals::default();
             self.done.values().for_each(|shard| totals.add(*shard));
+            calibrate::calibrate(&self.out, &self.manifest, &mut self.record).await?;
             self.record.state = JobState::Done;
             self.record.totals = Some(totals.of_job(self.ledger.waste()));
             self.record.write(&self.out).await?;
         }
         Ok(self.ledger.close().await?)
     }
+}
+
+/// Whether it can be told how sure predictions are, where the job wants to know.
+fn check_confidence(spec: &JobSpec, listed: &ManifestRecord) -> Result<(), JobError> {
+    let can_tell = listed.labelled > 0 || spec.audit.is_some() || spec.calibration.is_some();
+    if spec.abstain_below.is_some() && !can_tell { Err(JobError::NothingToCalibrate) } else { Ok(()) }
 }
 
 /// The course of a job, from its policy and the schedule in its model's directory.
@@ -252,6 +277,7 @@ fn new_record(identity: JobIdentity, manifest: ManifestRecord) -> JobRecord {
         versions: Versions { elbo: env!("CARGO_PKG_VERSION").into(), protocol: elbo_proto::PROTOCOL },
         totals: None,
         timings: None,
+        confidence: None,
     }
 }
 

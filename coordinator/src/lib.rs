@@ -2,10 +2,11 @@
 //! shards. It never sees the model; a sample's latents live on the workers.
 //!
 //! [`brain`] decides (a state machine without IO or clock), [`ledger`] remembers, [`commit`] writes shards, and
-//! [`service`] connects them to workers; [`operations`] and [`watchdog`] tell operators how a job is.
+//! [`service`] connects them to workers; `calibrate` says at the end how sure every prediction is; [`operations`] and [`watchdog`] tell operators how a job is.
 
 mod audit;
 pub mod brain;
+mod calibrate;
 pub mod commit;
 pub mod intake;
 pub mod job;

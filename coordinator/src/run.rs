@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::brain::{Brain, JobShape, LeasePolicy, Record, Shard, ShardTotals};
+use crate::calibrate::{self, CalibrateError};
 use crate::commit::{self, Finishing, Kept, KeptError};
 use crate::job::Job;
 use crate::ledger::LedgerError;
@@ -60,6 +61,9 @@ pub enum RunError {
     /// What an earlier commit wrote could not be read.
     #[error(transparent)]
     Kept(#[from] KeptError),
+    /// Confidence could not be written.
+    #[error(transparent)]
+    Calibrate(#[from] CalibrateError),
     /// The job could not be described to workers.
     #[error("describing the job: {0}")]
     Json(#[from] serde_json::Error),
@@ -377,6 +381,7 @@ impl Coordinator {
             brain.totals().of_job(brain.waste())
         };
         let mut record = self.shared.record.clone();
+        calibrate::calibrate(&self.out, &self.manifest, &mut record).await?;
         record.state = JobState::Done;
         record.totals = Some(totals);
         record.timings =

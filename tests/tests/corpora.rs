@@ -148,8 +148,9 @@ fn bad_images_are_quarantined_and_tried_again_when_they_are_mended() {
     let after = predictions(&out);
     assert!(after.iter().all(|row| row.labelled().is_some()));
     assert!(!out.join("quarantine").join("shard-00000.parquet").exists());
+    // How sure they are is learned from all of them, and there are more now.
     for (old, new) in before.iter().zip(&after).filter(|(old, _)| old.labelled().is_some()) {
-        assert_eq!(old, new);
+        assert_eq!((&old.key, old.scores(), old.evaluations), (&new.key, new.scores(), new.evaluations));
     }
     let verified = json(elbo().args(["verify", "--json"]).arg(&out));
     assert_eq!((verified["ok"].as_bool(), verified["quarantined"].as_u64()), (Some(true), Some(0)));

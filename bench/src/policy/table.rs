@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use elbo_common::calibration::{Fitter, Outlook, Source};
 use elbo_common::ids::PromptIndex;
 use elbo_common::interval::wilson;
 use elbo_common::policy::replay::{Replayed, decide_by};
@@ -30,6 +31,9 @@ pub struct Row {
     pub saving: f64,
     /// Rounds of a sample.
     pub rounds: f64,
+    /// Expected calibration error of the confidence that is fitted to the labels, on samples it was not fitted to; none
+    /// without labels.
+    pub ece: Option<f64>,
 }
 
 /// How all of them did.
@@ -46,7 +50,7 @@ pub struct Table {
     #[serde(skip)]
     truth: Vec<Option<PromptIndex>>,
     #[serde(skip)]
-    all: Vec<PromptIndex>,
+    all: Vec<Replayed>,
     #[serde(skip)]
     contenders: elbo_common::ensemble::Contenders,
 }
@@ -66,8 +70,7 @@ impl Table {
             all: samples.iter().map(decide).collect(),
             contenders: errors.contenders.clone(),
         };
-        let evaluations = (errors.contenders.prompt_count() * slots.len()) as u64;
-        let exhaustive: Vec<_> = table.all.iter().map(|&best| Replayed { best, evaluations, rounds: 1 }).collect();
+        let exhaustive = table.all.clone();
         table.add("exhaustive", &exhaustive);
         table
     }
@@ -77,7 +80,7 @@ impl Table {
         let same = |a: PromptIndex, b: PromptIndex| !self.contenders.are_rivals(&[a, b]);
         let right =
             replayed.iter().zip(&self.truth).filter(|(r, truth)| truth.is_some_and(|t| same(t, r.best))).count();
-        let agreeing = replayed.iter().zip(&self.all).filter(|(r, all)| same(**all, r.best)).count();
+        let agreeing = replayed.iter().zip(&self.all).filter(|(r, all)| same(all.best, r.best)).count();
         let n = replayed.len().max(1) as f64;
         let mean = replayed.iter().map(|r| r.evaluations as f64).sum::<f64>() / n;
         let variance = replayed.iter().map(|r| (r.evaluations as f64 - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
@@ -92,18 +95,42 @@ impl Table {
             evaluations_std_error: (variance / n).sqrt(),
             saving: reference / mean,
             rounds: replayed.iter().map(|r| f64::from(r.rounds)).sum::<f64>() / n,
+            ece: self.calibration_error(replayed),
         });
     }
 
+    /// How far confidence is from what it claims.
+    fn calibration_error(&self, replayed: &[Replayed]) -> Option<f64> {
+        let mut fitter = Fitter::default();
+        for (i, (r, truth)) in replayed.iter().zip(&self.truth).enumerate() {
+            let Some(truth) = *truth else { continue };
+            let right = !self.contenders.are_rivals(&[truth, r.best]);
+            fitter.add(&i.to_string(), Outlook { evidence: r.evidence(), softmax: 0.0, right });
+        }
+        fitter.finish(Source::Labels, None)?.findings.map(|findings| findings.reliability.ece)
+    }
+
     /// The rows as CSV.
-    pub fn csv(&self) -> String {
-        let mut text = String::from(
-            "policy,accuracy,accuracy_low,accuracy_high,agreement,agreement_low,agreement_high,evaluations,evaluations_std_error,saving,rounds\n",
-        );
+    pub fn csv(&self) -> Result<String, csv::Error> {
+        let mut writer = csv::Writer::from_writer(Vec::new());
+        writer.write_record([
+            "policy",
+            "accuracy",
+            "accuracy_low",
+            "accuracy_high",
+            "agreement",
+            "agreement_low",
+            "agreement_high",
+            "evaluations",
+            "evaluations_std_error",
+            "saving",
+            "rounds",
+            "ece",
+        ])?;
         for row in &self.rows {
             let optional = |value: Option<f64>| value.map_or(String::new(), |v| v.to_string());
-            let cells = [
-                format!("\"{}\"", row.policy),
+            writer.write_record([
+                row.policy.clone(),
                 optional(row.accuracy),
                 optional(row.accuracy_interval.map(|i| i.0)),
                 optional(row.accuracy_interval.map(|i| i.1)),
@@ -114,11 +141,11 @@ impl Table {
                 row.evaluations_std_error.to_string(),
                 row.saving.to_string(),
                 row.rounds.to_string(),
-            ];
-            text.push_str(&cells.join(","));
-            text.push('\n');
+                optional(row.ece),
+            ])?;
         }
-        text
+        let bytes = writer.into_inner().map_err(|error| error.into_error())?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 }
 
@@ -129,11 +156,14 @@ impl fmt::Display for Table {
             "{}: {} images, {} with a label; in brackets 95 % intervals",
             self.errors, self.samples, self.labelled
         )?;
-        writeln!(f, "agreement: with all slots together; saving: against the reference\n")?;
         writeln!(
             f,
-            "{:<40} {:>22} {:>22} {:>18} {:>7} {:>6}",
-            "policy", "accuracy %", "agreement %", "evaluations/image", "saving", "rounds"
+            "agreement: with all slots together; saving: against the reference; ECE: of confidence fitted to other labels\n"
+        )?;
+        writeln!(
+            f,
+            "{:<40} {:>22} {:>22} {:>18} {:>7} {:>6} {:>6}",
+            "policy", "accuracy %", "agreement %", "evaluations/image", "saving", "rounds", "ECE %"
         )?;
         for row in &self.rows {
             let share = |share: f64, (low, high): (f64, f64)| {
@@ -143,10 +173,11 @@ impl fmt::Display for Table {
                 (Some(accuracy), Some(interval)) => share(accuracy, interval),
                 _ => "-".to_owned(),
             };
+            let ece = row.ece.map_or("-".to_owned(), |ece| format!("{:.1}", 100.0 * ece));
             let evaluations = format!("{:.1} ± {:.1}", row.evaluations, 1.96 * row.evaluations_std_error);
             writeln!(
                 f,
-                "{:<40} {accuracy:>22} {:>22} {evaluations:>18} {:>6.1}x {:>6.1}",
+                "{:<40} {accuracy:>22} {:>22} {evaluations:>18} {:>6.1}x {:>6.1} {ece:>6}",
                 row.policy,
                 share(row.agreement, row.agreement_interval),
                 row.saving,

@@ -82,7 +82,7 @@ async fn policy(args: BenchPolicyArgs) -> anyhow::Result<()> {
     };
     let (table, pilot) = elbo_bench::policy::run(&errors, &options)?;
     if let Some(path) = &args.csv {
-        std::fs::write(path, table.csv()).with_context(|| format!("writing {}", path.display()))?;
+        std::fs::write(path, table.csv()?).with_context(|| format!("writing {}", path.display()))?;
     }
     if let Some(path) = &args.timesteps_to {
         let pilot = pilot.ok_or_else(|| usage("--timesteps-to needs a pilot: give --pilot a number of images"))?;

@@ -4,11 +4,11 @@ use elbo_common::export::{self, Exported, Format, Options};
 use elbo_common::store::Location;
 
 use crate::args::{ExportArgs, ExportFormat};
-use crate::commands::output;
+use crate::recorded;
 
 /// Writes an output's predictions as CSV or JSON.
 pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
-    let (store, record) = output::open(&args.out).await?;
+    let (store, record) = recorded::open(&args.out).await?;
     let format = match args.format {
         ExportFormat::Csv => Format::Csv,
         ExportFormat::Json => Format::Json,

@@ -6,22 +6,14 @@ use elbo_common::manifest::Manifest;
 use elbo_common::output::Output;
 use elbo_common::record::JobRecord;
 use elbo_common::report::{Report, ReportBuilder};
-use elbo_common::store::{Location, Store};
+use elbo_common::store::Store;
 use elbo_common::verify;
 use futures::TryStreamExt;
 use indicatif::HumanCount;
 
 use crate::args::OutputArgs;
+use crate::recorded::open;
 use crate::session::Done;
-
-/// An output that holds a job.
-pub(super) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
-    let store = Store::open(&Location::parse(out)?)?;
-    let record = JobRecord::read(&store)
-        .await?
-        .ok_or_else(|| anyhow::anyhow!("{} has no job.json: give the --out of a job", store.location()))?;
-    Ok((store, record))
-}
 
 /// `elbo report`.
 pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
@@ -57,7 +49,7 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
             report.add_audited(&row);
         }
     }
-    Ok(report.finish(record.totals, record.timings))
+    Ok(report.finish(record.totals, record.timings, record.confidence.clone()))
 }
 
 /// `elbo verify`.

@@ -108,6 +108,15 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_AUDIT", value_name = "SHARE")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) audit: Option<Share>,
+    /// Give no class to images whose best one is less sure than this: their status is `uncertain`. How sure a class is, is
+    /// fitted when the job ends, to labels if there are some, else to the audit
+    #[arg(long, env = "ELBO_ABSTAIN_BELOW", value_name = "P")]
+    #[serde(alias = "abstain-below")]
+    pub(crate) abstain_below: Option<f64>,
+    /// Output of another job, with labels, whose calibration tells how sure a class is: for images without any
+    #[arg(long, env = "ELBO_CALIBRATION_FROM", value_name = "OUT")]
+    #[serde(alias = "calibration-from")]
+    pub(crate) calibration_from: Option<String>,
     /// Prompts (classes with --prompt-ensemble mean) that stay after each stage of the reference [default: 5,1]
     #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
@@ -253,6 +262,8 @@ impl JobArgs {
             max_slots: self.max_slots.or(file.max_slots),
             timesteps_from: self.timesteps_from.or(file.timesteps_from),
             audit: self.audit.or(file.audit),
+            abstain_below: self.abstain_below.or(file.abstain_below),
+            calibration_from: self.calibration_from.or(file.calibration_from),
             keep: many(self.keep, file.keep),
             samples: many(self.samples, file.samples),
             trials: self.trials.or(file.trials),

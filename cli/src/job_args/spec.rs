@@ -272,6 +272,11 @@ impl JobArgs {
         if shard_size == 0 {
             return Err(usage("--shard-size must be at least 1"));
         }
+        if let Some(least) = self.abstain_below.filter(|least| !(*least > 0.0 && *least < 1.0)) {
+            return Err(usage(format!(
+                "--abstain-below {least} is not a confidence to ask for: give a number between 0 and 1, like 0.9"
+            )));
+        }
         Ok(JobSpec {
             images: dataset::canonical(images)?,
             model: model.to_string(),
@@ -283,6 +288,9 @@ impl JobArgs {
             shortlist,
             policy,
             audit,
+            // That is another job's: it is read where there is IO.
+            calibration: None,
+            abstain_below: self.abstain_below,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
             dtype: self.dtype.unwrap_or(ModelDtype::F32),
             size: self.size,

@@ -4,7 +4,7 @@ use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
 use super::sink::Sink;
-use super::{ExportError, Exported, Options, Rows, status};
+use super::{ExportError, Exported, Options, Rows};
 use crate::class::Classes;
 use crate::job::JobSpec;
 use crate::predictions::{BEST, Prediction};
@@ -73,10 +73,10 @@ fn fields(row: &Prediction, classes: &Classes, scores: usize) -> Vec<String> {
         row.label.clone().unwrap_or_default(),
         labelled.map_or(String::new(), |l| l.class_name.clone()),
         text(labelled.map(|l| l.class)),
-        text(labelled.and_then(|l| l.confidence)),
-        text(labelled.and_then(|l| l.margin)),
+        text(row.confidence()),
+        text(row.margin()),
         row.evaluations.to_string(),
-        status(row).to_owned(),
+        row.status().to_owned(),
         row.error().unwrap_or_default().to_owned(),
     ];
     for k in 0..scores {

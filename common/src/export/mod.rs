@@ -6,13 +6,10 @@ mod csv;
 mod sidecar;
 mod sink;
 
-use std::pin::pin;
-
 use futures::TryStreamExt;
 
 use crate::class::Classes;
 use crate::job::JobSpec;
-use crate::manifest::Manifest;
 use crate::output::{Output, OutputError};
 use crate::predictions::Prediction;
 use crate::record::ManifestRecord;
@@ -147,28 +144,12 @@ impl Rows<'_> {
         &self,
         mut take: impl AsyncFnMut(&Prediction, &Classes) -> Result<(), ExportError>,
     ) -> Result<(), ExportError> {
-        let output = self.output();
-        if self.spec.candidates.is_some() {
-            let manifest = Manifest::open(self.store, self.listed, self.spec.shard_size).await;
-            let mut rows = pin!(output.samples_and_predictions(manifest.map_err(OutputError::from)?));
-            while let Some((sample, prediction)) = rows.try_next().await? {
-                if let Some(prediction) = prediction {
-                    take(&prediction, &sample.classes(&self.spec.classes)).await?;
-                }
-            }
-            return Ok(());
-        }
-        let mut rows = pin!(output.predictions());
-        while let Some(prediction) = rows.try_next().await? {
-            take(&prediction, &self.spec.classes).await?;
+        let mut rows = self.output().predictions_and_classes(self.spec, self.listed).await?;
+        while let Some((row, classes)) = rows.try_next().await? {
+            take(&row, &classes).await?;
         }
         Ok(())
     }
-}
-
-/// The status of a row, as the predictions have it.
-fn status(row: &Prediction) -> &'static str {
-    if row.error().is_some() { crate::predictions::QUARANTINED } else { crate::predictions::OK }
 }
 
 #[cfg(test)]

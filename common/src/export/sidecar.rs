@@ -11,7 +11,7 @@ use object_store::path::Path;
 use serde::Serialize;
 
 use super::sink::Sink;
-use super::{ExportError, Exported, Options, Rows, status};
+use super::{ExportError, Exported, Options, Rows};
 use crate::class::Classes;
 use crate::predictions::{Prediction, Score};
 use crate::store::{Location, Store, StoreError};
@@ -301,10 +301,10 @@ fn object(row: &Prediction, classes: &Classes, scores: Option<usize>) -> Result<
         label: row.label.as_deref(),
         predicted_class: labelled.map(|l| l.class_name.as_str()),
         predicted_index: labelled.map(|l| l.class.0),
-        confidence: labelled.and_then(|l| l.confidence),
-        margin: labelled.and_then(|l| l.margin),
+        confidence: row.confidence(),
+        margin: row.margin(),
         evaluations: row.evaluations,
-        status: status(row),
+        status: row.status(),
         error: row.error(),
         scores: row.scores().iter().take(scores.unwrap_or(usize::MAX)).map(named).collect(),
     };

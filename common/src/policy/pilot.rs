@@ -63,7 +63,7 @@ impl Pilot {
                 let window = from * width..if to == GRID { timesteps } else { to * width };
                 if let Some(races) = race(scored, &raced, contenders, timesteps, risk, &window)? {
                     let agreeing =
-                        races.iter().zip(&all).filter(|(race, all)| !contenders.are_rivals(&[race.best, **all]));
+                        races.iter().zip(&all).filter(|(race, all)| !contenders.are_rivals(&[race.best, all.best]));
                     let count = races.len().max(1) as f64;
                     trials.push(WindowTrial {
                         window,

@@ -1,6 +1,9 @@
 //! A course run over errors that were recorded before: what a policy would have decided, without a model.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::{Course, ScoredBy, Slot, Standing};
+use crate::calibration::Evidence;
 use crate::ensemble::Contenders;
 use crate::ids::{PromptIndex, Round};
 use crate::sums::Sums;
@@ -14,6 +17,35 @@ pub struct Replayed {
     pub evaluations: u64,
     /// Rounds.
     pub rounds: u16,
+    /// By how much the mean errors of the last round's other classes exceed the best one's, ascending.
+    pub behind: Vec<f32>,
+}
+
+impl Replayed {
+    /// The best of some prompts that were scored on the same slots, after so many evaluations and rounds.
+    fn new(contenders: &Contenders, prompts: &[PromptIndex], totals: &[Sums], evaluations: u64, rounds: u16) -> Self {
+        let mut groups: BTreeMap<u32, Vec<(f64, PromptIndex)>> = BTreeMap::new();
+        for &prompt in prompts {
+            groups.entry(contenders.of_prompt(prompt)).or_default().push((totals[prompt.at()].mean(), prompt));
+        }
+        let score = |group: Vec<(f64, PromptIndex)>| {
+            let mean = group.iter().map(|(mean, _)| mean).sum::<f64>() / group.len() as f64;
+            let lowest = group.into_iter().min_by(|a, b| a.0.total_cmp(&b.0));
+            lowest.map(|(_, prompt)| (mean, prompt))
+        };
+        let mut ranked: Vec<_> = groups.into_values().filter_map(score).collect();
+        ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut classes = BTreeSet::new();
+        ranked.retain(|(_, prompt)| classes.insert(contenders.class_of(*prompt)));
+        let (lowest, best) = ranked.first().copied().unwrap_or((0.0, PromptIndex(0)));
+        let behind = ranked.iter().skip(1).map(|(mean, _)| (mean - lowest) as f32).collect();
+        Self { best, evaluations, rounds, behind }
+    }
+
+    /// What its confidence rests on.
+    pub fn evidence(&self) -> Evidence {
+        Evidence::new(self.behind.clone(), self.evaluations as u32)
+    }
 }
 
 /// For every slot of a course, which recorded slot stands for it: the nearest in time that is not taken; none where there
@@ -27,12 +59,13 @@ pub fn stand_ins(course: &[Slot], recorded: &[Slot]) -> Option<Vec<usize>> {
     course.iter().map(stand_in).collect()
 }
 
-/// What some slots together say of a sample with these errors, by prompt and recorded slot: a prompt of the best contender.
-pub fn decide_by(contenders: &Contenders, errors: &[Vec<f32>], slots: &[usize]) -> PromptIndex {
+/// What some slots together say of a sample with these errors, by prompt and recorded slot.
+pub fn decide_by(contenders: &Contenders, errors: &[Vec<f32>], slots: &[usize]) -> Replayed {
     let all: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
     let sums = |errors: &Vec<f32>| Sums::of(&slots.iter().map(|slot| errors[*slot]).collect::<Vec<_>>());
     let totals: Vec<Sums> = errors.iter().map(sums).collect();
-    contenders.survivors(&all, &totals, 1).first().copied().unwrap_or(PromptIndex(0))
+    let evaluations = (all.len() * slots.len()) as u64;
+    Replayed::new(contenders, &all, &totals, evaluations, 1)
 }
 
 /// Runs a course over a sample's errors, by prompt and recorded slot; `at` are the [`stand_ins`] of the course's slots.
@@ -40,6 +73,7 @@ pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at:
     let mut remaining: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
     let (mut totals, mut seen) = (vec![Sums::default(); errors.len()], vec![Vec::new(); errors.len()]);
     let (mut done, mut evaluations, mut round) = (0, 0, Round(0));
+    let mut last = remaining.clone();
     while let Some(slots) = course.round(round, done, contenders, &remaining) {
         debug_assert_eq!(course.scored_by(round), ScoredBy::Model, "a shortlist's errors are not recorded");
         evaluations += (slots.len() * remaining.len()) as u64;
@@ -50,14 +84,11 @@ pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at:
         }
         done = slots.end;
         let standing = Standing { remaining: &remaining, totals: &totals, errors: &seen };
-        remaining = course.survivors(round, contenders, standing);
+        let stay = course.survivors(round, contenders, standing);
+        last = std::mem::replace(&mut remaining, stay);
         round = Round(round.0 + 1);
     }
-    let best = contenders.survivors(&remaining, &totals, 1);
-    let lowest = |prompts: &[PromptIndex]| {
-        prompts.iter().copied().min_by(|a, b| totals[a.at()].mean().total_cmp(&totals[b.at()].mean()))
-    };
-    Replayed { best: lowest(&best).unwrap_or(PromptIndex(0)), evaluations, rounds: round.0 }
+    Replayed::new(contenders, &last, &totals, evaluations, round.0)
 }
 
 #[cfg(test)]

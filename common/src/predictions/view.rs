@@ -2,7 +2,7 @@
 
 use arrow_array::{Array, Float32Array, Int32Array, ListArray, StringArray, StructArray, UInt32Array, UInt64Array};
 
-use super::{OK, Outcome, Prediction, QUARANTINED, text};
+use super::{OK, Outcome, Prediction, QUARANTINED, UNCERTAIN, text};
 use crate::ids::{ClassIndex, SampleId};
 use crate::table::{Columns, Row, TableError, View};
 
@@ -36,17 +36,17 @@ pub struct Judgement {
     pub label: Option<String>,
     /// The evaluations its scores rest on.
     pub evaluations: u32,
-    /// A class, or the reason why there is none.
+    /// The best class, or the reason why there is none.
     pub verdict: Result<Verdict, String>,
 }
 
-/// The class of a sample.
+/// The best class of a sample.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Verdict {
     /// The class.
     pub class: ClassIndex,
-    /// Its name.
-    pub class_name: String,
+    /// Whether it is sure enough to be the sample's class.
+    pub is_sure: bool,
     /// The mean error of the second-best class less that of the best.
     pub margin: Option<f32>,
     /// The best classes, best first, at most [`BEST`].
@@ -55,14 +55,15 @@ pub struct Verdict {
 
 impl From<&Prediction> for Judgement {
     fn from(row: &Prediction) -> Self {
-        let verdict = match &row.outcome {
-            Outcome::Labelled(labelled) => Ok(Verdict {
-                class: labelled.class,
-                class_name: labelled.class_name.clone(),
-                margin: labelled.margin,
-                best: labelled.scores.iter().take(BEST).map(|score| score.class).collect(),
-            }),
-            Outcome::Quarantined { error } => Err(error.clone()),
+        let best = row.scores().iter().take(BEST).map(|score| score.class).collect::<Vec<_>>();
+        let (class, is_sure) = match &row.outcome {
+            Outcome::Labelled(labelled) => (Some(labelled.class), true),
+            Outcome::Uncertain(_) => (best.first().copied(), false),
+            Outcome::Quarantined { .. } => (None, false),
+        };
+        let verdict = match class {
+            Some(class) => Ok(Verdict { class, is_sure, margin: row.margin(), best }),
+            None => Err(row.error().unwrap_or_default().to_owned()),
         };
         Self { key: row.key.clone(), label: row.label.clone(), evaluations: row.evaluations, verdict }
     }
@@ -75,7 +76,7 @@ impl View for Tally {
     fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
         let evaluations: &UInt32Array = columns.required("evaluations")?;
         for i in 0..columns.len() {
-            let quarantined = is_quarantined(columns, i)?;
+            let quarantined = status(columns, i)? == Status::Quarantined;
             rows.push(Self { quarantined, evaluations: evaluations.value(i) });
         }
         Ok(())
@@ -101,7 +102,6 @@ impl View for Judgement {
     const COLUMNS: &'static [&'static str] = &[
         "key",
         "label",
-        "predicted_class",
         "predicted_index",
         "margin",
         "evaluations",
@@ -113,7 +113,6 @@ impl View for Judgement {
     fn read(columns: &Columns<'_>, rows: &mut Vec<Self>) -> Result<(), TableError> {
         let key: &StringArray = columns.required("key")?;
         let label: &StringArray = columns.nullable("label")?;
-        let class_name: &StringArray = columns.nullable("predicted_class")?;
         let class: &Int32Array = columns.nullable("predicted_index")?;
         let margin: &Float32Array = columns.nullable("margin")?;
         let evaluations: &UInt32Array = columns.required("evaluations")?;
@@ -124,18 +123,20 @@ impl View for Judgement {
             scores.column_by_name("class_index").ok_or_else(|| columns.wrong("scores", "has no field class_index"))?;
         let scored: &Int32Array = columns.inner("scores", of_class)?;
         for (i, bounds) in lists.value_offsets().windows(2).enumerate() {
-            let verdict = if is_quarantined(columns, i)? {
-                Err(text(error, i).unwrap_or_default())
-            } else if class.is_null(i) || class_name.is_null(i) {
-                return Err(columns.wrong("predicted_index", format!("is null in row {i}, whose status is ok")));
-            } else {
-                let best = (bounds[0]..bounds[1]).take(BEST).map(|at| ClassIndex(scored.value(at as usize)));
-                Ok(Verdict {
-                    class: ClassIndex(class.value(i)),
-                    class_name: class_name.value(i).to_owned(),
-                    margin: margin.is_valid(i).then(|| margin.value(i)),
-                    best: best.collect(),
-                })
+            let best = (bounds[0]..bounds[1]).take(BEST).map(|at| ClassIndex(scored.value(at as usize)));
+            let best: Vec<_> = best.collect();
+            let status = status(columns, i)?;
+            let class = match status {
+                Status::Ok => class.is_valid(i).then(|| ClassIndex(class.value(i))),
+                Status::Uncertain | Status::Quarantined => best.first().copied(),
+            };
+            let margin = margin.is_valid(i).then(|| margin.value(i));
+            let verdict = match (status, class) {
+                (Status::Quarantined, _) => Err(text(error, i).unwrap_or_default()),
+                (_, Some(class)) => Ok(Verdict { class, is_sure: status == Status::Ok, margin, best }),
+                (_, None) => {
+                    return Err(columns.wrong("predicted_index", format!("is null in row {i}, which was scored")));
+                }
             };
             rows.push(Self {
                 key: key.value(i).to_owned(),
@@ -148,11 +149,20 @@ impl View for Judgement {
     }
 }
 
+/// How a sample ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Status {
+    Ok,
+    Uncertain,
+    Quarantined,
+}
+
 /// What a row's status says.
-pub(super) fn is_quarantined(columns: &Columns<'_>, row: usize) -> Result<bool, TableError> {
+pub(super) fn status(columns: &Columns<'_>, row: usize) -> Result<Status, TableError> {
     match columns.required::<StringArray>("status")?.value(row) {
-        OK => Ok(false),
-        QUARANTINED => Ok(true),
+        OK => Ok(Status::Ok),
+        UNCERTAIN => Ok(Status::Uncertain),
+        QUARANTINED => Ok(Status::Quarantined),
         other => Err(columns.wrong("status", format!("is '{other}' in row {row}"))),
     }
 }

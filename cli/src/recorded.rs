@@ -1,0 +1,26 @@
+//! What jobs wrote down: their records, and what they found out.
+
+use elbo_common::calibration::Calibration;
+use elbo_common::record::JobRecord;
+use elbo_common::store::{Location, Store};
+
+/// An output that holds a job.
+pub(crate) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
+    let store = Store::open(&Location::parse(out)?)?;
+    let record = JobRecord::read(&store)
+        .await?
+        .ok_or_else(|| anyhow::anyhow!("{} has no job.json: give the --out of a job", store.location()))?;
+    Ok((store, record))
+}
+
+/// What the job in an output found out about how sure its predictions are.
+pub(crate) async fn calibration(out: &str) -> anyhow::Result<Calibration> {
+    let (store, record) = open(out).await?;
+    let confidence = record.confidence.ok_or_else(|| {
+        anyhow::anyhow!(
+            "{} has no calibration for --calibration-from: give the --out of a job that is done and had labels, or an --audit",
+            store.location()
+        )
+    })?;
+    Ok(confidence.calibration)
+}

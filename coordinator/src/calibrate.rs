@@ -1,0 +1,140 @@
+//! Confidence, once every shard is committed: what is known of right and wrong is gathered from the predictions, and each of
+//! them is written again with the confidence that follows.
+//!
+//! Both passes read what is committed and nothing else, and what the second one writes is nothing that the first one reads.
+//! Interrupted anywhere, they are begun again and come to the same bytes.
+
+use std::collections::BTreeMap;
+use std::pin::{Pin, pin};
+
+use elbo_common::audit::Audited;
+use elbo_common::calibration::{Calibration, Confidence, Fitter, Outlook, Source};
+use elbo_common::ids::{ClassIndex, SampleId, ShardId};
+use elbo_common::layout;
+use elbo_common::manifest::{Manifest, ManifestError};
+use elbo_common::output::{Output, OutputError};
+use elbo_common::predictions::{self, Prediction};
+use elbo_common::record::JobRecord;
+use elbo_common::store::{Store, StoreError};
+use elbo_common::table::TableError;
+use futures::stream::{FuturesUnordered, Peekable};
+use futures::{Stream, StreamExt, TryStreamExt};
+
+use crate::commit;
+
+/// Labels that are enough: below, an audit is asked first.
+const FEW: usize = 30;
+/// Shards that are written side by side; each takes memory for its files.
+const SHARDS: usize = 2;
+
+/// Confidence that can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum CalibrateError {
+    /// The predictions can't be read.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// The manifest can't be read.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A file of predictions is damaged.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// A background task ended by a panic, which is a defect.
+    #[error("the encoder ended unexpectedly: run the same command again to resume, and report this")]
+    Task,
+}
+
+/// Fits confidence to labels or an audit, unless the job brings its own, and writes it into every prediction; where there is
+/// neither, nothing is done.
+pub(crate) async fn calibrate(out: &Store, manifest: &Manifest, record: &mut JobRecord) -> Result<(), CalibrateError> {
+    let spec = &record.identity.spec;
+    record.confidence = None;
+    if record.manifest.labelled == 0 && spec.audit.is_none() && spec.calibration.is_none() {
+        return Ok(());
+    }
+    record.confidence = find(&Output::new(out), record).await?;
+    let Some(Confidence { calibration, .. }) = record.confidence else { return Ok(()) };
+    tracing::info!(shards = manifest.shards(), "writing the confidence of every prediction");
+    let mut writing = FuturesUnordered::new();
+    for shard in (0..manifest.shards()).map(ShardId) {
+        if writing.len() == SHARDS {
+            writing.try_next().await?;
+        }
+        writing.push(write(out, manifest, record, calibration, shard));
+    }
+    writing.try_collect().await
+}
+
+/// The calibration of a job, and how good it is.
+async fn find(output: &Output, record: &JobRecord) -> Result<Option<Confidence>, CalibrateError> {
+    let spec = &record.identity.spec;
+    let (mut by_labels, mut by_audit) = (Fitter::default(), Fitter::default());
+    let mut audited = pin!(output.audited().peekable());
+    let mut rows = output.predictions_and_classes(spec, &record.manifest).await?;
+    while let Some((row, classes)) = rows.try_next().await? {
+        let Some(best) = row.scores().first().map(|score| score.class) else { continue };
+        let outlook = |truth: ClassIndex| Outlook::of(&row, best == truth);
+        let label = row.label.as_deref().and_then(|label| classes.with_label(label));
+        if let Some(outlook) = label.and_then(outlook) {
+            by_labels.add(&row.key, outlook);
+        }
+        if spec.audit.is_some()
+            && let Some(outlook) = reference_class(audited.as_mut(), row.sample).await?.and_then(outlook)
+        {
+            by_audit.add(&row.key, outlook);
+        }
+    }
+    let (source, fitter) = match by_labels.len() {
+        labels if labels < FEW && !by_audit.is_empty() => (Source::Audit, by_audit),
+        _ => (Source::Labels, by_labels),
+    };
+    Ok(fitter.finish(source, spec.calibration))
+}
+
+/// What the audit says of a sample, if it was audited; samples are asked for in the order of the audited ones.
+async fn reference_class(
+    mut audited: Pin<&mut Peekable<impl Stream<Item = Result<Audited, OutputError>>>>,
+    sample: SampleId,
+) -> Result<Option<ClassIndex>, OutputError> {
+    let is_due = |next: &Result<Audited, OutputError>| next.as_ref().map_or(true, |row| row.sample <= sample);
+    while let Some(next) = audited.as_mut().next_if(is_due).await {
+        let row = next?;
+        if row.sample == sample {
+            return Ok(Some(row.reference_class));
+        }
+    }
+    Ok(None)
+}
+
+/// Writes a shard's predictions with their confidence, unless they have it.
+async fn write(
+    out: &Store,
+    manifest: &Manifest,
+    record: &JobRecord,
+    calibration: Calibration,
+    shard: ShardId,
+) -> Result<(), CalibrateError> {
+    let path = layout::predictions(shard);
+    let Some(before) = out.read(&path).await? else { return Ok(()) };
+    let spec = &record.identity.spec;
+    let samples = if spec.candidates.is_some() { manifest.shard(shard).await? } else { Vec::new() };
+    let (rows, record) = (before.clone(), record.clone());
+    let encoding = tokio::task::spawn_blocking(move || {
+        let spec = &record.identity.spec;
+        let captioned: BTreeMap<_, _> = samples.iter().map(|sample| (sample.id, sample)).collect();
+        let calibrated = |row: Prediction| match captioned.get(&row.sample) {
+            Some(sample) => row.calibrated(&calibration, spec.abstain_below, &sample.classes(&spec.classes)),
+            None => row.calibrated(&calibration, spec.abstain_below, &spec.classes),
+        };
+        let rows: Vec<_> = predictions::decode_predictions(rows)?.into_iter().map(calibrated).collect();
+        commit::predictions_file(&rows, &record)
+    });
+    let after = encoding.await.map_err(|_| CalibrateError::Task)??;
+    if after != before {
+        out.write(&path, after).await?;
+    }
+    Ok(())
+}
