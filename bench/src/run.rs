@@ -305,6 +305,7 @@ async fn status(address: &str) -> Result<v1::StatusReply, BenchError> {
 pub(crate) fn unanswered(error: CallError) -> BenchError {
     match error {
         CallError::Rejoin => BenchError::Answer("forgot a worker that had just joined".into()),
+        CallError::OtherJob => BenchError::Answer("has another job than it had".into()),
         CallError::Rejected(reason) => BenchError::Answer(format!("refused a call: {reason}")),
         CallError::Fatal(error) => error.into(),
     }

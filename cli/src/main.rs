@@ -7,6 +7,7 @@ mod failure;
 mod job_args;
 mod logging;
 mod otlp;
+mod pilot;
 mod progress;
 mod recorded;
 mod session;

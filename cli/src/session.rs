@@ -16,12 +16,13 @@ use elbo_worker::engine::Problem;
 use elbo_worker::problem::ProblemError;
 use elbo_worker::{Device, Devices};
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{DeviceArgs, HttpArgs, RunArgs};
 use crate::failure::{Interrupted, usage};
 use crate::job_args::{JobArgs, Takes};
+use crate::pilot::{Expedition, Plan};
 use crate::progress;
 use crate::recorded;
 use crate::stop;
@@ -137,9 +138,10 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
     }
 }
 
-/// Runs a job with embedded workers.
+/// Runs a job with embedded workers, after its pilot of so many images, if it is to have one.
 pub(crate) async fn label(
     job: Identified,
+    pilot: Option<u64>,
     out: &str,
     workers: &Workers,
     run: &RunArgs,
@@ -150,7 +152,8 @@ pub(crate) async fn label(
     let threads = threads(&workers.device, engines.len());
     let stop = stop::on_signal()?;
     // A model that can't be loaded is found out before anything is written. All workers share it.
-    let loading = job.clone();
+    let plan = Plan::new(job, pilot, out, run).await?;
+    let loading = plan.first().clone();
     let first = engines.first().copied().unwrap_or(Device::Cpu);
     let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.models, first)).await?;
     let problem = Arc::new(problem.map_err(|e| match e {
@@ -159,8 +162,9 @@ pub(crate) async fn label(
         }
         other => other.into(),
     })?);
-    let job = open(job, out, run).await?;
-    if job.is_done() {
+    let job = plan.open(out, run).await?;
+    let expedition = plan.expedition();
+    if job.is_done() && expedition.is_none() {
         return already_done(job).await;
     }
     let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
@@ -191,12 +195,15 @@ pub(crate) async fn label(
         tls: None,
         limits: Limits::default(),
     };
-    coordinate(job, listener, options, run, operator, stop, tasks).await
+    coordinate(job, expedition, listener, options, run, operator, stop, tasks).await
 }
 
-/// Runs a job's coordinator until it is done or stopped; ends it when all of some embedded `workers` have failed.
+/// Runs a coordinator until its job is done or stopped; ends it when all of some embedded `workers` have failed. Where the job
+/// is the pilot of an `expedition`, the one it was for is run next, with the same workers.
+#[allow(clippy::too_many_arguments, reason = "each is a part of a run of its own")]
 pub(crate) async fn coordinate(
     job: Job,
+    expedition: Option<Expedition>,
     listener: TcpListener,
     options: Options,
     run: &RunArgs,
@@ -206,12 +213,18 @@ pub(crate) async fn coordinate(
 ) -> anyhow::Result<Done> {
     // The coordinator stops when asked to, and when there is nobody left to work.
     let giving_up = stop.child_token();
-    let coordinator = Coordinator::new(job, options, giving_up.clone())?;
-    operator.started(coordinator.operations());
-    let started = Instant::now();
-    let watching = coordinator.progress();
-    let bar = tokio::spawn(progress::show(run.progress.unwrap_or_default(), coordinator.progress()));
-    let running = coordinator.run(listener);
+    let running = async {
+        let shift = Shift { options, run, operator, stop: &giving_up };
+        let done = match expedition {
+            None => shift.work(job, listener).await,
+            Some(expedition) => shift.explore(job, expedition, listener).await,
+        };
+        if done.is_err() {
+            // Embedded workers that wait for the job after a pilot would wait long.
+            stop.cancel();
+        }
+        done
+    };
     let following = async {
         let embedded = !workers.is_empty();
         let mut failure = None;
@@ -227,12 +240,62 @@ pub(crate) async fn coordinate(
         }
         failure
     };
-    let (outcome, failure) = tokio::join!(running, following);
-    bar.abort();
-    let _ = bar.await;
-    match outcome? {
-        Outcome::Done(_) => Ok(Done::Now(watching.borrow().evaluations_here, started.elapsed())),
-        Outcome::Interrupted => Err(failure.unwrap_or_else(|| Interrupted.into())),
+    let (done, failure) = tokio::join!(running, following);
+    done?.ok_or_else(|| failure.unwrap_or_else(|| Interrupted.into()))
+}
+
+/// What coordinators that follow each other have in common.
+struct Shift<'a> {
+    options: Options,
+    run: &'a RunArgs,
+    operator: &'a Operator,
+    stop: &'a CancellationToken,
+}
+
+impl Shift<'_> {
+    /// Runs a pilot, and then the job that it is for, whose workers wait meanwhile; `None` if that was interrupted.
+    async fn explore(&self, pilot: Job, expedition: Expedition, listener: TcpListener) -> anyhow::Result<Option<Done>> {
+        if pilot.is_done() {
+            pilot.close().await?;
+            return self.work(expedition.arrive().await?, listener).await;
+        }
+        eprintln!("pilot: {} images learn where to look", pilot.manifest.len());
+        // Whoever calls while one coordinator follows the other waits in the socket's queue.
+        let listener = listener.into_std()?;
+        let own = TcpListener::from_std(listener.try_clone()?)?;
+        let coordinator = self.coordinator(pilot)?;
+        let shown = self.show(&coordinator);
+        let ended = coordinator.run_before(own, expedition.arrive()).await;
+        shown.abort();
+        match ended? {
+            (_, Some(job)) => self.work(job?, TcpListener::from_std(listener)?).await,
+            (_, None) => Ok(None),
+        }
+    }
+
+    /// Runs a job; `None` if it was interrupted.
+    async fn work(&self, job: Job, listener: TcpListener) -> anyhow::Result<Option<Done>> {
+        let coordinator = self.coordinator(job)?;
+        let started = Instant::now();
+        let watching = coordinator.progress();
+        let shown = self.show(&coordinator);
+        let outcome = coordinator.run(listener).await;
+        shown.abort();
+        let _ = shown.await;
+        match outcome? {
+            Outcome::Done(_) => Ok(Some(Done::Now(watching.borrow().evaluations_here, started.elapsed()))),
+            Outcome::Interrupted => Ok(None),
+        }
+    }
+
+    fn coordinator(&self, job: Job) -> anyhow::Result<Coordinator> {
+        let coordinator = Coordinator::new(job, self.options.clone(), self.stop.clone())?;
+        self.operator.started(coordinator.operations());
+        Ok(coordinator)
+    }
+
+    fn show(&self, coordinator: &Coordinator) -> JoinHandle<()> {
+        tokio::spawn(progress::show(self.run.progress.unwrap_or_default(), coordinator.progress()))
     }
 }
 

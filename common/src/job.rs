@@ -161,6 +161,9 @@ pub struct JobSpec {
     pub label_from: Option<String>,
     /// Only the first so many samples of the sorted listing.
     pub limit: Option<u64>,
+    /// Of these only so many, chosen by the seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subset: Option<u64>,
     /// Samples in a shard.
     pub shard_size: u32,
 }

@@ -14,6 +14,12 @@ pub const PREDICTIONS: &str = "predictions";
 pub const ERRORS: &str = "errors";
 /// Directory of audited samples (`--audit`).
 pub const AUDIT: &str = "audit";
+/// Directory of the job that goes before a race and learns where to look (`--pilot`).
+pub const PILOT: &str = "pilot";
+/// What it learned, as `--timesteps-from` takes it.
+pub const PILOT_TIMESTEPS: &str = "pilot/timesteps.json";
+/// What it tried.
+pub const PILOT_FINDINGS: &str = "pilot/findings.json";
 /// Directory of quarantined samples.
 pub const QUARANTINE: &str = "quarantine";
 /// Directory of the objects a store is tried out with before a job starts; there is nothing in it afterwards.

@@ -29,6 +29,7 @@ pub mod policy;
 pub mod predictions;
 pub mod preset;
 pub mod record;
+pub mod recorded;
 pub mod report;
 pub mod schedule;
 pub mod score;

@@ -163,6 +163,7 @@ mod tests {
             write_errors: true,
             label_from: Some("parent".into()),
             limit: None,
+            subset: None,
             shard_size: 10,
         };
         let identity = JobIdentity {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink, UnknownLabels};
 use elbo_common::fingerprint::JobIdentity;
-use elbo_common::ids::{Epoch, ShardId};
+use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::job::JobSpec;
 use elbo_common::layout;
 use elbo_common::manifest::{Manifest, ManifestError, ManifestWriter, Sample};
@@ -228,11 +228,14 @@ pub fn course_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Cour
 async fn list(identity: &JobIdentity) -> Result<ManifestWriter, JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
-    let mut listing =
-        Listing { spec, manifest: ManifestWriter::new(spec.shard_size), unknown: UnknownLabels::default() };
+    let mut listing = Listing::new(spec);
     dataset::list(&spec.images, &list_options(spec, label_from.as_ref()), &mut listing).await?;
-    let unknown = listing.unknown.into_sorted();
-    if unknown.is_empty() { Ok(listing.manifest) } else { Err(JobError::UnknownLabels(unknown)) }
+    let Listing { mut manifest, chosen, unknown, .. } = listing;
+    for sample in chosen.into_iter().flat_map(Chosen::in_order) {
+        manifest.take(sample)?;
+    }
+    let unknown = unknown.into_sorted();
+    if unknown.is_empty() { Ok(manifest) } else { Err(JobError::UnknownLabels(unknown)) }
 }
 
 /// How a job's images are listed.
@@ -250,7 +253,16 @@ pub fn list_options<'a>(spec: &'a JobSpec, label_from: Option<&'a LabelSource>) 
 struct Listing<'a> {
     spec: &'a JobSpec,
     manifest: ManifestWriter,
+    /// Those chosen so far, where the job makes do with some of the samples.
+    chosen: Option<Chosen>,
     unknown: UnknownLabels,
+}
+
+impl<'a> Listing<'a> {
+    fn new(spec: &'a JobSpec) -> Self {
+        let chosen = spec.subset.map(|count| Chosen::new(spec.seed, count as usize));
+        Self { spec, manifest: ManifestWriter::new(spec.shard_size), chosen, unknown: UnknownLabels::default() }
+    }
 }
 
 impl SampleSink for Listing<'_> {
@@ -259,12 +271,50 @@ impl SampleSink for Listing<'_> {
         if self.spec.candidates.is_none() {
             self.unknown.note(&sample, &self.spec.classes);
         }
-        self.manifest.take(sample)
+        match &mut self.chosen {
+            Some(chosen) => {
+                chosen.offer(sample);
+                Ok(())
+            }
+            None => self.manifest.take(sample),
+        }
     }
 
     fn clear(&mut self) {
-        self.unknown.clear();
-        self.manifest.clear();
+        *self = Self::new(self.spec);
+    }
+}
+
+/// The samples whose keys have the lowest hashes: as good as random, always the same, and no more of them in memory than asked
+/// for.
+struct Chosen {
+    seed: u64,
+    count: usize,
+    /// By hash.
+    samples: BTreeMap<[u8; 16], Sample>,
+}
+
+impl Chosen {
+    fn new(seed: u64, count: usize) -> Self {
+        Self { seed, count, samples: BTreeMap::new() }
+    }
+
+    fn offer(&mut self, sample: Sample) {
+        let mut hash = [0; 16];
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"subset").update(&self.seed.to_le_bytes()).update(sample.key.as_bytes());
+        hasher.finalize_xof().fill(&mut hash);
+        self.samples.insert(hash, sample);
+        if self.samples.len() > self.count {
+            self.samples.pop_last();
+        }
+    }
+
+    /// The chosen samples in the order of the listing, with positions of their own.
+    fn in_order(self) -> impl Iterator<Item = Sample> {
+        let mut samples: Vec<_> = self.samples.into_values().collect();
+        samples.sort_by_key(|sample| sample.id);
+        samples.into_iter().zip(0..).map(|(sample, id)| Sample { id: SampleId(id), ..sample })
     }
 }
 
@@ -282,7 +332,7 @@ fn new_record(identity: JobIdentity, manifest: ManifestRecord) -> JobRecord {
 }
 
 /// Removes an earlier job from an output: `job.json` first, so that an interruption leaves no half-deleted job behind.
-async fn discard(out: &Store) -> Result<(), StoreError> {
+pub async fn discard(out: &Store) -> Result<(), StoreError> {
     for prefix in [
         layout::JOB,
         layout::LEDGER,
@@ -291,6 +341,7 @@ async fn discard(out: &Store) -> Result<(), StoreError> {
         layout::AUDIT,
         layout::QUARANTINE,
         layout::MANIFEST,
+        layout::PILOT,
         "report.html",
     ] {
         if prefix.contains('.') {

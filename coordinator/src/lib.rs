@@ -12,6 +12,7 @@ pub mod intake;
 pub mod job;
 pub mod ledger;
 pub mod operations;
+pub mod pilot;
 pub mod progress;
 pub mod run;
 mod server;

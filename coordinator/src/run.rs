@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use elbo_common::ensemble::Contenders;
@@ -199,11 +200,26 @@ impl Coordinator {
 
     /// Serves workers until the job is done, fails or is stopped.
     pub async fn run(self, listener: TcpListener) -> Result<Outcome, RunError> {
+        let nothing: Option<std::future::Ready<()>> = None;
         let span = self.shared.span.clone();
-        self.run_in_span(listener).instrument(span).await
+        Ok(self.run_in_span(listener, nothing).instrument(span).await?.0)
     }
 
-    async fn run_in_span(self, listener: TcpListener) -> Result<Outcome, RunError> {
+    /// The same, and once the job is done `next` while workers wait for another job at the same address; with what came of it.
+    pub async fn run_before<N: Future>(
+        self,
+        listener: TcpListener,
+        next: N,
+    ) -> Result<(Outcome, Option<N::Output>), RunError> {
+        let span = self.shared.span.clone();
+        self.run_in_span(listener, Some(next)).instrument(span).await
+    }
+
+    async fn run_in_span<N: Future>(
+        self,
+        listener: TcpListener,
+        next: Option<N>,
+    ) -> Result<(Outcome, Option<N::Output>), RunError> {
         let started = Instant::now();
         let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
         let hang_up = CancellationToken::new();
@@ -211,25 +227,38 @@ impl Coordinator {
         let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
         let server = tokio::spawn(serving.map_err(|source| RunError::Serve { address, source })?.in_current_span());
         let ended = self.steward().await;
+        let next = next.filter(|_| matches!(ended, Ok(true)));
+        self.shared.is_followed.store(next.is_some(), Ordering::Relaxed);
         // Waiting workers are told to leave; those in the middle of a block get a moment to hand over what they have.
         self.shared.closing.cancel();
-        if !matches!(ended, Err(RunError::Ledger(_))) {
-            self.await_departures().await;
-        }
+        let followed = match next {
+            Some(next) => {
+                let finished = self.finish(started).await;
+                let made = if finished.is_ok() { Some(next.await) } else { None };
+                Some((finished, made))
+            }
+            None => {
+                if !matches!(ended, Err(RunError::Ledger(_))) {
+                    self.await_departures().await;
+                }
+                None
+            }
+        };
         hang_up.cancel();
         let served = server.await.map_err(|_| RunError::Task("server"))?;
         let ended = match self.shared.take_failure() {
             Some(error) => Err(error.into()),
             None => ended,
         };
-        let outcome = match ended? {
-            true => Outcome::Done(self.finish(started).await?),
-            false => Outcome::Interrupted,
+        let (outcome, made) = match (ended?, followed) {
+            (_, Some((finished, made))) => (Outcome::Done(finished?), made),
+            (true, None) => (Outcome::Done(self.finish(started).await?), None),
+            (false, None) => (Outcome::Interrupted, None),
         };
         self.shared.ledger.close().await?;
         self.shared.publish();
         served.map_err(|source| RunError::Serve { address, source })?;
-        Ok(outcome)
+        Ok((outcome, made))
     }
 
     /// Opens shards as work runs low, commits finished ones, takes silent workers' leases back. `true` when all is done.

@@ -1,6 +1,7 @@
 //! The gRPC side of the coordinator: translates between the contract and the brain, and makes reports durable before they
 //! are acknowledged.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,8 @@ pub(crate) struct Shared {
     pub(crate) steward: Notify,
     /// No more leases: the job is done, or the coordinator stops.
     pub(crate) closing: CancellationToken,
+    /// Another job follows, for which workers wait.
+    pub(crate) is_followed: AtomicBool,
     pub(crate) progress: watch::Sender<Progress>,
     pub(crate) telemetry: Telemetry,
     /// What every log line of this coordinator says of it.
@@ -74,6 +77,7 @@ impl Shared {
             work: Notify::new(),
             steward: Notify::new(),
             closing,
+            is_followed: AtomicBool::new(false),
             progress: watch::Sender::new(Progress::default()),
             failure: Mutex::new(None),
         })
@@ -203,6 +207,17 @@ impl v1::coordinator_server::Coordinator for Service {
             "worker joined"
         );
         let shared = &self.shared;
+        let job = short(&shared.record.fingerprint).to_owned();
+        let reply = |epoch: Epoch| v1::JoinReply {
+            epoch: epoch.0,
+            job_json: shared.job_json.clone(),
+            heartbeat_ms: shared.heartbeat.as_millis() as u32,
+            job: job.clone(),
+        };
+        if !join.job.is_empty() && join.job != job {
+            // What it has in hand is of no use here.
+            return Ok(Response::new(reply(shared.brain().epoch())));
+        }
         shared.telemetry.workers_joined.inc();
         let mut brain = shared.brain();
         brain.join(&join.worker, &join.host, &join.device, shared.now());
@@ -212,12 +227,7 @@ impl v1::coordinator_server::Coordinator for Service {
             brain.adopt(&join.worker, key, &units, shared.now());
         }
         shared.announce(&mut brain);
-        Ok(Response::new(v1::JoinReply {
-            epoch: brain.epoch().0,
-            job_json: shared.job_json.clone(),
-            heartbeat_ms: shared.heartbeat.as_millis() as u32,
-            job: short(&shared.record.fingerprint).to_owned(),
-        }))
+        Ok(Response::new(reply(brain.epoch())))
     }
 
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseReply>, Status> {
@@ -237,7 +247,8 @@ impl v1::coordinator_server::Coordinator for Service {
             // Registered before looking, so that a change in between is not missed.
             let work = shared.work.notified();
             if shared.closing.is_cancelled() {
-                let leave = v1::Leave { done: shared.brain().is_done() };
+                let next = shared.is_followed.load(Ordering::Relaxed);
+                let leave = v1::Leave { done: !next && shared.brain().is_done(), next };
                 return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Leave(leave)) }));
             }
             {

@@ -14,7 +14,7 @@ pub mod v1 {
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/elbo.binpb"));
 
 /// Workers and coordinators with different values refuse each other.
-pub const PROTOCOL: u32 = 5;
+pub const PROTOCOL: u32 = 6;
 
 /// Largest message either side accepts, in bytes: a block of 4,096 evaluations with all its errors is below 100 kB.
 pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;

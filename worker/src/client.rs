@@ -2,8 +2,8 @@
 
 use std::error::Error;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use elbo_common::ids::LeaseKey;
@@ -65,6 +65,8 @@ pub enum ClientError {
 pub enum CallError {
     /// The coordinator does not know this worker: join again.
     Rejoin,
+    /// The coordinator has another job now.
+    OtherJob,
     /// The coordinator refused this very call; others may go through.
     Rejected(String),
     /// No more calls.
@@ -98,6 +100,8 @@ pub struct Client {
     answered: Arc<AtomicBool>,
     /// The worker's name, unique for its process.
     pub worker: String,
+    /// The job it has joined.
+    job: Arc<OnceLock<String>>,
     patience: Duration,
 }
 
@@ -146,7 +150,7 @@ impl Client {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let (peer, answered) = (Arc::new((host, port, tls)), Arc::default());
-        Ok(Self { inner, address: address.to_owned(), peer, answered, worker, patience })
+        Ok(Self { inner, address: address.to_owned(), peer, answered, worker, job: Arc::default(), patience })
     }
 
     /// Calls until answered, with growing pauses while the coordinator can't be reached.
@@ -212,7 +216,7 @@ impl Client {
         self.call(|mut c| async move { c.status(v1::StatusRequest {}).await }).await
     }
 
-    /// Introduces the worker, with the blocks it has in hand, and gets the job.
+    /// Introduces the worker, with the blocks it has in hand, and gets the job, which is the same every time.
     pub async fn join(&self, host: &str, device: &str, held: Vec<v1::HeldBlock>) -> Result<v1::JoinReply, CallError> {
         let request = v1::JoinRequest {
             protocol: PROTOCOL,
@@ -221,6 +225,7 @@ impl Client {
             device: device.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             held,
+            job: self.job.get().cloned().unwrap_or_default(),
         };
         let joined = self
             .call(|mut c| {
@@ -229,6 +234,9 @@ impl Client {
             })
             .await;
         if let Ok(reply) = &joined {
+            if *self.job.get_or_init(|| reply.job.clone()) != reply.job {
+                return Err(CallError::OtherJob);
+            }
             tracing::Span::current().record("job", &reply.job);
             metrics().joined(&self.worker, &reply.job);
         }

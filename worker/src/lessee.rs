@@ -106,18 +106,27 @@ impl Lessee {
                         tracing::trace_span!(target: "elbo::trace", "block", epoch = key.epoch.0, lease = key.lease.0);
                     blocks.spawn(computing.instrument(span).in_current_span());
                 }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done })) }) if done || !stay => {
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done, next })) })
+                    if !next && (done || !stay) =>
+                {
                     break Ok(());
                 }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(_)) }) => {
-                    tracing::info!("the coordinator is stopping: waiting for it to come back");
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { next, .. })) }) => {
+                    match next {
+                        true => tracing::info!("waiting for the job that follows"),
+                        false => tracing::info!("the coordinator is stopping: waiting for it to come back"),
+                    }
                     tokio::select! {
                         () = tokio::time::sleep(Duration::from_secs(1)) => {}
                         () = stop.cancelled() => break Ok(()),
                     }
                 }
                 Ok(_) => {}
-                Err(CallError::Rejoin) => drop(this.client.join(host, device, this.held.blocks()).await),
+                Err(CallError::Rejoin) => match this.client.join(host, device, this.held.blocks()).await {
+                    Err(CallError::OtherJob) => break Err(WorkerError::OtherJob),
+                    // Whatever it is, the next call runs into it too.
+                    _ => continue,
+                },
                 Err(error) => break Err(no_answer(error)),
             }
         };

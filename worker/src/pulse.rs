@@ -63,7 +63,7 @@ impl Pulse {
                 Ok(reply) => self.held.abandon(reply.unwanted.iter().map(LeaseKey::from)),
                 Err(CallError::Rejoin) => drop(client.join(host, device, self.held.blocks()).await),
                 Err(CallError::Fatal(_)) => return,
-                Err(CallError::Rejected(_)) => {}
+                Err(CallError::Rejected(_) | CallError::OtherJob) => {}
             }
             tokio::time::sleep(every).await;
         }

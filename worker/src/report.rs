@@ -82,8 +82,14 @@ impl Reporter {
                 }
                 Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device, self.held.blocks()).await {
                     Err(CallError::Fatal(error)) => return Err(error),
+                    Err(CallError::OtherJob) => {
+                        tracing::warn!("the coordinator has another job: what was found for the one before is dropped");
+                        break;
+                    }
                     _ => continue,
                 },
+                // Only a join is answered so.
+                Err(CallError::OtherJob) => break,
                 Err(CallError::Rejected(reason)) => {
                     tracing::error!(
                         epoch = key.epoch.0,

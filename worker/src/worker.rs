@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use elbo_common::dataset::Reader;
@@ -55,6 +55,9 @@ pub enum WorkerError {
         "told to stop, the worker could not deliver its results within {0} s: what was not acknowledged will be computed again"
     )]
     Grace(u64),
+    /// The coordinator has another job: it is joined afresh.
+    #[error("the coordinator has another job now: start the worker again")]
+    OtherJob,
     /// A background task ended by a panic, which is a defect.
     #[error("the worker's {0} ended unexpectedly: start the worker again, and report this")]
     Task(&'static str),
@@ -97,28 +100,47 @@ pub struct Options {
     pub stay: bool,
 }
 
-/// What engines on one device share.
+/// What engines on one device share of a job.
 #[derive(Debug, Default)]
 struct Loaded {
     problem: OnceCell<Arc<Problem>>,
     batch: OnceCell<usize>,
 }
 
+/// What engines on one device share.
+#[derive(Debug, Default)]
+struct Shared {
+    /// The job, and what is loaded for it. One that was loaded before any was joined is that of the first.
+    current: Mutex<(Option<String>, Arc<Loaded>)>,
+}
+
+impl Shared {
+    /// What there is for a job; of an earlier one nothing is kept.
+    fn of_job(&self, job: &str) -> Arc<Loaded> {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        match &current.0 {
+            Some(name) if name != job => *current = (Some(job.to_owned()), Arc::default()),
+            Some(_) => {}
+            None => current.0 = Some(job.to_owned()),
+        }
+        Arc::clone(&current.1)
+    }
+}
+
 /// Works until the job is done, the coordinator sends the worker away, or `stop` is cancelled. An engine that fails says so and
 /// leaves; the others go on, and the first error is returned when none is left.
 pub async fn run(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
-    let mut loaded: HashMap<Device, Arc<Loaded>> = HashMap::new();
+    let mut shared: HashMap<Device, Arc<Shared>> = HashMap::new();
     for &device in &options.engines {
         let problem = options.problem.as_ref().filter(|(on, _)| *on == device).map(|(_, problem)| Arc::clone(problem));
-        loaded
-            .entry(device)
-            .or_insert_with(|| Arc::new(Loaded { problem: OnceCell::new_with(problem), batch: OnceCell::new() }));
+        let loaded = Arc::new(Loaded { problem: OnceCell::new_with(problem), batch: OnceCell::new() });
+        shared.entry(device).or_insert_with(|| Arc::new(Shared { current: Mutex::new((None, loaded)) }));
     }
     let options = Arc::new(options);
     let mut engines = JoinSet::new();
     for (number, device) in options.engines.iter().enumerate() {
-        let loaded = loaded.get(device).map(Arc::clone).unwrap_or_default();
-        let member = Member { options: Arc::clone(&options), number, device: *device, loaded };
+        let shared = shared.get(device).map(Arc::clone).unwrap_or_default();
+        let member = Member { options: Arc::clone(&options), number, device: *device, shared };
         let stop = stop.clone();
         // What every log line of this engine says of it.
         let span = tracing::info_span!("worker", worker = member.name(), job = tracing::field::Empty);
@@ -143,7 +165,7 @@ struct Member {
     options: Arc<Options>,
     number: usize,
     device: Device,
-    loaded: Arc<Loaded>,
+    shared: Arc<Shared>,
 }
 
 impl Member {
@@ -154,7 +176,17 @@ impl Member {
         }
     }
 
+    /// Works for one job after the other, as long as the coordinator has another.
     async fn run(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
+        loop {
+            match self.run_job(stop).await {
+                Err(WorkerError::OtherJob) => tracing::info!("the coordinator has another job"),
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn run_job(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
         let Options { coordinator, token, tls, host, grace, patience, .. } = &*self.options;
         let client = Client::new(coordinator, token.as_deref(), tls.as_ref(), self.name(), *patience)?;
         let device = match self.device {
@@ -177,8 +209,10 @@ impl Member {
             never = silence(pulse.beat(&client, host, &device, heartbeat)) => never,
             () = overdue => Err(WorkerError::Grace(grace.as_secs())),
         };
-        let reason = worked.as_ref().err().map(ToString::to_string).unwrap_or_default();
-        client.leave(&reason).await;
+        if !matches!(worked, Err(WorkerError::OtherJob)) {
+            let reason = worked.as_ref().err().map(ToString::to_string).unwrap_or_default();
+            client.leave(&reason).await;
+        }
         worked
     }
 
@@ -232,12 +266,12 @@ impl Member {
     /// The job's model, loaded by the first engine that needs it, and this engine.
     async fn start(&self, joined: &v1::JoinReply) -> Result<(Arc<Problem>, Arc<Engine>), WorkerError> {
         let options = &self.options;
-        let problem =
-            self.loaded.problem.get_or_try_init(|| load(joined, options.model.as_deref(), self.device)).await?;
+        let loaded = self.shared.of_job(&joined.job);
+        let problem = loaded.problem.get_or_try_init(|| load(joined, options.model.as_deref(), self.device)).await?;
         let lanes = if self.device.is_gpu() { GPU_LANES } else { options.threads.get() };
         let batch = match options.batch {
             Some(batch) => batch.get(),
-            None => *self.loaded.batch.get_or_try_init(|| find_batch(problem, joined, lanes)).await?,
+            None => *loaded.batch.get_or_try_init(|| find_batch(problem, joined, lanes)).await?,
         };
         let problem = Arc::clone(problem);
         let engine = Arc::new(Engine::start(Arc::clone(&problem), lanes, batch)?);
@@ -291,6 +325,7 @@ async fn find_models(identity: &JobIdentity) -> Result<JobModels, ProblemError> 
 pub(crate) fn no_answer(error: CallError) -> WorkerError {
     match error {
         CallError::Fatal(error) => error.into(),
+        CallError::OtherJob => WorkerError::OtherJob,
         CallError::Rejected(reason) => ClientError::Refused { address: "this address".into(), reason }.into(),
         CallError::Rejoin => {
             ClientError::Refused { address: "this address".into(), reason: "it forgot this worker".into() }.into()

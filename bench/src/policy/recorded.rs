@@ -5,9 +5,8 @@ use std::pin::pin;
 
 use elbo_common::ids::{PromptIndex, SampleId};
 use elbo_common::output::Output;
-use elbo_common::policy::Slot;
-use elbo_common::policy::pilot::Scored;
 use elbo_common::record::JobRecord;
+use elbo_common::recorded;
 use elbo_common::store::Store;
 use futures::TryStreamExt;
 
@@ -25,20 +24,8 @@ pub async fn read(store: &Store) -> Result<Errors, BenchError> {
     let spec = &record.identity.spec;
     let contenders = spec.contenders().ok_or_else(|| refused("its images bring their own captions".into()))?;
     let output = Output::new(store);
-    let mut errors: BTreeMap<SampleId, BTreeMap<Slot, Vec<f32>>> = BTreeMap::new();
-    let prompts = contenders.prompt_count();
-    let mut rows = pin!(output.errors());
-    while let Some(row) = rows.try_next().await? {
-        let slot = Slot { timestep: row.timestep, noise: row.noise };
-        let of_slot = errors.entry(row.sample).or_default().entry(slot).or_insert_with(|| vec![f32::NAN; prompts]);
-        *of_slot.get_mut(row.prompt.at()).ok_or_else(|| refused("an error is of a prompt that is none".into()))? =
-            row.error;
-    }
-    let slots: Vec<Slot> = errors.values().next().map(|of_slot| of_slot.keys().copied().collect()).unwrap_or_default();
-    let complete = errors
-        .values()
-        .all(|of_slot| of_slot.keys().eq(&slots) && of_slot.values().flatten().all(|error| !error.is_nan()));
-    if errors.is_empty() || !complete {
+    let (samples, scored) = recorded::read(&output, contenders.prompt_count()).await?;
+    if samples.is_empty() || scored.errors.iter().flatten().any(Vec::is_empty) {
         let how = "run the job with --policy exhaustive --samples 100 --write-errors";
         return Err(refused(format!("it does not hold every image's error for every prompt on the same slots: {how}")));
     }
@@ -49,15 +36,6 @@ pub async fn read(store: &Store) -> Result<Errors, BenchError> {
         let prompt = class.and_then(|class| spec.classes.prompts.iter().position(|prompt| prompt.class == class));
         labels.insert(row.sample, prompt.map(|at| PromptIndex(at as u32)));
     }
-    let truth = errors.keys().map(|sample| labels.get(sample).copied().flatten()).collect();
-    let by_prompt = |of_slot: BTreeMap<Slot, Vec<f32>>| {
-        (0..prompts).map(|prompt| of_slot.values().map(|errors| errors[prompt]).collect()).collect()
-    };
-    Ok(Errors {
-        title: location,
-        scored: Scored { slots, errors: errors.into_values().map(by_prompt).collect() },
-        contenders,
-        truth,
-        timesteps: TIMESTEPS,
-    })
+    let truth = samples.iter().map(|sample| labels.get(sample).copied().flatten()).collect();
+    Ok(Errors { title: location, scored, contenders, truth, timesteps: TIMESTEPS })
 }

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use crate::args::CoordinatorArgs;
 use crate::commands::output;
 use crate::failure::usage;
+use crate::pilot::Plan;
 use crate::{session, stop};
 
 /// Coordinates a job until it is done or stopped.
@@ -36,8 +37,10 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("listening on {}: choose another address with --listen", args.listen))?;
     let run = args.run.over(&flags);
-    let job = session::open(job, &out, &run).await?;
-    if job.is_done() {
+    let plan = Plan::new(job, flags.pilot_images(), &out, &run).await?;
+    let job = plan.open(&out, &run).await?;
+    let expedition = plan.expedition();
+    if job.is_done() && expedition.is_none() {
         let done = session::already_done(job).await?;
         return output::summary(&out, done).await;
     }
@@ -45,6 +48,6 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     eprintln!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?);
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
     let options = Options { leases, max_bad: run.max_bad(), token, tls, limits };
-    let done = session::coordinate(job, listener, options, &run, &operator, stop, JoinSet::new()).await?;
+    let done = session::coordinate(job, expedition, listener, options, &run, &operator, stop, JoinSet::new()).await?;
     output::summary(&out, done).await
 }

@@ -37,7 +37,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let job = session::identify(&job).await?;
     let workers = Workers { count: Some(args.workers), device: args.device };
     let out = args.out.to_string_lossy();
-    let done = session::label(job, &out, &workers, &args.run, &Operator::default()).await?;
+    let done = session::label(job, None, &out, &workers, &args.run, &Operator::default()).await?;
     output::summary(&out, done).await
 }
 

@@ -13,6 +13,6 @@ pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
     let job = session::identify(&flags).await?;
     let count = args.workers.or(flags.workers);
     let workers = Workers { count, device: args.device.over(&flags) };
-    let done = session::label(job, &out, &workers, &args.run.over(&flags), &operator).await?;
+    let done = session::label(job, flags.pilot_images(), &out, &workers, &args.run.over(&flags), &operator).await?;
     output::summary(&out, done).await
 }

@@ -6,14 +6,15 @@ use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleS
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::manifest::Sample;
 use elbo_common::model_source::{ModelSource, Wanted};
-use elbo_common::policy::RoundCost;
+use elbo_common::policy::pilot::Pilot;
+use elbo_common::policy::{Course, RoundCost};
 use elbo_common::schedule::NoiseSchedule;
 use indicatif::HumanCount;
 use serde::Serialize;
 
 use crate::args::PlanArgs;
 use crate::failure::usage;
-use crate::job_args::Takes;
+use crate::job_args::{JobArgs, Takes};
 use crate::session;
 
 /// Training timesteps of nearly every model, for plans without one.
@@ -30,6 +31,9 @@ struct Plan {
     rounds: Vec<RoundCost>,
     evaluations_per_image: u64,
     evaluations_total: Option<u64>,
+    /// What a pilot takes before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    evaluations_pilot: Option<u64>,
     /// Whether images may cost less than `rounds` says: in a race, with fewer captions, or where the classes with the most
     /// prompts are eliminated first.
     #[serde(skip)]
@@ -83,6 +87,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         prompt_ensemble: flags.ensemble(),
         rounds: course.costs(&largest),
         evaluations_per_image: cost(most),
+        evaluations_pilot: pilot_evaluations(&flags, timesteps, of_job.as_ref())?,
         evaluations_total: captions.as_ref().map(|counts| counts.iter().map(|(captions, n)| n * cost(*captions)).sum()),
         least: course
             .needs_pairs()
@@ -94,6 +99,14 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         return Ok(());
     }
     print(&plan, args.rate)
+}
+
+/// What the pilot of a job takes, where it has one.
+fn pilot_evaluations(flags: &JobArgs, timesteps: u32, contenders: Option<&Contenders>) -> anyhow::Result<Option<u64>> {
+    let (Some(images), Some(contenders)) = (flags.pilot_images(), contenders) else { return Ok(None) };
+    let policy = Pilot::policy(contenders.len() as u32, timesteps).map_err(usage)?;
+    let course = Course::new(&policy, None, timesteps, Some(contenders)).map_err(usage)?;
+    Ok(Some(images * course.costs(contenders).iter().map(|round| round.evaluations).sum::<u64>()))
 }
 
 /// How many samples have so many captions of their own.
@@ -136,6 +149,9 @@ fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {
         (None, false) => String::new(),
     };
     println!("evaluations an image {:>14}{at_most}", count(plan.evaluations_per_image));
+    if let Some(pilot) = plan.evaluations_pilot {
+        println!("evaluations of pilot {:>14} before", count(pilot));
+    }
     let Some(total) = plan.evaluations_total else { return Ok(()) };
     println!("evaluations in all   {:>14}", count(total));
     match rate {

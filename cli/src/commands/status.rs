@@ -35,7 +35,7 @@ async fn of_coordinator(args: &StatusArgs) -> anyhow::Result<JobStatus> {
         )),
         Err(CallError::Fatal(error)) => Err(error.into()),
         Err(CallError::Rejected(reason)) => Err(anyhow::anyhow!("{reason}")),
-        Err(CallError::Rejoin) => {
+        Err(CallError::Rejoin | CallError::OtherJob) => {
             Err(anyhow::anyhow!("{} is no coordinator of this version: run the same elbo everywhere", args.target))
         }
     }

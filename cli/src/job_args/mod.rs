@@ -104,6 +104,10 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_TIMESTEPS_FROM", value_name = "FILE")]
     #[serde(alias = "timesteps-from")]
     pub(crate) timesteps_from: Option<PathBuf>,
+    /// Images, chosen by the seed, that are scored over all timesteps first: a race then looks where their classes differ. Worth
+    /// it for tens of thousands of images; no labels are needed
+    #[arg(long, env = "ELBO_PILOT", value_name = "N", conflicts_with = "timesteps_from")]
+    pub(crate) pilot: Option<NonZeroU32>,
     /// Share of the images, like 1%, that the reference scores too (with --keep, --samples and --trials), for the report to compare
     #[arg(long, env = "ELBO_AUDIT", value_name = "SHARE")]
     #[serde(deserialize_with = "from_str")]
@@ -243,6 +247,11 @@ impl JobSource {
 }
 
 impl JobArgs {
+    /// How many images a pilot is to have.
+    pub(crate) fn pilot_images(&self) -> Option<u64> {
+        self.pilot.map(|images| u64::from(images.get()))
+    }
+
     /// These flags, with what they leave open taken from a file.
     fn over(self, file: Self) -> Self {
         let many = |flags: Vec<u32>, file: Vec<u32>| if flags.is_empty() { file } else { flags };
@@ -261,6 +270,7 @@ impl JobArgs {
             risk: self.risk.or(file.risk),
             max_slots: self.max_slots.or(file.max_slots),
             timesteps_from: self.timesteps_from.or(file.timesteps_from),
+            pilot: self.pilot.or(file.pilot),
             audit: self.audit.or(file.audit),
             abstain_below: self.abstain_below.or(file.abstain_below),
             calibration_from: self.calibration_from.or(file.calibration_from),

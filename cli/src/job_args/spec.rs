@@ -311,6 +311,8 @@ impl JobArgs {
                 }),
             },
             limit: self.limit,
+            // Only a pilot makes do with some of the images.
+            subset: None,
             shard_size,
         })
     }

@@ -4,6 +4,7 @@
 //! would. Of the windows whose decisions agree with those about as often as the best window's do, the cheapest is taken.
 //! Races and decisions rest on different slots, every other one: on the same, wider windows would agree by their noise.
 
+use std::fmt;
 use std::ops::Range;
 
 use serde::Serialize;
@@ -19,12 +20,19 @@ const NARROWEST: u32 = 4;
 /// Standard errors by which a window may agree less than the best one does (the rule of Breiman et al., 1984, for trees).
 const TOLERANCE: f64 = 0.5;
 
-/// Samples scored on the same slots, all prompts on each.
+/// Timesteps that a pilot scores, evenly spread over all.
+const SLOTS: u32 = 100;
+/// Of them, those after which hopeless contenders leave.
+const FIRST_SLOTS: u32 = 10;
+/// Contenders that stay for all.
+const KEEP: u32 = 10;
+
+/// Samples scored on the same slots.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scored {
     /// The slots.
     pub slots: Vec<Slot>,
-    /// By sample, prompt and slot.
+    /// By sample, prompt and slot; of a prompt that was not scored on all of them there is none.
     pub errors: Vec<Vec<Vec<f32>>>,
 }
 
@@ -39,9 +47,11 @@ pub struct WindowTrial {
     pub agreement: f64,
 }
 
-/// What a pilot found.
+/// What a pilot found. Serialises to what `findings.json` says of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Pilot {
+    /// Samples that it learned from.
+    pub samples: usize,
     /// The window to race in.
     pub window: Range<u32>,
     /// All windows that were tried.
@@ -49,6 +59,13 @@ pub struct Pilot {
 }
 
 impl Pilot {
+    /// The policy of a pilot's own job among so many contenders: all timesteps for those that have a chance.
+    pub fn policy(contenders: u32, timesteps: u32) -> Result<Policy, PolicyError> {
+        let keep = KEEP.min(contenders).max(1);
+        let slots = SLOTS.min(timesteps);
+        Policy::reference(&[keep, keep], &[FIRST_SLOTS.min(slots - 1).max(1), slots], 1)
+    }
+
     /// Learns from some samples which window of a model's timesteps suits a race at the level `risk`.
     pub fn learn(scored: &Scored, contenders: &Contenders, timesteps: u32, risk: f64) -> Result<Self, PolicyError> {
         let mut by_time: Vec<usize> = (0..scored.slots.len()).collect();
@@ -81,12 +98,32 @@ impl Pilot {
         let cheapest = (trials.iter().filter(|trial| trial.agreement >= enough))
             .min_by(|a, b| a.evaluations.total_cmp(&b.evaluations));
         let window = cheapest.map_or(0..timesteps, |trial| trial.window.clone());
-        Ok(Self { window, trials })
+        Ok(Self { samples: scored.errors.len(), window, trials })
     }
 
     /// The density of slots that is uniform in the window.
     pub fn timesteps(&self) -> Timesteps {
         Timesteps::within(self.window.clone()).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Pilot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Range { start, end } = self.window;
+        write!(f, "pilot: {} images say to look at the timesteps from {start} to {end}", self.samples)?;
+        let of = |window: &Range<u32>| self.trials.iter().find(|trial| trial.window == *window);
+        let widest = self.trials.iter().max_by_key(|trial| trial.window.len());
+        match (of(&self.window), widest) {
+            (Some(chosen), Some(all)) => write!(
+                f,
+                ": {:.1} evaluations an image and {:.1} % decided as by all, instead of {:.1} and {:.1} %",
+                chosen.evaluations,
+                100.0 * chosen.agreement,
+                all.evaluations,
+                100.0 * all.agreement
+            ),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -61,16 +61,25 @@ pub fn stand_ins(course: &[Slot], recorded: &[Slot]) -> Option<Vec<usize>> {
 
 /// What some slots together say of a sample with these errors, by prompt and recorded slot.
 pub fn decide_by(contenders: &Contenders, errors: &[Vec<f32>], slots: &[usize]) -> Replayed {
-    let all: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
-    let sums = |errors: &Vec<f32>| Sums::of(&slots.iter().map(|slot| errors[*slot]).collect::<Vec<_>>());
-    let totals: Vec<Sums> = errors.iter().map(sums).collect();
+    let all = scored_prompts(errors);
+    let mut totals = vec![Sums::default(); errors.len()];
+    for prompt in &all {
+        let errors: Vec<f32> = slots.iter().map(|slot| errors[prompt.at()][*slot]).collect();
+        totals[prompt.at()] = Sums::of(&errors);
+    }
     let evaluations = (all.len() * slots.len()) as u64;
     Replayed::new(contenders, &all, &totals, evaluations, 1)
 }
 
+/// The prompts that have errors.
+fn scored_prompts(errors: &[Vec<f32>]) -> Vec<PromptIndex> {
+    let prompts = (0..).map(PromptIndex).zip(errors);
+    prompts.filter(|(_, errors)| !errors.is_empty()).map(|(prompt, _)| prompt).collect()
+}
+
 /// Runs a course over a sample's errors, by prompt and recorded slot; `at` are the [`stand_ins`] of the course's slots.
 pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at: &[usize]) -> Replayed {
-    let mut remaining: Vec<PromptIndex> = (0..errors.len() as u32).map(PromptIndex).collect();
+    let mut remaining = scored_prompts(errors);
     let (mut totals, mut seen) = (vec![Sums::default(); errors.len()], vec![Vec::new(); errors.len()]);
     let (mut done, mut evaluations, mut round) = (0, 0, Round(0));
     let mut last = remaining.clone();

@@ -1,0 +1,103 @@
+//! `--pilot N`: a small job that goes before a race and tells it where to look.
+
+use elbo_common::layout;
+use elbo_common::store::{Location, Store};
+use elbo_coordinator::job::discard;
+use elbo_coordinator::pilot::{self, PilotError};
+use elbo_coordinator::{Job, JobOptions};
+
+use crate::args::RunArgs;
+use crate::failure::usage;
+use crate::session::{self, Identified};
+
+/// The jobs that are to be run in an output, one after the other.
+#[derive(Clone, Debug)]
+pub(crate) enum Plan {
+    /// The job itself: it needs no pilot, or knows already what that has learned.
+    Job(Identified),
+    /// The pilot first.
+    Pilot(Box<Expedition>),
+}
+
+/// A pilot, and what is to follow it.
+#[derive(Clone, Debug)]
+pub(crate) struct Expedition {
+    /// The small job.
+    pub(crate) pilot: Identified,
+    /// The job that it learns for.
+    then: Identified,
+    /// The output of both.
+    out: String,
+}
+
+impl Plan {
+    /// What is to be run for a job with a pilot of so many images, or none, in an output.
+    pub(crate) async fn new(job: Identified, images: Option<u64>, out: &str, run: &RunArgs) -> anyhow::Result<Self> {
+        let Some(images) = images else { return Ok(Self::Job(job)) };
+        let identity = pilot::identity(&job.identity, &job.models.model, images).map_err(as_usage)?;
+        let store = Store::create(&Location::parse(out)?)?;
+        if run.fresh {
+            // Here and not when the job is opened, which would discard what its pilot has just learned.
+            discard(&store).await?;
+        }
+        if let Some(learned) = pilot::known(&store).await? {
+            let identity = pilot::with_timesteps(job.identity, learned);
+            return Ok(Self::Job(Identified { identity, ..job }));
+        }
+        let pilot = Identified { identity, models: job.models.clone() };
+        Ok(Self::Pilot(Box::new(Expedition { pilot, then: job, out: out.to_owned() })))
+    }
+
+    /// The job that is run first.
+    pub(crate) fn first(&self) -> &Identified {
+        match self {
+            Self::Job(job) => job,
+            Self::Pilot(expedition) => &expedition.pilot,
+        }
+    }
+
+    /// Opens the job that is run first.
+    pub(crate) async fn open(&self, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
+        match self {
+            Self::Job(job) => session::open(job.clone(), out, run).await,
+            Self::Pilot(expedition) => {
+                let run = RunArgs { fresh: false, retry_quarantined: false, ..run.clone() };
+                session::open(expedition.pilot.clone(), &directory(out), &run).await
+            }
+        }
+    }
+
+    /// The pilot, if there is one to be run.
+    pub(crate) fn expedition(self) -> Option<Expedition> {
+        match self {
+            Self::Job(_) => None,
+            Self::Pilot(expedition) => Some(*expedition),
+        }
+    }
+}
+
+impl Expedition {
+    /// Learns from the pilot, which is done, and opens the job that it was for.
+    pub(crate) async fn arrive(self) -> anyhow::Result<Job> {
+        let Self { then, out, .. } = self;
+        let store = Store::create(&Location::parse(&out)?)?;
+        let errors = Store::open(&Location::parse(&directory(&out))?)?;
+        let model = then.models.model.clone();
+        let learned = pilot::learn(&errors, &then.identity, &model, &store).await?;
+        eprintln!("{learned}");
+        let identity = pilot::with_timesteps(then.identity, learned.timesteps());
+        Ok(Job::open(identity, &model, store, JobOptions::default()).await?)
+    }
+}
+
+/// Where a pilot's own results are.
+fn directory(out: &str) -> String {
+    format!("{}/{}", out.trim_end_matches('/'), layout::PILOT)
+}
+
+fn as_usage(error: PilotError) -> anyhow::Error {
+    match error {
+        PilotError::NoRace | PilotError::Policy(_) => usage(error),
+        other => other.into(),
+    }
+}

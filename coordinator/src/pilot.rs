@@ -1,0 +1,107 @@
+//! The pilot of a race: a small job that runs first and learns, without labels, where the race should look.
+//!
+//! Some samples of the job, chosen by its seed, are scored over all timesteps. It is a job like any other, in a directory of
+//! the race's output, with workers, a ledger and everything, so it can be interrupted like any other. What it learned is
+//! written down beside it and is part of the race's specification from there on.
+
+use bytes::Bytes;
+use elbo_common::ensemble::Contenders;
+use elbo_common::fingerprint::JobIdentity;
+use elbo_common::layout;
+use elbo_common::output::{Output, OutputError};
+use elbo_common::policy::pilot::Pilot;
+use elbo_common::policy::{Policy, PolicyError, Timesteps};
+use elbo_common::recorded;
+use elbo_common::schedule::{NoiseSchedule, ScheduleError};
+use elbo_common::store::{Store, StoreError};
+use object_store::path::Path;
+
+/// A pilot that can't be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum PilotError {
+    /// There is nothing to learn for.
+    #[error(
+        "a pilot learns where a race should look: leave --pilot out, or --candidates, --timesteps-from and whatever asks for \
+         another policy than race"
+    )]
+    NoRace,
+    /// The model has no schedule.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
+    /// The pilot's policy does not fit model and classes.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// What the pilot wrote can't be read.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// What it learned can't be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// What it learned is damaged.
+    #[error("{location}/{file} can't be understood ({source}): delete it, and the pilot is asked again")]
+    Format {
+        /// The race's output.
+        location: String,
+        /// The file.
+        file: &'static str,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+}
+
+/// The pilot of a job: so many of its samples, over all timesteps.
+pub fn identity(of: &JobIdentity, model: &std::path::Path, samples: u64) -> Result<JobIdentity, PilotError> {
+    let (_, _, contenders) = race(of)?;
+    let mut identity = of.clone();
+    let spec = &mut identity.spec;
+    let most = spec.shortlist.as_ref().map_or(contenders.len() as u32, |shortlist| shortlist.keep);
+    spec.policy = Pilot::policy(most, NoiseSchedule::timesteps_of_model(model)?)?;
+    spec.subset = Some(samples);
+    (spec.write_errors, spec.audit) = (true, None);
+    (spec.calibration, spec.abstain_below) = (None, None);
+    Ok(identity)
+}
+
+/// What an earlier pilot of the job in an output has learned.
+pub async fn known(out: &Store) -> Result<Option<Timesteps>, PilotError> {
+    let Some(bytes) = out.read(&Path::from(layout::PILOT_TIMESTEPS)).await? else { return Ok(None) };
+    let learned = serde_json::from_slice(&bytes);
+    learned.map(Some).map_err(|source| format_error(out, layout::PILOT_TIMESTEPS, source))
+}
+
+/// Learns from a pilot that is done, in `pilot`, where the race `of` should look, and writes it down in its output.
+pub async fn learn(pilot: &Store, of: &JobIdentity, model: &std::path::Path, out: &Store) -> Result<Pilot, PilotError> {
+    let (risk, max_slots, contenders) = race(of)?;
+    let (_, scored) = recorded::read(&Output::new(pilot), contenders.prompt_count()).await?;
+    let learned = Pilot::learn(&scored, &contenders, NoiseSchedule::timesteps_of_model(model)?, risk)?;
+    Policy::race(risk, max_slots, learned.timesteps())?;
+    let write = async |file: &'static str, json: Result<Vec<u8>, serde_json::Error>| {
+        let json = json.map_err(|source| format_error(out, file, source))?;
+        Ok::<_, PilotError>(out.write(&Path::from(file), Bytes::from(json)).await?)
+    };
+    write(layout::PILOT_FINDINGS, serde_json::to_vec_pretty(&learned)).await?;
+    write(layout::PILOT_TIMESTEPS, serde_json::to_vec(&learned.timesteps())).await?;
+    Ok(learned)
+}
+
+/// The job with what its pilot has learned.
+pub fn with_timesteps(mut identity: JobIdentity, learned: Timesteps) -> JobIdentity {
+    if let Policy::Race { timesteps, .. } = &mut identity.spec.policy {
+        *timesteps = learned;
+    }
+    identity
+}
+
+/// Level, slots and contenders of a job that is a race and looks everywhere alike.
+fn race(identity: &JobIdentity) -> Result<(f64, u32, Contenders), PilotError> {
+    match (&identity.spec.policy, identity.spec.contenders()) {
+        (Policy::Race { risk, max_slots, timesteps }, Some(contenders)) if timesteps.is_even() => {
+            Ok((*risk, *max_slots, contenders))
+        }
+        _ => Err(PilotError::NoRace),
+    }
+}
+
+fn format_error(out: &Store, file: &'static str, source: serde_json::Error) -> PilotError {
+    PilotError::Format { location: out.location().to_string(), file, source }
+}

@@ -1,0 +1,123 @@
+//! A pilot goes before a race: with embedded workers, with others that stay, killed at any moment.
+
+#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use elbo_tests::{Process, classes, elbo, free_address, json, model, results, run, run_ok, some_images, stderr};
+use tempfile::TempDir;
+
+const FLAGS: [&str; 9] =
+    ["--label-from", "parent", "--progress", "none", "--pilot", "20", "--shard-size", "20", "--images"];
+
+fn label(images: &Path, out: &Path) -> Command {
+    let mut command = elbo();
+    command.arg("label").args(FLAGS).arg(images).arg("--classes").arg(classes());
+    command.arg("--model").arg(model()).arg("--out").arg(out).args(["--batch", "16"]);
+    command
+}
+
+fn read_json(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whatever_is_killed() {
+    let (images, outs) = (some_images(8), TempDir::new().unwrap());
+    let undisturbed = outs.path().join("undisturbed");
+    let started = Instant::now();
+    let said = stderr(&run_ok(&mut label(images.path(), &undisturbed)));
+    let whole = started.elapsed();
+    assert!(said.contains("pilot: 20 images learn where to look"), "{said}");
+    assert!(said.contains("say to look at the timesteps from"), "{said}");
+    let expected = results(&undisturbed);
+
+    // What was learned is in job.json, and saved as --timesteps-from takes it.
+    let learned = read_json(&undisturbed.join("pilot/timesteps.json"));
+    let record = read_json(&undisturbed.join("job.json"));
+    assert_eq!(record["spec"]["policy"]["timesteps"], learned);
+    let findings = read_json(&undisturbed.join("pilot/findings.json"));
+    assert_eq!((&findings["samples"], &findings["window"]["start"]), (&20.into(), &learned[0]["from"]));
+    assert!(findings["trials"].as_array().unwrap().len() > 10);
+    // A pilot is a job: twenty images of all classes, each on a hundred timesteps with every prompt.
+    let pilot = json(elbo().args(["report", "--json"]).arg(undisturbed.join("pilot")));
+    assert_eq!((&pilot["samples"], &pilot["evaluations"]), (&20.into(), &20_000.into()));
+    assert!(pilot["accuracy"]["mean_per_class"].as_f64().unwrap() > 0.8, "chosen from all over the dataset: {pilot}");
+
+    let killed = outs.path().join("killed");
+    for percent in [30, 60, 80] {
+        let mut process = Process::start(&mut label(images.path(), &killed));
+        std::thread::sleep(whole * percent / 100);
+        process.kill();
+    }
+    run_ok(&mut label(images.path(), &killed));
+    assert!(results(&killed) == expected, "an interrupted pilot and race must give the bytes of undisturbed ones");
+
+    // Workers stay for the race when the pilot is done.
+    let (address, shared) = (free_address(), outs.path().join("shared"));
+    let mut coordinator = elbo();
+    coordinator.arg("coordinator").args(FLAGS).arg(images.path()).arg("--classes").arg(classes());
+    coordinator.arg("--model").arg(model()).arg("--out").arg(&shared).args(["--listen", &address]);
+    let mut coordinator = Process::start(&mut coordinator);
+    let mut workers: Vec<_> = (0..2)
+        .map(|_| {
+            let mut worker = elbo();
+            worker.args(["worker", "--coordinator", &format!("http://{address}"), "--batch", "16"]);
+            Process::start(&mut worker)
+        })
+        .collect();
+    assert_eq!(coordinator.wait(Duration::from_secs(120)), Some(0));
+    for worker in &mut workers {
+        assert_eq!(worker.wait(Duration::from_secs(30)), Some(0));
+    }
+    assert!(results(&shared) == expected);
+    let report = json(elbo().args(["report", "--json"]).arg(&shared));
+    assert_eq!((&report["samples"], &report["evaluations_recomputed"]), (&80.into(), &0.into()));
+
+    // Begun again from nothing, it is asked again.
+    run_ok(label(images.path(), &shared).arg("--fresh"));
+    assert!(results(&shared) == expected);
+}
+
+#[test]
+fn a_pilot_is_for_races_alone() {
+    let (images, outs) = (some_images(1), TempDir::new().unwrap());
+    let out = outs.path().join("out");
+    for flags in [&["--policy", "exhaustive"][..], &["--keep", "3,1", "--samples", "5,10"]] {
+        let refused = run(label(images.path(), &out).args(flags));
+        assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+        assert!(stderr(&refused).contains("leave --pilot out"), "{}", stderr(&refused));
+    }
+    assert!(!out.join("job.json").exists());
+}
+
+#[test]
+fn a_worker_whose_coordinator_comes_back_with_another_job_works_for_that_one() {
+    let (images, outs, address) = (some_images(4), TempDir::new().unwrap(), free_address());
+    let coordinator = |out: &str, seed: &str| {
+        let mut command = elbo();
+        command.args(["coordinator", "--label-from", "parent", "--progress", "none", "--images"]).arg(images.path());
+        command.arg("--classes").arg(classes()).arg("--model").arg(model()).arg("--out").arg(outs.path().join(out));
+        command.args(["--listen", &address, "--seed", seed, "--policy", "exhaustive", "--samples", "200"]);
+        Process::start(&mut command)
+    };
+    let mut first = coordinator("first", "1");
+    let mut worker = elbo();
+    worker.args(["worker", "--coordinator", &format!("http://{address}"), "--batch", "16"]);
+    let mut worker = Process::start(&mut worker);
+    // In the middle of the first job, another takes its place.
+    std::thread::sleep(Duration::from_secs(4));
+    first.kill();
+    let mut second = coordinator("second", "2");
+    assert_eq!(second.wait(Duration::from_secs(120)), Some(0));
+    assert_eq!(worker.wait(Duration::from_secs(30)), Some(0));
+
+    let alone = outs.path().join("alone");
+    let mut label = elbo();
+    label.args(["label", "--label-from", "parent", "--progress", "none", "--images"]).arg(images.path());
+    label.arg("--classes").arg(classes()).arg("--model").arg(model()).arg("--out").arg(&alone);
+    run_ok(label.args(["--seed", "2", "--policy", "exhaustive", "--samples", "200"]));
+    assert!(results(&outs.path().join("second")) == results(&alone), "nothing of the first job may be in the second");
+}
