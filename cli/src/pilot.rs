@@ -14,7 +14,7 @@ use crate::session::{self, Identified};
 #[derive(Clone, Debug)]
 pub(crate) enum Plan {
     /// The job itself: it needs no pilot, or knows already what that has learned.
-    Job(Identified),
+    Job(Box<Identified>),
     /// The pilot first.
     Pilot(Box<Expedition>),
 }
@@ -33,7 +33,7 @@ pub(crate) struct Expedition {
 impl Plan {
     /// What is to be run for a job with a pilot of so many images, or none, in an output.
     pub(crate) async fn new(job: Identified, images: Option<u64>, out: &str, run: &RunArgs) -> anyhow::Result<Self> {
-        let Some(images) = images else { return Ok(Self::Job(job)) };
+        let Some(images) = images else { return Ok(Self::Job(Box::new(job))) };
         let identity = pilot::identity(&job.identity, &job.models.model, images).map_err(as_usage)?;
         let store = Store::create(&Location::parse(out)?)?;
         if run.fresh {
@@ -42,7 +42,7 @@ impl Plan {
         }
         if let Some(learned) = pilot::known(&store).await? {
             let identity = pilot::with_timesteps(job.identity, learned);
-            return Ok(Self::Job(Identified { identity, ..job }));
+            return Ok(Self::Job(Box::new(Identified { identity, ..job })));
         }
         let pilot = Identified { identity, models: job.models.clone() };
         Ok(Self::Pilot(Box::new(Expedition { pilot, then: job, out: out.to_owned() })))
@@ -59,7 +59,7 @@ impl Plan {
     /// Opens the job that is run first.
     pub(crate) async fn open(&self, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
         match self {
-            Self::Job(job) => session::open(job.clone(), out, run).await,
+            Self::Job(job) => session::open(job.as_ref().clone(), out, run).await,
             Self::Pilot(expedition) => {
                 let run = RunArgs { fresh: false, retry_quarantined: false, ..run.clone() };
                 session::open(expedition.pilot.clone(), &directory(out), &run).await

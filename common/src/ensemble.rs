@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::class::Classes;
+use crate::class::{Classes, Hierarchy};
 use crate::ids::{ClassIndex, PromptIndex};
 use crate::sums::Sums;
 
@@ -58,13 +58,32 @@ pub struct Contenders {
     class_of_prompt: Vec<u32>,
     count: usize,
     ensemble: PromptEnsemble,
+    /// How many of the prompts are the classes'. Those of groups follow.
+    class_prompts: usize,
+    groups: Groups,
+}
+
+/// What stands above classes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Groups {
+    /// The prompts of what is in no group.
+    top: Vec<PromptIndex>,
+    /// For each prompt of a group the prompts of what is in it.
+    below: Vec<Vec<PromptIndex>>,
 }
 
 impl Contenders {
     /// So many prompts, each for itself.
     pub fn prompts(count: usize) -> Self {
         let each: Vec<u32> = (0..count as u32).collect();
-        Self { of_prompt: each.clone(), class_of_prompt: each, count, ensemble: PromptEnsemble::Max }
+        Self {
+            of_prompt: each.clone(),
+            class_of_prompt: each,
+            count,
+            ensemble: PromptEnsemble::Max,
+            class_prompts: count,
+            groups: Groups::default(),
+        }
     }
 
     /// The contenders among a job's classes.
@@ -78,9 +97,93 @@ impl Contenders {
         match ensemble {
             PromptEnsemble::Max => Self { class_of_prompt, ..Self::prompts(classes.prompts.len()) },
             PromptEnsemble::Mean => {
-                Self { of_prompt: class_of_prompt.clone(), class_of_prompt, count: numbers.len(), ensemble }
+                let (of_prompt, count) = (class_of_prompt.clone(), numbers.len());
+                Self { of_prompt, class_of_prompt, count, ensemble, ..Self::prompts(classes.prompts.len()) }
             }
         }
+    }
+
+    /// The contenders with the groups that are asked about before them, whose prompts follow theirs.
+    pub fn below(mut self, hierarchy: &Hierarchy, classes: &Classes) -> Self {
+        let classes_before = self.class_of_prompt.iter().max().map_or(0, |last| last + 1);
+        let of_class = |class: &ClassIndex| {
+            let prompts = (0..).map(PromptIndex).zip(&classes.prompts);
+            prompts.filter(|(_, prompt)| prompt.class == *class).map(|(at, _)| at).collect::<Vec<_>>()
+        };
+        let mut own = Vec::new();
+        for (group, number) in hierarchy.groups().iter().zip(classes_before..) {
+            let first = self.of_prompt.len() as u32;
+            own.push((first..first + group.prompts.len() as u32).map(PromptIndex).collect::<Vec<_>>());
+            for _ in &group.prompts {
+                // By mean a group competes with all its prompts, like a class.
+                let each = self.of_prompt.len() as u32;
+                self.of_prompt.push(if self.ensemble == PromptEnsemble::Mean { number } else { each });
+                self.class_of_prompt.push(number);
+            }
+        }
+        let mut inside = BTreeSet::new();
+        for group in hierarchy.groups() {
+            let of_groups = group.groups.iter().filter_map(|member| own.get(*member as usize)).flatten().copied();
+            let mut members: Vec<_> = of_groups.chain(group.classes.iter().flat_map(of_class)).collect();
+            members.sort_unstable();
+            inside.extend(members.iter().copied());
+            self.groups.below.extend(vec![members; group.prompts.len()]);
+        }
+        let everything = (0..self.of_prompt.len() as u32).map(PromptIndex);
+        self.groups.top = everything.filter(|prompt| !inside.contains(prompt)).collect();
+        // One group above all others says nothing.
+        while self.have_groups(&self.groups.top) && !self.are_rivals(&self.groups.top) {
+            self.groups.top = self.opened(&self.groups.top);
+        }
+        self
+    }
+
+    /// The contenders without what is above them.
+    pub fn without_groups(&self) -> Self {
+        let classes = |all: &[u32]| all[..self.class_prompts].to_vec();
+        Self {
+            of_prompt: classes(&self.of_prompt),
+            class_of_prompt: classes(&self.class_of_prompt),
+            groups: Groups::default(),
+            ..self.clone()
+        }
+    }
+
+    /// The prompts that are asked about first: of whatever is in no group.
+    pub fn first(&self) -> Vec<PromptIndex> {
+        match self.has_hierarchy() {
+            true => self.groups.top.clone(),
+            false => (0..self.of_prompt.len() as u32).map(PromptIndex).collect(),
+        }
+    }
+
+    /// Whether there are groups at all.
+    pub fn has_hierarchy(&self) -> bool {
+        !self.groups.below.is_empty()
+    }
+
+    /// Whether a prompt is a group's, and no class can be predicted by it.
+    pub fn is_group(&self, prompt: PromptIndex) -> bool {
+        prompt.at() >= self.class_prompts
+    }
+
+    /// Whether some of these prompts are groups'.
+    pub fn have_groups(&self, prompts: &[PromptIndex]) -> bool {
+        prompts.iter().any(|prompt| self.is_group(*prompt))
+    }
+
+    /// The prompts with every group among them replaced by what is in it; ascending.
+    pub fn opened(&self, prompts: &[PromptIndex]) -> Vec<PromptIndex> {
+        let opened = |prompt: &PromptIndex| match prompt.at().checked_sub(self.class_prompts) {
+            Some(group) => self.groups.below[group].clone(),
+            None => vec![*prompt],
+        };
+        prompts.iter().flat_map(opened).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// The prompts of all classes.
+    pub fn of_all_classes(&self) -> impl Iterator<Item = PromptIndex> + use<> {
+        (0..self.class_prompts as u32).map(PromptIndex)
     }
 
     /// Whether some prompts are of more than one class.
@@ -134,7 +237,7 @@ impl Contenders {
     /// The number of prompts of each contender, largest first.
     fn sizes(&self) -> Vec<u64> {
         let mut sizes = vec![0; self.count];
-        self.of_prompt.iter().for_each(|contender| sizes[*contender as usize] += 1);
+        self.of_prompt[..self.class_prompts].iter().for_each(|contender| sizes[*contender as usize] += 1);
         sizes.sort_unstable_by(|a, b| b.cmp(a));
         sizes
     }

@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Audit;
 use crate::calibration::Calibration;
-use crate::class::Classes;
+use crate::class::{Classes, Hierarchy, Prompt};
 use crate::ensemble::{Contenders, PromptEnsemble};
+use crate::ids::ClassIndex;
 use crate::loss::Loss;
 use crate::noise::NoiseScope;
 use crate::policy::{Course, Policy, PolicyError};
@@ -114,6 +115,9 @@ pub struct JobSpec {
     pub lora: Vec<Lora>,
     /// Classes and prompts; none where every sample brings its own captions.
     pub classes: Classes,
+    /// Groups of them that are asked about first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hierarchy: Option<Hierarchy>,
     /// How the prompts of a class make its score.
     #[serde(default, skip_serializing_if = "PromptEnsemble::is_default")]
     pub prompt_ensemble: PromptEnsemble,
@@ -171,7 +175,19 @@ pub struct JobSpec {
 impl JobSpec {
     /// What competes for every sample; none where each brings its own captions.
     pub fn contenders(&self) -> Option<Contenders> {
-        self.candidates.is_none().then(|| Contenders::of_classes(&self.classes, self.prompt_ensemble))
+        let of_classes = || Contenders::of_classes(&self.classes, self.prompt_ensemble);
+        let contenders = self.candidates.is_none().then(of_classes)?;
+        Some(match &self.hierarchy {
+            Some(hierarchy) => contenders.below(hierarchy, &self.classes),
+            None => contenders,
+        })
+    }
+
+    /// What the text encoder is given: the prompts of the classes, and then those of groups.
+    pub fn prompts(&self) -> Vec<Prompt> {
+        let groups = self.hierarchy.iter().flat_map(Hierarchy::groups).flat_map(|group| &group.prompts);
+        let of_group = |text: &String| Prompt { text: text.clone(), class: ClassIndex(-1), label: None };
+        self.classes.prompts.iter().cloned().chain(groups.map(of_group)).collect()
     }
 
     /// The course of every sample, for a model with `timesteps` training timesteps.

@@ -144,6 +144,7 @@ mod tests {
             lora: vec![],
             model: "/model".into(),
             classes: Classes::parse("prompt,classname,classidx\na cat,cat,7\na dog,dog,-1\n", &[]).unwrap(),
+            hierarchy: None,
             prompt_ensemble: PromptEnsemble::Mean,
             candidates: None,
             image_column: None,

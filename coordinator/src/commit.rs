@@ -216,7 +216,7 @@ fn audited_row(
 /// together. Best first: by the last round a class was in, then by mean error; ties by the lower prompt, as in the policy.
 fn class_scores(prompts: &[ScoredPrompt], classes: &Classes, contenders: &Contenders) -> Vec<Score> {
     let mut groups: BTreeMap<u32, Vec<&ScoredPrompt>> = BTreeMap::new();
-    for prompt in prompts.iter().filter(|p| p.sums.n > 0) {
+    for prompt in prompts.iter().filter(|p| p.sums.n > 0 && !contenders.is_group(p.prompt)) {
         groups.entry(contenders.of_prompt(prompt.prompt)).or_default().push(prompt);
     }
     let mut ranked: Vec<(f64, Score)> = groups.into_values().map(|group| contender_score(&group, classes)).collect();

@@ -54,6 +54,7 @@ pub fn identity(of: &JobIdentity, model: &std::path::Path, samples: u64) -> Resu
     let (_, _, contenders) = race(of)?;
     let mut identity = of.clone();
     let spec = &mut identity.spec;
+    spec.hierarchy = None;
     let most = spec.shortlist.as_ref().map_or(contenders.len() as u32, |shortlist| shortlist.keep);
     spec.policy = Pilot::policy(most, NoiseSchedule::timesteps_of_model(model)?)?;
     spec.subset = Some(samples);
@@ -96,7 +97,8 @@ pub fn with_timesteps(mut identity: JobIdentity, learned: Timesteps) -> JobIdent
 fn race(identity: &JobIdentity) -> Result<(f64, u32, Contenders), PilotError> {
     match (&identity.spec.policy, identity.spec.contenders()) {
         (Policy::Race { risk, max_slots, timesteps }, Some(contenders)) if timesteps.is_even() => {
-            Ok((*risk, *max_slots, contenders))
+            // A pilot compares the classes, whatever is above them.
+            Ok((*risk, *max_slots, contenders.without_groups()))
         }
         _ => Err(PilotError::NoRace),
     }

@@ -112,7 +112,7 @@ impl Situation {
         let spec = &identity.spec;
         let files = identity.model_files.iter().map(|(file, hash)| format!("{file}={hash}\n")).collect::<String>();
         let model = &blake3::hash(files.as_bytes()).to_hex()[..16];
-        let (dtype, size, prompts) = (spec.dtype, spec.size.unwrap_or(0), spec.classes.prompts.len());
+        let (dtype, size, prompts) = (spec.dtype, spec.size.unwrap_or(0), spec.prompts().len());
         let version = env!("CARGO_PKG_VERSION");
         Self(format!("{device}, lanes={lanes}, model={model}, {dtype}, size={size}, prompts={prompts}, elbo={version}"))
     }

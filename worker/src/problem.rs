@@ -154,7 +154,7 @@ fn diffusion(
         Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
         Some(_) => None,
         None => {
-            let conditions = model.conditions(&spec.classes.prompts)?;
+            let conditions = model.conditions(&spec.prompts())?;
             model.drop_text_encoders();
             Some(Arc::new(conditions))
         }

@@ -287,7 +287,7 @@ async fn load(joined: &v1::JoinReply, model: Option<&str>, device: Device) -> Re
         model.clone_into(&mut identity.spec.model);
     }
     let models = find_models(&identity).await?;
-    let prompts = identity.spec.classes.prompts.len();
+    let prompts = identity.spec.prompts().len();
     tracing::info!(model = identity.spec.model, prompts, %device, "loading the model");
     Ok(Arc::new(blocking(move || Problem::load(&identity, &models, device)).await?))
 }

@@ -58,7 +58,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         }
     };
     let classes = flags.read_classes(&takes)?;
-    let of_job = flags.contenders(&classes);
+    let of_job = flags.contenders(&classes, flags.read_hierarchy(&takes, &classes)?.as_ref());
     let course = flags.to_course(&takes, timesteps, of_job.as_ref())?;
     let captions = match &flags.images {
         None => None,
@@ -83,15 +83,13 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let plan = Plan {
         samples: captions.as_ref().map(|counts| counts.values().sum()),
         classes: if of_job.is_some() { classes.names.len() } else { most },
-        prompts: largest.prompt_count(),
+        prompts: largest.of_all_classes().count(),
         prompt_ensemble: flags.ensemble(),
         rounds: course.costs(&largest),
         evaluations_per_image: cost(most),
         evaluations_pilot: pilot_evaluations(&flags, timesteps, of_job.as_ref())?,
         evaluations_total: captions.as_ref().map(|counts| counts.iter().map(|(captions, n)| n * cost(*captions)).sum()),
-        least: course
-            .needs_pairs()
-            .then(|| (course.first_slots(largest.prompt_count()) * largest.prompt_count()) as u64),
+        least: course.needs_pairs().then(|| (course.first_slots(largest.first().len()) * largest.first().len()) as u64),
         at_most: course.needs_pairs() || !largest.are_even() || captions.is_some_and(|counts| counts.len() > 1),
     };
     if args.json {

@@ -60,6 +60,10 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_CLASS_MAP", value_name = "FILE", conflicts_with = "classes")]
     #[serde(alias = "class-map")]
     pub(crate) class_map: Option<PathBuf>,
+    /// Groups of classes, as in WordNet, that a race asks about first: CSV with the columns class,parent (parents may have
+    /// parents), or one name per line, indented below the group it is in. Their prompts follow from --template
+    #[arg(long, env = "ELBO_HIERARCHY", value_name = "FILE", conflicts_with_all = ["candidates", "class_map"])]
+    pub(crate) hierarchy: Option<PathBuf>,
     /// Prompt for every class, with {} for its name (repeatable) [default: "a photo of a {}"]
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
@@ -259,6 +263,7 @@ impl JobArgs {
             images: self.images.or(file.images),
             classes: self.classes.or(file.classes),
             class_map: self.class_map.or(file.class_map),
+            hierarchy: self.hierarchy.or(file.hierarchy),
             template: if self.template.is_empty() { file.template } else { self.template },
             candidates: self.candidates.or(file.candidates),
             image_column: self.image_column.or(file.image_column),

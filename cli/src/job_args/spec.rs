@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 use elbo_common::audit::Audit;
-use elbo_common::class::{ClassError, Classes, ModelLabels};
+use elbo_common::class::{ClassError, Classes, Hierarchy, ModelLabels};
 use elbo_common::dataset::{self, LabelSource};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist};
@@ -69,6 +69,18 @@ impl JobArgs {
             }
             (Some(labels), None, None) => Ok(Classes::of_model(labels)),
         }
+    }
+
+    /// What stands above some classes.
+    pub(crate) fn read_hierarchy(&self, takes: &Takes, classes: &Classes) -> anyhow::Result<Option<Hierarchy>> {
+        let Some(path) = &self.hierarchy else { return Ok(None) };
+        if *takes != Takes::Prompts {
+            return Err(usage(
+                "--hierarchy needs a model that is asked by prompts, many times: leave it out for class-conditional and \
+                 contrastive ones",
+            ));
+        }
+        Ok(Some(Hierarchy::read(path, classes, &self.template)?))
     }
 
     /// Refuses what says nothing, or something else, where every image brings its own captions.
@@ -247,8 +259,12 @@ impl JobArgs {
     }
 
     /// What competes for every image; none where each brings its own captions.
-    pub(crate) fn contenders(&self, classes: &Classes) -> Option<Contenders> {
-        self.candidates.is_none().then(|| Contenders::of_classes(classes, self.ensemble()))
+    pub(crate) fn contenders(&self, classes: &Classes, hierarchy: Option<&Hierarchy>) -> Option<Contenders> {
+        let contenders = self.candidates.is_none().then(|| Contenders::of_classes(classes, self.ensemble()))?;
+        Some(match hierarchy {
+            Some(hierarchy) => contenders.below(hierarchy, classes),
+            None => contenders,
+        })
     }
 
     /// The specification these flags give, for a model of one kind.
@@ -256,7 +272,8 @@ impl JobArgs {
         let model = self.model_source()?;
         let images = self.images.as_deref().unwrap_or_default();
         let classes = self.read_classes(takes)?;
-        let contenders = self.contenders(&classes);
+        let hierarchy = self.read_hierarchy(takes, &classes)?;
+        let contenders = self.contenders(&classes, hierarchy.as_ref());
         let policy = self.to_policy(takes, contenders.as_ref())?;
         // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
         self.to_course(takes, u32::MAX, contenders.as_ref())?;
@@ -278,6 +295,7 @@ impl JobArgs {
             )));
         }
         Ok(JobSpec {
+            hierarchy,
             images: dataset::canonical(images)?,
             model: model.to_string(),
             lora: self.lora.iter().map(|text| lora(text)).collect::<anyhow::Result<_>>()?,

@@ -1,5 +1,6 @@
 //! Classes and their prompts, read from the file the user gives.
 
+mod hierarchy;
 mod labels;
 
 use std::collections::BTreeMap;
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::hierarchy::{Group, Hierarchy, HierarchyError};
 pub use self::labels::ModelLabels;
 
 use crate::ids::{ClassIndex, PromptIndex};

@@ -10,6 +10,9 @@ use crate::ensemble::Contenders;
 use crate::ids::{PromptIndex, Round};
 use crate::sums::Sums;
 
+/// Slots that groups of classes are compared on at most before those that are left are opened.
+const GROUP_SLOTS: usize = 8;
+
 /// The slots of a job in the order of evaluation, and when contenders are eliminated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Course {
@@ -41,6 +44,16 @@ pub struct Standing<'a> {
     pub errors: &'a [Vec<f32>],
 }
 
+/// Who goes on after a round.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survivors {
+    /// Their prompts, ascending.
+    pub prompts: Vec<PromptIndex>,
+    /// What they have been through does not count any more, and they start again with the first slot: another model looks at
+    /// them now, or they have come in the place of a group.
+    pub afresh: bool,
+}
+
 /// What one round costs for one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RoundCost {
@@ -66,6 +79,10 @@ impl Course {
             if keep as usize >= count || keep < first {
                 return Err(PolicyError::Shortlist { keep, count, noun, first });
             }
+        }
+        let has_hierarchy = contenders.is_some_and(Contenders::has_hierarchy);
+        if has_hierarchy && (shortlist.is_some() || !matches!(policy, Policy::Race { .. })) {
+            return Err(PolicyError::Hierarchy);
         }
         let shortlist = shortlist.filter(|_| contenders.is_some());
         let (slots, elimination) = match policy {
@@ -96,7 +113,9 @@ impl Course {
         timesteps: u32,
         contenders: Option<&Contenders>,
     ) -> Result<Self, PolicyError> {
-        let audit = Self::new(policy, None, timesteps, contenders)?;
+        // An audit is among the classes alone.
+        let classes = contenders.map(Contenders::without_groups);
+        let audit = Self::new(policy, None, timesteps, classes.as_ref())?;
         Ok(Self { audit: Some(Box::new(audit)), ..self })
     }
 
@@ -154,7 +173,8 @@ impl Course {
             Elimination::Fixed(steps) => steps.get(self.step(round)).map(|step| done..step.end),
             Elimination::Race(_) => {
                 let decided = done > 0 && !contenders.are_rivals(remaining);
-                let slots = Race::round_slots(done, remaining.len()).min(self.slots.len() - done);
+                let most = self.most_slots(contenders, remaining);
+                let slots = Race::round_slots(done, remaining.len()).min(most.saturating_sub(done));
                 (!decided && slots > 0).then_some(done..done + slots)
             }
         }
@@ -169,22 +189,37 @@ impl Course {
         }
     }
 
+    /// How many slots some prompts of a race go through at most.
+    fn most_slots(&self, contenders: &Contenders, remaining: &[PromptIndex]) -> usize {
+        if contenders.have_groups(remaining) { GROUP_SLOTS.min(self.slots.len()) } else { self.slots.len() }
+    }
+
     fn step(&self, round: Round) -> usize {
         round.at() - usize::from(self.shortlist.is_some())
     }
 
-    /// The prompts that stay after a round, ascending.
-    pub fn survivors(&self, round: Round, contenders: &Contenders, standing: Standing<'_>) -> Vec<PromptIndex> {
+    /// Who stays after a round.
+    pub fn survivors(&self, round: Round, contenders: &Contenders, standing: Standing<'_>) -> Survivors {
         let Standing { remaining, totals, errors } = standing;
-        let keep = match (&self.elimination, self.scored_by(round)) {
-            (_, ScoredBy::Shortlist) => self.shortlist.unwrap_or(u32::MAX),
-            (Elimination::Fixed(steps), _) => steps.get(self.step(round)).map_or(u32::MAX, |step| step.keep),
+        match (&self.elimination, self.scored_by(round)) {
+            (_, ScoredBy::Shortlist) => {
+                let keep = self.shortlist.unwrap_or(u32::MAX);
+                Survivors { prompts: contenders.survivors(remaining, totals, keep), afresh: true }
+            }
+            (Elimination::Fixed(steps), _) => {
+                let keep = steps.get(self.step(round)).map_or(u32::MAX, |step| step.keep);
+                Survivors { prompts: contenders.survivors(remaining, totals, keep), afresh: false }
+            }
             (Elimination::Race(race), _) => {
                 let done = remaining.first().map_or(0, |prompt| errors[prompt.at()].len());
-                return race.survivors(contenders, remaining, errors, &self.slots[..done]);
+                let stay = race.survivors(contenders, remaining, errors, &self.slots[..done]);
+                let level_ends = done >= self.most_slots(contenders, remaining) || !contenders.are_rivals(&stay);
+                match contenders.have_groups(&stay) && level_ends {
+                    true => Survivors { prompts: contenders.opened(&stay), afresh: true },
+                    false => Survivors { prompts: stay, afresh: false },
+                }
             }
-        };
-        contenders.survivors(remaining, totals, keep)
+        }
     }
 
     /// What each round costs for a sample with these contenders: exact where they are even and the course fixed, else the
@@ -195,8 +230,13 @@ impl Course {
             prompts,
             evaluations: slots as u64 * prompts,
         };
-        let mut prompts = contenders.prompt_count() as u64;
+        let mut prompts = contenders.of_all_classes().count() as u64;
         let mut costs = Vec::new();
+        let mut level = contenders.first();
+        while contenders.have_groups(&level) {
+            costs.push(cost(GROUP_SLOTS.min(self.slots.len()), level.len() as u64));
+            level = contenders.opened(&level);
+        }
         if let Some(keep) = self.shortlist {
             costs.push(cost(1, prompts));
             prompts = prompts.min(contenders.most_prompts(keep));

@@ -9,7 +9,7 @@ mod reference;
 pub mod replay;
 mod timesteps;
 
-pub use course::{Course, RoundCost, Standing};
+pub use course::{Course, RoundCost, Standing, Survivors};
 pub use race::Race;
 pub use timesteps::{Span, Timesteps, TimestepsError};
 
@@ -150,6 +150,11 @@ pub enum PolicyError {
         "--max-slots {0} is out of range: a class leaves after two slots at the earliest, so use at least 2, and at most {MOST_SLOTS}"
     )]
     MaxSlots(u32),
+    /// Groups that nobody asks about.
+    #[error(
+        "--hierarchy is for --policy race, which asks about groups first: leave it out, or whatever asks for another policy, --shortlist and --candidates"
+    )]
+    Hierarchy,
     /// A density of slots that is none, or not the model's.
     #[error("{0}: give timesteps of the model, from 0 on, in ascending order")]
     Timesteps(#[from] TimestepsError),
@@ -224,9 +229,9 @@ fn check_race(risk: f64, max_slots: u32) -> Result<(), PolicyError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::class::Classes;
+    use crate::class::{Classes, Hierarchy};
     use crate::ensemble::{Contenders, PromptEnsemble};
-    use crate::ids::Round;
+    use crate::ids::{PromptIndex, Round};
     use crate::preset::Preset;
 
     fn course(policy: &Policy, timesteps: u32, contenders: Option<&Contenders>) -> Result<Course, PolicyError> {
@@ -287,6 +292,49 @@ mod tests {
         let message = course(&greedy, 1000, Some(&by_mean)).unwrap_err().to_string();
         assert!(message.contains("--keep 5 is more than the 4 classes"), "{message}");
         assert!(course(&greedy, 1000, None).is_ok(), "samples with few candidates keep them all");
+    }
+
+    #[test]
+    fn a_race_asks_about_groups_first_and_opens_those_that_are_left() {
+        let classes = Classes::parse("ant\nbee\noak\nfir\ncar", &[]).unwrap();
+        let tree = "thing\n insect\n  ant\n  bee\n tree\n  oak\n  fir\n car\n";
+        let hierarchy = Hierarchy::parse(tree, &classes, &[]).unwrap();
+        let contenders = Contenders::prompts(5).below(&hierarchy, &classes);
+        // The prompts of groups follow those of classes, and everything is a thing.
+        assert_eq!(contenders.first(), [4, 6, 7].map(PromptIndex));
+        let race = Policy::race(0.05, 40, Timesteps::default()).unwrap();
+        let course = course(&race, 1000, Some(&contenders)).unwrap();
+        let slots = course.round(Round(0), 0, &contenders, &contenders.first()).unwrap();
+        assert_eq!(slots, 0..4);
+        let survivors = |round: u16, remaining: &[PromptIndex], means: [f32; 3], slots: usize| {
+            // Of the car, the insects and the trees; of the classes in those, and of things, nothing is known yet.
+            let mean = |p: usize| [9.0, 9.0, 9.0, 9.0, means[0], 9.0, means[1], means[2]][p];
+            let wave = |i: usize, p: usize| [0.0, 0.02, 0.01][(i + p) % 3];
+            let errors: Vec<Vec<f32>> = (0..8).map(|p| (0..slots).map(|i| mean(p) + wave(i, p)).collect()).collect();
+            let standing = Standing { remaining, totals: &[], errors: &errors };
+            course.survivors(Round(round), &contenders, standing)
+        };
+        let opened = survivors(0, &contenders.first(), [2.0, 2.0, 1.0], 4);
+        assert_eq!(opened, Survivors { prompts: [2, 3].map(PromptIndex).to_vec(), afresh: true });
+        assert_eq!(course.round(Round(1), 0, &contenders, &opened.prompts), Some(0..6));
+        // A class that is left alone has been through these slots already.
+        let alone = survivors(0, &contenders.first(), [1.0, 2.0, 2.0], 4);
+        assert_eq!(alone, Survivors { prompts: vec![PromptIndex(4)], afresh: false });
+        assert_eq!(course.round(Round(1), 4, &contenders, &alone.prompts), None);
+        // Those that nothing tells apart are opened after eight slots.
+        let groups = [6, 7].map(PromptIndex);
+        assert!(!survivors(0, &contenders.first(), [2.0, 1.0, 1.0], 4).afresh);
+        assert_eq!(course.round(Round(1), 4, &contenders, &groups), Some(4..8));
+        let both = survivors(1, &groups, [2.0, 1.0, 1.0], 8);
+        assert_eq!(both, Survivors { prompts: [0, 1, 2, 3].map(PromptIndex).to_vec(), afresh: true });
+        // Eight slots for three, then five classes for forty.
+        assert_eq!(total(&course, &contenders), 8 * 3 + 40 * 5);
+
+        let reference = Policy::reference(&[1], &[10], 1).unwrap();
+        let refused = Course::new(&reference, None, 1000, Some(&contenders)).unwrap_err();
+        assert!(refused.to_string().contains("--hierarchy is for --policy race"));
+        let audited = course.with_audit(&reference, 1000, Some(&contenders)).unwrap();
+        assert_eq!(total(audited.audit().unwrap(), &contenders.without_groups()), 10 * 5);
     }
 
     #[test]

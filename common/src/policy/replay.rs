@@ -94,7 +94,8 @@ pub fn replay(course: &Course, contenders: &Contenders, errors: &[Vec<f32>], at:
         done = slots.end;
         let standing = Standing { remaining: &remaining, totals: &totals, errors: &seen };
         let stay = course.survivors(round, contenders, standing);
-        last = std::mem::replace(&mut remaining, stay);
+        debug_assert!(!stay.afresh, "groups' errors are not recorded");
+        last = std::mem::replace(&mut remaining, stay.prompts);
         round = Round(round.0 + 1);
     }
     Replayed::new(contenders, &last, &totals, evaluations, round.0)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{LeaseKey, PromptIndex, Round, SampleId};
-use elbo_common::policy::{Course, ScoredBy, Standing};
+use elbo_common::policy::{Course, ScoredBy, Standing, Survivors};
 use elbo_common::sums::Sums;
 use elbo_common::unit::{Cut, Unit, UnitId};
 
@@ -70,12 +70,11 @@ impl Active {
     /// A sample with so many captions of its own at the beginning of its first round.
     pub(super) fn begin(job: &JobShape, sample: SampleId, captions: usize, audited: bool) -> Self {
         let contenders = job.contenders_of(captions);
-        let prompts = 0..contenders.prompt_count() as u32;
         let mut state = Self {
             sample,
             round: Round(0),
             slots: 0..0,
-            remaining: prompts.map(PromptIndex).collect(),
+            remaining: contenders.first(),
             units: Vec::new(),
             totals: Vec::new(),
             last_round: Vec::new(),
@@ -122,9 +121,9 @@ impl Active {
             return false;
         }
         let scored = self.scored();
-        // A shortlist holds for both.
-        let is_on_shortlist = |prompt: &ScoredPrompt| prompt.sums.n > 0 && !self.left_by_shortlist(job, prompt);
-        self.remaining = scored.iter().filter(|prompt| is_on_shortlist(prompt)).map(|prompt| prompt.prompt).collect();
+        // A shortlist holds for both, what became of groups does not.
+        let is_on_shortlist = |prompt: &PromptIndex| !self.left_by_shortlist(job, &scored[prompt.at()]);
+        self.remaining = self.contenders.of_all_classes().filter(is_on_shortlist).collect();
         self.judged = Some((scored, self.round));
         (self.slots, self.totals, self.last_round, self.pairs) = (0..0, Vec::new(), Vec::new(), Vec::new());
         true
@@ -138,15 +137,14 @@ impl Active {
         self.allocate(job);
         let (course, round) = self.course(job);
         let standing = Standing { remaining: &self.remaining, totals: &self.totals, errors: &self.pairs };
-        let stay = course.survivors(round, &self.contenders, standing);
-        if course.scored_by(round) == ScoredBy::Shortlist {
-            // The job's model judges those that stay afresh.
+        let Survivors { prompts: stay, afresh } = course.survivors(round, &self.contenders, standing);
+        if afresh {
             stay.iter().for_each(|prompt| self.totals[prompt.at()] = Sums::default());
             self.slots = 0..0;
         }
         for prompt in &self.remaining {
             if let Some(pairs) = self.pairs.get_mut(prompt.at())
-                && stay.binary_search(prompt).is_err()
+                && (afresh || stay.binary_search(prompt).is_err())
             {
                 *pairs = Vec::new();
             }
@@ -331,7 +329,7 @@ impl Active {
             self.pairs[prompt.at()].extend_from_slice(errors);
         }
         // What an audit looks at is no part of what the prediction rests on.
-        if of_model && job.keeps_errors() && self.judged.is_none() {
+        if of_model && job.keeps_errors() && self.judged.is_none() && !self.contenders.is_group(prompt) {
             self.errors.extend(slots.zip(errors).map(|(slot, &error)| SlotError { prompt, slot, error }));
         }
     }

@@ -23,6 +23,8 @@ pub struct JobShape {
     planned: u64,
     /// Evaluations of a sample without captions of its own.
     planned_each: u64,
+    /// Prompts that such a sample is asked about first.
+    first_prompts: usize,
     /// Which samples go through the course's audit too, by the job's seed.
     audit: Option<(Audit, u64)>,
     /// Bytes that a sample with the most prompts takes between its first evaluation and its commit: at most, or in the first
@@ -43,6 +45,7 @@ impl JobShape {
     ) -> Self {
         let contenders = Arc::new(contenders);
         let (planned_each, sample_bytes) = (evaluations(&course, &contenders), 0);
+        let first_prompts = contenders.first().len();
         let mut job = Self {
             course,
             contenders,
@@ -51,6 +54,7 @@ impl JobShape {
             keep_errors,
             planned: 0,
             planned_each,
+            first_prompts,
             audit: None,
             sample_bytes,
         };
@@ -112,6 +116,11 @@ impl JobShape {
     /// How many prompts a sample with so many captions of its own has.
     pub(super) fn prompts_of(&self, captions: usize) -> usize {
         if captions == 0 { self.contenders.prompt_count() } else { captions }
+    }
+
+    /// How many of them it is asked about first.
+    pub(super) fn first_prompts(&self, captions: usize) -> usize {
+        if captions == 0 { self.first_prompts } else { captions }
     }
 
     /// The evaluations of a sample with so many captions that is not given up, or the most there can be.

@@ -105,13 +105,13 @@ impl SampleState {
 
     /// How the first round is cut into units.
     fn first_cut(&self, job: &JobShape) -> Cut {
-        let prompts = job.prompts_of(self.captions as usize);
+        let prompts = job.first_prompts(self.captions as usize);
         Cut::new(job.course().first_slots(prompts), prompts)
     }
 
     /// The evaluations of the first round.
     pub(super) fn first_evaluations(&self, job: &JobShape) -> u64 {
-        let prompts = job.prompts_of(self.captions as usize);
+        let prompts = job.first_prompts(self.captions as usize);
         (job.course().first_slots(prompts) * prompts) as u64
     }
 

@@ -7,6 +7,7 @@ mod simulation;
 
 use super::*;
 use elbo_common::audit::Audit;
+use elbo_common::class::{Classes, Hierarchy};
 use elbo_common::ensemble::Contenders;
 use elbo_common::ids::{LeaseId, PromptIndex, Round};
 use elbo_common::noise::{NoiseScope, NoiseSource};
@@ -28,13 +29,54 @@ fn shape(samples: u64, keep_errors: bool) -> JobShape {
 
 /// The same seventy prompts in a race, of whose samples a part is audited.
 fn race(samples: u64, keep_errors: bool) -> JobShape {
+    race_among(Contenders::prompts(70), samples, keep_errors)
+}
+
+/// The same race below groups: forty of the classes in four groups, two of them in a larger one, and thirty in none.
+fn grouped(samples: u64, keep_errors: bool) -> JobShape {
+    let classes = Classes::parse(&(0..70).map(|i| format!("c{i}\n")).collect::<String>(), &[]).unwrap();
+    let group = |g: u32| (0..10).map(|i| format!("c{},g{g}\n", 10 * g + i)).collect::<String>();
+    let links = format!("class,parent\ng0,large\ng1,large\n{}", (0..4).map(group).collect::<String>());
+    let hierarchy = Hierarchy::parse(&links, &classes, &[]).unwrap();
+    race_among(Contenders::prompts(70).below(&hierarchy, &classes), samples, keep_errors)
+}
+
+fn race_among(contenders: Contenders, samples: u64, keep_errors: bool) -> JobShape {
     let policy = Policy::race(0.05, 40, Timesteps::default()).unwrap();
     let audit = reference();
-    let contenders = Contenders::prompts(70);
     let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
     let course = course.with_audit(&audit, 1000, Some(&contenders)).unwrap();
     let shape = JobShape::new(course, contenders, &[(0, samples)].into(), SHARD_SIZE, keep_errors);
     shape.with_audit(Some(Audit { share: "30%".parse().unwrap(), policy: audit }), 0)
+}
+
+/// What a job's samples go through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    #[default]
+    Reference,
+    Race,
+    Groups,
+}
+
+impl Kind {
+    fn shape(self, samples: u64) -> JobShape {
+        match self {
+            Self::Reference => shape(samples, true),
+            Self::Race => race(samples, true),
+            Self::Groups => grouped(samples, true),
+        }
+    }
+
+    /// The evaluations of a sample, at least.
+    fn least(self) -> u64 {
+        match self {
+            Self::Reference => self.shape(1).planned_evaluations(),
+            Self::Race => 2 * 70,
+            // Thirty classes, the large group and two of its size.
+            Self::Groups => 2 * 33,
+        }
+    }
 }
 
 fn manifest(shard: ShardId, samples: u64) -> Vec<Sample> {

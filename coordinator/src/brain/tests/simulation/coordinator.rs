@@ -45,8 +45,7 @@ impl Coordinator {
             ..LeasePolicy::default()
         };
         let epoch = durable.open();
-        let shape = if durable.races { race } else { shape };
-        let brain = Brain::new(shape(samples, true), epoch, policy, durable.done.clone(), durable.waste);
+        let brain = Brain::new(durable.kind.shape(samples), epoch, policy, durable.done.clone(), durable.waste);
         Self { brain, alive: true, stopped_until: 0, born, pace, opening: None }
     }
 

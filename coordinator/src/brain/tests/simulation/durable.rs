@@ -12,8 +12,8 @@ pub(super) enum Write {
 
 #[derive(Debug, Default)]
 pub(super) struct Durable {
-    /// Whether the job is a race.
-    pub(super) races: bool,
+    /// What the job is.
+    pub(super) kind: Kind,
     epoch: u64,
     records: BTreeMap<ShardId, Vec<Record>>,
     pub(super) done: BTreeMap<ShardId, ShardTotals>,
@@ -25,8 +25,8 @@ pub(super) struct Durable {
 
 impl Durable {
     /// What is on the store of a job that was never begun.
-    pub(super) fn of(races: bool) -> Self {
-        Self { races, ..Self::default() }
+    pub(super) fn of(kind: Kind) -> Self {
+        Self { kind, ..Self::default() }
     }
 
     /// A coordinator takes the ledger over.

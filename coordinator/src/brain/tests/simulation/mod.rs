@@ -52,7 +52,7 @@ enum Nature {
 /// The samples, and what evaluations of them give.
 #[derive(Debug, Default)]
 struct Natures {
-    races: bool,
+    kind: Kind,
     odd: BTreeMap<SampleId, Nature>,
     results: BTreeMap<UnitId, UnitResult>,
 }
@@ -98,7 +98,7 @@ impl Simulation {
             queue: BTreeMap::new(),
             sequence: 0,
             samples,
-            durable: Durable::of(nature.races),
+            durable: Durable::of(nature.kind),
             nature,
             coordinators: Vec::new(),
             workers: Vec::new(),
@@ -298,8 +298,8 @@ fn explore(seed: u64) {
             odd.insert(SampleId(dice.roll(samples as usize) as u64), nature);
         }
     }
-    let races = dice.roll(2) == 0;
-    let nature = || Natures { races, odd: odd.clone(), results: BTreeMap::new() };
+    let kind = [Kind::Reference, Kind::Race, Kind::Groups][dice.roll(3)];
+    let nature = || Natures { kind, odd: odd.clone(), results: BTreeMap::new() };
     let mut calm = Simulation::new(seed, samples, workers, nature(), false);
     calm.run();
     let mut troubled = Simulation::new(seed, samples, workers, nature(), true);
@@ -318,8 +318,7 @@ fn explore(seed: u64) {
     }
     assert_eq!(troubled.durable.waste.recomputed, 0);
     let sound = samples - odd.len() as u64;
-    let each = if races { 70 * 2 } else { shape(1, true).planned_evaluations() };
-    let most = if races { race(1, true) } else { shape(1, true) }.planned_evaluations();
+    let (each, most) = (kind.least(), kind.shape(1).planned_evaluations());
     let counted: u64 = troubled.durable.done.values().map(|totals| totals.evaluations).sum();
     assert!(counted >= sound * each && counted <= samples * most, "{counted} evaluations");
 }
@@ -369,7 +368,7 @@ fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
 /// when the leader is another than before.
 #[test]
 fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
-    let mut world = Simulation::new(5, 8, 3, Natures { races: true, ..Natures::default() }, false);
+    let mut world = Simulation::new(5, 8, 3, Natures { kind: Kind::Race, ..Natures::default() }, false);
     world.run();
     let (contenders, job) = (Contenders::prompts(70), race(8, true));
     let mut changes = 0;
@@ -409,7 +408,7 @@ fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
 /// The audit of a sample is the reference applied to all its errors on the audit's own slots.
 #[test]
 fn an_audited_sample_is_scored_by_the_reference_on_slots_of_its_own() {
-    let mut world = Simulation::new(5, 40, 3, Natures { races: true, ..Natures::default() }, false);
+    let mut world = Simulation::new(5, 40, 3, Natures { kind: Kind::Race, ..Natures::default() }, false);
     world.run();
     let before = race(1, true).course().slots().len();
     let mut audited = 0;

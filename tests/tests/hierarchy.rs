@@ -1,0 +1,74 @@
+//! Groups above classes: a race asks about the groups first.
+
+#![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use elbo_tests::{classes, elbo, json, model, predictions, results, run, run_ok, some_images, stderr};
+use tempfile::TempDir;
+
+/// Groups are called like one of the digits in them, so that the model understands their prompts.
+const GROUPS: &str = "eight\n  three\n  five\n  six\nnine\n  four\n  seven\nzero\n  two\none\n";
+
+fn label(images: &Path, out: &Path, flags: &[&str]) -> Command {
+    let mut command = elbo();
+    command.args(["label", "--label-from", "parent", "--batch", "16", "--progress", "none", "--images"]).arg(images);
+    command.args(["--shard-size", "10", "--template", "a photo of the digit {}", "--classes"]).arg(classes());
+    command.arg("--model").arg(model()).arg("--out").arg(out).args(flags);
+    command
+}
+
+#[test]
+fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
+    let (images, outs) = (some_images(4), TempDir::new().unwrap());
+    let tree = outs.path().join("tree.txt");
+    std::fs::write(&tree, GROUPS).unwrap();
+    let grouped = ["--hierarchy", tree.to_str().unwrap()];
+    let out = outs.path().join("out");
+    run_ok(label(images.path(), &out, &grouped).args(["--audit", "50%", "--samples", "5,20", "--write-errors"]));
+    let group_of: BTreeMap<i32, i32> =
+        [(8, 8), (3, 8), (5, 8), (6, 8), (9, 9), (4, 9), (7, 9), (0, 0), (2, 0), (1, 1)].into();
+    let rows = predictions(&out);
+    for row in &rows {
+        let scored: Vec<i32> = row.scores().iter().map(|score| score.class.0).collect();
+        let best = group_of[&scored[0]];
+        // The classes beside the best one were scored with it; a group's own prompt is no class's score.
+        assert!(group_of.iter().all(|(class, group)| *group != best || scored.contains(class)), "{row:?}");
+        assert!(scored.len() < 10 || row.evaluations >= 8 * 4, "{row:?}");
+        // Groups were asked about on at least two slots, with every prompt that is not in one.
+        assert!(row.evaluations >= 2 * 4, "{row:?}");
+    }
+    assert!(rows.iter().any(|row| row.scores().len() < 8), "some groups are never opened");
+    let report = json(elbo().args(["report", "--json"]).arg(&out));
+    // Among all ten, whatever groups were left: five slots for all and fifteen for five.
+    assert_eq!(report["audit"]["reference_evaluations"], 5.0 * 10.0 + 15.0 * 5.0);
+    assert!(report["accuracy"]["top1"].as_f64().unwrap() > 0.5, "{report}");
+
+    let plan = json(elbo().args(["plan", "--json", "--classes"]).arg(classes()).args(grouped));
+    // Four that are in no group, on eight slots; then ten classes.
+    assert_eq!(plan["rounds"][0], serde_json::json!({"slots": 8, "prompts": 4, "evaluations": 32}));
+    assert_eq!(plan["prompts"], 10);
+
+    let again = outs.path().join("again");
+    let mut three = label(images.path(), &again, &grouped);
+    run_ok(three.args(["--audit", "50%", "--samples", "5,20", "--write-errors", "--workers", "3"]));
+    assert!(results(&again) == results(&out));
+}
+
+#[test]
+fn a_hierarchy_that_does_not_fit_is_refused_with_the_remedy() {
+    let (images, outs) = (some_images(1), TempDir::new().unwrap());
+    let tree = outs.path().join("tree.csv");
+    let refused = |text: &str, flags: &[&str]| {
+        std::fs::write(&tree, text).unwrap();
+        let output = run(label(images.path(), &outs.path().join("out"), flags).arg("--hierarchy").arg(&tree));
+        assert!(!output.status.success());
+        stderr(&output)
+    };
+    assert!(refused("class,parent\nzero,round\neight,round\ncircle,round\n", &[]).contains("'circle' is not a class"));
+    assert!(refused("class,parent\nzero,round\nround,zero\neight,round\n", &[]).contains("in itself"));
+    assert!(refused(GROUPS, &["--policy", "exhaustive"]).contains("--hierarchy is for --policy race"));
+    assert!(!outs.path().join("out").join("job.json").exists());
+}
