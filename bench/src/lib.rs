@@ -10,6 +10,7 @@ pub mod engine;
 pub mod oracle;
 pub mod policy;
 pub mod process;
+mod random;
 pub mod report;
 mod run;
 pub mod scaling;

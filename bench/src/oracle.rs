@@ -4,14 +4,12 @@
 use elbo_common::ids::SampleId;
 use elbo_proto::v1;
 
+use crate::random::mix;
+
 /// The mean error of a prompt on a sample, in [0.5, 1).
 pub fn mean(sample: u64, prompt: u32) -> f64 {
-    // SplitMix64 (Steele, Lea & Flood, 2014).
-    let mut z = (sample << 20 | u64::from(prompt)).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
-    0.5 + (z >> 12) as f64 / (1u64 << 53) as f64
+    let mut state = sample << 20 | u64::from(prompt);
+    0.5 + (mix(&mut state) >> 12) as f64 / (1u64 << 53) as f64
 }
 
 /// What a worker reports of a unit.

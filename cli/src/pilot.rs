@@ -1,6 +1,7 @@
 //! `--pilot N`: a small job that goes before a race and tells it where to look.
 
 use elbo_common::layout;
+use elbo_common::record::JobRecord;
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::job::discard;
 use elbo_coordinator::pilot::{self, PilotError};
@@ -43,6 +44,12 @@ impl Plan {
         if let Some(learned) = pilot::known(&store).await? {
             let identity = pilot::with_timesteps(job.identity, learned);
             return Ok(Self::Job(Box::new(Identified { identity, ..job })));
+        }
+        if JobRecord::read(&store).await?.is_some() {
+            return Err(usage(format!(
+                "{out} holds a job that was begun without a pilot: leave --pilot out to go on with it, use another --out, or \
+                 discard it with --fresh"
+            )));
         }
         let pilot = Identified { identity, models: job.models.clone() };
         Ok(Self::Pilot(Box::new(Expedition { pilot, then: job, out: out.to_owned() })))

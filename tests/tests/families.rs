@@ -193,6 +193,31 @@ fn a_shortlist_decides_who_the_diffusion_model_is_asked_about() {
 }
 
 #[test]
+fn a_race_follows_a_shortlist() {
+    let digits = some_images(2);
+    let (file, shortlist) = (text(&classes()), format!("{}:4", clip().display()));
+    let rows = predictions(label(digits.path(), &model(), &["--classes", &file, "--shortlist", &shortlist]).path());
+    let alone = predictions(label(digits.path(), &model(), &["--classes", &file]).path());
+    let mut compared = 0;
+    for (row, alone) in rows.iter().zip(&alone) {
+        // Four prompts race on three slots at first; the others keep what the contrastive model said.
+        let (listed, others) = row.scores().split_at(4);
+        assert!(listed.iter().all(|score| score.round.0 > 0 && score.n >= 3), "{row:?}");
+        assert!(others.iter().all(|score| score.round.0 == 0 && score.n == 1), "{row:?}");
+        assert_eq!(row.evaluations, row.scores().iter().map(|score| score.n).sum::<u32>());
+        // On the same slots a class has the same errors, whoever else is in the race.
+        for score in listed {
+            let same = alone.scores().iter().find(|s| s.class == score.class).unwrap();
+            if same.n == score.n {
+                assert_eq!(score.mean_error, same.mean_error);
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 0, "nothing was compared");
+}
+
+#[test]
 fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
     for (name, family, prediction, size, latent) in [
         ("digits-dit/model", "DiT", "epsilon", 32, 4),

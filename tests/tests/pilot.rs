@@ -91,6 +91,13 @@ fn a_pilot_is_for_races_alone() {
         assert!(stderr(&refused).contains("leave --pilot out"), "{}", stderr(&refused));
     }
     assert!(!out.join("job.json").exists());
+
+    let mut without = elbo();
+    without.args(["label", "--progress", "none", "--images"]).arg(images.path()).arg("--classes").arg(classes());
+    run_ok(without.arg("--model").arg(model()).arg("--out").arg(&out));
+    let refused = run(&mut label(images.path(), &out));
+    assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("begun without a pilot"), "{}", stderr(&refused));
 }
 
 #[test]

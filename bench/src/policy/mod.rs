@@ -17,6 +17,7 @@ use elbo_common::preset::Preset;
 pub use table::{Row, Table};
 
 use crate::BenchError;
+use crate::random::mix;
 
 /// Samples with every error, and their right prompts where labels say so.
 #[derive(Clone, Debug)]
@@ -117,15 +118,14 @@ impl Errors {
     }
 }
 
-/// `count` of `all` positions, ascending, chosen by a seed: a shuffle's first (Fisher & Yates) with SplitMix64 (Steele, Lea &
-/// Flood, 2014).
+/// `count` of `all` positions, ascending, chosen by a seed: a shuffle's first (Fisher & Yates).
 fn choose(all: usize, count: usize, seed: u64) -> Vec<usize> {
     let mut positions: Vec<usize> = (0..all).collect();
     let mut state = seed;
     let count = count.min(all);
     for i in 0..count {
         let left = (all - i) as u64;
-        positions.swap(i, i + (synthetic::mix(&mut state) % left) as usize);
+        positions.swap(i, i + (mix(&mut state) % left) as usize);
     }
     positions.truncate(count);
     positions.sort_unstable();

@@ -13,6 +13,7 @@ use elbo_common::policy::Slot;
 use elbo_common::policy::pilot::Scored;
 
 use super::Errors;
+use crate::random::mix;
 
 /// What errors are drawn from.
 #[derive(Clone, Copy, Debug)]
@@ -63,15 +64,6 @@ impl Model {
             timesteps: 1000,
         }
     }
-}
-
-/// SplitMix64 (Steele, Lea & Flood, 2014).
-pub(super) fn mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// A standard normal number, by Box and Muller (1958).

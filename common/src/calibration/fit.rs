@@ -13,7 +13,7 @@ use super::findings::{Findings, Reliability, Source};
 use super::{Calibration, Confidence, Evidence};
 
 /// Samples that a fit looks at: those with the lowest hashes of their keys, where there are more.
-const MOST: usize = 20_000;
+const MOST: usize = 10_000;
 /// Parts that each are judged by a fit to the others.
 const FOLDS: u8 = 5;
 /// Standard deviation of `growth` before anything is seen; its mean is 0.

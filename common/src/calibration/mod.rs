@@ -10,6 +10,7 @@
 //! confidence = 1 / (sum_k exp(-d_k / T(e)) + left * exp(-d_2 / T(e)))       T(e) = temperature * (e / typical)^growth
 //! ```
 //!
+//! - Of many classes in the last round the nearest [`NEAREST`] count.
 //! - `e` is the number of evaluations that were spent on the image: a hard image takes more of them, which says more of it
 //!   than its margin does (Clark & Jaini, NeurIPS 2023, appendix).
 //! - `left` stands for the classes that left in earlier rounds, the right one among them now and then: as if so many more
@@ -25,6 +26,9 @@ pub use fit::{Fitter, Outlook};
 use serde::{Deserialize, Serialize};
 
 use crate::predictions::{Prediction, Score};
+
+/// Classes beside the best one that a confidence looks at: further ones change nothing that is worth its time.
+const NEAREST: usize = 32;
 
 /// What turns errors into confidence.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -82,7 +86,8 @@ pub struct Evidence {
 
 impl Evidence {
     /// Of what the errors of other classes are behind the best one's, ascending.
-    pub fn new(behind: Vec<f32>, evaluations: u32) -> Self {
+    pub fn new(mut behind: Vec<f32>, evaluations: u32) -> Self {
+        behind.truncate(NEAREST);
         Self { behind, evaluations }
     }
 
@@ -91,7 +96,7 @@ impl Evidence {
         let (mut behind, mut rest) = (Vec::new(), scores.iter());
         if let Some(best) = rest.next() {
             // Other classes have means over other slots, which don't compare.
-            let rivals = rest.take_while(|score| score.round == best.round);
+            let rivals = rest.take_while(|score| score.round == best.round).take(NEAREST);
             behind.extend(rivals.map(|score| (score.mean_error - best.mean_error).max(0.0)));
         }
         if behind.is_empty() {

@@ -1,0 +1,112 @@
+//! The ledger on a store in memory, and what takes how much room in it.
+
+use super::*;
+use elbo_common::ids::Round;
+use elbo_common::unit::UnitId;
+use slatedb::object_store::memory::InMemory;
+use std::sync::Arc;
+
+fn store() -> Store {
+    Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap())
+}
+
+fn record(sample: u64) -> Record {
+    let id = UnitId { sample: SampleId(sample), round: Round(1), slots: 2, prompts: 0 };
+    let result =
+        UnitResult { id, prompts: vec![3, 5], slots: 2, sum: vec![0.5, 1.0], sum_sq: vec![0.25, 1.0], errors: vec![] };
+    let failure = SampleFailure { sample: SampleId(sample + 1), stage: "decode".into(), error: "cut off".into() };
+    Record { results: vec![result], failures: vec![failure] }
+}
+
+#[tokio::test]
+async fn records_survive_a_coordinator_that_never_closed_its_ledger() {
+    let out = store();
+    let first = Ledger::open(&out).await.unwrap();
+    first.set_fingerprint("f").await.unwrap();
+    first.append(&record(1), 10, Waste::default()).await.unwrap();
+    first.append(&record(5), 10, Waste::default()).await.unwrap();
+    // Not closed: as after a kill.
+    let second = Ledger::open(&out).await.unwrap();
+    assert_eq!(second.epoch(), Epoch(2));
+    assert_eq!(second.fingerprint().await.unwrap().as_deref(), Some("f"));
+    second.append(&record(3), 10, Waste::default()).await.unwrap();
+    assert_eq!(second.records(ShardId(0), None).await.unwrap(), [record(1), record(5), record(3)]);
+    assert!(second.records(ShardId(1), None).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_committed_shard_leaves_its_totals_and_nothing_else() {
+    let out = store();
+    let ledger = Ledger::open(&out).await.unwrap();
+    ledger.append(&record(1), 10, Waste::default()).await.unwrap();
+    ledger.append(&record(21), 10, Waste::default()).await.unwrap();
+    let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, spared: 7 };
+    let waste = Waste { recomputed: 0, duplicated: 12 };
+    ledger.commit(ShardId(0), totals, waste).await.unwrap();
+    assert_eq!(Ledger::open(&out).await.unwrap().waste(), waste);
+    let ledger = Ledger::open(&out).await.unwrap();
+    assert!(ledger.records(ShardId(0), None).await.unwrap().is_empty());
+    assert_eq!(ledger.records(ShardId(2), None).await.unwrap().len(), 1);
+    assert_eq!(ledger.done().await.unwrap(), BTreeMap::from([(ShardId(0), totals)]));
+}
+
+#[tokio::test]
+async fn a_second_coordinator_fences_the_first() {
+    let out = store();
+    let first = Ledger::open(&out).await.unwrap();
+    let _second = Ledger::open(&out).await.unwrap();
+    let error = first.append(&record(1), 10, Waste::default()).await.unwrap_err();
+    assert!(matches!(error, LedgerError::Fenced), "{error}");
+}
+
+#[tokio::test]
+async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_committed_again() {
+    let out = store();
+    let first = Ledger::open(&out).await.unwrap();
+    first.append(&record(1), 10, Waste::default()).await.unwrap();
+    let totals = ShardTotals { quarantined: 1, ..ShardTotals::default() };
+    first.commit(ShardId(7), totals, Waste::default()).await.unwrap();
+    let second = Ledger::open(&out).await.unwrap();
+    assert_eq!(second.begun().await.unwrap(), [ShardId(0)].into());
+    second.retry([ShardId(0), ShardId(7)]).await.unwrap();
+    assert!(second.done().await.unwrap().is_empty());
+    second.append(&record(5), 10, Waste::default()).await.unwrap();
+    // Not closed: as after a kill.
+    let third = Ledger::open(&out).await.unwrap();
+    let retried = third.retried().await.unwrap();
+    assert_eq!(retried, [(ShardId(0), Epoch(2)), (ShardId(7), Epoch(2))].into());
+    let without_failures = Record { failures: Vec::new(), ..record(1) };
+    let records = third.records(ShardId(0), retried.get(&ShardId(0)).copied()).await.unwrap();
+    assert_eq!(records, [without_failures, record(5)]);
+    third.commit(ShardId(0), ShardTotals::default(), Waste::default()).await.unwrap();
+    assert_eq!(third.retried().await.unwrap().into_keys().collect::<Vec<_>>(), [ShardId(7)]);
+    assert!(third.begun().await.unwrap().is_empty());
+}
+
+/// What a race's ledger keeps: single errors, since sums lose the pairs. They are smaller too, as rounds are short.
+#[test]
+fn the_single_errors_of_a_race_take_less_than_sums_would() {
+    use elbo_common::policy::{Course, Policy, Timesteps};
+    use prost::Message;
+    let contenders = elbo_common::ensemble::Contenders::prompts(1000);
+    let policy = Policy::race(0.02, 250, Timesteps::default()).unwrap();
+    let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
+    let mut bytes = (0, 0);
+    for (done, left) in [(0, 1000), (2, 400), (3, 100), (4, 10), (5, 4), (8, 2), (14, 2), (20, 2)] {
+        let prompts: Vec<_> = (0..left).map(elbo_common::ids::PromptIndex).collect();
+        let slots = course.round(Round(1), done, &contenders, &prompts).unwrap().len();
+        let id = UnitId { sample: SampleId(1), round: Round(1), slots: 0, prompts: 0 };
+        let of = |sums: usize, errors: usize| {
+            let (sum, sum_sq, errors) = (vec![0.5; sums], vec![0.25; sums], vec![0.1; errors]);
+            let prompts = prompts.iter().map(|p| p.0).collect();
+            to_wire(UnitResult { id, prompts, slots: slots as u32, sum, sum_sq, errors }).encoded_len()
+        };
+        let (errors, sums) = (of(0, slots * left as usize), of(left as usize, 0));
+        assert!(
+            slots > 4 || errors <= sums,
+            "{left} prompts on {slots} slots: {errors} bytes of errors, {sums} of sums"
+        );
+        bytes = (bytes.0 + errors, bytes.1 + sums);
+    }
+    assert!(bytes.0 < bytes.1, "{bytes:?}: errors, sums");
+}
