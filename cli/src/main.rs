@@ -11,6 +11,7 @@ mod pilot;
 mod progress;
 mod recorded;
 mod session;
+mod shift;
 mod stop;
 
 use std::process::ExitCode;

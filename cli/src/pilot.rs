@@ -36,11 +36,12 @@ impl Plan {
     pub(crate) async fn new(job: Identified, images: Option<u64>, out: &str, run: &RunArgs) -> anyhow::Result<Self> {
         let Some(images) = images else { return Ok(Self::Job(Box::new(job))) };
         let identity = pilot::identity(&job.identity, &job.models.model, images).map_err(as_usage)?;
-        let store = Store::create(&Location::parse(out)?)?;
+        let pilot = Identified { identity, models: job.models.clone() };
+        let expedition = Self::Pilot(Box::new(Expedition { pilot, then: job.clone(), out: out.to_owned() }));
         if run.fresh {
-            // Here and not when the job is opened, which would discard what its pilot has just learned.
-            discard(&store).await?;
+            return Ok(expedition);
         }
+        let store = Store::create(&Location::parse(out)?)?;
         if let Some(learned) = pilot::known(&store).await? {
             let identity = pilot::with_timesteps(job.identity, learned);
             return Ok(Self::Job(Box::new(Identified { identity, ..job })));
@@ -51,8 +52,7 @@ impl Plan {
                  discard it with --fresh"
             )));
         }
-        let pilot = Identified { identity, models: job.models.clone() };
-        Ok(Self::Pilot(Box::new(Expedition { pilot, then: job, out: out.to_owned() })))
+        Ok(expedition)
     }
 
     /// The job that is run first.
@@ -68,6 +68,10 @@ impl Plan {
         match self {
             Self::Job(job) => session::open(job.as_ref().clone(), out, run).await,
             Self::Pilot(expedition) => {
+                if run.fresh {
+                    // Now and not when the job is opened, which would discard what its pilot has learned.
+                    discard(&Store::create(&Location::parse(out)?)?).await?;
+                }
                 let run = RunArgs { fresh: false, retry_quarantined: false, ..run.clone() };
                 session::open(expedition.pilot.clone(), &directory(out), &run).await
             }

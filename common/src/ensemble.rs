@@ -312,6 +312,30 @@ mod tests {
     }
 
     #[test]
+    fn groups_stand_above_classes_with_all_their_prompts() {
+        let csv = "prompt,classname,classidx\na,husky,7\nb,husky,7\nc,pug,2\nd,car,5\n";
+        let classes = Classes::parse(csv, &[]).unwrap();
+        let templates = ["a {}", "the {}"].map(str::to_owned);
+        let hierarchy = Hierarchy::parse("class,parent\nhusky,dog\npug,dog\n", &classes, &templates).unwrap();
+        for ensemble in [PromptEnsemble::Max, PromptEnsemble::Mean] {
+            let of_classes = Contenders::of_classes(&classes, ensemble);
+            let contenders = of_classes.clone().below(&hierarchy, &classes);
+            assert_eq!(contenders.first(), [3, 4, 5].map(PromptIndex));
+            assert_eq!(contenders.opened(&[3, 4].map(PromptIndex)), all(4));
+            assert_eq!(contenders.opened(&[5].map(PromptIndex)), all(3));
+            assert!(
+                !contenders.are_rivals(&[4, 5].map(PromptIndex)) && contenders.are_rivals(&[3, 4].map(PromptIndex))
+            );
+            let together = contenders.of_prompt(PromptIndex(4)) == contenders.of_prompt(PromptIndex(5));
+            assert_eq!(together, ensemble == PromptEnsemble::Mean);
+            assert_eq!((contenders.prompt_count(), contenders.len()), (6, of_classes.len()));
+            assert_eq!(contenders.without_groups(), of_classes);
+            // Without a group everything is asked about first.
+            assert_eq!(of_classes.first(), all(4));
+        }
+    }
+
+    #[test]
     fn more_than_there_are_keeps_all() {
         assert_eq!(Contenders::prompts(2).survivors(&all(2), &totals(&[1.0, 2.0]), 5), all(2));
         assert_eq!(Contenders::prompts(2).most_prompts(5), 2);

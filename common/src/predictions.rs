@@ -14,8 +14,6 @@ use arrow_schema::{DataType, Field, Fields, Schema};
 use bytes::Bytes;
 use parquet::errors::ParquetError;
 
-use crate::calibration::{Calibration, Evidence};
-use crate::class::Classes;
 use crate::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use crate::table::{self, Columns, Row, TableError};
 
@@ -186,36 +184,6 @@ impl Prediction {
             Outcome::Uncertain(_) => UNCERTAIN,
             Outcome::Quarantined { .. } => QUARANTINED,
         }
-    }
-
-    /// What its confidence rests on; none where it could not be scored.
-    pub fn evidence(&self) -> Option<Evidence> {
-        let scores = self.scores();
-        (!scores.is_empty()).then(|| Evidence::of(scores, self.margin(), self.evaluations))
-    }
-
-    /// The sample with its confidence, one of `classes` only where that is not below `abstain_below`.
-    pub fn calibrated(self, calibration: &Calibration, abstain_below: Option<f64>, classes: &Classes) -> Self {
-        let Some(confidence) = self.evidence().map(|evidence| calibration.confidence(&evidence) as f32) else {
-            return self;
-        };
-        let (margin, scores) = match self.outcome {
-            Outcome::Labelled(Labelled { margin, scores, .. })
-            | Outcome::Uncertain(Uncertain { margin, scores, .. }) => (margin, scores),
-            Outcome::Quarantined { .. } => return self,
-        };
-        let is_sure = abstain_below.is_none_or(|least| f64::from(confidence) >= least);
-        let outcome = match scores.first().filter(|_| is_sure) {
-            Some(best) => Outcome::Labelled(Labelled {
-                class: best.class,
-                class_name: classes.name(best.class).to_owned(),
-                confidence: Some(confidence),
-                margin,
-                scores,
-            }),
-            None => Outcome::Uncertain(Uncertain { confidence, margin, scores }),
-        };
-        Self { outcome, ..self }
     }
 }
 

@@ -126,8 +126,8 @@ async fn write(
         let spec = &record.identity.spec;
         let captioned: BTreeMap<_, _> = samples.iter().map(|sample| (sample.id, sample)).collect();
         let calibrated = |row: Prediction| match captioned.get(&row.sample) {
-            Some(sample) => row.calibrated(&calibration, spec.abstain_below, &sample.classes(&spec.classes)),
-            None => row.calibrated(&calibration, spec.abstain_below, &spec.classes),
+            Some(sample) => calibration.apply(row, spec.abstain_below, &sample.classes(&spec.classes)),
+            None => calibration.apply(row, spec.abstain_below, &spec.classes),
         };
         let rows: Vec<_> = predictions::decode_predictions(rows)?.into_iter().map(calibrated).collect();
         commit::predictions_file(&rows, &record)

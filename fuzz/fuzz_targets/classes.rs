@@ -1,12 +1,21 @@
-//! Any text as a class file: classes whose prompts name them, or an error.
+//! Any text as a class file, and as what groups its classes: classes whose prompts name them, groups of them, or an error.
 #![no_main]
 
-use elbo_common::class::Classes;
+use elbo_common::class::{Classes, Hierarchy};
+use elbo_common::ensemble::Contenders;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
     if let Ok(classes) = Classes::parse(text, &[]) {
         assert!(!classes.prompts.is_empty());
         assert!(classes.prompts.iter().all(|prompt| classes.names.contains_key(&prompt.class)));
+        if let Ok(hierarchy) = Hierarchy::parse(text, &classes, &[]) {
+            let contenders = Contenders::prompts(classes.prompts.len()).below(&hierarchy, &classes);
+            let mut level = contenders.first();
+            while contenders.have_groups(&level) {
+                level = contenders.opened(&level);
+            }
+            assert!(level.into_iter().eq(contenders.of_all_classes()), "every class is in some group or in none");
+        }
     }
 });

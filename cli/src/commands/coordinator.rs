@@ -12,6 +12,7 @@ use crate::args::CoordinatorArgs;
 use crate::commands::output;
 use crate::failure::usage;
 use crate::pilot::Plan;
+use crate::shift::{self, Shift};
 use crate::{session, stop};
 
 /// Coordinates a job until it is done or stopped.
@@ -41,13 +42,14 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     let job = plan.open(&out, &run).await?;
     let expedition = plan.expedition();
     if job.is_done() && expedition.is_none() {
-        let done = session::already_done(job).await?;
+        let done = shift::already_done(job).await?;
         return output::summary(&out, done).await;
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
     eprintln!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?);
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
     let options = Options { leases, max_bad: run.max_bad(), token, tls, limits };
-    let done = session::coordinate(job, expedition, listener, options, &run, &operator, stop, JoinSet::new()).await?;
+    let shift = Shift { options, run: &run, operator: &operator };
+    let done = shift.coordinate(job, expedition, listener, stop, JoinSet::new()).await?;
     output::summary(&out, done).await
 }

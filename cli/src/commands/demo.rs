@@ -10,7 +10,8 @@ use include_dir::{Dir, include_dir};
 use crate::args::DemoArgs;
 use crate::commands::output;
 use crate::job_args::JobArgs;
-use crate::session::{self, Workers};
+use crate::session;
+use crate::shift::{self, Workers};
 
 /// The model (0.77M parameters), 360 held-out digits of scikit-learn's load_digits, and their class file.
 static ASSETS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/demo");
@@ -37,7 +38,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let job = session::identify(&job).await?;
     let workers = Workers { count: Some(args.workers), device: args.device };
     let out = args.out.to_string_lossy();
-    let done = session::label(job, None, &out, &workers, &args.run, &Operator::default()).await?;
+    let done = shift::label(job, None, &out, &workers, &args.run, &Operator::default()).await?;
     output::summary(&out, done).await
 }
 

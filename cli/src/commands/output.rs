@@ -13,7 +13,7 @@ use indicatif::HumanCount;
 
 use crate::args::OutputArgs;
 use crate::recorded::open;
-use crate::session::Done;
+use crate::shift::Done;
 
 /// `elbo report`.
 pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {

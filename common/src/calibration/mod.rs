@@ -25,7 +25,8 @@ pub use fit::{Fitter, Outlook};
 
 use serde::{Deserialize, Serialize};
 
-use crate::predictions::{Prediction, Score};
+use crate::class::Classes;
+use crate::predictions::{Labelled, Outcome, Prediction, Score, Uncertain};
 
 /// Classes beside the best one that a confidence looks at: further ones change nothing that is worth its time.
 const NEAREST: usize = 32;
@@ -91,8 +92,14 @@ impl Evidence {
         Self { behind, evaluations }
     }
 
+    /// Of a sample; none where it could not be scored.
+    pub fn of_row(row: &Prediction) -> Option<Self> {
+        let scores = row.scores();
+        (!scores.is_empty()).then(|| Self::of(scores, row.margin(), row.evaluations))
+    }
+
     /// Of a sample's scores, best first, some of which may not have been kept, and its margin.
-    pub fn of(scores: &[Score], margin: Option<f32>, evaluations: u32) -> Self {
+    fn of(scores: &[Score], margin: Option<f32>, evaluations: u32) -> Self {
         let (mut behind, mut rest) = (Vec::new(), scores.iter());
         if let Some(best) = rest.next() {
             // Other classes have means over other slots, which don't compare.
@@ -109,7 +116,7 @@ impl Evidence {
 impl Outlook {
     /// Of a sample that was scored and whose class is the right one, or not; none where it was not scored.
     pub fn of(row: &Prediction, right: bool) -> Option<Self> {
-        let evidence = row.evidence()?;
+        let evidence = Evidence::of_row(row)?;
         let scores = row.scores();
         let weight = |score: &Score| libm::exp(f64::from(scores[0].mean_error) - f64::from(score.mean_error));
         Some(Self { evidence, softmax: 1.0 / scores.iter().map(weight).sum::<f64>(), right })
@@ -117,6 +124,29 @@ impl Outlook {
 }
 
 impl Calibration {
+    /// The sample with its confidence, with one of `classes` only where that is not below `abstain_below`.
+    pub fn apply(&self, row: Prediction, abstain_below: Option<f64>, classes: &Classes) -> Prediction {
+        let Some(evidence) = Evidence::of_row(&row) else { return row };
+        let confidence = self.confidence(&evidence) as f32;
+        let (margin, scores) = match row.outcome {
+            Outcome::Labelled(Labelled { margin, scores, .. })
+            | Outcome::Uncertain(Uncertain { margin, scores, .. }) => (margin, scores),
+            Outcome::Quarantined { .. } => return row,
+        };
+        let is_sure = abstain_below.is_none_or(|least| f64::from(confidence) >= least);
+        let outcome = match scores.first().filter(|_| is_sure) {
+            Some(best) => Outcome::Labelled(Labelled {
+                class: best.class,
+                class_name: classes.name(best.class).to_owned(),
+                confidence: Some(confidence),
+                margin,
+                scores,
+            }),
+            None => Outcome::Uncertain(Uncertain { confidence, margin, scores }),
+        };
+        Prediction { outcome, ..row }
+    }
+
     /// How sure the best class is, in (0, 1].
     ///
     /// The arithmetic is the same on every platform: powers are not the C library's.
@@ -169,6 +199,38 @@ mod tests {
         let alone = Evidence::of(&[score(1.0, 1), score(0.5, 0)], None, 9);
         assert_eq!(calibration(0.0, 0.25).confidence(&alone), 0.8);
         assert!(calibration(1.0, 1.0).confidence(&Evidence::default()) > 0.0);
+    }
+
+    #[test]
+    fn a_row_gets_its_confidence_and_keeps_its_class_if_that_is_enough() {
+        let classes = Classes::parse("ant\nbee", &[]).unwrap();
+        let scores = vec![score(1.0, 0), Score { class: ClassIndex(1), ..score(1.5, 0) }];
+        let labelled = Labelled {
+            class: ClassIndex(0),
+            class_name: "ant".into(),
+            confidence: None,
+            margin: Some(0.5),
+            scores: scores.clone(),
+        };
+        let row = |outcome| Prediction {
+            sample: crate::ids::SampleId(3),
+            key: "k".into(),
+            label: None,
+            evaluations: 100,
+            outcome,
+        };
+        let confidence = (1.0 / (1.0 + (-1.0f64).exp())) as f32;
+        let sure = Outcome::Labelled(Labelled { confidence: Some(confidence), ..labelled.clone() });
+        let unsure = Outcome::Uncertain(Uncertain { confidence, margin: Some(0.5), scores });
+        let apply =
+            |outcome: &Outcome, least| calibration(0.0, 0.0).apply(row(outcome.clone()), least, &classes).outcome;
+        assert_eq!(apply(&Outcome::Labelled(labelled.clone()), Some(0.7)), sure);
+        assert_eq!(apply(&Outcome::Labelled(labelled), Some(0.8)), unsure);
+        // Whatever was found before, the same comes of it.
+        assert_eq!(apply(&unsure, None), sure);
+        assert_eq!(apply(&sure, Some(0.8)), unsure);
+        let bad = Outcome::Quarantined { error: "no image".into() };
+        assert_eq!(apply(&bad, Some(0.8)), bad);
     }
 
     #[test]
