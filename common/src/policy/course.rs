@@ -233,7 +233,7 @@ impl Course {
         let mut prompts = contenders.of_all_classes().count() as u64;
         let mut costs = Vec::new();
         let mut level = contenders.first();
-        while contenders.have_groups(&level) {
+        while self.needs_pairs() && contenders.have_groups(&level) {
             costs.push(cost(GROUP_SLOTS.min(self.slots.len()), level.len() as u64));
             level = contenders.opened(&level);
         }

@@ -334,7 +334,7 @@ mod tests {
         let refused = Course::new(&reference, None, 1000, Some(&contenders)).unwrap_err();
         assert!(refused.to_string().contains("--hierarchy is for --policy race"));
         let audited = course.with_audit(&reference, 1000, Some(&contenders)).unwrap();
-        assert_eq!(total(audited.audit().unwrap(), &contenders.without_groups()), 10 * 5);
+        assert_eq!(total(audited.audit().unwrap(), &contenders), 10 * 5);
     }
 
     #[test]
