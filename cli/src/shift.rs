@@ -65,7 +65,15 @@ pub(crate) async fn label(
         other => other.into(),
     })?);
     let job = plan.open(out, run).await?;
-    let expedition = plan.expedition();
+    let (job, expedition, problem) = match plan.expedition() {
+        None => (job, None, Some((first, problem))),
+        // What was loaded is the pilot's: workers load what they join, and hold no other.
+        Some(expedition) if job.is_done() => {
+            job.close().await?;
+            (expedition.arrive().await?, None, None)
+        }
+        Some(expedition) => (job, Some(expedition), None),
+    };
     if job.is_done() && expedition.is_none() {
         return already_done(job).await;
     }
@@ -86,7 +94,7 @@ pub(crate) async fn label(
         patience: Duration::from_secs(60),
         grace: Duration::from_secs(60),
         model: None,
-        problem: Some((first, problem)),
+        problem,
         stay: false,
     };
     tasks.spawn(elbo_worker::run(worker, stop.clone()));

@@ -55,6 +55,16 @@ fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whate
     run_ok(&mut label(images.path(), &killed));
     assert!(results(&killed) == expected, "an interrupted pilot and race must give the bytes of undisturbed ones");
 
+    // Killed when the pilot was done and nobody had looked at what it wrote yet.
+    for gone in ["job.json", "pilot/timesteps.json", "pilot/findings.json"] {
+        std::fs::remove_file(killed.join(gone)).unwrap();
+    }
+    for gone in ["predictions", "manifest", "ledger"] {
+        std::fs::remove_dir_all(killed.join(gone)).unwrap();
+    }
+    run_ok(&mut label(images.path(), &killed));
+    assert!(results(&killed) == expected, "a race must not be computed with what was loaded for its pilot");
+
     // Workers stay for the race when the pilot is done.
     let (address, shared) = (free_address(), outs.path().join("shared"));
     let mut coordinator = elbo();

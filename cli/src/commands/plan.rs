@@ -102,6 +102,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
 /// What the pilot of a job takes, where it has one.
 fn pilot_evaluations(flags: &JobArgs, timesteps: u32, contenders: Option<&Contenders>) -> anyhow::Result<Option<u64>> {
     let (Some(images), Some(contenders)) = (flags.pilot_images(), contenders) else { return Ok(None) };
+    let contenders = &contenders.without_groups();
     let policy = Pilot::policy(contenders.len() as u32, timesteps).map_err(usage)?;
     let course = Course::new(&policy, None, timesteps, Some(contenders)).map_err(usage)?;
     Ok(Some(images * course.costs(contenders).iter().map(|round| round.evaluations).sum::<u64>()))
