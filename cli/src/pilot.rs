@@ -5,7 +5,7 @@ use elbo_common::record::JobRecord;
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::job::discard;
 use elbo_coordinator::pilot::{self, PilotError};
-use elbo_coordinator::{Job, JobOptions};
+use elbo_coordinator::{Job, JobError, JobOptions};
 
 use crate::args::RunArgs;
 use crate::failure::usage;
@@ -43,6 +43,7 @@ impl Plan {
         }
         let store = Store::create(&Location::parse(out)?)?;
         if let Some(learned) = pilot::known(&store).await? {
+            expedition.check_known(&store, out).await?;
             let identity = pilot::with_timesteps(job.identity, learned);
             return Ok(Self::Job(Box::new(Identified { identity, ..job })));
         }
@@ -53,6 +54,20 @@ impl Plan {
             )));
         }
         Ok(expedition)
+    }
+
+    /// Refuses what another job's pilot has learned. A job that is recorded says itself what it was begun with.
+    async fn check_known(&self, store: &Store, out: &str) -> anyhow::Result<()> {
+        if JobRecord::read(store).await?.is_some() {
+            return Ok(());
+        }
+        let learned_by = Store::create(&Location::parse(&directory(out))?)?;
+        let Some(record) = JobRecord::read(&learned_by).await? else { return Ok(()) };
+        let differences = self.first().identity.differences(&record.identity);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(JobError::Different { location: learned_by.location().to_string(), differences }.into())
     }
 
     /// The job that is run first.

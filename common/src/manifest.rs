@@ -184,7 +184,8 @@ impl ManifestWriter {
         self.end_shard()?;
         self.end_part()?;
         let digest = self.root.finalize().to_hex().to_string();
-        let record = ManifestRecord { samples: self.samples, digest, captions: self.captions, labelled: self.labelled };
+        let record =
+            ManifestRecord { samples: self.samples, digest, captions: self.captions, labelled: Some(self.labelled) };
         Ok(((0..).map(layout::manifest).zip(self.parts).collect(), record))
     }
 }

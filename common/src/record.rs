@@ -30,9 +30,9 @@ pub struct ManifestRecord {
     pub digest: String,
     /// How many samples have so many captions of their own.
     pub captions: BTreeMap<usize, u64>,
-    /// Samples with a label.
+    /// Samples with a label; none where an older version listed them, which did not count.
     #[serde(default)]
-    pub labelled: u64,
+    pub labelled: Option<u64>,
 }
 
 /// Versions of what wrote the output.
@@ -178,7 +178,7 @@ mod tests {
             state: JobState::Unfinished,
             fingerprint: identity.fingerprint("m"),
             identity,
-            manifest: ManifestRecord { samples: 3, digest: "m".into(), captions: [(0, 3)].into(), labelled: 3 },
+            manifest: ManifestRecord { samples: 3, digest: "m".into(), captions: [(0, 3)].into(), labelled: Some(3) },
             versions: Versions { elbo: "1".into(), protocol: 1 },
             totals: None,
             timings: None,

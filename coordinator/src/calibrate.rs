@@ -21,6 +21,7 @@ use futures::stream::{FuturesUnordered, Peekable};
 use futures::{Stream, StreamExt, TryStreamExt};
 
 use crate::commit;
+use crate::ledger::{Ledger, LedgerError};
 
 /// Labels that are enough: below, an audit is asked first.
 const FEW: usize = 30;
@@ -39,6 +40,9 @@ pub enum CalibrateError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The ledger failed, or belongs to another coordinator by now.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
     /// A file of predictions is damaged.
     #[error(transparent)]
     Table(#[from] TableError),
@@ -48,22 +52,35 @@ pub enum CalibrateError {
 }
 
 /// Fits confidence to labels or an audit, unless the job brings its own, and writes it into every prediction; where there is
-/// neither, nothing is done.
-pub(crate) async fn calibrate(out: &Store, manifest: &Manifest, record: &mut JobRecord) -> Result<(), CalibrateError> {
+/// neither, nothing is done. A coordinator that has been replaced writes nothing: rows may be others by now.
+pub(crate) async fn calibrate(
+    out: &Store,
+    manifest: &Manifest,
+    ledger: &Ledger,
+    record: &mut JobRecord,
+) -> Result<(), CalibrateError> {
     let spec = &record.identity.spec;
     record.confidence = None;
-    if record.manifest.labelled == 0 && spec.audit.is_none() && spec.calibration.is_none() {
+    if record.manifest.labelled == Some(0) && spec.audit.is_none() && spec.calibration.is_none() {
         return Ok(());
     }
     record.confidence = find(&Output::new(out), record).await?;
-    let Some(Confidence { calibration, .. }) = record.confidence else { return Ok(()) };
+    let Some(Confidence { calibration, .. }) = record.confidence else {
+        if spec.abstain_below.is_some() {
+            tracing::warn!(
+                "--abstain-below had no effect: no image that has a label or was audited could be scored, so nothing tells how \
+                 sure the others are; give a larger --audit or --calibration-from, with another --out"
+            );
+        }
+        return Ok(());
+    };
     tracing::info!(shards = manifest.shards(), "writing the confidence of every prediction");
     let mut writing = FuturesUnordered::new();
     for shard in (0..manifest.shards()).map(ShardId) {
         if writing.len() == SHARDS {
             writing.try_next().await?;
         }
-        writing.push(write(out, manifest, record, calibration, shard));
+        writing.push(write(out, manifest, ledger, record, calibration, shard));
     }
     writing.try_collect().await
 }
@@ -113,6 +130,7 @@ async fn reference_class(
 async fn write(
     out: &Store,
     manifest: &Manifest,
+    ledger: &Ledger,
     record: &JobRecord,
     calibration: Calibration,
     shard: ShardId,
@@ -134,6 +152,7 @@ async fn write(
     });
     let after = encoding.await.map_err(|_| CalibrateError::Task)??;
     if after != before {
+        ledger.hold().await?;
         out.write(&path, after).await?;
     }
     Ok(())

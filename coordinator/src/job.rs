@@ -204,7 +204,8 @@ impl Job {
         if self.is_done() && self.record.state != JobState::Done {
             let mut totals = ShardTotals::default();
             self.done.values().for_each(|shard| totals.add(*shard));
-            calibrate::calibrate(&self.out, &self.manifest, &mut self.record).await?;
+            calibrate::calibrate(&self.out, &self.manifest, &self.ledger, &mut self.record).await?;
+            self.ledger.hold().await?;
             self.record.state = JobState::Done;
             self.record.totals = Some(totals.of_job(self.ledger.waste()));
             self.record.write(&self.out).await?;
@@ -215,7 +216,7 @@ impl Job {
 
 /// Whether it can be told how sure predictions are, where the job wants to know.
 fn check_confidence(spec: &JobSpec, listed: &ManifestRecord) -> Result<(), JobError> {
-    let can_tell = listed.labelled > 0 || spec.audit.is_some() || spec.calibration.is_some();
+    let can_tell = listed.labelled != Some(0) || spec.audit.is_some() || spec.calibration.is_some();
     if spec.abstain_below.is_some() && !can_tell { Err(JobError::NothingToCalibrate) } else { Ok(()) }
 }
 

@@ -203,9 +203,7 @@ impl Ledger {
         };
         let (epoch, sequence) = (Epoch(before + 1), AtomicU64::new(0));
         let ledger = Self { db, epoch, sequence, waste: Mutex::new(waste), records: Mutex::default() };
-        let mut batch = WriteBatch::new();
-        batch.put(EPOCH, ledger.epoch.0.to_le_bytes());
-        ledger.write(batch).await?;
+        ledger.hold().await?;
         Ok(ledger)
     }
 
@@ -215,6 +213,13 @@ impl Ledger {
             Some(CloseReason::Fenced) => Err(LedgerError::Fenced),
             _ => Ok(()),
         }
+    }
+
+    /// Makes sure, by a durable write of what is known, that no other coordinator has taken over.
+    pub async fn hold(&self) -> Result<(), LedgerError> {
+        let mut batch = WriteBatch::new();
+        batch.put(EPOCH, self.epoch.0.to_le_bytes());
+        self.write(batch).await
     }
 
     /// This coordinator's incarnation.

@@ -410,7 +410,9 @@ impl Coordinator {
             brain.totals().of_job(brain.waste())
         };
         let mut record = self.shared.record.clone();
-        calibrate::calibrate(&self.out, &self.manifest, &mut record).await?;
+        let ledger = &self.shared.ledger;
+        calibrate::calibrate(&self.out, &self.manifest, ledger, &mut record).await?;
+        ledger.hold().await?;
         record.state = JobState::Done;
         record.totals = Some(totals);
         record.timings =

@@ -46,10 +46,23 @@ fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
     assert_eq!(report["audit"]["reference_evaluations"], 5.0 * 10.0 + 15.0 * 5.0);
     assert!(report["accuracy"]["top1"].as_f64().unwrap() > 0.5, "{report}");
 
+    // A class that stood beside groups and was asked about again is written down once a slot.
+    let mut errors = BTreeMap::new();
+    for shard in 0..4 {
+        let bytes = std::fs::read(out.join(format!("errors/shard-{shard:05}.parquet"))).unwrap();
+        for row in elbo_common::predictions::decode_errors(bytes.into()).unwrap() {
+            *errors.entry((row.sample, row.prompt, row.noise)).or_insert(0) += 1;
+        }
+    }
+    assert!(!errors.is_empty() && errors.values().all(|count| *count == 1));
+
     let plan = json(elbo().args(["plan", "--json", "--classes"]).arg(classes()).args(grouped));
     // Four that are in no group, on eight slots; then ten classes.
     assert_eq!(plan["rounds"][0], serde_json::json!({"slots": 8, "prompts": 4, "evaluations": 32}));
     assert_eq!(plan["prompts"], 10);
+    let mut piloted = elbo();
+    piloted.args(["plan", "--json", "--pilot", "30", "--classes"]).arg(classes()).args(grouped);
+    assert_eq!(json(&mut piloted)["evaluations_pilot"], 30 * 100 * 10);
 
     let again = outs.path().join("again");
     let mut three = label(images.path(), &again, &grouped);

@@ -77,6 +77,13 @@ fn pairs_are_scored_as_in_winoground() {
     let top1 = rows.iter().filter(|row| row.labelled().unwrap().class.0 == i32::from(row.key.starts_with("eight")));
     assert_eq!(report["accuracy"]["top1"].as_f64(), Some(top1.count() as f64 / 12.0));
 
+    // Whether an image is sure enough for a class is no part of these scores.
+    let unsure =
+        ["--candidates", "caption_0,caption_1", "--samples", "20", "--write-errors", "--abstain-below", "0.99"];
+    let unsure = json(elbo().args(["report", "--json"]).arg(label(&list, &unsure).path()));
+    assert!(unsure["uncertain"].as_u64() > Some(0), "{unsure}");
+    assert_eq!(unsure["pairs"], report["pairs"]);
+
     // Both images of a pair see the same noise: listed alone, each draws its own and scores otherwise.
     let apart = std::fs::read_to_string(&list).unwrap().replace(",pair 0\n", ",\n");
     std::fs::write(&list, apart).unwrap();

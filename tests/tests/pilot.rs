@@ -55,6 +55,13 @@ fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whate
     run_ok(&mut label(images.path(), &killed));
     assert!(results(&killed) == expected, "an interrupted pilot and race must give the bytes of undisturbed ones");
 
+    // What another job's pilot learned is not taken, as long as no race has been begun with it.
+    let other = outs.path().join("other");
+    elbo_tests::copy_tree(&undisturbed.join("pilot"), &other.join("pilot"));
+    let refused = run(label(images.path(), &other).args(["--seed", "7"]));
+    assert!(stderr(&refused).contains("seed: 0 -> 7"), "{}", stderr(&refused));
+    assert!(!other.join("job.json").exists());
+
     // Killed when the pilot was done and nobody had looked at what it wrote yet.
     for gone in ["job.json", "pilot/timesteps.json", "pilot/findings.json"] {
         std::fs::remove_file(killed.join(gone)).unwrap();
@@ -125,8 +132,18 @@ fn a_worker_whose_coordinator_comes_back_with_another_job_works_for_that_one() {
     worker.args(["worker", "--coordinator", &format!("http://{address}"), "--batch", "16"]);
     let mut worker = Process::start(&mut worker);
     // In the middle of the first job, another takes its place.
-    std::thread::sleep(Duration::from_secs(4));
+    let begun = || {
+        let status = run(elbo().args(["status", "--json", &format!("http://{address}")]));
+        let status = serde_json::from_slice::<serde_json::Value>(&status.stdout).unwrap_or_default();
+        status["evaluations"].as_u64() > Some(0)
+    };
+    let patience = Instant::now() + Duration::from_secs(60);
+    while !begun() {
+        assert!(Instant::now() < patience, "the first job never got on");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     first.kill();
+    assert!(!outs.path().join("first/predictions").join("shard-00000.parquet").exists(), "it was done too soon");
     let mut second = coordinator("second", "2");
     assert_eq!(second.wait(Duration::from_secs(120)), Some(0));
     assert_eq!(worker.wait(Duration::from_secs(30)), Some(0));

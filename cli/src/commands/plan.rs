@@ -7,8 +7,9 @@ use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::manifest::Sample;
 use elbo_common::model_source::{ModelSource, Wanted};
 use elbo_common::policy::pilot::Pilot;
-use elbo_common::policy::{Course, RoundCost};
+use elbo_common::policy::{Course, Policy, RoundCost};
 use elbo_common::schedule::NoiseSchedule;
+use elbo_coordinator::pilot::PilotError;
 use indicatif::HumanCount;
 use serde::Serialize;
 
@@ -87,7 +88,14 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         prompt_ensemble: flags.ensemble(),
         rounds: course.costs(&largest),
         evaluations_per_image: cost(most),
-        evaluations_pilot: pilot_evaluations(&flags, timesteps, of_job.as_ref())?,
+        evaluations_pilot: match flags.pilot_images() {
+            Some(images) => {
+                let samples = captions.as_ref().map(|counts| counts.values().sum());
+                let each = pilot_evaluations(&flags, &takes, timesteps, of_job.as_ref())?;
+                Some(images.min(samples.unwrap_or(u64::MAX)) * each)
+            }
+            None => None,
+        },
         evaluations_total: captions.as_ref().map(|counts| counts.iter().map(|(captions, n)| n * cost(*captions)).sum()),
         least: course.needs_pairs().then(|| (course.first_slots(largest.first().len()) * largest.first().len()) as u64),
         at_most: course.needs_pairs() || !largest.are_even() || captions.is_some_and(|counts| counts.len() > 1),
@@ -99,13 +107,21 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     print(&plan, args.rate)
 }
 
-/// What the pilot of a job takes, where it has one.
-fn pilot_evaluations(flags: &JobArgs, timesteps: u32, contenders: Option<&Contenders>) -> anyhow::Result<Option<u64>> {
-    let (Some(images), Some(contenders)) = (flags.pilot_images(), contenders) else { return Ok(None) };
-    let contenders = &contenders.without_groups();
-    let policy = Pilot::policy(contenders.len() as u32, timesteps).map_err(usage)?;
-    let course = Course::new(&policy, None, timesteps, Some(contenders)).map_err(usage)?;
-    Ok(Some(images * course.costs(contenders).iter().map(|round| round.evaluations).sum::<u64>()))
+/// What an image of a job's pilot takes.
+fn pilot_evaluations(
+    flags: &JobArgs,
+    takes: &Takes,
+    timesteps: u32,
+    contenders: Option<&Contenders>,
+) -> anyhow::Result<u64> {
+    let is_race = matches!(flags.to_policy(takes, contenders)?, Policy::Race { .. });
+    let Some(contenders) = contenders.filter(|_| is_race).map(Contenders::without_groups) else {
+        return Err(usage(PilotError::NoRace));
+    };
+    let shortlist = flags.to_shortlist()?.map(|shortlist| shortlist.keep);
+    let policy = Pilot::policy(shortlist.unwrap_or(contenders.len() as u32), timesteps).map_err(usage)?;
+    let course = Course::new(&policy, shortlist, timesteps, Some(&contenders)).map_err(usage)?;
+    Ok(course.costs(&contenders).iter().map(|round| round.evaluations).sum())
 }
 
 /// How many samples have so many captions of their own.

@@ -117,7 +117,7 @@ pub(crate) struct JobArgs {
     #[serde(deserialize_with = "from_str")]
     pub(crate) audit: Option<Share>,
     /// Give no class to images whose best one is less sure than this: their status is `uncertain`. How sure a class is, is
-    /// fitted when the job ends, to labels if there are some, else to the audit
+    /// fitted when the job ends: to the images with labels, or where these are fewer than 30 to the audit, if there is one
     #[arg(long, env = "ELBO_ABSTAIN_BELOW", value_name = "P")]
     #[serde(alias = "abstain-below")]
     pub(crate) abstain_below: Option<f64>,

@@ -106,7 +106,7 @@ impl JobArgs {
     }
 
     /// What makes the shortlist.
-    fn to_shortlist(&self) -> anyhow::Result<Option<Shortlist>> {
+    pub(crate) fn to_shortlist(&self) -> anyhow::Result<Option<Shortlist>> {
         self.shortlist.as_deref().map(|text| text.parse().map_err(usage)).transpose()
     }
 

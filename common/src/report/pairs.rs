@@ -63,8 +63,9 @@ impl Half {
         let classes = Classes::of_captions(&sample.candidates);
         let right = sample.label.as_deref().and_then(|label| classes.with_label(label));
         let of = |caption: ClassIndex, scores: &[Score]| scores.iter().find(|s| s.class == caption).copied();
-        let scores = prediction.and_then(Prediction::labelled).and_then(|labelled| {
-            (0..).zip(&sample.candidates).map(|(caption, _)| of(ClassIndex(caption), &labelled.scores)).collect()
+        // An image that is too uncertain for a class has its scores all the same.
+        let scores = prediction.map(Prediction::scores).filter(|scores| !scores.is_empty()).and_then(|scores| {
+            (0..).zip(&sample.candidates).map(|(caption, _)| of(ClassIndex(caption), scores)).collect()
         });
         Self {
             key: sample.key.clone(),

@@ -140,6 +140,7 @@ impl Active {
         let Survivors { prompts: stay, afresh } = course.survivors(round, &self.contenders, standing);
         if afresh {
             stay.iter().for_each(|prompt| self.totals[prompt.at()] = Sums::default());
+            self.errors.retain(|error| stay.binary_search(&error.prompt).is_err());
             self.slots = 0..0;
         }
         for prompt in &self.remaining {

@@ -54,7 +54,10 @@ async fn a_committed_shard_leaves_its_totals_and_nothing_else() {
 async fn a_second_coordinator_fences_the_first() {
     let out = store();
     let first = Ledger::open(&out).await.unwrap();
-    let _second = Ledger::open(&out).await.unwrap();
+    first.hold().await.unwrap();
+    let second = Ledger::open(&out).await.unwrap();
+    assert!(matches!(first.hold().await, Err(LedgerError::Fenced)), "who has nothing to write finds out too");
+    second.hold().await.unwrap();
     let error = first.append(&record(1), 10, Waste::default()).await.unwrap_err();
     assert!(matches!(error, LedgerError::Fenced), "{error}");
 }
