@@ -30,7 +30,8 @@ const ROUND_EVALUATIONS: usize = 12;
 const LEAST_GROWTH: usize = 4;
 /// Up to so many contenders are compared at the level itself.
 const FEW: f64 = 10.0;
-/// How much lower the level is among more: with the root a race among a thousand loses an image in a hundred more.
+/// How much lower the level is among more. With the root, which was tried before, a race among a thousand drawn classes took a
+/// fifth less and got an image in two hundred more wrong.
 const CAUTION: f64 = 0.7;
 /// What the other contenders' variances count for, in slots.
 const PRIOR_DEGREES: usize = 4;
