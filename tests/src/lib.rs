@@ -18,6 +18,10 @@ use std::time::{Duration, Instant};
 use elbo_common::predictions::{Prediction, decode_predictions};
 use tempfile::TempDir;
 
+/// How long a test waits for a process or a state before it calls it a hang. Slow machines take their time: jobs that end in
+/// seconds on one processor take minutes on another, and no result depends on it.
+pub const PATIENCE: Duration = Duration::from_secs(600);
+
 /// The repository's root: where the tests were built, or `ELBO_TEST_ROOT` where they were carried elsewhere.
 pub fn root() -> PathBuf {
     std::env::var_os("ELBO_TEST_ROOT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)

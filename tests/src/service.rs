@@ -9,10 +9,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::{Process, coordinator_flags, elbo, free_address, job_flags, json, results, run_ok, some_images};
-
-/// Longer than any job of these tests takes.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+use crate::{PATIENCE, Process, coordinator_flags, elbo, free_address, job_flags, json, results, run_ok, some_images};
 
 /// The token of every coordinator here.
 pub const TOKEN: &str = "a-secret-0f93";

@@ -13,13 +13,12 @@ use std::time::{Duration, Instant};
 use elbo_tests::link::{Link, State};
 use elbo_tests::servers::{Bucket, Moto};
 use elbo_tests::{
-    Process, audit, coordinator_flags, elbo, free_address, job_flags, json, model, run_ok, some_images, with,
+    PATIENCE, Process, audit, coordinator_flags, elbo, free_address, job_flags, json, model, run_ok, some_images, with,
 };
 use tempfile::TempDir;
 
 /// Trouble lasts no longer than this; then the job must come to its end.
 const TROUBLE: Duration = Duration::from_secs(90);
-const PATIENCE: Duration = Duration::from_secs(240);
 const WORKERS: usize = 3;
 
 /// 15 images of each class, 555 evaluations an image: the better part of a minute for two cores.
@@ -157,7 +156,7 @@ impl<'a> Cluster<'a> {
             Trouble::DrainWorker if self.members[at].well_again.is_none() => {
                 self.members[at].process.signal("TERM");
                 // In its grace, or else it says that it could not report.
-                let left = self.members[at].process.wait(Duration::from_secs(20));
+                let left = self.members[at].process.wait(PATIENCE);
                 assert!(matches!(left, Some(0 | 1)), "{left:?}");
                 self.restart_worker(at);
             }

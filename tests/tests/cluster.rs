@@ -6,12 +6,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use elbo_tests::{
-    Process, coordinator_flags, copy_tree, elbo, free_address, images, job_flags, json, model, results, run, run_ok,
-    some_images, stderr,
+    PATIENCE, Process, coordinator_flags, copy_tree, elbo, free_address, images, job_flags, json, model, results, run,
+    run_ok, some_images, stderr,
 };
 use tempfile::TempDir;
-
-const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Cluster {
     address: String,
@@ -100,7 +98,7 @@ fn a_worker_leaves_on_sigterm_and_hands_its_leases_back() {
     let mut worker = cluster.worker();
     cluster.wait_for("a lease", |s| s["workers"][0]["leases"].as_u64() > Some(0));
     worker.signal("TERM");
-    assert_eq!(worker.wait(Duration::from_secs(20)), Some(0));
+    assert_eq!(worker.wait(PATIENCE), Some(0));
     let status = cluster.status().unwrap();
     assert_eq!(status["workers"].as_array().map(Vec::len), Some(0));
     assert_eq!(status["state"], "waiting for workers");

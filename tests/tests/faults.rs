@@ -17,7 +17,7 @@ use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobOptions, MaxBad, Options, Outcome};
 use elbo_net::Limits;
 use elbo_tests::faults::FaultyStore;
-use elbo_tests::{elbo, job_flags, model, results, run_ok, some_images, with};
+use elbo_tests::{PATIENCE, elbo, job_flags, model, results, run_ok, some_images, with};
 use elbo_worker::engine::Problem;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
@@ -122,8 +122,7 @@ async fn disturbed(case: &Case, seed: u64) -> (u64, u64) {
     for start in 0.. {
         assert!(start < 20, "seed {seed}: it is never done: {errors:?}");
         // The first runs are cut short at some moment; the later ones may take as long as they need.
-        let life =
-            if start < 2 { Duration::from_millis(300 + 170 * ((seed + start) % 9)) } else { Duration::from_secs(120) };
+        let life = if start < 2 { Duration::from_millis(300 + 170 * ((seed + start) % 9)) } else { PATIENCE };
         match case.run(Arc::clone(&faulty) as _, life).await {
             Some(Ok(_)) => break,
             Some(Err(error)) => errors.push(error),
@@ -168,7 +167,7 @@ fn a_false_conflict_stops_the_coordinator_with_a_clear_error_and_the_job_resumes
         let mut stopped = 0;
         for start in 0.. {
             assert!(start < 50, "it is never done");
-            match case.run(Arc::clone(&conflicting) as _, Duration::from_secs(120)).await.unwrap() {
+            match case.run(Arc::clone(&conflicting) as _, PATIENCE).await.unwrap() {
                 Ok(_) => break,
                 Err(error) => {
                     assert!(error.contains("another coordinator has taken over"), "{error}");

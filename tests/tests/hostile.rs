@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use elbo_proto::v1;
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
-use elbo_tests::service::{PATIENCE, Service, TOKEN};
-use elbo_tests::{Process, elbo, json};
+use elbo_tests::service::{Service, TOKEN};
+use elbo_tests::{PATIENCE, Process, elbo, json};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};

@@ -12,12 +12,10 @@ use elbo_common::predictions::{decode_errors, decode_predictions};
 use elbo_tests::proxy::{Fault, Proxy};
 use elbo_tests::servers::{AZURITE_KEY, Azurite, Bucket, KEY, Moto, S3sFs, SECRET, s3_variables, with_variables};
 use elbo_tests::{
-    Process, coordinator_flags, elbo, free_address, job_flags, json, model, results, run, run_ok, some_images, stderr,
-    with,
+    PATIENCE, Process, coordinator_flags, elbo, free_address, job_flags, json, model, results, run, run_ok,
+    some_images, stderr, with,
 };
 use tempfile::TempDir;
-
-const PATIENCE: Duration = Duration::from_secs(120);
 
 type Files = Vec<(String, Vec<u8>)>;
 

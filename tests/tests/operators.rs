@@ -5,8 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use elbo_tests::service::{PATIENCE, Service, TOKEN};
-use elbo_tests::{Process, coordinator_flags, elbo, free_address, images, json, run, stderr};
+use elbo_tests::service::{Service, TOKEN};
+use elbo_tests::{PATIENCE, Process, coordinator_flags, elbo, free_address, images, json, run, stderr};
 use serde_json::Value;
 use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use elbo_common::ids::{ClassIndex, Round, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::predictions::{Labelled, Outcome, Prediction, Score, encode_predictions};
-use elbo_tests::{Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr};
+use elbo_tests::{PATIENCE, Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -180,7 +180,7 @@ fn peak(command: &mut std::process::Command) -> u64 {
         peak = peak.max(kib.unwrap_or_default() / 1024);
         std::thread::sleep(Duration::from_millis(2));
     }
-    assert_eq!(process.wait(Duration::from_secs(60)), Some(0));
+    assert_eq!(process.wait(PATIENCE), Some(0));
     peak
 }
 

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use elbo_tests::{Process, classes, elbo, free_address, json, model, results, run, run_ok, some_images, stderr};
+use elbo_tests::{
+    PATIENCE, Process, classes, elbo, free_address, json, model, results, run, run_ok, some_images, stderr,
+};
 use tempfile::TempDir;
 
 const FLAGS: [&str; 9] =
@@ -85,9 +87,9 @@ fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whate
             Process::start(&mut worker)
         })
         .collect();
-    assert_eq!(coordinator.wait(Duration::from_secs(120)), Some(0));
+    assert_eq!(coordinator.wait(PATIENCE), Some(0));
     for worker in &mut workers {
-        assert_eq!(worker.wait(Duration::from_secs(30)), Some(0));
+        assert_eq!(worker.wait(PATIENCE), Some(0));
     }
     assert!(results(&shared) == expected);
     let report = json(elbo().args(["report", "--json"]).arg(&shared));
@@ -137,7 +139,7 @@ fn a_worker_whose_coordinator_comes_back_with_another_job_works_for_that_one() {
         let status = serde_json::from_slice::<serde_json::Value>(&status.stdout).unwrap_or_default();
         status["evaluations"].as_u64() > Some(0)
     };
-    let patience = Instant::now() + Duration::from_secs(60);
+    let patience = Instant::now() + PATIENCE;
     while !begun() {
         assert!(Instant::now() < patience, "the first job never got on");
         std::thread::sleep(Duration::from_millis(100));
@@ -145,8 +147,8 @@ fn a_worker_whose_coordinator_comes_back_with_another_job_works_for_that_one() {
     first.kill();
     assert!(!outs.path().join("first/predictions").join("shard-00000.parquet").exists(), "it was done too soon");
     let mut second = coordinator("second", "2");
-    assert_eq!(second.wait(Duration::from_secs(120)), Some(0));
-    assert_eq!(worker.wait(Duration::from_secs(30)), Some(0));
+    assert_eq!(second.wait(PATIENCE), Some(0));
+    assert_eq!(worker.wait(PATIENCE), Some(0));
 
     let alone = outs.path().join("alone");
     let mut label = elbo();

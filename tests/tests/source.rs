@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::Duration;
 
 use elbo_tests::web::{Files, Site, Web};
-use elbo_tests::{Process, classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr};
+use elbo_tests::{
+    PATIENCE, Process, classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr,
+};
 use tempfile::TempDir;
 
 const COMMIT: &str = "1111111111111111111111111111111111111111";
@@ -120,7 +121,7 @@ fn processes_that_start_together_fetch_a_model_once() {
     let start = |i| Process::start(&mut label(&web.url, home.path(), "hf://test/digits", images.path(), &out(i)));
     let mut processes: Vec<Process> = (0..3).map(start).collect();
     for process in &mut processes {
-        assert_eq!(process.wait(Duration::from_secs(120)), Some(0));
+        assert_eq!(process.wait(PATIENCE), Some(0));
     }
     let weights =
         |path: &&String| path.contains("resolve") && path.contains("unet/diffusion_pytorch_model.safetensors");

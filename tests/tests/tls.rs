@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use elbo_tests::service::{PATIENCE, Service, TOKEN};
-use elbo_tests::{Process, elbo, run, stderr};
+use elbo_tests::service::{Service, TOKEN};
+use elbo_tests::{PATIENCE, Process, elbo, run, stderr};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
