@@ -111,6 +111,21 @@ pub fn self_attention(qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor
 
 /// The same in plain candle operations, for any device and data type.
 pub(crate) fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    /// Scores made at once: candle's kernels on a GPU count them in 32 bits.
+    const MOST_SCORES: usize = i32::MAX as usize;
+    let (batch, len, _) = q.dims3()?;
+    let at_once = (MOST_SCORES / (heads * len * k.dim(1)?).max(1)).max(1);
+    if batch <= at_once {
+        return plain_at_once(q, k, v, heads, causal);
+    }
+    let parts = (0..batch).step_by(at_once).map(|first| {
+        let part = |x: &Tensor| x.narrow(0, first, at_once.min(batch - first));
+        plain_at_once(&part(q)?, &part(k)?, &part(v)?, heads, causal)
+    });
+    Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+}
+
+fn plain_at_once(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
     let (batch, len, channels) = q.dims3()?;
     let dim = channels / heads;
     let split = |x: &Tensor| x.reshape((batch, x.dim(1)?, heads, dim))?.transpose(1, 2)?.contiguous();

@@ -109,10 +109,13 @@ impl Conv2d {
     /// `x [B, H, W, Cin]` to `[B, H', W', Cout]`.
     pub fn forward(&self, x: &Tensor, fused: Fused<'_>) -> Result<Tensor> {
         let flops = 2 * 9 * (x.elem_count() / (self.stride * self.stride)) * self.outputs;
-        timed(x, Part::Convolution, "conv2d", flops, || match &self.weights {
+        let whole = |operation: &dyn Fn() -> Result<Tensor>| timed(x, Part::Convolution, "conv2d", flops, operation);
+        match &self.weights {
             Weights::Packed { matrix, bias, winograd } => {
-                x.contiguous()?.apply_op1_no_bwd(&Op { conv: self, matrix, bias, winograd, fused })
+                let op = Op { conv: self, matrix, bias, winograd, fused };
+                whole(&|| x.contiguous()?.apply_op1_no_bwd(&op))
             }
+            // There the norm, the convolution and what is added are operations of their own, and times of their own.
             #[cfg(feature = "cuda")]
             Weights::Gpu { gpu, weight, bias } => {
                 let (stride, padding) = (self.stride, self.padding);
@@ -120,8 +123,10 @@ impl Conv2d {
                 let around = crate::cuda::Surroundings { norm: norm.map(GroupNorm::on_gpu), shift, residual };
                 gpu.convolve(x, crate::cuda::Convolution { weight, bias, stride, padding }, around)
             }
-            Weights::Plain { weight, bias } => plain(x, weight, bias.as_ref(), self.stride, self.padding, fused),
-        })
+            Weights::Plain { weight, bias } => {
+                whole(&|| plain(x, weight, bias.as_ref(), self.stride, self.padding, fused))
+            }
+        }
     }
 }
 

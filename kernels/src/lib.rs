@@ -55,4 +55,4 @@ pub use errors::{Deviation, MeanErrors, mean_errors};
 pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm};
-pub use shape::{concat_channels, download, gather, upload, upsample_nearest2x};
+pub use shape::{Download, concat_channels, download, gather, upload, upsample_nearest2x};

@@ -9,7 +9,7 @@ use candle_core::{Result, Tensor};
 /// What kind of work an operation is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
-    /// Convolutions, with the norm in front of them where they are one operation.
+    /// Convolutions; on the CPU with the norm in front of them, which is part of the operation there.
     Convolution,
     /// Linear layers and feed-forwards.
     Linear,

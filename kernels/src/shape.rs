@@ -16,9 +16,40 @@ pub fn upload(values: &[f32], shape: impl Into<Shape>, device: &Device) -> Resul
 
 /// The values of a tensor in f32. On a GPU what makes them is waited for, but not what was asked of it afterwards.
 pub fn download(x: &Tensor) -> Result<Vec<f32>> {
-    let x = x.to_dtype(DType::F32)?.contiguous()?;
-    on_gpu!(&x, gpu => crate::cuda::download(&gpu, &x));
-    x.flatten_all()?.to_vec1()
+    Download::start(x)?.wait()
+}
+
+/// Values on their way from a device. On a GPU the copy takes its place among what the device was asked for when it is
+/// started, so start it before giving the device to others, and wait for it afterwards.
+#[derive(Debug)]
+pub struct Download(Source);
+
+#[derive(Debug)]
+enum Source {
+    Host(Vec<f32>),
+    #[cfg(feature = "cuda")]
+    Gpu(crate::cuda::Download),
+}
+
+impl Download {
+    /// Asks for the values of a tensor in f32.
+    pub fn start(x: &Tensor) -> Result<Self> {
+        if x.elem_count() == 0 {
+            return Ok(Self(Source::Host(Vec::new())));
+        }
+        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        on_gpu!(&x, gpu => Ok(Self(Source::Gpu(crate::cuda::Download::start(gpu, &x)?))));
+        Ok(Self(Source::Host(x.flatten_all()?.to_vec1()?)))
+    }
+
+    /// The values, in the order of the tensor.
+    pub fn wait(self) -> Result<Vec<f32>> {
+        match self.0 {
+            Source::Host(values) => Ok(values),
+            #[cfg(feature = "cuda")]
+            Source::Gpu(copy) => copy.wait(),
+        }
+    }
 }
 
 /// Doubles the height and width of `x [B, H, W, C]` by repeating pixels.

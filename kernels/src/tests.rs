@@ -340,6 +340,33 @@ fn values_come_back_from_the_device() {
 }
 
 #[test]
+fn nothing_gives_nothing() {
+    let x = random((3, 5, 8), 1);
+    let none = gather(&x, &[]).unwrap();
+    assert_eq!(none.dims(), [0, 5, 8]);
+    assert!(download(&none).unwrap().is_empty());
+    assert_eq!(upload(&[], (0, 4), &device()).unwrap().dims(), [0, 4]);
+    let layer = Linear::new(&random((6, 8), 2), None).unwrap();
+    assert_eq!(layer.forward(&none, None).unwrap().dims(), [0, 5, 6]);
+    assert_eq!(activate(&none, Activation::Silu).unwrap().dims(), [0, 5, 8]);
+}
+
+#[test]
+fn a_copy_that_nobody_waits_for_harms_no_other() {
+    let (x, y) = (random((64, 64), 1), random((64, 64), 2));
+    drop(Download::start(&x).unwrap());
+    let (first, second) = (Download::start(&x).unwrap(), Download::start(&y).unwrap());
+    assert_eq!(
+        second.wait().unwrap(),
+        host(&y).to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    );
+    assert_eq!(
+        first.wait().unwrap(),
+        host(&x).to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    );
+}
+
+#[test]
 fn an_image_alone_gives_the_bits_it_gives_in_a_batch() {
     let x = random((7, 5, 9, 48), 1);
     let conv = Conv2d::new(&random((50, 48, 3, 3), 2), None, 1, Padding::Around).unwrap();

@@ -5,7 +5,8 @@
 
 ELBO is built with the feature cuda, LIBRARIES are what tests/cuda/driver/build.sh leaves. Three digits are labelled in every
 type, with a loss that is computed on the host, and with so little memory that batches have to be halved, which must not change
-a bit. `tests/cuda/emulated.sh jobs` does it all.
+a bit; with a cuDNN that does not start, refuses convolutions or lacks memory; and on a device that refuses a launch or is lost.
+`tests/cuda/emulated.sh jobs` does it all.
 """
 import csv
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Largest relative difference of an image's errors, by type: f32 differs in the order of sums, the others in every rounding.
 TOLERANCES = {"f32": 2e-5, "f16": 5e-3, "bf16": 3e-2}
+# Exit code of a job whose only device is lost.
+LOST = 1
 
 
 def main():
@@ -29,11 +32,13 @@ def main():
             (scratch / "images" / digit).mkdir(parents=True)
             shutil.copy(image, scratch / "images" / digit)
 
-        def label(name, *flags, **environment):
+        def label(name, *flags, code=0, **environment):
             environment = {"LD_LIBRARY_PATH": str(libraries), "ELBO_CACHE": str(scratch / "cache")} | environment
             out, table = scratch / name, scratch / f"{name}.csv"
             command = [elbo, "label", "--images", scratch / "images", "--keep", "2,1", "--samples", "2,4", "--progress", "none"]
-            said = run([*command, "--label-from", "parent", "--out", out, *flags], environment)
+            said = run([*command, "--label-from", "parent", "--out", out, *flags], environment, code)
+            if code:
+                return None, said
             run([elbo, "export", out, "--format", "csv", "--to", table], {})
             with table.open() as file:
                 return list(csv.DictReader(file)), said
@@ -53,10 +58,34 @@ def main():
         assert halved == whole, "halved batches changed a result"
         print("halved batches: the same bits")
 
+        expected, _ = label("expected", *unet)
+        half = [*unet, "--device", "cuda", "--dtype", "bf16", "--batch", "8"]
+        for fault, sign in [("fails", "cuDNN does not start"), ("no-fused", "bias and residual are added afterwards"),
+                            ("no-convolutions", "computed over patches"), ("breaks", "computed over patches"),
+                            ("no-memory", "did not fit into memory")]:
+            found, said = label(f"cudnn-{fault}", *half, ELBO_EMULATED_CUDNN=fault)
+            assert sign in said, f"{fault}: {said}"
+            worst = compare(found, expected)
+            print(f"cuDNN {fault}: largest relative difference of an error {worst:.1e}")
+            assert worst < TOLERANCES["bf16"], f"{fault}: {worst}"
 
-def run(command, environment):
+        device = [*unet, "--device", "cuda:0", "--batch", "20"]
+        refused, said = label("refused", *device, ELBO_EMULATED_FAULT="stale@300")
+        assert "block failed" in said, f"no launch was refused: {said}"
+        assert refused == whole, "a launch that was refused once changed a result"
+        print("a launch that was refused: the same bits, by the same device")
+        _, said = label("lost", *device, code=LOST, ELBO_EMULATED_FAULT="lost@300")
+        assert "ILLEGAL_ADDRESS" in said and "panicked" not in said, said
+        resumed, _ = label("lost", *device)
+        assert resumed == whole, "a lost device changed a result"
+        print("a lost device: the job stops and resumes to the same bits")
+        _, said = label("none", *device, code=2, CUDA_VISIBLE_DEVICES="")
+        assert "CUDA_VISIBLE_DEVICES='' hides all others" in said, said
+
+
+def run(command, environment, code=0):
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stderr}"
+    assert done.returncode == code, f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr}"
     return done.stderr
 
 

@@ -15,7 +15,7 @@ use elbo_common::policy::ScoredBy;
 use elbo_common::unit::{Unit, UnitId};
 use elbo_kernels::gpu;
 
-use crate::engine::{Problem, UnitWork, batches_of};
+use crate::engine::{Evaluation, Problem, UnitWork, batches_of};
 use crate::models::ModelError;
 
 /// The batch size that was found for such a job on such a device before, or is found now.
@@ -25,7 +25,7 @@ pub(crate) fn find(problem: &Problem, identity: &JobIdentity, lanes: usize) -> R
     if let Some(batch) = kept.get(&situation) {
         return Ok(batch);
     }
-    let batch = problem.measure_batch()?;
+    let batch = problem.measure_batch(lanes)?;
     kept.put(&situation, batch);
     Ok(batch)
 }
@@ -38,12 +38,16 @@ fn cpu() -> String {
 }
 
 impl Problem {
-    /// The batch size with the most evaluations per second on one lane, found by measuring.
-    fn measure_batch(&self) -> Result<usize, ModelError> {
+    /// The batch size with the most evaluations per second, found by measuring it as it will run: on every lane at once.
+    fn measure_batch(&self, lanes: usize) -> Result<usize, ModelError> {
         /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
         /// On a core, and on a GPU, which takes many to fill.
         const LARGEST_BATCH: [usize; 2] = [64, 512];
+        /// Batches of a lane in a round: on a GPU lanes take turns, which shows over a few.
+        const BATCHES: [usize; 2] = [1, 2];
+        /// For how long a GPU is kept busy first, so that its clocks are those of a long job.
+        const WARM_UP: Duration = Duration::from_secs(1);
         let on_gpu = !self.stages.last().is_none_or(|stage| stage.device().is_cpu());
         let largest = LARGEST_BATCH[usize::from(on_gpu)];
         let (last, slots) = (self.stages.len() - 1, self.course.slots().len());
@@ -73,33 +77,73 @@ impl Problem {
                 }
             })
             .collect();
+        let passes = BATCHES[usize::from(on_gpu)];
+        let round = |evaluations: &[Evaluation]| {
+            side_by_side(lanes, || (0..passes).try_for_each(|_| self.errors(&units, &of_stages, evaluations).map(drop)))
+        };
+        let started = Instant::now();
         let (mut best, mut best_rate) = (1, 0.0);
         for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= largest) {
             let evaluations = batches_of(&units, batch).swap_remove(0);
-            // On a GPU the first run of a size makes plans for it.
-            if on_gpu {
-                match self.errors(&units, &of_stages, &evaluations) {
-                    Err(error) if error.is_out_of_memory() && batch > 1 => return Ok(best),
-                    done => done?,
-                };
-            }
-            // The fastest of a few runs counts, since disturbances only ever slow one down.
-            let mut fastest = Duration::MAX;
-            for _ in 0..3 {
-                let started = Instant::now();
-                self.errors(&units, &of_stages, &evaluations)?;
-                fastest = fastest.min(started.elapsed());
-                if fastest > LONGEST_BATCH {
+            // Lanes of a GPU compute one after the other.
+            let at_a_time = if on_gpu { lanes * passes } else { passes };
+            let longest = LONGEST_BATCH * at_a_time as u32;
+            let warm_up = on_gpu.then(|| WARM_UP.saturating_sub(started.elapsed()));
+            let fastest = match fastest_of_three(warm_up, longest, &|| round(&evaluations)) {
+                Err(error) if on_gpu && error.is_out_of_memory() && batch > 1 => {
+                    gpu::recover(stage.device());
                     return Ok(best);
                 }
+                fastest => fastest?,
+            };
+            if fastest > longest {
+                return Ok(best);
             }
-            let rate = evaluations.len() as f64 / fastest.as_secs_f64().max(1e-9);
+            let rate = (lanes * passes * evaluations.len()) as f64 / fastest.as_secs_f64().max(1e-9);
             if rate > 1.02 * best_rate {
                 (best, best_rate) = (batch, rate);
             }
         }
         Ok(best)
     }
+}
+
+/// The fastest of three rounds, since disturbances only ever slow one down, or the first that takes `longest`; after others that are
+/// not counted, for so long and one at least, where `warm_up` is given.
+fn fastest_of_three(
+    warm_up: Option<Duration>,
+    longest: Duration,
+    round: &dyn Fn() -> Result<Duration, ModelError>,
+) -> Result<Duration, ModelError> {
+    if let Some(warm_up) = warm_up {
+        // On a GPU the first round of a size makes plans for it.
+        let started = Instant::now();
+        round()?;
+        while started.elapsed() < warm_up {
+            round()?;
+        }
+    }
+    let mut fastest = round()?;
+    for _ in 1..3 {
+        if fastest > longest {
+            break;
+        }
+        fastest = fastest.min(round()?);
+    }
+    Ok(fastest)
+}
+
+/// How long it takes so many lanes to do some work each at the same time.
+fn side_by_side(lanes: usize, work: impl Fn() -> Result<(), ModelError> + Sync) -> Result<Duration, ModelError> {
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..lanes.max(1)).map(|_| scope.spawn(&work)).collect();
+        let crashed = |_| Err(ModelError::Crashed("a lane ended while its batch size was measured".into()));
+        // All are waited for, whatever the first says.
+        let ended: Vec<_> = running.into_iter().map(|lane| lane.join().unwrap_or_else(crashed)).collect();
+        ended.into_iter().collect::<Result<(), _>>()
+    })?;
+    Ok(started.elapsed())
 }
 
 /// What a batch size is good for.
@@ -114,7 +158,9 @@ impl Situation {
         let model = &blake3::hash(files.as_bytes()).to_hex()[..16];
         let (dtype, size, prompts) = (spec.dtype, spec.size.unwrap_or(0), spec.prompts().len());
         let version = env!("CARGO_PKG_VERSION");
-        Self(format!("{device}, lanes={lanes}, model={model}, {dtype}, size={size}, prompts={prompts}, elbo={version}"))
+        Self(format!(
+            "{device}, {lanes} lanes together, model={model}, {dtype}, size={size}, prompts={prompts}, elbo={version}"
+        ))
     }
 }
 

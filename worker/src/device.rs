@@ -32,7 +32,10 @@ pub struct Devices(Vec<Device>);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// It is none.
-    #[error("'{0}' is no device: use cpu, or a list like cpu,cpu or cuda:0,1")]
+    #[error(
+        "'{0}' is no device: use cpu, or a list like cpu,cpu or cuda:0,1; to name GPUs by UUID or MIG name, list them in \
+         CUDA_VISIBLE_DEVICES and use cuda"
+    )]
     Unknown(String),
     /// It can't be used here.
     #[error("--device {0}: {1}")]

@@ -9,6 +9,7 @@
 //! round another way in another batch.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +27,9 @@ use crate::latent::Latent;
 use crate::metrics::metrics;
 use crate::models::{Conditions, ModelError};
 use crate::stage::{PointWork, Stage};
+
+/// Images that a GPU encodes at a time.
+const IMAGES_AT_ONCE: usize = 8;
 
 /// Everything an evaluation depends on beside its sample.
 #[derive(Debug)]
@@ -275,12 +279,12 @@ impl Lane {
         loop {
             // Encoding first: it is short, and a whole block may wait for it.
             if let Ok(encode) = encodes.try_recv() {
-                self.encode(encode);
+                self.encode(encode, encodes);
                 continue;
             }
             crossbeam_channel::select! {
                 recv(encodes) -> encode => match encode {
-                    Ok(encode) => self.encode(encode),
+                    Ok(encode) => self.encode(encode, encodes),
                     Err(_) => return,
                 },
                 recv(batches) -> batch => match batch {
@@ -291,10 +295,40 @@ impl Lane {
         }
     }
 
-    fn encode(&self, encode: Encode) {
-        let Encode { stage, pixels, reply } = encode;
-        let latent = caught(|| self.problem.stages[stage].encode(&pixels));
-        let _ = reply.send(latent);
+    /// Encodes an image; on a GPU, together with others that wait for the same.
+    fn encode(&self, first: Encode, waiting: &Receiver<Encode>) {
+        let on_gpu = !self.problem.stages[first.stage].device().is_cpu();
+        let others = if on_gpu { IMAGES_AT_ONCE - 1 } else { 0 };
+        let mut of_stages: BTreeMap<usize, (Vec<Vec<f32>>, Vec<_>)> = BTreeMap::new();
+        for Encode { stage, pixels, reply } in std::iter::once(first).chain(waiting.try_iter().take(others)) {
+            let (images, replies) = of_stages.entry(stage).or_default();
+            images.push(pixels);
+            replies.push(reply);
+        }
+        for (stage, (images, replies)) in of_stages {
+            for (encoded, reply) in self.encoded(&self.problem.stages[stage], &images).into_iter().zip(replies) {
+                let _ = reply.send(encoded);
+            }
+        }
+    }
+
+    /// What a stage makes of images; in halves where it can't be had at once, so that none fails for another's sake.
+    fn encoded(&self, stage: &Stage, images: &[Vec<f32>]) -> Vec<Result<Vec<f32>, ModelError>> {
+        match caught(|| stage.encode(images)) {
+            Ok(encoded) => encoded.into_iter().map(Ok).collect(),
+            Err(error) => {
+                if error.is_out_of_memory() {
+                    gpu::recover(stage.device());
+                }
+                if images.len() == 1 {
+                    return vec![Err(error)];
+                }
+                let (first, second) = images.split_at(images.len() / 2);
+                let mut encoded = self.encoded(stage, first);
+                encoded.extend(self.encoded(stage, second));
+                encoded
+            }
+        }
     }
 
     fn evaluate(&self, batch: &Batch) {
@@ -309,7 +343,9 @@ impl Lane {
                 }
                 Err(error) => {
                     if !block.failed.swap(true, Ordering::Relaxed) {
-                        let lost = self.problem.stages.iter().any(|stage| gpu::is_lost(stage.device()));
+                        // A single evaluation that does not fit is no fault of its block's either.
+                        let lost = error.is_out_of_memory()
+                            || self.problem.stages.iter().any(|stage| gpu::is_lost(stage.device()));
                         let event = if lost { BlockEvent::Lost } else { BlockEvent::Failed };
                         let _ = block.events.send(event(error.to_string()));
                     }
@@ -326,6 +362,7 @@ impl Lane {
     fn errors(&self, block: &Block, evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
         match caught(|| self.problem.errors(&block.units, &block.conditions, evaluations)) {
             Err(error) if error.is_out_of_memory() && evaluations.len() > 1 => {
+                self.problem.stages.iter().for_each(|stage| gpu::recover(stage.device()));
                 let half = evaluations.len().div_ceil(2);
                 if self.batch.fetch_min(half, Ordering::Relaxed) > half {
                     tracing::warn!(batch = half, %error, "a smaller batch, since the last one did not fit into memory");

@@ -12,7 +12,7 @@ use elbo_common::score::{Point, Scorer};
 use crate::latent::Latent;
 use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, TextRows, TimeCache};
 use elbo_images::Preprocessing;
-use elbo_kernels::{Deviation, MeanErrors, download, mean_errors, upload};
+use elbo_kernels::{Deviation, Download, MeanErrors, mean_errors, upload};
 
 /// A model with the job's prompts as it takes them.
 #[derive(Debug)]
@@ -68,18 +68,21 @@ impl Stage {
         }
     }
 
-    /// What the model makes of preprocessed pixels `[S, S, 3]`: a latent `[h, w, C]`, or an embedding `[D]`.
-    pub fn encode(&self, pixels: &[f32]) -> Result<Vec<f32>, ModelError> {
-        let side = (pixels.len() / 3).isqrt();
-        let latent = {
+    /// What the model makes of images, preprocessed pixels `[S, S, 3]` each: a latent `[h, w, C]`, or an embedding `[D]`.
+    pub fn encode(&self, images: &[Vec<f32>]) -> Result<Vec<Vec<f32>>, ModelError> {
+        let Some(first) = images.first() else { return Ok(Vec::new()) };
+        let side = (first.len() / 3).isqrt();
+        let encoded = {
             let _turn = self.turn();
-            let pixels = upload(pixels, (1, side, side, 3), self.device())?;
-            match &self.model {
+            let pixels = upload(&images.concat(), (images.len(), side, side, 3), self.device())?;
+            let encoded = match &self.model {
                 Model::Diffusion(diffusion) => diffusion.model.encode_images(&pixels)?,
                 Model::Contrastive(model) => model.encode_images(&pixels)?,
-            }
+            };
+            Download::start(&encoded)?
         };
-        Ok(download(&latent)?)
+        let encoded = encoded.wait()?;
+        Ok(encoded.chunks_exact((encoded.len() / images.len()).max(1)).map(<[f32]>::to_vec).collect())
     }
 
     /// Waits until nobody else is giving work to the GPU, if it is one.
@@ -139,7 +142,8 @@ impl Stage {
 }
 
 impl Diffusion {
-    /// Waits until nobody else is giving work to the GPU, if it is one.
+    /// Waits until nobody else is giving work to the GPU, if it is one: it would hold the activations of several batches at a
+    /// time. What a batch gives is asked for before the turn ends, or it would come after the next batch.
     fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         let on_gpu = !self.model.device().0.is_cpu();
         on_gpu.then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner))
@@ -175,22 +179,25 @@ impl Diffusion {
             let mix: Vec<f32> = timesteps.iter().flat_map(|timestep| self.scorer.weights(*timestep)).collect();
             let of_evaluations: Vec<u32> = evaluations.iter().map(|(point, _)| *point).collect();
             let errors = {
-                // One batch after the other, or the device would hold the activations of several.
                 let _turn = self.turn();
                 let (noisy, targets) = (upload(&noisy, shape, device)?, upload(&targets, shape, device)?);
                 let mix = upload(&mix, (points.len(), 2), device)?;
                 let pass = Pass { latents: &noisy.to_dtype(dtype)?, timesteps: &timesteps, evaluations };
                 let output = self.model.network().forward(&pass, &self.times, conditions)?;
                 let (points, deviation) = (&of_evaluations[..], deviation(distance));
-                mean_errors(&output, &MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points, deviation })?
+                let of = MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points, deviation };
+                Download::start(&mean_errors(&output, &of)?)?
             };
-            return Ok(download(&errors)?);
+            return Ok(errors.wait()?);
         }
-        let latents = upload(&noisy, shape, device)?.to_dtype(dtype)?;
-        let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations };
-        let output = self.model.network().forward(&pass, &self.times, conditions)?;
-        let values = output.elem_count() / evaluations.len().max(1);
-        let mut output = download(&output)?;
+        let output = {
+            let _turn = self.turn();
+            let latents = upload(&noisy, shape, device)?.to_dtype(dtype)?;
+            let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations };
+            Download::start(&self.model.network().forward(&pass, &self.times, conditions)?)?
+        };
+        let mut output = output.wait()?;
+        let values = output.len() / evaluations.len().max(1);
         let errors = evaluations.iter().zip(output.chunks_mut(values.max(1))).map(|((at, _), output)| {
             let at = *at as usize;
             let range = at * size..(at + 1) * size;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
+use elbo_kernels::gpu;
 use elbo_net::ClientTls;
 use elbo_proto::v1;
 use tokio::sync::{OnceCell, mpsc};
@@ -275,6 +276,11 @@ impl Member {
         };
         let problem = Arc::clone(problem);
         let engine = Arc::new(Engine::start(Arc::clone(&problem), lanes, batch)?);
+        if self.device.is_gpu() {
+            for gpu::Library { name, version, path } in gpu::libraries() {
+                tracing::info!(library = name, version = version.unwrap_or_default(), path = %path.display(), "opened");
+            }
+        }
         tracing::info!(engine = self.number, device = %self.device, batch, lanes, "ready");
         Ok((problem, engine))
     }

@@ -1,7 +1,9 @@
 //! 3x3 convolutions on the device: by cuDNN on channels-last images where it takes them, else as a product over patches.
 //!
 //! cuDNN's `y = conv(x) + z + bias` is all a resnet needs in one pass. It wants numbers of channels that are multiples of 8
-//! and as much padding after the image as before; f32 stays with the product, which is never computed in TF32.
+//! and as much padding after the image as before; f32 stays with the product, which is never computed in TF32. Where cuDNN
+//! refuses that for a shape, bias and residual are added afterwards, and where it refuses the convolution itself, or does not
+//! start at all, patches take its place.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -14,12 +16,15 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use super::memory::Pointer;
 use super::norm::Group;
-use super::product::Operands;
+use super::product::{Dimensions, Operands};
 use super::{Gpu, failed, lock};
+use crate::profile::{Part, timed};
 use crate::{Padding, Rows};
 
 /// Bytes of patches at once.
 const PATCHES: usize = 256 << 20;
+/// Values of a tensor that cuDNN is given at most: it counts them in 32 bits.
+const MOST_VALUES: usize = i32::MAX as usize;
 /// The algorithm: the only one that adds bias and residual. It sums every output in one piece.
 const ALGORITHM: sys::cudnnConvolutionFwdAlgo_t =
     sys::cudnnConvolutionFwdAlgo_t::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM;
@@ -69,6 +74,47 @@ impl Shape {
     fn out_width(&self) -> usize {
         self.out_side(self.width)
     }
+
+    /// Values of an image's output.
+    fn out_values(&self) -> usize {
+        self.out_height() * self.out_width() * self.outputs
+    }
+}
+
+impl Operands {
+    /// Those of the images from one on.
+    fn from_image(self, first: usize, shape: Shape) -> Self {
+        let offset = |pointer: Pointer, of_image: usize| match pointer {
+            0 => 0,
+            pointer => pointer + (first * of_image * shape.dtype.size_in_bytes()) as u64,
+        };
+        Self {
+            x: offset(self.x, shape.height * shape.width * shape.inputs),
+            residual: offset(self.residual, shape.out_values()),
+            out: offset(self.out, shape.out_values()),
+            ..self
+        }
+    }
+}
+
+/// What cuDNN does of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    /// All of it.
+    Fused,
+    /// The convolution; bias and residual are added afterwards.
+    Alone,
+}
+
+/// Whether an error means that cuDNN can't do what it was asked for, so that another way may do: any but a lack of memory. On a
+/// device that is lost, the other way fails too.
+fn refused(error: CudnnError) -> bool {
+    use sys::cudnnStatus_t as Status;
+    !matches!(
+        error.0,
+        Status::CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+            | Status::CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED
+    )
 }
 
 /// cuDNN, and the convolutions it has been asked for.
@@ -77,7 +123,8 @@ pub(super) struct Convolutions {
     handle: sys::cudnnHandle_t,
     activation: sys::cudnnActivationDescriptor_t,
     workspace: Option<CudaSlice<u8>>,
-    plans: HashMap<Shape, Plan>,
+    /// None where patches have to do.
+    plans: HashMap<Shape, Option<Plan>>,
 }
 
 // SAFETY: cuDNN's handles may be used from any thread, by one at a time.
@@ -92,14 +139,16 @@ struct Plan {
     y: sys::cudnnTensorDescriptor_t,
     convolution: sys::cudnnConvolutionDescriptor_t,
     workspace: usize,
+    extent: Extent,
 }
 
 impl Convolutions {
-    /// None where cuDNN is not installed.
-    pub(super) fn new(stream: &Arc<CudaStream>) -> Result<Option<Self>> {
+    /// None where cuDNN is not installed, or does not start.
+    pub(super) fn new(stream: &Arc<CudaStream>) -> Option<Self> {
         // SAFETY: only looks whether the library can be opened.
         if !unsafe { sys::is_culib_present() } {
-            return Ok(None);
+            tracing::warn!("cuDNN is missing: convolutions are slower without it");
+            return None;
         }
         let start = || -> std::result::Result<Self, CudnnError> {
             let handle = result::create_handle()?;
@@ -113,16 +162,113 @@ impl Convolutions {
             }
             Ok(Self { handle, activation, workspace: None, plans: HashMap::new() })
         };
-        start().map(Some).map_err(|error| failed("starting cuDNN", error))
+        let started = start();
+        if let Err(error) = &started {
+            tracing::warn!(%error, "cuDNN does not start: convolutions are slower without it");
+        }
+        started.ok()
     }
 
-    fn plan(&mut self, shape: Shape) -> Result<Plan> {
+    /// How cuDNN computes a shape, if it does.
+    fn plan(&mut self, shape: Shape) -> std::result::Result<Option<Plan>, CudnnError> {
         if let Some(plan) = self.plans.get(&shape) {
             return Ok(*plan);
         }
-        let plan = Plan::new(self.handle, shape).map_err(|error| failed(&format!("planning {shape:?}"), error))?;
+        let plan = match Plan::new(self.handle, shape) {
+            Err(error) if refused(error) => {
+                tracing::warn!(?shape, %error, "cuDNN refuses a convolution: it is computed over patches");
+                None
+            }
+            plan => Some(plan?),
+        };
         self.plans.insert(shape, plan);
         Ok(plan)
+    }
+
+    /// Asks less of cuDNN for a shape from now on.
+    fn ask_less(&mut self, shape: Shape, plan: Plan, error: CudnnError) {
+        let less = match plan.extent {
+            Extent::Fused => Some(Plan { extent: Extent::Alone, ..plan }),
+            Extent::Alone => None,
+        };
+        let instead =
+            if less.is_some() { "bias and residual are added afterwards" } else { "it is computed over patches" };
+        tracing::warn!(?shape, %error, "cuDNN refuses a convolution: {instead}");
+        self.plans.insert(shape, less);
+    }
+
+    /// Has a workspace of so many bytes at least.
+    fn reserve(&mut self, stream: &Arc<CudaStream>, bytes: usize) -> Result<()> {
+        if self.workspace.as_ref().is_none_or(|workspace| workspace.len() < bytes) {
+            // The old one is freed in the stream's order, and its room is there for the new one.
+            self.workspace = None;
+            // SAFETY: its content means nothing between convolutions.
+            let larger = unsafe { stream.alloc::<u8>(bytes.max(1)) };
+            self.workspace = Some(larger.map_err(|error| failed("memory for convolutions", error))?);
+        }
+        Ok(())
+    }
+
+    /// Computes as much of a convolution as the plan says.
+    fn run(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        plan: &Plan,
+        operands: Operands,
+    ) -> std::result::Result<(), CudnnError> {
+        let Self { handle, activation, workspace, .. } = self;
+        let workspace = workspace.as_ref().map_or(0, |workspace| workspace.device_ptr(stream).0) as *mut c_void;
+        let (zero, one) = (0f32, 1f32);
+        let factor = |value: &f32| std::ptr::from_ref(value).cast();
+        let address = |pointer: Pointer| pointer as *const c_void;
+        let out = operands.out as *mut c_void;
+        let (x, weight) = (address(operands.x), address(operands.weight));
+        // SAFETY: the operands are memory of this device with as many values as the descriptors say, used in this stream alone.
+        unsafe {
+            match plan.extent {
+                Extent::Fused => {
+                    let (of_residual, residual) = match operands.residual {
+                        0 => (&zero, operands.out),
+                        residual => (&one, residual),
+                    };
+                    result::convolution_bias_activation_forward(
+                        *handle,
+                        factor(&one),
+                        plan.x,
+                        x,
+                        plan.weight,
+                        weight,
+                        plan.convolution,
+                        ALGORITHM,
+                        workspace,
+                        plan.workspace,
+                        factor(of_residual),
+                        plan.y,
+                        address(residual),
+                        plan.bias,
+                        address(operands.bias),
+                        *activation,
+                        plan.y,
+                        out,
+                    )
+                }
+                Extent::Alone => result::convolution_forward(
+                    *handle,
+                    factor(&one),
+                    plan.x,
+                    x,
+                    plan.weight,
+                    weight,
+                    plan.convolution,
+                    ALGORITHM,
+                    workspace,
+                    plan.workspace,
+                    factor(&zero),
+                    plan.y,
+                    out,
+                ),
+            }
+        }
     }
 }
 
@@ -158,7 +304,7 @@ impl Plan {
             result::set_convolution_math_type(convolution, sys::cudnnMathType_t::CUDNN_TENSOR_OP_MATH)?;
             result::get_convolution_forward_workspace_size(handle, x, weight, convolution, y, ALGORITHM)?
         };
-        Ok(Self { x, weight, bias, y, convolution, workspace })
+        Ok(Self { x, weight, bias, y, convolution, workspace, extent: Extent::Fused })
     }
 }
 
@@ -166,7 +312,7 @@ impl Gpu {
     /// `x [B, H, W, Cin]` to `[B, H', W', Cout]`.
     pub(crate) fn convolve(&self, x: &Tensor, conv: Convolution<'_>, around: Surroundings<'_>) -> Result<Tensor> {
         let x = match around.norm {
-            Some(norm) => self.group_norm(x, norm, true)?,
+            Some(norm) => timed(x, Part::Norm, "group-norm", 0, || self.group_norm(x, norm, true))?,
             None => x.contiguous()?,
         };
         let (images, height, width, inputs) = x.dims4()?;
@@ -189,53 +335,54 @@ impl Gpu {
             out: to,
         };
         let whole = conv.padding == Padding::Around && inputs.is_multiple_of(8) && outputs.is_multiple_of(8);
-        match &self.convolutions {
-            Some(cudnn) if whole && dtype != DType::F32 => self.by_cudnn(&mut lock(cudnn), shape, operands)?,
-            _ => self.by_patches(shape, operands)?,
-        }
+        let flops = 2 * 9 * inputs * out.elem_count();
+        timed(&x, Part::Convolution, "conv2d", flops, || match &self.convolutions {
+            Some(cudnn) if whole && dtype != DType::F32 => self.by_cudnn(&mut lock(cudnn), shape, operands),
+            _ => self.by_patches(shape, operands),
+        })?;
         let looked_up = around.residual.filter(|rows| rows.index.is_some());
         if around.shift.is_some() || looked_up.is_some() {
-            self.add(&out, None, around.shift, looked_up)?;
+            timed(&x, Part::Other, "add", 0, || self.add(&out, None, around.shift, looked_up))?;
         }
         Ok(out)
     }
 
+    /// Gives cuDNN as many images at a time as it can count the values of.
     fn by_cudnn(&self, cudnn: &mut Convolutions, shape: Shape, operands: Operands) -> Result<()> {
-        let plan = cudnn.plan(shape)?;
-        if cudnn.workspace.as_ref().is_none_or(|workspace| workspace.len() < plan.workspace) {
-            // SAFETY: its content means nothing between convolutions; the old one is freed in the stream's order.
-            let larger = unsafe { self.stream.alloc::<u8>(plan.workspace.max(1)) };
-            cudnn.workspace = Some(larger.map_err(|error| failed("memory for convolutions", error))?);
+        let of_image = (shape.height * shape.width * shape.inputs).max(shape.out_values());
+        let at_once = (MOST_VALUES / of_image.max(1)).max(1);
+        for first in (0..shape.images).step_by(at_once) {
+            let part = Shape { images: at_once.min(shape.images - first), ..shape };
+            let operands = operands.from_image(first, shape);
+            if !self.part_by_cudnn(cudnn, part, operands)? {
+                self.by_patches(part, operands)?;
+            }
         }
-        let workspace = cudnn.workspace.as_ref().map_or(0, |workspace| workspace.device_ptr(&self.stream).0);
-        let (one, alpha) = (1f32, if operands.residual == 0 { 0f32 } else { 1f32 });
-        let residual = if operands.residual == 0 { operands.out } else { operands.residual };
-        let address = |pointer: Pointer| pointer as *const c_void;
-        self.stream.context().bind_to_thread().map_err(|error| failed("using the device", error))?;
-        // SAFETY: the operands are memory of this device with as many values as the descriptors say, used in this stream alone.
-        unsafe {
-            result::convolution_bias_activation_forward(
-                cudnn.handle,
-                std::ptr::from_ref(&one).cast(),
-                plan.x,
-                address(operands.x),
-                plan.weight,
-                address(operands.weight),
-                plan.convolution,
-                ALGORITHM,
-                workspace as *mut c_void,
-                plan.workspace,
-                std::ptr::from_ref(&alpha).cast(),
-                plan.y,
-                address(residual),
-                plan.bias,
-                address(operands.bias),
-                cudnn.activation,
-                plan.y,
-                operands.out as *mut c_void,
-            )
+        Ok(())
+    }
+
+    /// Computes by cuDNN what it takes; false where that is nothing.
+    fn part_by_cudnn(&self, cudnn: &mut Convolutions, shape: Shape, operands: Operands) -> Result<bool> {
+        self.bind()?;
+        let planned =
+            |cudnn: &mut Convolutions| cudnn.plan(shape).map_err(|error| failed(&format!("planning {shape:?}"), error));
+        while let Some(plan) = planned(cudnn)? {
+            cudnn.reserve(&self.stream, plan.workspace)?;
+            match cudnn.run(&self.stream, &plan, operands) {
+                Ok(()) if plan.extent == Extent::Fused => return Ok(true),
+                Ok(()) => {
+                    let Operands { bias, residual, out, .. } = operands;
+                    self.kernel("add", shape.dtype)?
+                        .pointers(&[out, bias, 0, 0, residual, 0])
+                        .sizes(&[shape.images, shape.out_height() * shape.out_width(), shape.outputs])?
+                        .over(shape.images * shape.out_values())?;
+                    return Ok(true);
+                }
+                Err(error) if refused(error) => cudnn.ask_less(shape, plan, error),
+                Err(error) => return Err(failed("a convolution", error)),
+            }
         }
-        .map_err(|error| failed("a convolution", error))
+        Ok(false)
     }
 
     /// Writes patches out, so many images at a time as there is room for, and multiplies them.
@@ -244,23 +391,16 @@ impl Gpu {
         let patch = 9 * shape.inputs;
         let at_once = (PATCHES / (pixels * patch * size).max(1)).clamp(1, shape.images.max(1));
         let (_patches, scratch) = self.output(shape.dtype, (at_once, pixels, patch))?;
-        let offset = |pointer: Pointer, values: usize| if pointer == 0 { 0 } else { pointer + (values * size) as u64 };
         for first in (0..shape.images).step_by(at_once) {
             let images = at_once.min(shape.images - first);
             let Shape { height, width, inputs, outputs, stride, before, .. } = shape;
-            let from = offset(operands.x, first * height * width * inputs);
+            let operands = operands.from_image(first, shape);
             self.kernel("im2col", shape.dtype)?
-                .pointers(&[from, scratch])
+                .pointers(&[operands.x, scratch])
                 .sizes(&[images, height, width, inputs, shape.out_height(), shape.out_width(), stride, before])?
                 .over(images * pixels * patch)?;
-            let done = first * pixels * outputs;
-            let operands = Operands {
-                x: scratch,
-                residual: offset(operands.residual, done),
-                out: offset(operands.out, done),
-                ..operands
-            };
-            self.product(operands, images * pixels, patch, outputs, shape.dtype)?;
+            let layer = Dimensions { images, positions: pixels, inputs: patch, outputs };
+            self.product(Operands { x: scratch, ..operands }, layer, shape.dtype)?;
         }
         Ok(())
     }

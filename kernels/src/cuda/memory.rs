@@ -71,13 +71,20 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> Pool<T> {
         let mut buffer = self.take(stream, values.len())?;
         buffer.as_mut_slice().map_err(failed)?[..values.len()].copy_from_slice(values);
         // SAFETY: every element is overwritten by the copy, which precedes whatever else this stream does with it.
-        let mut slice = unsafe { stream.alloc::<T>(values.len()) }.map_err(failed)?;
+        let mut slice = unsafe { stream.alloc::<T>(at_least_one(values.len())) }.map_err(failed)?;
         let source = &buffer.as_slice().map_err(failed)?[..values.len()];
-        stream.memcpy_htod(source, &mut slice).map_err(failed)?;
+        if !source.is_empty() {
+            stream.memcpy_htod(source, &mut slice).map_err(failed)?;
+        }
         let done = stream.record_event(None).map_err(failed)?;
         self.0.push((buffer, done));
         Ok(slice)
     }
+}
+
+/// What is allocated for so many values: the driver refuses to allocate nothing.
+fn at_least_one(len: usize) -> usize {
+    len.max(1)
 }
 
 impl Gpu {
@@ -168,7 +175,7 @@ impl Gpu {
 
     fn storage<T: CudaDType + DeviceRepr>(&self, len: usize) -> Result<CudaStorage> {
         // SAFETY: whoever asks for an output writes all of it.
-        Ok(CudaStorage::wrap_cuda_slice(unsafe { self.device.alloc::<T>(len) }?, self.device.clone()))
+        Ok(CudaStorage::wrap_cuda_slice(unsafe { self.device.alloc::<T>(at_least_one(len)) }?, self.device.clone()))
     }
 
     /// Values as a tensor, copied when the device gets there.
@@ -183,19 +190,47 @@ impl Gpu {
     }
 }
 
-/// The values of a contiguous f32 tensor, waiting for what makes them but not for what the stream does afterwards.
-pub(crate) fn download(gpu: &Gpu, tensor: &Tensor) -> Result<Vec<f32>> {
-    let failed = |error| failed("copying from the device", error);
-    let (storage, layout) = tensor.storage_and_layout();
-    let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
-        bail!("a contiguous tensor on the device is needed");
-    };
-    let slice = storage.as_cuda_slice::<f32>()?.slice(start..end);
-    let mut buffer = lock(&gpu.staging).floats.take(&gpu.stream, end - start)?;
-    gpu.stream.memcpy_dtoh(&slice, &mut buffer.as_mut_slice().map_err(failed)?[..end - start]).map_err(failed)?;
-    let done = gpu.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed)?;
-    done.synchronize().map_err(failed)?;
-    let values = buffer.as_slice().map_err(failed)?[..end - start].to_vec();
-    lock(&gpu.staging).floats.0.push((buffer, done));
-    Ok(values)
+/// A copy of a tensor's values to the host that the stream has been asked for.
+#[derive(Debug)]
+pub(crate) struct Download {
+    gpu: Arc<Gpu>,
+    len: usize,
+    /// Where to, and the end of the copy; none once it was waited for.
+    copy: Option<(PinnedHostSlice<f32>, CudaEvent)>,
+}
+
+impl Download {
+    /// Asks for the values of a contiguous f32 tensor, of which there is one at least.
+    pub(crate) fn start(gpu: Arc<Gpu>, tensor: &Tensor) -> Result<Self> {
+        let failed = |error| failed("copying from the device", error);
+        let (storage, layout) = tensor.storage_and_layout();
+        let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+            bail!("a contiguous tensor on the device is needed");
+        };
+        let slice = storage.as_cuda_slice::<f32>()?.slice(start..end);
+        let len = end - start;
+        let mut buffer = lock(&gpu.staging).floats.take(&gpu.stream, len)?;
+        gpu.stream.memcpy_dtoh(&slice, &mut buffer.as_mut_slice().map_err(failed)?[..len]).map_err(failed)?;
+        let done = gpu.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed)?;
+        Ok(Self { gpu, len, copy: Some((buffer, done)) })
+    }
+
+    /// The values, waiting for what makes them but not for what the stream was asked for afterwards.
+    pub(crate) fn wait(mut self) -> Result<Vec<f32>> {
+        let failed = |error| failed("copying from the device", error);
+        let Some((buffer, done)) = &self.copy else { return Ok(Vec::new()) };
+        done.synchronize().map_err(failed)?;
+        let values = buffer.as_slice().map_err(failed)?[..self.len].to_vec();
+        lock(&self.gpu.staging).floats.0.extend(self.copy.take());
+        Ok(values)
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        // The buffer must outlive the copy into it.
+        if let Some((_, done)) = &self.copy {
+            let _ = done.synchronize();
+        }
+    }
 }

@@ -11,6 +11,7 @@
 pub(crate) mod attention;
 mod convolution;
 mod launch;
+mod libraries;
 mod memory;
 pub(crate) mod norm;
 mod open;
@@ -30,8 +31,9 @@ use self::memory::Staging;
 use self::product::Products;
 
 pub(crate) use self::convolution::{Convolution, Surroundings};
-pub(crate) use self::memory::download;
-pub(crate) use self::open::{count, memory_high, open};
+pub(crate) use self::libraries::libraries;
+pub(crate) use self::memory::Download;
+pub(crate) use self::open::{capture, count, is_lost, memory_high, open, recover};
 pub(crate) use self::timer::mark;
 
 /// The kernels as one image for several architectures.
@@ -44,7 +46,7 @@ pub(crate) struct Gpu {
     module: Arc<CudaModule>,
     functions: Mutex<HashMap<String, CudaFunction>>,
     products: Mutex<Products>,
-    /// None where cuDNN is not installed.
+    /// None where cuDNN is not installed, or does not start.
     convolutions: Option<Mutex<Convolutions>>,
     staging: Mutex<Staging>,
 }
@@ -87,20 +89,28 @@ impl Gpu {
         Ok(Some(gpu))
     }
 
+    /// Makes the device the one that libraries called on this thread work on.
+    fn bind(&self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(|error| failed("using the device", error))
+    }
+
     fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
+        stream.context().bind_to_thread().map_err(|error| failed("using the device", error))?;
         let image = candle_core::cuda_backend::cudarc::nvrtc::Ptx::from_binary(KERNELS.to_vec());
         let module = stream.context().load_module(image).map_err(|error| {
             failed("loading the kernels, which need compute capability 8.0 (Ampere) or newer", error)
         })?;
-        Ok(Self {
+        let gpu = Self {
             device: device.clone(),
             module,
             functions: Mutex::default(),
             products: Mutex::new(Products::new(&stream)?),
-            convolutions: Convolutions::new(&stream)?.map(Mutex::new),
+            convolutions: Convolutions::new(&stream).map(Mutex::new),
             staging: Mutex::default(),
             stream,
-        })
+        };
+        libraries::warn_if_mixed();
+        Ok(gpu)
     }
 }

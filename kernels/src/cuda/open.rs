@@ -45,29 +45,60 @@ pub(crate) fn open(number: usize) -> Result<Device, Unavailable> {
     Ok(Device::Cuda(device))
 }
 
+/// The memory pool a device allocates from, which lives as long as the device.
+fn pool(ordinal: usize) -> Result<sys::CUmemoryPool, driver::DriverError> {
+    let device = driver::result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX))?;
+    let mut pool = std::ptr::null_mut();
+    // SAFETY: the device exists, and the pointer is written where the call succeeds.
+    unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, device).result()? };
+    Ok(pool)
+}
+
 /// Makes the device's pool keep what is given back, which it would otherwise return to the system whenever it is idle.
 fn keep_memory(number: usize) -> Result<(), driver::DriverError> {
     let mut keep = u64::MAX;
-    let device = driver::result::device::get(i32::try_from(number).unwrap_or(i32::MAX))?;
-    let mut pool = std::ptr::null_mut();
-    // SAFETY: the device exists, its default pool lives as long as it, and the attribute is a 64-bit number.
-    unsafe {
-        sys::cuDeviceGetDefaultMemPool(&raw mut pool, device).result()?;
-        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut keep).cast()).result()
-    }
+    let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the pool exists, and the attribute is a 64-bit number.
+    unsafe { sys::cuMemPoolSetAttribute(pool(number)?, attribute, (&raw mut keep).cast()).result() }
 }
 
 /// Bytes of a device's memory in use at most so far.
 pub(crate) fn memory_high(device: &CudaDevice) -> Result<u64, driver::DriverError> {
-    let ordinal = device.cuda_stream().context().ordinal();
-    let device = driver::result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX))?;
-    let (mut pool, mut high) = (std::ptr::null_mut(), 0u64);
+    let mut high = 0u64;
+    let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    let pool = pool(device.cuda_stream().context().ordinal())?;
     // SAFETY: as above.
-    unsafe {
-        sys::cuDeviceGetDefaultMemPool(&raw mut pool, device).result()?;
-        let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-        sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut high).cast()).result()?;
-    }
+    unsafe { sys::cuMemPoolGetAttribute(pool, attribute, (&raw mut high).cast()).result()? };
     Ok(high)
+}
+
+/// Waits for what a device was asked for, and gives back to the system what its pool keeps: after an allocation failed, pieces
+/// that are too small for it may lie there.
+pub(crate) fn recover(device: &CudaDevice) -> Result<(), driver::DriverError> {
+    let stream = device.cuda_stream();
+    // What an earlier failure left behind is not this call's.
+    let _ = stream.context().check_err();
+    stream.synchronize()?;
+    // SAFETY: the pool exists.
+    unsafe { sys::cuMemPoolTrimTo(pool(stream.context().ordinal())?, 0).result() }
+}
+
+/// Whether a device fails at whatever it is asked for, as it does for the rest of the process once a kernel has failed.
+///
+/// An error that is merely left over from an earlier call is reported once, and says nothing.
+pub(crate) fn is_lost(device: &CudaDevice) -> bool {
+    let stream = device.cuda_stream();
+    let _ = stream.context().check_err();
+    let works = || stream.synchronize().is_ok();
+    !works() && !works()
+}
+
+/// Runs work between the calls that profilers take for the beginning and the end of what they are to look at.
+pub(crate) fn capture<R>(device: &CudaDevice, work: impl FnOnce() -> R) -> Result<R, driver::DriverError> {
+    device.cuda_stream().synchronize()?;
+    driver::safe::profiler_start()?;
+    let result = work();
+    device.cuda_stream().synchronize()?;
+    driver::safe::profiler_stop()?;
+    Ok(result)
 }

@@ -23,15 +23,26 @@ use crate::Rows;
 
 /// Memory the products may use beside their operands: what NVIDIA recommends for Hopper and newer.
 const WORKSPACE: usize = 32 << 20;
-/// Rows for which a layer's algorithm is chosen: about what a large batch has.
-const TYPICAL_ROWS: usize = 16_384;
+/// Images for whose rows a layer's algorithm is chosen: about what a large batch has.
+const TYPICAL_IMAGES: usize = 32;
 /// Operands start at multiples of so many bytes.
 const ALIGNMENT: u32 = 16;
 
-/// What the choice of an algorithm depends on.
+/// A layer over some images.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dimensions {
+    pub(super) images: usize,
+    /// Rows of an image.
+    pub(super) positions: usize,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+}
+
+/// What the choice of an algorithm depends on: everything but the number of images, for results must not depend on that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Layer {
     dtype: DType,
+    positions: usize,
     inputs: usize,
     outputs: usize,
     bias: bool,
@@ -133,9 +144,14 @@ impl Problem {
             // What suits many rows may not suit these few.
             Some(_) => problem.choose(handle)?,
             None => {
-                let typical = Self::described(layer, TYPICAL_ROWS)?.choose(handle)?;
-                algorithms.insert(layer, typical);
-                if problem.takes(handle, &typical) { typical } else { problem.choose(handle)? }
+                match Self::described(layer, TYPICAL_IMAGES * layer.positions)?.choose(handle) {
+                    Ok(typical) => {
+                        algorithms.insert(layer, typical);
+                        if problem.takes(handle, &typical) { typical } else { problem.choose(handle)? }
+                    }
+                    // So many images may be more than the library takes of this layer.
+                    Err(_) => problem.choose(handle)?,
+                }
             }
         };
         Ok(problem)
@@ -288,19 +304,14 @@ impl Gpu {
             residual,
             out: to,
         };
-        self.product(operands, rows, inputs, outputs, dtype)?;
+        self.product(operands, Dimensions { images, positions: rows / images.max(1), inputs, outputs }, dtype)?;
         Ok(out)
     }
 
-    /// Runs a product over `rows` rows.
-    pub(super) fn product(
-        &self,
-        operands: Operands,
-        rows: usize,
-        inputs: usize,
-        outputs: usize,
-        dtype: DType,
-    ) -> Result<()> {
+    /// Runs a product over the rows of some images.
+    pub(super) fn product(&self, operands: Operands, dimensions: Dimensions, dtype: DType) -> Result<()> {
+        let Dimensions { images, positions, inputs, outputs } = dimensions;
+        let rows = images * positions;
         if rows == 0 || inputs == 0 || outputs == 0 {
             return Ok(());
         }
@@ -308,9 +319,11 @@ impl Gpu {
         if let Some(pointer) = [x, weight, residual, out].iter().find(|p| *p % u64::from(ALIGNMENT) != 0) {
             bail!("an operand of a product at {pointer:#x}, which is no multiple of {ALIGNMENT}");
         }
+        // Choosing an algorithm asks the device already.
+        self.bind()?;
         let mut products = lock(&self.products);
         let (handle, workspace) = (products.handle, products.workspace.device_ptr(&self.stream).0);
-        let layer = Layer { dtype, inputs, outputs, bias: bias != 0, residual: residual != 0 };
+        let layer = Layer { dtype, positions, inputs, outputs, bias: bias != 0, residual: residual != 0 };
         let problem = products.problem(layer, rows)?;
         let failed = |error| failed("a product", error);
         if bias != 0 {
@@ -319,7 +332,6 @@ impl Gpu {
         }
         let (one, beta) = (1f32, if residual == 0 { 0f32 } else { 1f32 });
         let address = |pointer: Pointer| pointer as *const c_void;
-        self.stream.context().bind_to_thread().map_err(|error| super::failed("using the device", error))?;
         // SAFETY: the operands are memory of this device with as many values as the layouts say, used in this stream alone.
         unsafe {
             result::matmul(

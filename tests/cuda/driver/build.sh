@@ -5,6 +5,9 @@
 #   ELBO_EMULATED_MEMORY   bytes of device memory, beyond which allocations fail (default: 80 GB)
 #   ELBO_EMULATED_REVERSE 1: threads of a block run last to first; a result that changes had a race
 #   ELBO_EMULATED_ASYNC    1: work is done as late as the API allows, not at once (see queue.cpp)
+#   ELBO_EMULATED_PROFILE  a file, for the names and times of what runs between cuProfilerStart and cuProfilerStop
+#   ELBO_EMULATED_FAULT    lost@N: launch N fails, and every call after it; stale@N: launch N is refused, and reported once more later
+#   ELBO_EMULATED_CUDNN    what does not work of it (see cudnn.cpp)
 # What the program must not do (memory out of bounds or freed, wrong pointers, unknown kernels) aborts it with a message.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

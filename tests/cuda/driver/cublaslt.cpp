@@ -90,6 +90,7 @@ float gelu(float x) { return 0.5f * x * (1 + std::tanh(0.7978845608f * (x + 0.04
 
 extern "C" {
 Status cublasLtCreate(Handle** handle) {
+    if (!elbo_emulated_context()) return NOT_INITIALIZED;
     *handle = new Handle;
     return SUCCESS;
 }
@@ -164,7 +165,7 @@ Status cublasLtMatmulPreferenceSetAttribute(Preference* preference, int attribut
 Status cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Desc* desc, const Layout* a, const Layout* b, const Layout* c, const Layout* d,
                                       const Preference* preference, int requested, HeuristicResult* results, int* returned) {
     *returned = 0;
-    if (!handle) return NOT_INITIALIZED;
+    if (!handle || !elbo_emulated_context()) return NOT_INITIALIZED;
     if (requested < 1) return INVALID_VALUE;
     if (Status bad = check(*desc, *a, *b, *c, *d)) return bad;
     results[0] = {};
@@ -179,7 +180,7 @@ Status cublasLtMatmulAlgoGetHeuristic(Handle* handle, const Desc* desc, const La
 
 Status cublasLtMatmulAlgoCheck(Handle* handle, const Desc* desc, const Layout* a, const Layout* b, const Layout* c, const Layout* d,
                                const Algorithm* algorithm, HeuristicResult* result) {
-    if (!handle) return NOT_INITIALIZED;
+    if (!handle || !elbo_emulated_context()) return NOT_INITIALIZED;
     if (Status bad = check(*desc, *a, *b, *c, *d)) return bad;
     if (!suits(*algorithm, *desc, *a, *d)) return NOT_SUPPORTED;
     *result = {*algorithm, algorithm->workspace, 0, 1, {}};
@@ -189,7 +190,7 @@ Status cublasLtMatmulAlgoCheck(Handle* handle, const Desc* desc, const Layout* a
 Status cublasLtMatmul(Handle* handle, const Desc* desc, const float* alpha, const void* a, const Layout* la, const void* b, const Layout* lb,
                       const float* beta, const void* c, const Layout* lc, void* d, const Layout* ld, const Algorithm* algorithm, void* workspace,
                       size_t workspace_bytes, const void* stream) {
-    if (!handle) return NOT_INITIALIZED;
+    if (!handle || !elbo_emulated_context()) return NOT_INITIALIZED;
     if (!alpha || !beta || !a || !b || !d || (*beta != 0 && !c)) return INVALID_VALUE;
     if (Status bad = check(*desc, *la, *lb, *lc, *ld)) return bad;
     if (algorithm && algorithm->made_by_heuristic != MADE) return INVALID_VALUE;

@@ -2,20 +2,38 @@
 //
 // Sums are in f32, in the order (ky, kx, channel). f32 operands are rounded to TF32 unless the math type is FMA, as the
 // library does it on tensor cores. What the real one does not support is refused; padding is symmetric by construction.
+//
+// ELBO_EMULATED_CUDNN makes it one that does not start (fails), that has no convolution with bias and residual (no-fused), no
+// convolution at all (no-convolutions, or breaks where that shows when it is asked for one), or no memory for the hundredth (no-memory).
 #include "emulated.h"
 #include "gemm.h"
 #include "number.h"
 
+#include <atomic>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 
 namespace {
-enum Status { SUCCESS = 0, NOT_INITIALIZED = 1001, BAD_PARAM = 2000, NOT_SUPPORTED = 3000 };
+enum Status {
+    SUCCESS = 0,
+    NOT_INITIALIZED = 1001,
+    SUBLIBRARY_LOADING_FAILED = 1008,
+    BAD_PARAM = 2000,
+    NOT_SUPPORTED = 3000,
+    DEVICE_ALLOCATION_FAILED = 4004,
+    EXECUTION_FAILED = 5000,
+};
 enum Format { NCHW = 0, NHWC = 1 };
 enum Math { DEFAULT_MATH = 0, TENSOR_OP = 1, TENSOR_OP_CONVERSION = 2, FMA = 3 };
 enum Algorithm { IMPLICIT_GEMM = 0, IMPLICIT_PRECOMP_GEMM = 1, ALGORITHMS = 8 };
 enum Activation { ACTIVATION_RELU = 1, ACTIVATION_IDENTITY = 5 };
 enum DataType { DATA_FLOAT = 0, DATA_HALF = 2, DATA_BFLOAT16 = 9 };
+
+bool made_to(const char* fault) {
+    const char* value = std::getenv("ELBO_EMULATED_CUDNN");
+    return value && !std::strcmp(value, fault);
+}
 
 struct Handle {
     const void* stream = nullptr;
@@ -74,7 +92,7 @@ T* device(T* pointer, size_t elements, int data_type, const char* what) {
 }
 
 Status check(const Handle* handle, const Tensor& x, const Filter& w, const Convolution& conv, const Tensor& y) {
-    if (!handle) return NOT_INITIALIZED;
+    if (!handle || !elbo_emulated_context()) return NOT_INITIALIZED;
     if (conv.groups != 1 || conv.mode != 1) ELBO_FAIL("cuDNN: groups and flipped convolutions are not implemented");
     if (x.n != y.n || x.c != w.c || y.c != w.k || y.h != conv.out(x.h, w.h, conv.pad_h, conv.stride_h, conv.dilation_h) ||
         y.w != conv.out(x.w, w.w, conv.pad_w, conv.stride_w, conv.dilation_w))
@@ -97,6 +115,9 @@ Status use_workspace(const Handle* handle, int algorithm, void* workspace, size_
     if (!available(algorithm)) return NOT_SUPPORTED;
     size_t needed = workspace_bytes(algorithm, y);
     if (bytes < needed) return BAD_PARAM;
+    if (made_to("breaks")) return EXECUTION_FAILED;
+    static std::atomic<int> convolutions = 0;
+    if (made_to("no-memory") && ++convolutions == 100) return DEVICE_ALLOCATION_FAILED;
     elbo_emulated_scribble(handle->stream, workspace, needed, "workspace of a convolution");
     return SUCCESS;
 }
@@ -157,6 +178,8 @@ DESCRIPTOR(Convolution, Convolution)
 DESCRIPTOR(Activation, ActivationDescriptor)
 
 Status cudnnCreate(Handle** handle) {
+    if (made_to("fails")) return SUBLIBRARY_LOADING_FAILED;
+    if (!elbo_emulated_context()) return NOT_INITIALIZED;
     *handle = new Handle;
     return SUCCESS;
 }
@@ -230,7 +253,7 @@ Status cudnnGetConvolution2dForwardOutputDim(const Convolution* d, const Tensor*
 Status cudnnGetConvolutionForwardWorkspaceSize(Handle* handle, const Tensor* x, const Filter* w, const Convolution* conv, const Tensor* y,
                                                int algorithm, size_t* bytes) {
     if (Status bad = check(handle, *x, *w, *conv, *y)) return bad;
-    if (!available(algorithm)) return NOT_SUPPORTED;
+    if (!available(algorithm) || made_to("no-convolutions")) return NOT_SUPPORTED;
     *bytes = workspace_bytes(algorithm, *y);
     return SUCCESS;
 }
@@ -295,6 +318,7 @@ Status cudnnConvolutionBiasActivationForward(Handle* handle, const float* alpha1
                                              const ActivationDescriptor* activation, const Tensor* y, void* y_data) {
     if (!x || !w || !conv || !z || !bias || !activation || !y || !alpha1 || !alpha2 || !z_data || !bias_data) return BAD_PARAM;
     if (Status bad = check(handle, *x, *w, *conv, *y)) return bad;
+    if (made_to("no-fused")) return NOT_SUPPORTED;
     if (activation->mode != ACTIVATION_RELU && activation->mode != ACTIVATION_IDENTITY) return NOT_SUPPORTED;
     if (activation->mode == ACTIVATION_IDENTITY && algorithm != IMPLICIT_PRECOMP_GEMM) return NOT_SUPPORTED;
     if (!z->same_shape(*y) || bias->n != 1 || bias->c != y->c || bias->h != 1 || bias->w != 1 || bias->sc != 1) return BAD_PARAM;

@@ -2,9 +2,11 @@
 #include "driver.h"
 #include "queue.h"
 
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <string>
 
 namespace {
 struct Context {
@@ -14,6 +16,21 @@ std::mutex mutex;
 bool initialized = false;
 int retained = 0;
 thread_local Context* current = nullptr;
+
+// What goes wrong, and at which launch: ELBO_EMULATED_FAULT.
+enum class Fault { None, Lost, Stale } fault = Fault::None;
+long fault_at = 0;
+std::atomic<bool> lost = false, stale = false;
+
+void configure_fault() {
+    const std::string value = std::getenv("ELBO_EMULATED_FAULT") ? std::getenv("ELBO_EMULATED_FAULT") : "";
+    const size_t at = value.find('@');
+    if (at == std::string::npos) return;
+    const std::string kind = value.substr(0, at);
+    fault = kind == "lost" ? Fault::Lost : kind == "stale" ? Fault::Stale : Fault::None;
+    fault_at = std::strtol(value.c_str() + at + 1, nullptr, 10);
+    if (fault == Fault::None) ELBO_FAIL("ELBO_EMULATED_FAULT=%s is neither lost@N nor stale@N", value.c_str());
+}
 
 CUresult attribute(int attribute, int* value) {
     static const std::map<int, int> values = {
@@ -34,14 +51,31 @@ CUresult attribute(int attribute, int* value) {
 
 CUresult driver::ready() {
     if (!initialized) return CUDA_ERROR_NOT_INITIALIZED;
+    if (lost) return CUDA_ERROR_ILLEGAL_ADDRESS;
     return current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT;
 }
+
+CUresult driver::launching() {
+    static std::atomic<long> launches = 0;
+    const bool now = fault != Fault::None && ++launches == fault_at;
+    if (now && fault == Fault::Lost) lost = true;
+    if (now && fault == Fault::Stale) {
+        stale = true;
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    return ready();
+}
+
+CUresult driver::left_over() { return stale.exchange(false) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
 
 extern "C" {
 CUresult cuInit(unsigned) {
     memory::configure();
     queue::configure();
     driver::configure_threads();
+    configure_fault();
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");  // any name stands for the one device, none for none
+    if (visible && !*visible) return CUDA_ERROR_NO_DEVICE;
     initialized = true;
     return CUDA_SUCCESS;
 }
@@ -56,7 +90,9 @@ CUresult cuDriverGetVersion(int* version) {
     N(CUDA_ERROR_INVALID_VALUE, "invalid argument")                                                                   \
     N(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                                                                      \
     N(CUDA_ERROR_NOT_INITIALIZED, "initialization error")                                                             \
+    N(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                                     \
     N(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal")                                                            \
+    N(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered")                                         \
     N(CUDA_ERROR_INVALID_IMAGE, "device kernel image is invalid")                                                     \
     N(CUDA_ERROR_INVALID_CONTEXT, "invalid device context")                                                           \
     N(CUDA_ERROR_FILE_NOT_FOUND, "file not found")                                                                    \
@@ -170,6 +206,15 @@ CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     *greatest = -5;
     return driver::ready();
 }
-CUresult cuProfilerStart() { return driver::ready(); }
-CUresult cuProfilerStop() { return driver::ready(); }
+CUresult cuProfilerStart() {
+    ELBO_READY();
+    queue::start_profile();
+    return CUDA_SUCCESS;
+}
+CUresult cuProfilerStop() {
+    ELBO_READY();
+    queue::stop_profile();
+    return CUDA_SUCCESS;
+}
+int elbo_emulated_context() { return driver::ready() == CUDA_SUCCESS; }
 }

@@ -8,6 +8,7 @@ enum CUresult : int {
     CUDA_ERROR_INVALID_VALUE = 1,
     CUDA_ERROR_OUT_OF_MEMORY = 2,
     CUDA_ERROR_NOT_INITIALIZED = 3,
+    CUDA_ERROR_NO_DEVICE = 100,
     CUDA_ERROR_INVALID_DEVICE = 101,
     CUDA_ERROR_INVALID_IMAGE = 200,
     CUDA_ERROR_INVALID_CONTEXT = 201,
@@ -15,6 +16,7 @@ enum CUresult : int {
     CUDA_ERROR_INVALID_HANDLE = 400,
     CUDA_ERROR_NOT_FOUND = 500,
     CUDA_ERROR_NOT_READY = 600,
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700,
     CUDA_ERROR_NOT_SUPPORTED = 801,
 };
 
@@ -32,6 +34,10 @@ constexpr int SHARED_PROCESSOR = 228 << 10; // bytes of a multiprocessor
 void configure_threads();
 // Success if this thread has a current context, the driver's own condition for nearly every call.
 CUresult ready();
+// The same for a launch, of which one may be made to fail.
+CUresult launching();
+// The error of an earlier call that nobody was told of yet, once.
+CUresult left_over();
 bool alive(CUstream stream);
 }  // namespace driver
 

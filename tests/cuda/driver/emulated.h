@@ -18,6 +18,8 @@ void* elbo_emulated_memory(uint64_t device, size_t bytes, const char* what);
 void elbo_emulated_scribble(const void* stream, const void* device, size_t bytes, const char* what);
 // Aborts if `stream` was never created or is destroyed already.
 void elbo_emulated_stream(const void* stream, const char* what);
+// Whether this thread has a current context, without which the libraries know no device.
+int elbo_emulated_context();
 // Calls run(data) in the order of the stream: see queue.cpp.
 void elbo_emulated_later(const void* stream, void (*run)(void*), void* data, const char* what);
 }

@@ -79,7 +79,7 @@ Function* find(Function* function) {
 }
 
 CUresult launch(Function* handle, dim3 grid, dim3 block, unsigned shared, CUstream stream, void** arguments) {
-    ELBO_READY();
+    if (CUresult failed = driver::launching()) return failed;
     Function* function = find(handle);
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
     uint64_t threads = uint64_t(block.x) * block.y * block.z;

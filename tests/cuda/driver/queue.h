@@ -8,4 +8,7 @@ void configure();
 void finish();
 // Does the next piece. False if there is none.
 bool advance();
+// What lies between is written down: ELBO_EMULATED_PROFILE.
+void start_profile();
+void stop_profile();
 }  // namespace queue

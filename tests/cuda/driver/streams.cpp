@@ -61,7 +61,7 @@ CUresult cuStreamSynchronize(CUstream stream) {
     ELBO_READY();
     if (!alive(stream)) return CUDA_ERROR_INVALID_HANDLE;
     queue::finish();
-    return CUDA_SUCCESS;
+    return driver::left_over();
 }
 
 CUresult cuStreamQuery(CUstream stream) {

@@ -142,13 +142,33 @@ impl ModelError {
     /// Whether a device had no memory left, so that fewer evaluations at a time may do.
     pub(crate) fn is_out_of_memory(&self) -> bool {
         /// How the driver, cuBLAS and cuDNN say so.
-        const SIGNS: [&str; 3] = ["OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED"];
+        const SIGNS: [&str; 4] = ["OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"];
         match self {
             Self::Tensor(error) => {
                 let text = format!("{error} {error:?}");
                 SIGNS.iter().any(|sign| text.contains(sign))
             }
             _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_memory_is_told_from_other_failures_whoever_lacks_it() {
+        let failed = |message: &str| ModelError::Tensor(candle_core::Error::Msg(message.to_owned()));
+        let lacks = [
+            "memory for convolutions: DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+            "a product: CublasError(CUBLAS_STATUS_ALLOC_FAILED)",
+            "a convolution: CudnnError(CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)",
+            "a convolution: CudnnError(CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
+        ];
+        assert!(lacks.iter().all(|message| failed(message).is_out_of_memory()));
+        for message in ["a convolution: CudnnError(CUDNN_STATUS_EXECUTION_FAILED)", "CUDA_ERROR_ILLEGAL_ADDRESS"] {
+            assert!(!failed(message).is_out_of_memory(), "{message}");
         }
     }
 }

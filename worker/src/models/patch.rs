@@ -1,5 +1,7 @@
 //! Latents as sequences of patches, for transformers (Dosovitskiy et al., ICLR 2021).
 
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::checkpoint::{ModelError, Params};
@@ -33,6 +35,25 @@ impl PatchEmbed {
         let x = x.permute((0, 1, 3, 2, 4, 5))?.contiguous()?;
         let x = x.reshape((images, height * width / size / size, size * size * channels))?;
         self.proj.forward(&x, Some(Rows::indexed(positions, &vec![0; images])))
+    }
+}
+
+/// Embeddings of positions, kept for the grid they were last asked for: a job has one.
+#[derive(Debug, Default)]
+pub(crate) struct Positions(Mutex<Option<((usize, usize), Tensor)>>);
+
+impl Positions {
+    /// Those of a grid of so many rows and columns.
+    pub(crate) fn of(&self, grid: (usize, usize), make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*kept {
+            Some((known, positions)) if *known == grid => Ok(positions.clone()),
+            _ => {
+                let positions = make()?;
+                *kept = Some((grid, positions.clone()));
+                Ok(positions)
+            }
+        }
     }
 }
 

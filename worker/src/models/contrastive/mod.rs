@@ -117,7 +117,8 @@ impl ContrastiveModel {
             embeddings.push(normalised(&self.text.forward(&ids)?)?);
         }
         match embeddings.is_empty() {
-            true => Ok(Tensor::zeros((0, self.width), DType::F32, &self.device)?),
+            // On the host: a GPU's memory for nothing can't be had.
+            true => Ok(Tensor::zeros((0, self.width), DType::F32, &Device::Cpu)?),
             false => Ok(Tensor::cat(&embeddings, 0)?),
         }
     }

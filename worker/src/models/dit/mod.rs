@@ -18,7 +18,7 @@ use super::checkpoint::{ModelError, Params, Weights};
 use super::layers::linear;
 use super::options::LoadOptions;
 use super::pass::{Indices, Pass};
-use super::patch::{PatchEmbed, grid_embedding, unpatchify};
+use super::patch::{PatchEmbed, Positions, grid_embedding, unpatchify};
 use super::probe::Probe;
 use super::timestep::{EmbeddingMlp, Sinusoid, TimeCache};
 use elbo_kernels::{Activation, Linear, Modulation, activate, gather};
@@ -32,6 +32,7 @@ pub struct Dit {
     config: DitConfig,
     sinusoid: Sinusoid,
     patch: PatchEmbed,
+    positions: Positions,
     /// One per block, or one for all.
     embedders: Vec<Embedder>,
     blocks: Vec<Block>,
@@ -104,6 +105,7 @@ impl Dit {
         Ok(Self {
             sinusoid: Sinusoid { width: SINUSOID, flip_sin_to_cos: true, freq_shift: names.freq_shift() },
             patch: PatchEmbed::load(&weights.at(names.patch()), config.patch_size, config.in_channels, width)?,
+            positions: Positions::default(),
             embedders,
             blocks: (0..config.num_layers)
                 .map(|i| Block::load(&blocks.at(i), names, &config))
@@ -175,7 +177,9 @@ impl Dit {
         let size = self.config.patch_size;
         let grid = (height / size, width / size);
         let base = self.config.sample_size / size;
-        let positions = grid_embedding(grid, base, 1.0, self.config.width(), &self.device, self.dtype)?;
+        let positions = self
+            .positions
+            .of(grid, || grid_embedding(grid, base, 1.0, self.config.width(), &self.device, self.dtype))?;
         let x = self.patch.forward(input.latents, &positions)?;
         probe.see(|| "pos_embed".to_owned(), &x);
         let mut x = gather(&x, &indices.points)?;
