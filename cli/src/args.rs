@@ -348,9 +348,16 @@ pub(crate) struct BenchEngineArgs {
     /// Measurements of each batch, of which the fastest counts
     #[arg(long, default_value = "3")]
     pub(crate) rounds: NonZeroUsize,
+    /// Leave out the large products that the engine is compared with
+    #[arg(long)]
+    pub(crate) no_peak: bool,
     /// Write a trace of a second at most, or of one pass, which ui.perfetto.dev opens
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: Option<PathBuf>,
+    /// Measure nothing: make one pass over the first batch between cuProfilerStart and cuProfilerStop, for `ncu
+    /// --profile-from-start off` or `nsys --capture-range cudaProfilerApi`
+    #[arg(long, conflicts_with_all = ["profile", "peer", "json"])]
+    pub(crate) capture: bool,
     /// Measure PyTorch and diffusers too, with this Python, which has tests/peer/requirements.txt installed
     #[arg(long, value_name = "PYTHON")]
     pub(crate) peer: Option<PathBuf>,

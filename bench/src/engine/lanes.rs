@@ -10,7 +10,7 @@ use elbo_worker::models::{Conditions, LoadOptions, Network, Pass, TextEmbeddings
 use super::Options;
 use super::report::Measured;
 use crate::BenchError;
-use elbo_kernels::{download, gpu};
+use elbo_kernels::{Download, gpu};
 
 /// Tokens of a prompt: CLIP's, and CLIP's with T5's after them for Stable Diffusion 3.
 const CLIP_TOKENS: usize = 77;
@@ -111,17 +111,25 @@ impl Lanes {
         let shares = self.shares(batch);
         let mut rates = Vec::new();
         self.passes(batch, 1)?;
+        let work = shares.iter().map(|share| self.work(*share)).collect::<Result<Vec<_>, _>>()?;
         for _ in 0..options.rounds.max(1) {
-            let rates_of_lanes = on_every(shares.len(), |lane| {
-                let work = self.work(shares[lane])?;
-                let (started, mut passes) = (Instant::now(), 0usize);
+            let started = Instant::now();
+            let of_lanes = on_every(shares.len(), |lane| {
+                let mut passes = 0usize;
                 while passes == 0 || started.elapsed() < least {
-                    work.run(self)?;
+                    work[lane].run(self)?;
                     passes += 1;
                 }
-                Ok((passes * shares[lane]) as f64 / started.elapsed().as_secs_f64())
+                Ok((passes * shares[lane], started.elapsed()))
             })?;
-            rates.push(rates_of_lanes.iter().sum());
+            let rate = |evaluations: usize, time: Duration| evaluations as f64 / time.as_secs_f64();
+            rates.push(if self.device.is_cpu() {
+                // Each lane has a core of its own, which idles once it is done.
+                of_lanes.into_iter().map(|(evaluations, time)| rate(evaluations, time)).sum()
+            } else {
+                let end = of_lanes.iter().map(|(_, time)| *time).max().unwrap_or_default();
+                rate(of_lanes.iter().map(|(evaluations, _)| evaluations).sum(), end)
+            });
         }
         Ok(Measured::new(batch, rates, gpu::memory_high(&self.device)))
     }
@@ -155,15 +163,15 @@ impl Work {
         }
         let output = {
             let _turn = lanes.turn.lock().unwrap_or_else(PoisonError::into_inner);
-            lanes.network.forward(&pass, &lanes.times, &lanes.conditions)?
+            first_value(&lanes.network.forward(&pass, &lanes.times, &lanes.conditions)?)?
         };
-        wait(&output)
+        Ok(output.wait().map(drop)?)
     }
 }
 
-/// Waits for a tensor's values.
-pub(super) fn wait(x: &Tensor) -> Result<(), BenchError> {
-    Ok(download(&x.flatten_all()?.narrow(0, 0, 1)?).map(drop)?)
+/// One value of a tensor: whoever waits for it has waited for all.
+pub(super) fn first_value(x: &Tensor) -> Result<Download, BenchError> {
+    Ok(Download::start(&x.flatten_all()?.narrow(0, 0, 1)?)?)
 }
 
 /// A batch divided evenly among at most so many lanes, none without work.

@@ -13,12 +13,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use elbo_common::job::ModelDtype;
+use elbo_kernels::gpu;
 use elbo_kernels::profile::Profile;
 use elbo_worker::Device;
 
 use self::lanes::Lanes;
 pub use self::peer::{PeerReport, PeerResult};
-pub use self::report::{EngineReport, Measured, PartTime};
+pub use self::report::{EngineReport, LibraryReport, Measured, OperationTime, PartTime};
 pub use self::subject::{NAMES, Subject};
 use super::BenchError;
 
@@ -47,22 +48,31 @@ pub struct Options {
     pub seconds: f64,
     /// Measurements of each batch; the fastest counts, since disturbances only ever slow one down.
     pub rounds: usize,
+    /// Whether large products are measured, which the engine is compared with.
+    pub peak: bool,
     /// Where a trace of the profile goes.
     pub trace: Option<PathBuf>,
     /// A Python with PyTorch and diffusers.
     pub peer: Option<PathBuf>,
 }
 
-/// Measures, telling what it is at.
+/// Measures, telling what it is at. Where PyTorch can't be measured, the report says why.
 pub fn run(options: &Options, mut tell: impl FnMut(&str)) -> Result<EngineReport, BenchError> {
     tell(&format!("making {}", options.subject));
-    if let Some(python) = &options.peer {
-        peer::check(python)?;
+    // Found out first, so that nobody waits for a comparison that will not come.
+    let peer = options.peer.as_deref().map(|python| peer::check(python).map(|()| python));
+    if let Some(Err(error)) = &peer {
+        tell(&format!("without PyTorch: {error}"));
     }
     let device = options.device.open()?;
     let lanes = Lanes::new(options, &device)?;
-    tell("measuring the device's matrix products");
-    let peak = peak::flops_per_second(&device, options)?;
+    let peak = match options.peak {
+        true => {
+            tell("measuring the device's matrix products");
+            Some(peak::flops_per_second(&device, options)?)
+        }
+        false => None,
+    };
     let mut measured = Vec::new();
     for &batch in &options.batches {
         tell(&format!("measuring batches of {batch}"));
@@ -79,15 +89,37 @@ pub fn run(options: &Options, mut tell: impl FnMut(&str)) -> Result<EngineReport
     if let Some(path) = &options.trace {
         trace::write(path, &spans)?;
     }
-    if let Some(python) = &options.peer {
-        tell("measuring PyTorch");
-        let peer = peer::run(python, options)?;
-        // Both before and after the peer, so that a machine that slows down meanwhile does not decide.
-        tell("measuring again");
-        for (&batch, before) in options.batches.iter().zip(&mut report.batches) {
-            before.take_better(lanes.measure(batch, options)?);
+    let peer = peer.map(|python| {
+        python.and_then(|python| {
+            tell("measuring PyTorch");
+            peer::run(python, options)
+        })
+    });
+    match peer {
+        Some(Ok(peer)) => {
+            // Both before and after the peer, so that a machine that slows down meanwhile does not decide.
+            tell("measuring again");
+            for (&batch, before) in options.batches.iter().zip(&mut report.batches) {
+                before.take_better(lanes.measure(batch, options)?);
+            }
+            report.set_peer(peer);
         }
-        report.set_peer(peer);
+        Some(Err(error)) => report.peer_error = Some(error.to_string()),
+        None => {}
     }
     Ok(report)
+}
+
+/// Makes one pass over the first batch between the calls that ncu and nsys take for the beginning and the end of what they
+/// look at, after others that made whatever is made only once.
+pub fn capture(options: &Options, mut tell: impl FnMut(&str)) -> Result<(), BenchError> {
+    const WARM_UP: usize = 3;
+    tell(&format!("making {}", options.subject));
+    let device = options.device.open()?;
+    let lanes = Lanes::new(options, &device)?;
+    let batch = options.batches.first().copied().unwrap_or(1);
+    tell("warming up");
+    lanes.passes(batch, WARM_UP)?;
+    tell(&format!("one pass over a batch of {batch}"));
+    gpu::capture(&device, || lanes.passes(batch, 1))?
 }

@@ -13,6 +13,8 @@ use crate::BenchError;
 const SIDE: [usize; 2] = [2048, 8192];
 /// Products at a time, on a core and on a GPU, where they queue up.
 const PRODUCTS: [usize; 2] = [1, 20];
+/// Images that the rows are of.
+const IMAGES: usize = 32;
 /// Measurements.
 const REPEATS: usize = 6;
 
@@ -23,12 +25,14 @@ pub(super) fn flops_per_second(device: &Device, options: &Options) -> Result<f64
     let threads = if device.is_cpu() { options.threads } else { 1 };
     let dtype = Precision::on(device, options.dtype).compute;
     let random = || Tensor::rand(-1f32, 1f32, (side, side), &Device::Cpu)?.to_device(device)?.to_dtype(dtype);
-    let (layer, x) = (Linear::new(&random()?, None)?, random()?);
+    // As of a batch of images, for which the way to compute a layer is chosen.
+    let x = random()?.reshape((IMAGES, side / IMAGES, side))?;
+    let layer = Linear::new(&random()?, None)?;
     let work = |_| {
         for _ in 1..products {
             layer.forward(&x, None)?;
         }
-        super::lanes::wait(&layer.forward(&x, None)?)
+        Ok(super::lanes::first_value(&layer.forward(&x, None)?)?.wait().map(drop)?)
     };
     work(0)?;
     let mut best = 0f64;

@@ -79,6 +79,9 @@ pub(super) fn run(python: &Path, options: &Options) -> Result<PeerReport, BenchE
     command.args(["--batch", &batches.join(","), "--dtype", &options.dtype.to_string(), "--device", device]);
     command.args(["--threads", &options.threads.to_string(), "--seconds", &options.seconds.to_string()]);
     command.args(["--rounds", &options.rounds.to_string()]);
+    // Autotuning takes minutes, and has more to choose from on a GPU.
+    let modes = if options.device.is_gpu() { "eager,compile,max-autotune" } else { "eager,compile" };
+    command.args(["--modes", modes]);
     if let Some(side) = options.latent {
         command.args(["--latent", &side.to_string()]);
     }

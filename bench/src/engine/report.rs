@@ -1,6 +1,8 @@
 //! What was found out about an engine.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use candle_core::Device;
@@ -26,16 +28,24 @@ pub struct EngineReport {
     pub device: String,
     /// Prompts of every noisy latent.
     pub prompts: usize,
-    /// Floating point operations per second of large products: what there is to have.
-    pub peak_flops: f64,
+    /// CUDA's libraries that it computes with.
+    pub libraries: Vec<LibraryReport>,
+    /// Floating point operations per second of large products, if they were measured: what there is to have.
+    pub peak_flops: Option<f64>,
     /// Floating point operations of the products of an evaluation.
     pub flops_per_evaluation: f64,
     /// Every batch size that was measured.
     pub batches: Vec<Measured>,
+    /// The batch that was profiled: the fastest. On a GPU every operation is waited for meanwhile.
+    pub profiled_batch: usize,
     /// Where the time of a pass goes; `host` is what no operation accounts for.
     pub parts: Vec<PartTime>,
+    /// The same by operation, the longest first.
+    pub operations: Vec<OperationTime>,
     /// The same network in PyTorch.
     pub peer: Option<PeerReport>,
+    /// Why PyTorch was not measured, if it should have been.
+    pub peer_error: Option<String>,
     /// Evaluations per second over those of the fastest way PyTorch has, each at its best batch.
     pub ratio: Option<f64>,
 }
@@ -51,6 +61,30 @@ pub struct Measured {
     pub median: f64,
     /// The most memory in use until then, in bytes: the device's, or the process'.
     pub memory_bytes: u64,
+}
+
+/// A library, as found open in this process.
+#[derive(Clone, Debug, Serialize)]
+pub struct LibraryReport {
+    /// Like libcublasLt.
+    pub name: String,
+    /// What it says its version is, if it was asked.
+    pub version: Option<String>,
+    /// Its file.
+    pub path: PathBuf,
+}
+
+/// How much of a pass is one operation.
+#[derive(Clone, Debug, Serialize)]
+pub struct OperationTime {
+    /// The operation.
+    pub name: &'static str,
+    /// The part it belongs to.
+    pub part: &'static str,
+    /// How often a pass runs it.
+    pub calls: f64,
+    /// Time of a pass, summed over the lanes.
+    pub milliseconds: f64,
 }
 
 /// How much of a pass is one kind of operation.
@@ -96,9 +130,10 @@ impl EngineReport {
         options: &Options,
         device: &Device,
         latent: usize,
-        peak_flops: f64,
+        peak_flops: Option<f64>,
         batches: Vec<Measured>,
     ) -> Self {
+        let libraries = gpu::libraries().into_iter();
         Self {
             version: env!("CARGO_PKG_VERSION"),
             model: options.subject.to_string(),
@@ -106,11 +141,17 @@ impl EngineReport {
             dtype: options.dtype.to_string(),
             device: gpu::name(device).unwrap_or_else(|| format!("cpu, {} threads", options.threads)),
             prompts: options.prompts,
+            libraries: libraries
+                .map(|gpu::Library { name, version, path }| LibraryReport { name, version, path })
+                .collect(),
             peak_flops,
             flops_per_evaluation: 0.0,
             batches,
+            profiled_batch: 0,
             parts: Vec::new(),
+            operations: Vec::new(),
             peer: None,
+            peer_error: None,
             ratio: None,
         }
     }
@@ -122,14 +163,15 @@ impl EngineReport {
         best.copied().unwrap_or(Measured { batch: 1, evaluations_per_second: 0.0, median: 0.0, memory_bytes: 0 })
     }
 
-    /// Share of the device's products that the fastest batch makes use of.
-    pub fn share_of_peak(&self) -> f64 {
-        self.best().evaluations_per_second * self.flops_per_evaluation / self.peak_flops
+    /// Share of the device's products that the fastest batch makes use of, if these were measured.
+    pub fn share_of_peak(&self) -> Option<f64> {
+        self.peak_flops.map(|peak| self.best().evaluations_per_second * self.flops_per_evaluation / peak)
     }
 
     /// Adds what passes over the fastest batch were made of.
     pub(super) fn add_profile(&mut self, spans: &[Span], time: Duration, passes: usize, lanes: usize) {
-        let evaluations = self.best().batch * passes;
+        self.profiled_batch = self.best().batch;
+        let evaluations = self.profiled_batch * passes;
         self.flops_per_evaluation = spans.iter().map(|span| span.flops as f64).sum::<f64>() / evaluations as f64;
         let lanes = lanes.max(1) as f64;
         let total = time.as_secs_f64() * lanes;
@@ -143,6 +185,21 @@ impl EngineReport {
         self.parts = Part::ALL.iter().map(|(part, name)| of_part(*part, name)).collect();
         let known: f64 = self.parts.iter().map(|part| part.share).sum();
         self.parts.push(PartTime { part: "host", share: (1.0 - known).max(0.0), flops_per_second: 0.0 });
+        let mut operations: BTreeMap<(Part, &'static str), (usize, Duration)> = BTreeMap::new();
+        for span in spans {
+            let (calls, time) = operations.entry((span.part, span.name)).or_default();
+            *calls += 1;
+            *time += span.time;
+        }
+        let of_pass = |value: f64| value / passes as f64;
+        let operation = |((part, name), (calls, time)): ((Part, &'static str), (usize, Duration))| OperationTime {
+            name,
+            part: part.name(),
+            calls: of_pass(calls as f64),
+            milliseconds: of_pass(1e3 * time.as_secs_f64()),
+        };
+        self.operations = operations.into_iter().map(operation).collect();
+        self.operations.sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
     }
 
     /// Adds what PyTorch made of it.
@@ -156,25 +213,26 @@ impl fmt::Display for EngineReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { model, latent, dtype, device, prompts, .. } = self;
         writeln!(f, "{model}, latents of {latent}x{latent}, {dtype} on {device}; prompts of a latent: {prompts}")?;
-        writeln!(
-            f,
-            "large products: {:.3} TFLOP/s; an evaluation: {:.2} GFLOP",
-            self.peak_flops / 1e12,
-            self.flops_per_evaluation / 1e9
-        )?;
+        if let Some(peak) = self.peak_flops {
+            write!(f, "large products: {:.3} TFLOP/s; ", peak / 1e12)?;
+        }
+        writeln!(f, "an evaluation: {:.2} GFLOP", self.flops_per_evaluation / 1e9)?;
+        for LibraryReport { name, version, path } in &self.libraries {
+            writeln!(f, "{name} {} ({})", version.as_deref().unwrap_or_default(), path.display())?;
+        }
         writeln!(f)?;
         writeln!(f, "batch  evaluations/s  ms/evaluation   TFLOP/s  of products  memory MiB")?;
         for measured in &self.batches {
             let rate = measured.evaluations_per_second;
             let flops = rate * self.flops_per_evaluation;
             let memory = measured.memory_bytes >> 20;
+            let share = self.peak_flops.map_or_else(|| "-".to_owned(), |peak| format!("{:.1} %", 100.0 * flops / peak));
             writeln!(
                 f,
-                "{:>5}  {rate:>13.3}  {:>13.3}  {:>8.3}  {:>9.1} %  {memory:>10}",
+                "{:>5}  {rate:>13.3}  {:>13.3}  {:>8.3}  {share:>11}  {memory:>10}",
                 measured.batch,
                 1e3 / rate,
                 flops / 1e12,
-                100.0 * flops / self.peak_flops,
             )?;
         }
         writeln!(f)?;
@@ -185,6 +243,10 @@ impl fmt::Display for EngineReport {
                 rate => format!("{:.3}", rate / 1e12),
             };
             writeln!(f, "{:<9} {:>5.1} %  {rate:>8}", part.part, 100.0 * part.share)?;
+        }
+        if let Some(error) = &self.peer_error {
+            writeln!(f)?;
+            write!(f, "PyTorch was not measured: {error}")?;
         }
         if let Some(peer) = &self.peer {
             writeln!(f)?;

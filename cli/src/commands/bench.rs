@@ -48,10 +48,15 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
         latent: args.latent.map(NonZeroUsize::get),
         seconds: args.seconds,
         rounds: args.rounds.get(),
+        peak: !args.no_peak,
         trace: args.profile,
         peer: args.peer,
     };
-    let report = elbo_bench::engine::run(&options, |note| eprintln!("{note}"))?;
+    let tell = |note: &str| eprintln!("{note}");
+    if args.capture {
+        return Ok(elbo_bench::engine::capture(&options, tell)?);
+    }
+    let report = elbo_bench::engine::run(&options, tell)?;
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
