@@ -1,11 +1,13 @@
 #!/bin/bash
 # Runs the CUDA path on the processor, in parts, all by default; builds what it needs below target/.
-#   tests/cuda/emulated.sh [operations] [jobs] [models]
-# operations: each against plain formulas, in f32, f16 and bf16; jobs: whole ones, against the processor's (tests/cuda/job.py);
-# models: every submodule and error against PyTorch's, which takes an hour and more.
+#   tests/cuda/emulated.sh [operations] [jobs] [measure] [models]
+# operations: each against plain formulas, in f32, f16 and bf16; jobs: whole ones, against the processor's, and with failures
+# (tests/cuda/job.py); measure: the scripts that measure a GPU, from beginning to end (tests/cuda/rehearse.py), with the Python
+# that ELBO_TORCH_PYTHON names, which has PyTorch and transformers; models: every submodule and error against PyTorch's, which
+# takes an hour and more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -gt 0 ] || set -- operations jobs models
+[ $# -gt 0 ] || set -- operations jobs measure models
 libraries=${ELBO_EMULATED:-target/cuda-emulated}
 build() { deploy/cuda/build.sh "$@"; }
 # Fetches candle, whose own kernels are compiled for the processor too.
@@ -27,12 +29,18 @@ for part in "$@"; do
             build build --bin elbo
             tests/cuda/job.py "${CARGO_TARGET_DIR:-target/cuda}/x86_64-unknown-linux-gnu/release/elbo" "$libraries"
             ;;
+        measure)
+            echo "== measure"
+            deploy/cuda/build.sh pack
+            target=${CARGO_TARGET_DIR:-target/cuda}
+            tests/cuda/rehearse.py "$target/carry.tar.xz" "$target/wheels" "$libraries" "${ELBO_TORCH_PYTHON:?a Python with PyTorch}"
+            ;;
         models)
             echo "== models"
             build test -p elbo-tests --test parity
             ;;
         *)
-            echo "no part $part: operations, jobs or models" >&2
+            echo "no part $part: operations, jobs, measure or models" >&2
             exit 2
             ;;
     esac

@@ -4,7 +4,8 @@
 
 Weights are drawn, so a configuration is enough: bench/configs/NAME.json is a published model's unet/ or transformer/config.json,
 `digits` the demo's, and a diffusers model directory brings its own. Every memory format, mode and batch is measured for itself:
-compiling, autotuning and warming up come first, then as many passes as take --seconds, --rounds times. Prints one JSON object.
+compiling, autotuning and warming up come first, then as many passes as take --seconds, --rounds times. On the CPU `max-autotune`
+is the same as `compile`. Prints one JSON object, which --out keeps in a file too, rewritten after every measurement.
 evaluations_per_second is the best round's, an evaluation being one latent through the network once; `best` is the fastest result.
 memory_bytes is the peak while measuring, weights included: of tensors on cuda, of the whole process on the CPU. What could not be
 measured stands with its `error` under `failures`.
@@ -13,12 +14,15 @@ import argparse
 import inspect
 import json
 import math
+import os
 import platform
 import re
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ["USE_FLAX"] = "0"  # diffusers 0.36 imports Flax's networks with PyTorch's, wherever Flax and JAX are installed
 
 import diffusers
 import torch
@@ -32,7 +36,7 @@ NETWORKS = {
     "Transformer2DModel": DiTTransformer2DModel,  # as DiT's published configuration calls it
 }
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-MODES = ["eager", "compile"]
+MODES = ["eager", "compile", "max-autotune"]
 CLIP_TOKENS, T5_TOKENS = 77, 256
 PROCESS = Path("/proc/self")
 
@@ -46,7 +50,8 @@ def arguments():
     parser.add_argument("--dtype", choices=DTYPES, default="f32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--modes", type=lambda text: text.split(","), default=MODES, metavar=",".join(MODES))
+    modes = lambda text: text.split(",")
+    parser.add_argument("--modes", type=modes, default=MODES[:2], metavar="MODE[,..]", help=f"of {', '.join(MODES)}")
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="default: both for a UNet, else no")
     parser.add_argument("--fuse-qkv", action="store_true", help="one product for queries, keys and values, if diffusers has it")
     parser.add_argument("--tf32", action="store_true", help="TF32 in f32's products and convolutions on cuda")
@@ -55,9 +60,10 @@ def arguments():
     parser.add_argument("--prompts", type=int, default=1, help="scored at a noisy latent; here each is computed in full")
     parser.add_argument("--seconds", type=float, default=2, help="a round takes at least")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="rewritten after every measurement")
     args = parser.parse_args()
     if not set(args.modes) <= set(MODES):
-        parser.error(f"--modes are {' and '.join(MODES)}")
+        parser.error(f"--modes are {', '.join(MODES)}")
     if args.weights and args.model in PUBLISHED:
         parser.error("--weights needs a model directory")
     if args.rounds < 1 or min(args.batch) < 1:
@@ -156,9 +162,9 @@ def measure(net, mode, memory_format, batch, args):
     """What so many latents at once cost."""
     latents, condition = inputs(net, batch, args)
     latents = latents.to(memory_format=memory_format)
-    autotune = {"mode": "max-autotune"} if args.device == "cuda" else {}
-    compiled = torch.compile(net, dynamic=False, **autotune) if mode == "compile" else net
-    forward = lambda: compiled(latents, **condition, return_dict=False)[0]
+    autotune = "max-autotune" if mode == "max-autotune" and args.device == "cuda" else None
+    module = net if mode == "eager" else torch.compile(net, dynamic=False, mode=autotune)
+    forward = lambda: module(latents, **condition, return_dict=False)[0]
     if not forward().isfinite().all():
         print(f"{args.model}: not all outputs are finite in {args.dtype}", file=sys.stderr)
     reset_peak_memory(args.device)
@@ -213,6 +219,24 @@ def device_name(device):
     return model[1] if model else platform.processor()
 
 
+def libraries(device):
+    """Paths of the cuDNN and cuBLAS that are mapped; none on the CPU, where PyTorch may load them but has no use for them."""
+    if device == "cpu" or not (PROCESS / "maps").exists():
+        return []
+    return sorted(set(re.findall(r"/\S*/lib(?:cudnn|cublas)[^/\s]*\.so\S*", (PROCESS / "maps").read_text())))
+
+
+def report(facts, results, args):
+    """The JSON text about what is known after these results."""
+    measured = [result for result in results if "error" not in result]
+    return json.dumps(facts | {
+        "libraries": libraries(args.device),
+        "results": measured,
+        "failures": [result for result in results if "error" in result],
+        "best": max(measured, key=lambda result: result["evaluations_per_second"], default=None),
+    })
+
+
 def main():
     args = arguments()
     if args.threads:
@@ -225,23 +249,27 @@ def main():
     fused = args.fuse_qkv and hasattr(net, "fuse_qkv_projections")
     if fused:
         net.fuse_qkv_projections()  # adds fused weights to the separate ones
-    results = list(run(net, args))
-    measured = [result for result in results if "error" not in result]
-    failures = [result for result in results if "error" in result]
-    print(json.dumps({
+    facts = {
         "device": device_name(args.device),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "diffusers": diffusers.__version__,
         "threads": torch.get_num_threads(),
         "parameters": parameters,
         "latent": args.latent or net.config.sample_size,
         "fuse_qkv": fused,
         "tf32": args.tf32,
-        "results": measured,
-        "failures": failures,
-        "best": max(measured, key=lambda result: result["evaluations_per_second"], default=None),
-    }))
-    if not measured:
+    }
+    results = []
+    for result in run(net, args):
+        results.append(result)
+        if args.out:
+            temporary = args.out.with_name(f"{args.out.name}.tmp")
+            temporary.write_text(report(facts, results, args))
+            temporary.replace(args.out)  # at once, so that a killed run leaves no half of it
+    print(report(facts, results, args))
+    if all("error" in result for result in results):
         sys.exit("nothing could be measured")
 
 

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
 mod errors;
+mod layers;
 mod loading;
 mod reference;
 mod stages;

@@ -33,7 +33,7 @@ fn check_latents(fixture: &str) {
     assert_eq!(seen, reference.tensors.keys().filter(|k| k.starts_with("vae.")).count());
     assert_close("latents", &latents, &reference.channels_last("latents_mean"), 1e-5);
     let alone = vae.encode(&pixels.narrow(0, 5, 1).unwrap(), &mut Probe::none()).unwrap();
-    assert_eq!(bits(&alone), bits(&latents.narrow(0, 5, 1).unwrap()));
+    assert_same("an image alone", &alone, &latents.narrow(0, 5, 1).unwrap());
 }
 
 for_each!(check_network:
@@ -130,14 +130,23 @@ fn check_nonsquare(fixture: &str) {
     assert_close("output", &output, &reference.channels_last("nonsquare_out"), 1e-5);
 }
 
-for_each!(check_bits:
-    digits_sd_gives_the_same_bits_in_any_batch "digits-sd",
-    sdxl_gives_the_same_bits_in_any_batch "sdxl",
-    stable_diffusion_35_gives_the_same_bits_in_any_batch "sd35",
-    digits_dit_gives_the_same_bits_in_any_batch "digits-dit",
+/// Asserts that the bits are the same; on a GPU, whose libraries may choose another order of sums for another batch, that the
+/// values nearly are.
+fn assert_same(name: &str, found: &Tensor, expected: &Tensor) {
+    match device().is_cpu() {
+        true => assert_eq!(bits(found), bits(expected), "{name}"),
+        false => assert_close(name, found, expected, 1e-5),
+    }
+}
+
+for_each!(check_batches:
+    digits_sd_gives_the_same_in_any_batch "digits-sd",
+    sdxl_gives_the_same_in_any_batch "sdxl",
+    stable_diffusion_35_gives_the_same_in_any_batch "sd35",
+    digits_dit_gives_the_same_in_any_batch "digits-dit",
 );
 
-fn check_bits(fixture: &str) {
+fn check_batches(fixture: &str) {
     let reference = Reference::open(fixture);
     let (model, schedule) = (reference.model(), reference.schedule());
     let conditions = reference.conditions(&model);
@@ -156,7 +165,7 @@ fn check_bits(fixture: &str) {
             evaluations: &[(0, condition)],
         };
         let alone = model.network().forward(&pass, &cache, &conditions).unwrap();
-        assert_eq!(bits(&alone), bits(&batch.narrow(0, i, 1).unwrap()), "evaluation {i}");
+        assert_same(&format!("evaluation {i}"), &alone, &batch.narrow(0, i, 1).unwrap());
     }
 }
 
