@@ -358,7 +358,8 @@ pub(crate) struct BenchEngineArgs {
     /// --profile-from-start off` or `nsys --capture-range cudaProfilerApi`
     #[arg(long, conflicts_with_all = ["profile", "peer", "json"])]
     pub(crate) capture: bool,
-    /// Measure PyTorch and diffusers too, with this Python, which has tests/peer/requirements.txt installed
+    /// Measure PyTorch and diffusers too, with this Python, which has tests/peer/requirements.txt installed; where that fails, the
+    /// report says why
     #[arg(long, value_name = "PYTHON")]
     pub(crate) peer: Option<PathBuf>,
     /// Print one JSON object

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What comes back from a machine that is lent: so many files of so many bytes.
+# What is left must be easy to bring back: so many files of so many bytes.
 MOST_FILES, MOST_BYTES = 8, 16 << 20
 
 

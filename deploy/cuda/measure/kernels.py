@@ -23,7 +23,7 @@ def command(log, *options):
 
     Clocks and caches are as in a pass that nobody looks at.
     """
-    return ["ncu", "--csv", "--log-file", log, "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--print-units", "base",
+    return ["ncu", "--csv", "--log-file", log, "--target-processes", "all", "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--print-units", "base",
             "--kernel-name-base", "mangled", "--print-kernel-base", "mangled", *options]
 
 

@@ -67,13 +67,19 @@ class Machine:
         if torch.ok:
             found = json.loads(torch.output)
             rows.append(["PyTorch", ", ".join(f"{key} {value}" for key, value in found.items())])
+        # A short run opens everything, and says what it was.
+        short = [self.elbo, "bench", "engine", "--model", "digits", "--device", self.device, "--dtype", "bf16", "--batch", "2",
+                 "--seconds", "0.1", "--rounds", "1", "--no-peak", "--json"]
+        opened = run.step("CUDA's libraries", short, 60, self.environment, lambda step: json.loads(step.output)["batches"])
+        for library in json.loads(opened.output)["libraries"] if opened.ok else []:
+            rows.append([library["name"], f"{library['version'] or ''} {library['path']}".strip()])
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             rows.append(["CUDA_VISIBLE_DEVICES", os.environ["CUDA_VISIBLE_DEVICES"]])
         return rows
 
     def in_torch(self, run, name, program, limit):
-        """Runs a program of PyTorch's side as a step, if PyTorch is there."""
-        if not self.torch.ok:
+        """Runs a program of PyTorch's side as a step, unless PyTorch is missing; that it was slow to start is no reason."""
+        if self.torch.outcome == "failed":
             return run.skip(name, f"{self.python} has no PyTorch")
         return run.step(name, [self.python, *program], limit, self.of_python)
 
@@ -91,7 +97,7 @@ class Machine:
                ROOT / "cli/demo/classes.csv", "--limit", "2", "--keep", "2,1", "--samples", "2,4", "--batch", "16", "--device",
                self.device, "--dtype", "bf16", "--progress", "none", "--out", out]
         of_tool = ["--report-api-errors", "no"] if tool == "memcheck" else ["--kernel-name-exclude", f"regex={OF_LIBRARIES}"]
-        return self.under(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *of_tool], job)
+        return self.under(["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9", *of_tool], job)
 
 
 def main(description, seconds, name, work):

@@ -27,7 +27,7 @@ class Measurements:
     def __init__(self, run, machine_, sizes):
         self.run, self.machine, self.sizes = run, machine_, sizes
         self.facts, self.engines, self.peers, self.profile = [], [], {}, {}
-        self.right, self.libraries, self.launches, self.limits, self.ceilings = [], [], [], "", {}
+        self.right, self.launches, self.limits, self.ceilings = [], [], "", {}
         run.ended = self.report
 
     def measure(self):
@@ -89,7 +89,6 @@ class Measurements:
         if step.ok:
             found = json.loads(step.output)
             self.engines.append(found)
-            self.libraries = self.libraries or found["libraries"]
             if model == self.sizes["main"] and prompts == 1 and not self.profile:
                 self.profile = found
         self.report()
@@ -162,10 +161,8 @@ class Measurements:
         profiled = f"of a pass over {self.profile.get('profiled_batch')}, {self.sizes['main']}, each operation waited for"
         ceilings = [[row["kind"], row["shape"], row.get("backend"), row.get("milliseconds"), row.get("tflops"),
                      row.get("gigabytes_per_second"), row.get("error")] for row in self.ceilings.get("results", [])]
-        libraries = [[row["name"], row["version"], row["path"]] for row in self.libraries]
         sections = [
             ("Machine", table(["", ""], self.facts)),
-            ("Libraries that were opened", table(["library", "version", "file"], libraries) if libraries else ""),
             ("Right?", "".join(f"- {line}\n" for line in self.right)),
             ("Warnings", machine.warnings(self.run)),
             ("Evaluations per second, bf16", speed and table(
