@@ -69,6 +69,13 @@ def main():
             print(f"cuDNN {fault}: largest relative difference of an error {worst:.1e}")
             assert worst < TOLERANCES["bf16"], f"{fault}: {worst}"
 
+        single = [*unet, "--device", "cuda", "--dtype", "bf16", "--batch", "1"]
+        _, said = label("no-room", *single, code=LOST, ELBO_EMULATED_CUDNN="no-memory")
+        assert "smaller --batch" in said and "quarantine" not in said, said
+        found, _ = label("no-room", *single)
+        assert compare(found, expected) < TOLERANCES["bf16"], "an evaluation without room changed a result"
+        print("no room for one evaluation: the job stops, blames no image and resumes")
+
         device = [*unet, "--device", "cuda:0", "--batch", "20"]
         refused, said = label("refused", *device, ELBO_EMULATED_FAULT="stale@300")
         assert "block failed" in said, f"no launch was refused: {said}"
