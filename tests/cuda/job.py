@@ -86,6 +86,8 @@ def main():
         resumed, _ = label("lost", *device)
         assert resumed == whole, "a lost device changed a result"
         print("a lost device: the job stops and resumes to the same bits")
+        _, said = label("small", *device, code=1, ELBO_EMULATED_MEMORY="20000000")
+        assert "no room for the model" in said and "--dtype bf16" in said, said
         _, said = label("none", *device, code=2, CUDA_VISIBLE_DEVICES="")
         assert "CUDA_VISIBLE_DEVICES='' hides all others" in said, said
 

@@ -76,9 +76,21 @@ pub enum ProblemError {
     /// The model can't be found or fetched.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// The device has no room for the model.
+    #[error(
+        "the device has no room for the model ({0}): compute in less with --dtype bf16, end what else uses the device, or take one \
+         with more memory"
+    )]
+    NoRoom(ModelError),
     /// The model can't be loaded.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Model(ModelError),
+}
+
+impl From<ModelError> for ProblemError {
+    fn from(error: ModelError) -> Self {
+        if error.is_out_of_memory() { Self::NoRoom(error) } else { Self::Model(error) }
+    }
 }
 
 impl Problem {
