@@ -31,7 +31,8 @@ strip -o "$carry/parity" "$parity"
 # One dictionary for both, which have their kernels in common.
 tar -cf - -C "$carry" elbo parity | xz -9 --lzma2=preset=9,dict=128MiB > "$carry.tar.xz"
 wheels=$CARGO_TARGET_DIR/wheels
-mkdir -p "$wheels"
+# None of an earlier version: two of a package would stop the installation of all.
+rm -rf "$wheels" && mkdir -p "$wheels"
 # For the Python of the machine that is measured, whatever this one's is.
 python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest "$wheels" --requirement deploy/cuda/wheels.txt

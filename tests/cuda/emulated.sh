@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs the CUDA path on the processor, in parts, all by default; builds what it needs below target/.
+# Runs the CUDA path on the processor, in parts, all by default (measure if its Python is named); builds what it needs below target/.
 #   tests/cuda/emulated.sh [operations] [jobs] [measure] [models]
 # operations: each against plain formulas, in f32, f16 and bf16; jobs: whole ones, against the processor's, and with failures
 # (tests/cuda/job.py); measure: the scripts that measure a GPU, from beginning to end (tests/cuda/rehearse.py), with the Python
@@ -7,7 +7,7 @@
 # takes an hour and more.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -gt 0 ] || set -- operations jobs measure models
+[ $# -gt 0 ] || set -- operations jobs ${ELBO_TORCH_PYTHON:+measure} models
 libraries=${ELBO_EMULATED:-target/cuda-emulated}
 build() { deploy/cuda/build.sh "$@"; }
 # Fetches candle, whose own kernels are compiled for the processor too.

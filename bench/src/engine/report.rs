@@ -163,11 +163,6 @@ impl EngineReport {
         best.copied().unwrap_or(Measured { batch: 1, evaluations_per_second: 0.0, median: 0.0, memory_bytes: 0 })
     }
 
-    /// Share of the device's products that the fastest batch makes use of, if these were measured.
-    pub fn share_of_peak(&self) -> Option<f64> {
-        self.peak_flops.map(|peak| self.best().evaluations_per_second * self.flops_per_evaluation / peak)
-    }
-
     /// Adds what passes over the fastest batch were made of.
     pub(super) fn add_profile(&mut self, spans: &[Span], time: Duration, passes: usize, lanes: usize) {
         self.profiled_batch = self.best().batch;

@@ -57,7 +57,8 @@ class Machine:
                        "--target", self.site, *self.wheels]
             run.step("wheels", install, 60)
         query = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.current.sm,mig.mode.current,uuid"
-        smi = run.step("nvidia-smi", ["nvidia-smi", f"--query-gpu={query}", "--format=csv"], 20)
+        smi = run.step("nvidia-smi", ["nvidia-smi", f"--query-gpu={query}", "--format=csv"], 20,
+                       accept=lambda step: step.output.strip())
         torch = self.torch = run.step("PyTorch", [self.python, "-c", TORCH], 60, self.of_python, lambda step: json.loads(step.output))
         rows = [["elbo", version.output.strip()], ["host", f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"]]
         if smi.ok:

@@ -28,11 +28,11 @@ class Measurements:
         self.run, self.machine, self.sizes = run, machine_, sizes
         self.facts, self.engines, self.peers, self.profile = [], [], {}, {}
         self.right, self.launches, self.limits, self.ceilings = [], [], "", {}
-        run.ended = self.report
+        run.report = self.report
 
     def measure(self):
         self.facts = self.machine.begin(self.run)
-        self.report()
+        self.run.refresh()
         if self.smoke().outcome == "failed":
             tool = self.machine.sanitized("memcheck", self.run.scratch / "sanitized")
             self.run.step("compute-sanitizer", tool, 120, self.machine.of_tools)
@@ -91,7 +91,7 @@ class Measurements:
             self.engines.append(found)
             if model == self.sizes["main"] and prompts == 1 and not self.profile:
                 self.profile = found
-        self.report()
+        self.run.refresh()
 
     def capture(self, log, command, name, limit, accept):
         program = [self.machine.elbo, "bench", "engine", "--model", self.sizes["main"], "--device", self.machine.device, "--dtype",
@@ -103,7 +103,7 @@ class Measurements:
         step = self.capture(log, kernels.timing(log), "ncu: time of every kernel", 90, kernels.launches)
         if step.ok:
             self.launches = kernels.launches(log)
-        self.report()
+        self.run.refresh()
 
     def limit_kernels(self):
         if not self.launches:
@@ -114,7 +114,7 @@ class Measurements:
         step = self.capture(log, command, "ncu: what limits five kernels", 90, kernels.details_table)
         if step.ok:
             self.limits = kernels.details_table(log, dearest)
-        self.report()
+        self.run.refresh()
 
     def torch_ceilings(self):
         found = self.run.scratch / "ceilings.json"
@@ -122,7 +122,7 @@ class Measurements:
                    self.machine.torch_device, "--out", found, *self.sizes["ceilings"]]
         self.machine.in_torch(self.run, "PyTorch: ceilings", program, 90)
         self.ceilings = json.loads(found.read_text()) if found.exists() else {}
-        self.report()
+        self.run.refresh()
 
     def peer(self, model, batch, mode, limit):
         found = self.run.scratch / "peer.json"
@@ -134,7 +134,7 @@ class Measurements:
         results = json.loads(found.read_text())["results"] if found.exists() else []
         for result in results:
             self.peers[model, mode] = result
-        self.report()
+        self.run.refresh()
 
     def report(self):
         """Writes what is known so far."""

@@ -11,11 +11,11 @@ class Checks:
     def __init__(self, run, machine_):
         self.run, self.machine = run, machine_
         self.facts, self.layers, self.large = [], [], []
-        run.ended = self.report
+        run.report = self.report
 
     def check(self):
         self.facts = self.machine.begin(self.run)
-        self.report()
+        self.run.refresh()
         tiny = self.machine.tiny
         for tool in ["memcheck", "racecheck"]:
             command = self.machine.sanitized(tool, self.run.scratch / tool)
@@ -39,14 +39,14 @@ class Checks:
         compared = lambda step: [line.split("\t")[1:] for line in step.output.splitlines() if line.startswith("layer\t")]
         step = self.run.step(f"elbo: layers in {dtype}", test, 120, environment, compared)
         self.layers += [[dtype, name, ours, theirs] for name, ours, theirs in compared(step)]
-        self.report()
+        self.run.refresh()
 
     def values_beyond_32_bits(self):
         test = [self.machine.parity, "batches_of_more_values", "--ignored", "--nocapture"]
         compared = lambda step: [line.split("\t")[1:] for line in step.output.splitlines() if line.startswith("large\t")]
         step = self.run.step("elbo: more values than 32 bits count", test, 60, self.machine.environment, compared)
         self.large = compared(step)
-        self.report()
+        self.run.refresh()
 
     def report(self):
         """Writes what is known so far."""

@@ -51,7 +51,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + seconds - RESERVE
         self.steps = []
-        self.ended = lambda: None
+        self.report = lambda: None
         (self.out / "log.txt").write_text("")
 
     def left(self):
@@ -98,8 +98,17 @@ class Run:
         with (self.out / "log.txt").open("a") as log:
             log.write(f"\n== {step.name}: {step.outcome}, {step.seconds:.1f} s\n$ {' '.join(step.command)}\n{step.said}{step.output}")
         print(f"{step.name}: {step.outcome}, {step.seconds:.1f} s{'' if step.ok else f': {step.reason()}'}", flush=True)
-        self.ended()
+        self.refresh()
         return step
+
+    def refresh(self):
+        """Has the report written anew; what goes wrong with that is in the log, and costs no step."""
+        try:
+            self.report()
+        except Exception as error:
+            with (self.out / "log.txt").open("a") as log:
+                log.write(f"\nthe report could not be written: {error!r}\n")
+            print(f"the report could not be written: {error!r}", flush=True)
 
 
 def _end_group(process):
@@ -112,7 +121,10 @@ def _end_group(process):
         end = time.monotonic() + patience
         while time.monotonic() < end and _group_lives(process):
             time.sleep(0.05)
-    process.wait()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass  # a driver that hangs lets nobody end its process: the next step begins all the same
 
 
 def _group_lives(process):
