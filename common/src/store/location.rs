@@ -44,7 +44,7 @@ impl Location {
     }
 
     /// An object below this location, for messages.
-    pub(crate) fn below(&self, path: &str) -> String {
+    pub fn below(&self, path: &str) -> String {
         let root = self.to_string();
         let root = root.trim_end_matches('/');
         if path.is_empty() { root.to_owned() } else { format!("{root}/{path}") }

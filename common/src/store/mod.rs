@@ -6,30 +6,44 @@
 mod credentials;
 mod error;
 mod listing;
+mod local;
 mod location;
 mod open;
 pub mod preflight;
 mod redact;
 pub mod retry;
 
-use std::path::Path as FsPath;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
+use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, UpdateVersion};
+use tokio::sync::watch;
 
 pub use error::{StoreError, describe};
+pub use local::Fault;
 pub use location::Location;
 pub use redact::redact;
+
+use local::Directory;
 
 /// A store whose paths are relative to one directory or URL prefix.
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
     location: Location,
+    fault: watch::Receiver<Option<Fault>>,
+}
+
+/// What was seen of an object, for a put that must not overwrite anything newer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// There was none.
+    Nothing,
+    /// There was this version of it.
+    Version(UpdateVersion),
 }
 
 impl std::fmt::Debug for Store {
@@ -50,28 +64,45 @@ impl Store {
                     path: path.clone(),
                     source,
                 })?;
-                Arc::new(local(path)?)
+                let directory = Directory::open(path).map_err(|e| StoreError::Location {
+                    location: path.display().to_string(),
+                    reason: e.to_string(),
+                })?;
+                let fault = directory.fault();
+                return Ok(Self { inner: Arc::new(directory), location: location.clone(), fault });
             }
             Location::Remote(url) => open::open(url)?,
         };
-        Ok(Self { inner, location: location.clone() })
+        Ok(Self::from_parts(inner, location.clone()))
     }
 
     /// Opens a location for writing, making a local directory where there is none.
     pub fn create(location: &Location) -> Result<Self, StoreError> {
         if let Location::Local(path) = location {
-            std::fs::create_dir_all(path).map_err(|source| StoreError::Directory {
-                action: "creating",
-                path: path.clone(),
-                source,
-            })?;
+            let failed = |source| StoreError::Directory { action: "creating", path: path.clone(), source };
+            local::create(path).map_err(failed)?;
         }
         Self::open(location)
     }
 
     /// A store over any [`ObjectStore`], for tests that inject faults.
     pub fn from_parts(inner: Arc<dyn ObjectStore>, location: Location) -> Self {
-        Self { inner, location }
+        Self { inner, location, fault: watch::channel(None).1 }
+    }
+
+    /// Why nothing can be written any more, if that has been found out.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault.borrow().clone()
+    }
+
+    /// Waits until it is found out that nothing can be written any more.
+    pub async fn broken(&self) -> Fault {
+        let mut fault = self.fault.clone();
+        match fault.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone()) {
+            Some(fault) => fault,
+            // Nobody watches for it.
+            None => std::future::pending().await,
+        }
     }
 
     /// The store itself, rooted at the location.
@@ -107,13 +138,49 @@ impl Store {
         retry::run("writing", &self.location.below(path.as_ref()), put).await.map(drop)
     }
 
+    /// What an object is at present, for [`Store::replace`].
+    pub async fn look(&self, path: &Path) -> Result<Seen, StoreError> {
+        let head = || self.inner.head(path);
+        match retry::run("reading", &self.location.below(path.as_ref()), head).await {
+            Ok(meta) => Ok(Seen::Version(UpdateVersion { e_tag: meta.e_tag, version: meta.version })),
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(Seen::Nothing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes a whole object by one atomic put, unless there is another one by now than was seen: then `false`, and nothing
+    /// is written. A put whose reply is lost is repeated, so an object that is as it should be counts as written.
+    pub async fn replace(&self, path: &Path, bytes: Bytes, seen: &Seen) -> Result<bool, StoreError> {
+        let mode = match seen {
+            Seen::Nothing => PutMode::Create,
+            Seen::Version(version) => PutMode::Update(version.clone()),
+        };
+        let put = || async { self.inner.put_opts(path, bytes.clone().into(), mode.clone().into()).await };
+        match retry::run("writing", &self.location.below(path.as_ref()), put).await {
+            Ok(_) => Ok(true),
+            Err(StoreError::Object { source: Error::Precondition { .. } | Error::AlreadyExists { .. }, .. }) => {
+                Ok(self.read(path).await?.as_ref() == Some(&bytes))
+            }
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(false),
+            // The preflight takes a store that says so.
+            Err(StoreError::Object { source: Error::NotImplemented { .. } | Error::NotSupported { .. }, .. }) => {
+                self.write(path, bytes).await.map(|()| true)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// The paths of all objects below a prefix, sorted.
     pub async fn list(&self, prefix: &str) -> Result<Vec<Path>, StoreError> {
+        Ok(self.sizes(prefix).await?.into_keys().collect())
+    }
+
+    /// The objects below a prefix, and their sizes in bytes.
+    pub async fn sizes(&self, prefix: &str) -> Result<BTreeMap<Path, u64>, StoreError> {
         let at = Path::from(prefix);
-        let list = || self.inner.list(Some(&at)).map_ok(|meta: ObjectMeta| meta.location).try_collect::<Vec<_>>();
-        let mut paths = retry::run("listing", &self.location.below(prefix), list).await?;
-        paths.sort();
-        Ok(paths)
+        let item = |meta: ObjectMeta| (meta.location, meta.size);
+        let list = || self.inner.list(Some(&at)).map_ok(item).try_collect();
+        retry::run("listing", &self.location.below(prefix), list).await
     }
 
     /// Deletes an object, if it is there.
@@ -127,15 +194,15 @@ impl Store {
 
     /// Deletes all objects below a prefix.
     pub async fn delete_all(&self, prefix: &str) -> Result<(), StoreError> {
-        let paths = futures::stream::iter(self.list(prefix).await?);
-        // Each is a round trip to the store, and an old ledger has hundreds.
-        paths.map(|path| async move { self.delete(&path).await }).buffer_unordered(16).try_collect().await
+        self.delete_each(self.list(prefix).await?).await
     }
-}
 
-fn local(path: &FsPath) -> Result<LocalFileSystem, StoreError> {
-    LocalFileSystem::new_with_prefix(path)
-        .map_err(|e| StoreError::Location { location: path.display().to_string(), reason: e.to_string() })
+    /// Deletes objects, if they are there.
+    pub async fn delete_each(&self, paths: impl IntoIterator<Item = Path>) -> Result<(), StoreError> {
+        // Each is a round trip to the store.
+        let deletions = paths.into_iter().map(|path| async move { self.delete(&path).await });
+        futures::stream::iter(deletions).buffer_unordered(16).try_collect().await
+    }
 }
 
 /// Whether there is a bucket, but no such object in it.

@@ -1,0 +1,290 @@
+//! A local directory as a store: a write that has returned is on the disk, and a write may depend on what it replaces.
+//!
+//! [`LocalFileSystem`] writes a file beside its destination and renames it into place; here the file and its directory are
+//! flushed before the write returns, so that a power cut loses nothing that was said to be written. It has no put that
+//! replaces an object only if that is unchanged ([`PutMode::Update`]): a lock makes comparing and putting one step.
+
+use std::fmt;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::ErrorKind;
+use std::path::{Path as FsPath, PathBuf};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use futures::{FutureExt, StreamExt};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, ObjectStoreExt,
+    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, UpdateVersion, UploadPart,
+};
+use tokio::sync::watch;
+
+/// The file that is locked while an object is compared and replaced.
+const LOCK: &str = ".elbo.lock";
+/// How long another process may hold the lock. It is held for one write; longer where that process stands still.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often the lock is tried.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// A disk that takes no more writes: nothing helps until somebody mends it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// It is full.
+    #[error(
+        "the disk that holds {} is full: free some space there, then run the same command again, which resumes the job",
+        .0.display()
+    )]
+    Full(PathBuf),
+    /// It is read-only, perhaps since it failed.
+    #[error(
+        "the file system that holds {} is read-only: mount it for writing (look at the kernel's log if nobody made it \
+         read-only), then run the same command again, which resumes the job",
+        .0.display()
+    )]
+    ReadOnly(PathBuf),
+}
+
+impl Fault {
+    /// The fault an error speaks of, if it is one.
+    fn of(error: &Error, root: &FsPath) -> Option<Self> {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+        while let Some(error) = cause {
+            match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
+                Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => return Some(Self::Full(root.to_owned())),
+                Some(ErrorKind::ReadOnlyFilesystem) => return Some(Self::ReadOnly(root.to_owned())),
+                _ => cause = error.source(),
+            }
+        }
+        None
+    }
+}
+
+/// Makes a directory and those above it, durably.
+pub(super) fn create(path: &FsPath) -> std::io::Result<()> {
+    let is_missing = |path: &&FsPath| !path.as_os_str().is_empty() && !path.exists();
+    let missing: Vec<_> = path.ancestors().take_while(is_missing).collect();
+    std::fs::create_dir_all(path)?;
+    for made in missing {
+        // A directory that can't be opened for reading is made all the same.
+        let above = made.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(FsPath::new("."));
+        if let Ok(above) = File::open(above) {
+            above.sync_all()?;
+        }
+    }
+    Ok(())
+}
+
+/// A directory.
+#[derive(Debug)]
+pub(super) struct Directory {
+    inner: LocalFileSystem,
+    root: PathBuf,
+    fault: watch::Sender<Option<Fault>>,
+}
+
+impl Directory {
+    /// An existing directory.
+    pub(super) fn open(root: &FsPath) -> Result<Self> {
+        let inner = LocalFileSystem::new_with_prefix(root)?.with_fsync(true);
+        Ok(Self { inner, root: root.to_owned(), fault: watch::Sender::new(None) })
+    }
+
+    /// Follows whether the disk takes writes.
+    pub(super) fn fault(&self) -> watch::Receiver<Option<Fault>> {
+        self.fault.subscribe()
+    }
+
+    /// Takes the lock. A file system without locks leaves comparing and putting two steps.
+    async fn lock(&self) -> Result<Option<File>> {
+        let failed = |source: std::io::Error| Error::Generic { store: "LocalFileSystem", source: source.into() };
+        let path = self.root.join(LOCK);
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+        let began = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Some(file)),
+                Err(TryLockError::WouldBlock) if began.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
+                Err(TryLockError::WouldBlock) => {
+                    let what = format!(
+                        "another process has held {} for {} s: if a coordinator of this output stands still, end it",
+                        path.display(),
+                        PATIENCE.as_secs()
+                    );
+                    return Err(failed(std::io::Error::new(ErrorKind::TimedOut, what)));
+                }
+                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
+                    tracing::warn!("{} can't be locked: {error}", path.display());
+                    return Ok(None);
+                }
+                Err(TryLockError::Error(error)) => return Err(failed(error)),
+            }
+        }
+    }
+
+    /// Replaces an object that is still the one that was seen.
+    async fn update(&self, path: &Path, payload: PutPayload, seen: UpdateVersion) -> Result<PutResult> {
+        let _lock = self.lock().await?;
+        let found = match self.inner.head(path).await {
+            Ok(found) => found.e_tag,
+            Err(Error::NotFound { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        if found.is_none() || found != seen.e_tag {
+            let source = format!("it is {found:?} and was {:?}", seen.e_tag).into();
+            return Err(Error::Precondition { path: path.to_string(), source });
+        }
+        self.inner.put_opts(path, payload, PutOptions::default()).await
+    }
+}
+
+/// What is listed without the lock, which is no object.
+fn without_lock(listed: BoxStream<'static, Result<ObjectMeta>>) -> BoxStream<'static, Result<ObjectMeta>> {
+    let is_lock = |item: &Result<ObjectMeta>| item.as_ref().is_ok_and(|object| object.location.as_ref() == LOCK);
+    listed.filter(move |item| std::future::ready(!is_lock(item))).boxed()
+}
+
+/// Passes an outcome on and notes what it says of the disk.
+fn note<T>(outcome: Result<T>, root: &FsPath, fault: &watch::Sender<Option<Fault>>) -> Result<T> {
+    if let Some(found) = outcome.as_ref().err().and_then(|error| Fault::of(error, root)) {
+        fault.send_if_modified(|known| known.replace(found).is_none());
+    }
+    outcome
+}
+
+impl fmt::Display for Directory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.inner.fmt(f)
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Directory {
+    async fn put_opts(&self, path: &Path, payload: PutPayload, mut options: PutOptions) -> Result<PutResult> {
+        let put = match std::mem::take(&mut options.mode) {
+            PutMode::Update(seen) => self.update(path, payload, seen).await,
+            mode => self.inner.put_opts(path, payload, PutOptions { mode, ..options }).await,
+        };
+        note(put, &self.root, &self.fault)
+    }
+
+    async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+        let upload = note(self.inner.put_multipart_opts(path, options).await, &self.root, &self.fault)?;
+        Ok(Box::new(Upload { inner: upload, root: self.root.clone(), fault: self.fault.clone() }))
+    }
+
+    async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
+        self.inner.get_opts(path, options).await
+    }
+
+    async fn get_ranges(&self, path: &Path, ranges: &[std::ops::Range<u64>]) -> Result<Vec<bytes::Bytes>> {
+        self.inner.get_ranges(path, ranges).await
+    }
+
+    fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        let (root, fault) = (self.root.clone(), self.fault.clone());
+        self.inner.delete_stream(paths).map(move |deleted| note(deleted, &root, &fault)).boxed()
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        without_lock(self.inner.list(prefix))
+    }
+
+    fn list_with_offset(&self, prefix: Option<&Path>, offset: &Path) -> BoxStream<'static, Result<ObjectMeta>> {
+        without_lock(self.inner.list_with_offset(prefix, offset))
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        let mut listed = self.inner.list_with_delimiter(prefix).await?;
+        listed.objects.retain(|object| object.location.as_ref() != LOCK);
+        Ok(listed)
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        note(self.inner.copy_opts(from, to, options).await, &self.root, &self.fault)
+    }
+}
+
+/// A file that is written in parts.
+#[derive(Debug)]
+struct Upload {
+    inner: Box<dyn MultipartUpload>,
+    root: PathBuf,
+    fault: watch::Sender<Option<Fault>>,
+}
+
+#[async_trait]
+impl MultipartUpload for Upload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let (part, root, fault) = (self.inner.put_part(data), self.root.clone(), self.fault.clone());
+        async move { note(part.await, &root, &fault) }.boxed()
+    }
+
+    async fn complete(&mut self) -> Result<PutResult> {
+        note(self.inner.complete().await, &self.root, &self.fault)
+    }
+
+    async fn abort(&mut self) -> Result<()> {
+        self.inner.abort().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+
+    async fn text(store: &Directory, path: &Path) -> String {
+        String::from_utf8(store.get(path).await.unwrap().bytes().await.unwrap().to_vec()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_object_that_has_changed_is_not_replaced() {
+        let directory = TempDir::new().unwrap();
+        let store = Directory::open(directory.path()).unwrap();
+        let path = Path::from("a/b.parquet");
+        let first = store.put(&path, "first".into()).await.unwrap();
+        let seen = UpdateVersion { e_tag: first.e_tag, version: None };
+        let update =
+            |text: &'static str| store.put_opts(&path, text.into(), PutOptions::from(PutMode::Update(seen.clone())));
+        update("second").await.unwrap();
+        let late = update("late").await.unwrap_err();
+        assert!(matches!(late, Error::Precondition { .. }), "{late}");
+        assert_eq!(text(&store, &path).await, "second");
+        store.delete(&path).await.unwrap();
+        assert!(matches!(update("later").await.unwrap_err(), Error::Precondition { .. }));
+    }
+
+    #[tokio::test]
+    async fn of_many_who_replace_the_same_object_one_succeeds() {
+        let directory = TempDir::new().unwrap();
+        let path = Path::from("a");
+        let first = Directory::open(directory.path()).unwrap().put(&path, "first".into()).await.unwrap();
+        let rivals = (0..8).map(|rival| {
+            // Each as a process of its own would.
+            let store = Directory::open(directory.path()).unwrap();
+            let seen = UpdateVersion { e_tag: first.e_tag.clone(), version: None };
+            let path = path.clone();
+            async move {
+                store.put_opts(&path, format!("{rival}").into(), PutOptions::from(PutMode::Update(seen))).await.is_ok()
+            }
+        });
+        let won: Vec<bool> = futures::future::join_all(rivals).await;
+        assert_eq!(won.iter().filter(|won| **won).count(), 1);
+        let winner = won.iter().position(|won| *won).unwrap().to_string();
+        assert_eq!(text(&Directory::open(directory.path()).unwrap(), &path).await, winner);
+    }
+
+    #[test]
+    fn a_full_or_read_only_disk_is_told_from_other_failures() {
+        let of = |kind: ErrorKind| {
+            let source = std::io::Error::from(kind);
+            Fault::of(&Error::Generic { store: "LocalFileSystem", source: source.into() }, FsPath::new("/out"))
+        };
+        assert_eq!(of(ErrorKind::StorageFull), Some(Fault::Full("/out".into())));
+        assert_eq!(of(ErrorKind::QuotaExceeded), Some(Fault::Full("/out".into())));
+        assert_eq!(of(ErrorKind::ReadOnlyFilesystem), Some(Fault::ReadOnly("/out".into())));
+        assert_eq!(of(ErrorKind::PermissionDenied), None);
+    }
+}
