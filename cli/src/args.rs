@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use elbo_bench::engine::Subject;
+use elbo_common::ids::ShardId;
 use elbo_common::job::ModelDtype;
 use elbo_common::preset::Preset;
 use elbo_coordinator::MaxBad;
@@ -108,12 +109,25 @@ pub(crate) struct RunArgs {
     /// Give the images that an earlier run quarantined another try, after their cause was mended
     #[arg(long, conflicts_with = "fresh")]
     pub(crate) retry_quarantined: bool,
+    /// Compute shards again whose files `elbo verify` calls damaged, by number or file name: 12 or shard-00012.parquet
+    #[arg(long, value_name = "SHARD", value_delimiter = ',', value_parser = shard, conflicts_with = "fresh")]
+    pub(crate) recompute: Vec<ShardId>,
     /// Quarantined samples to bear before the job is ended: a number or a share like 5% [default: 10%]
     #[arg(long, env = "ELBO_MAX_BAD")]
     pub(crate) max_bad: Option<MaxBad>,
     /// How to show progress [default: auto]
     #[arg(long, value_enum, env = "ELBO_PROGRESS")]
     pub(crate) progress: Option<ProgressMode>,
+}
+
+/// A shard as people and `elbo verify` name it.
+fn shard(text: &str) -> Result<ShardId, String> {
+    let name = text.rsplit('/').next().unwrap_or(text);
+    let name = name.strip_suffix(".parquet").unwrap_or(name);
+    let number = name.strip_prefix("shard-").unwrap_or(name).parse();
+    number
+        .map(ShardId)
+        .map_err(|_| format!("'{text}' names no shard: give a number like 12, or a file like shard-00012.parquet"))
 }
 
 /// `elbo demo`.

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use elbo_common::store::Fault;
+
 /// Bad usage: the command line or job file asks for something impossible.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -24,7 +26,15 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(3);
     }
     eprintln!("error: {}", chain(error));
-    ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+    // A disk that is full loses nothing: the same command goes on once there is room.
+    let is_resumable = error.chain().any(|cause| cause.is::<Fault>());
+    ExitCode::from(if error.is::<Usage>() {
+        2
+    } else if is_resumable {
+        3
+    } else {
+        1
+    })
 }
 
 /// The error and its causes on one line, leaving out causes an outer message repeats.

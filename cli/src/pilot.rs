@@ -87,7 +87,7 @@ impl Plan {
                     // Now and not when the job is opened, which would discard what its pilot has learned.
                     discard(&Store::create(&Location::parse(out)?)?).await?;
                 }
-                let run = RunArgs { fresh: false, retry_quarantined: false, ..run.clone() };
+                let run = RunArgs { retry_quarantined: false, recompute: Vec::new(), ..run.clone() };
                 session::open(expedition.pilot.clone(), &directory(out), &run).await
             }
         }

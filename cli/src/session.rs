@@ -98,15 +98,18 @@ pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Resu
 /// Takes a job up in an output.
 pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
     let store = Store::create(&Location::parse(out)?)?;
-    match Job::open(
-        job.identity,
-        &job.models.model,
-        store,
-        JobOptions { fresh: run.fresh, retry_quarantined: run.retry_quarantined },
-    )
-    .await
-    {
+    let options =
+        JobOptions { fresh: run.fresh, retry_quarantined: run.retry_quarantined, recompute: run.recompute.clone() };
+    let opening = Job::open(job.identity, &job.models.model, store.clone(), options);
+    let opened = tokio::select! {
+        opened = opening => opened,
+        // The ledger would try again for minutes.
+        fault = store.broken() => return Err(fault.into()),
+    };
+    match opened {
         Err(JobError::Policy(error)) => Err(usage(error)),
-        opened => Ok(opened?),
+        Err(error @ JobError::NoSuchShard(..)) => Err(usage(error)),
+        Err(error) => Err(store.fault().map_or_else(|| error.into(), anyhow::Error::from)),
+        Ok(job) => Ok(job),
     }
 }

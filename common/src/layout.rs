@@ -27,6 +27,13 @@ pub const PREFLIGHT: &str = "preflight";
 /// Directory of the ledger.
 pub const LEDGER: &str = "ledger";
 
+/// Where the file of a shard lies.
+pub type OfShard = fn(ShardId) -> Path;
+
+/// The directories with a file for every shard, and where that lies.
+pub const TABLES: [(&str, OfShard); 4] =
+    [(PREDICTIONS, predictions), (ERRORS, errors), (AUDIT, audit), (QUARANTINE, quarantine)];
+
 /// The predictions of a shard.
 pub fn predictions(shard: ShardId) -> Path {
     shard_file(PREDICTIONS, shard)

@@ -9,6 +9,7 @@
 pub mod activity;
 pub mod audit;
 pub mod calibration;
+pub mod checksum;
 pub mod class;
 pub mod dataset;
 pub mod ensemble;

@@ -178,7 +178,8 @@ impl Output {
         futures::stream::once(listed).try_flatten().map_ok(items).try_flatten()
     }
 
-    async fn rows<V: View + Send + 'static>(
+    /// The rows at a path, some at a time; none where there is no such file.
+    pub(crate) async fn rows<V: View + Send + 'static>(
         &self,
         path: Path,
     ) -> Result<Option<impl Stream<Item = Result<Vec<V>, OutputError>> + Send + Unpin + use<V>>, OutputError> {

@@ -11,6 +11,9 @@ use crate::fingerprint::JobIdentity;
 use crate::layout;
 use crate::store::{Store, StoreError};
 
+/// The key of every file's metadata with the fingerprint of its job.
+pub const FINGERPRINT: &str = "elbo.fingerprint";
+
 /// Whether all shards are committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -119,11 +122,11 @@ impl JobRecord {
             .map_err(|source| RecordError::Format { location: out.location().to_string(), source })
     }
 
-    /// Writes an output's `job.json`.
-    pub async fn write(&self, out: &Store) -> Result<(), RecordError> {
+    /// The content of an output's `job.json`, and where it lies.
+    pub fn file(&self, out: &Store) -> Result<(Path, Bytes), RecordError> {
         let json = serde_json::to_vec_pretty(self)
             .map_err(|source| RecordError::Format { location: out.location().to_string(), source })?;
-        Ok(out.write(&Path::from(layout::JOB), Bytes::from(json)).await?)
+        Ok((Path::from(layout::JOB), Bytes::from(json)))
     }
 }
 

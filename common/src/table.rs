@@ -17,6 +17,8 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::{KeyValue, SortingColumn};
 use parquet::file::properties::WriterProperties;
 
+use crate::checksum;
+
 pub(crate) use self::stored::{ReadError, groups, rows, unread};
 
 /// A table that can't be written or read.
@@ -29,6 +31,15 @@ pub enum TableError {
         table: &'static str,
         /// Why.
         source: ParquetError,
+    },
+    /// Some bytes are not those that were written.
+    #[error(
+        "reading the {table}: the file is damaged: its bytes are not those that were written; `elbo verify` names every \
+         damaged file, and the job's command computes a shard again with --recompute and its number"
+    )]
+    Damaged {
+        /// Which table.
+        table: &'static str,
     },
     /// The bytes are not a Parquet file, or damaged.
     #[error(
@@ -185,7 +196,11 @@ impl<R: Row> Writer<R> {
     }
 
     /// The file.
-    pub(crate) fn finish(self) -> Result<Bytes, TableError> {
+    pub(crate) fn finish(mut self) -> Result<Bytes, TableError> {
+        self.writer.flush().map_err(failed::<R>)?;
+        self.writer.sync().map_err(|e| failed::<R>(e.into()))?;
+        let data = checksum::Data::of(self.writer.inner());
+        self.note(checksum::DATA, data.to_string());
         self.writer.into_inner().map(Bytes::from).map_err(failed::<R>)
     }
 }
@@ -194,9 +209,26 @@ fn failed<R: Row>(source: ParquetError) -> TableError {
     TableError::Encode { table: R::TABLE, source }
 }
 
-/// Decodes all rows.
+/// A note of a file's key-value metadata.
+pub(crate) fn note<'a>(metadata: &'a ArrowReaderMetadata, key: &str) -> Option<&'a str> {
+    let notes = metadata.metadata().file_metadata().key_value_metadata()?;
+    notes.iter().find(|note| note.key == key)?.value.as_deref()
+}
+
+/// A note of the key-value metadata of a file that is one of our tables.
+pub fn note_of(bytes: &Bytes, key: &str) -> Option<String> {
+    let metadata = ArrowReaderMetadata::load(bytes, ArrowReaderOptions::new()).ok()?;
+    note(&metadata, key).map(str::to_owned)
+}
+
+/// Decodes all rows of a file whose bytes are as they were written; older files don't tell.
 pub(crate) fn decode<R: Row>(bytes: Bytes) -> Result<Vec<R>, TableError> {
     let metadata = metadata::<R>(&bytes)?;
+    if let Some(data) = note(&metadata, checksum::DATA)
+        && !checksum::Data::parse(data).is_some_and(|data| data.is_of(&bytes))
+    {
+        return Err(TableError::Damaged { table: R::TABLE });
+    }
     decode_groups(&bytes, &metadata, (0..metadata.metadata().num_row_groups()).collect())
 }
 

@@ -1,23 +1,34 @@
-//! Checking an output: is every sample of the manifest predicted exactly once, and by its own shard's file?
+//! Checking an output: is every sample of the manifest predicted exactly once, by its own shard's file, and is every file as
+//! it was written?
 //!
-//! Only what is written is read, a shard at a time: neither model nor images nor the ledger are needed, so an output can be
-//! checked anywhere, long after its job.
+//! Only what is written is read, a shard at a time: neither model nor images are needed, so an output can be checked anywhere,
+//! long after its job. The ledger knows what every file must hash to; without it, the files are checked against what they say
+//! of themselves.
 
+mod file;
+
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use futures::stream::{self, StreamExt, TryStreamExt};
 use object_store::path::Path;
 use serde::Serialize;
 
+use crate::calibration::Calibration;
+use crate::checksum::Checksum;
+use crate::class::Classes;
 use crate::ids::{SampleId, ShardId};
 use crate::layout;
 use crate::manifest::{Manifest, Sample};
 use crate::output::{Output, OutputError};
 use crate::predictions::{Prediction, Quarantined};
+use crate::record::{JobRecord, JobState};
 use crate::store::Store;
 
 /// Problems spelled out; the rest is counted.
 const PROBLEMS_SHOWN: usize = 100;
+/// Damaged shards that are named.
+const SHARDS_SHOWN: usize = 100;
 /// Shards that are read side by side.
 const SHARDS: usize = 4;
 
@@ -41,6 +52,57 @@ pub struct Verification {
     /// What is wrong, for people; the first hundred.
     #[serde(skip)]
     pub problems: Vec<String>,
+    /// The shards with something wrong, which can be computed again.
+    #[serde(skip)]
+    pub shards: BTreeSet<ShardId>,
+}
+
+/// The files of committed shards, as the ledger knows them.
+pub type Marks = BTreeMap<ShardId, Vec<Checksum>>;
+
+/// What an output must be like.
+#[derive(Clone, Debug, Default)]
+pub struct Expected {
+    /// The job's fingerprint.
+    pub fingerprint: String,
+    /// Whether single errors are written.
+    pub errors: bool,
+    /// Whether samples are audited.
+    pub audit: bool,
+    /// How sure predictions are, once that is known.
+    pub confidence: Option<Confident>,
+    /// What committed files hash to; none where the ledger can't be asked.
+    pub marks: Option<Marks>,
+}
+
+/// What the confidence of predictions follows from.
+#[derive(Clone, Debug)]
+pub struct Confident {
+    /// From errors to confidence.
+    pub calibration: Calibration,
+    /// What less sure samples are not given a class for.
+    pub abstain_below: Option<f64>,
+    /// The job's classes.
+    pub classes: Classes,
+}
+
+impl Expected {
+    /// What the output of a job must be like.
+    pub fn of(record: &JobRecord, marks: Option<Marks>) -> Self {
+        let spec = &record.identity.spec;
+        let confidence = record.confidence.as_ref().filter(|_| record.state == JobState::Done);
+        Self {
+            fingerprint: record.fingerprint.clone(),
+            errors: spec.write_errors,
+            audit: spec.audit.is_some(),
+            confidence: confidence.map(|confidence| Confident {
+                calibration: confidence.calibration,
+                abstain_below: spec.abstain_below,
+                classes: spec.classes.clone(),
+            }),
+            marks,
+        }
+    }
 }
 
 impl std::fmt::Display for Verification {
@@ -54,25 +116,35 @@ impl std::fmt::Display for Verification {
         writeln!(f, "  duplicated               {}", self.duplicated)?;
         writeln!(f, "  fingerprint              {}", self.fingerprint)?;
         self.problems.iter().try_for_each(|problem| writeln!(f, "  ! {problem}"))?;
-        if self.ok { Ok(()) } else { writeln!(f, "run the job again with the same --out: what is missing is computed") }
+        if self.ok {
+            return Ok(());
+        }
+        writeln!(f, "run the job again with the same --out: what is missing is computed")?;
+        let shards: Vec<_> = self.shards.iter().take(SHARDS_SHOWN).map(ToString::to_string).collect();
+        let more = if self.shards.len() > SHARDS_SHOWN { " (and more)" } else { "" };
+        if !shards.is_empty() {
+            writeln!(f, "what is damaged is computed again with --recompute {}{more}", shards.join(","))?;
+        }
+        Ok(())
     }
 }
 
-/// Checks the predictions and quarantine files of `out` against its manifest. Every column is decoded, so that damage shows
-/// wherever it is, but never more of a file than some hundred rows are in memory.
-pub async fn verify(out: &Store, manifest: &Manifest, fingerprint: String) -> Result<Verification, OutputError> {
+/// Checks the files of `out` against its manifest, and against what is `expected` of them. Every column is decoded, so that
+/// damage shows wherever it is, but never more of a file than some hundred rows are in memory.
+pub async fn verify(out: &Store, manifest: &Manifest, expected: &Expected) -> Result<Verification, OutputError> {
     let output = &Output::new(out);
     let mut check = Check::new(manifest.len());
     let of_shard = |shard| async move {
         let samples = manifest.shard(shard).await?;
-        Ok::<_, OutputError>((shard, samples, Found::read(output, shard).await?))
+        let found = Found::read(output, out, expected, shard, &samples).await?;
+        Ok::<_, OutputError>((shard, samples, found))
     };
     let mut shards = std::pin::pin!(stream::iter((0..manifest.shards()).map(ShardId)).map(of_shard).buffered(SHARDS));
     while let Some((shard, samples, found)) = shards.try_next().await? {
         check.shard(shard, &samples, found);
     }
     check.strays(output, out, manifest.shards()).await?;
-    Ok(check.finish(fingerprint))
+    Ok(check.finish(expected.fingerprint.clone()))
 }
 
 /// What is checked of a prediction.
@@ -82,12 +154,18 @@ struct Checked {
     key: String,
     label: Option<String>,
     quarantined: bool,
+    /// Whether it is as sure as it must be.
+    is_sure: bool,
 }
 
-impl From<Prediction> for Checked {
-    fn from(row: Prediction) -> Self {
+impl Checked {
+    fn new(row: Prediction, sample: Option<&Sample>, expected: &Expected) -> Self {
+        let is_sure = expected.confidence.as_ref().is_none_or(|confident| {
+            let classes = sample.map_or(Cow::Borrowed(&confident.classes), |sample| sample.classes(&confident.classes));
+            confident.calibration.apply(row.clone(), confident.abstain_below, &classes) == row
+        });
         let quarantined = row.error().is_some();
-        Self { sample: row.sample, key: row.key, label: row.label, quarantined }
+        Self { sample: row.sample, key: row.key, label: row.label, quarantined, is_sure }
     }
 }
 
@@ -96,22 +174,41 @@ impl From<Prediction> for Checked {
 struct Found {
     predictions: Result<Option<Vec<Checked>>, String>,
     quarantine: Result<Vec<Quarantined>, String>,
+    /// What is wrong with whole files.
+    files: Vec<String>,
 }
 
 impl Found {
-    async fn read(output: &Output, shard: ShardId) -> Result<Self, OutputError> {
-        let predictions = damage(checked(output, layout::predictions(shard)).await)?;
+    async fn read(
+        output: &Output,
+        out: &Store,
+        expected: &Expected,
+        shard: ShardId,
+        samples: &[Sample],
+    ) -> Result<Self, OutputError> {
+        let predictions = damage(checked(output, layout::predictions(shard), samples, expected).await)?;
         let quarantine = damage(output.quarantine_at(layout::quarantine(shard)).await)?;
-        Ok(Self { predictions, quarantine: quarantine.map(Option::unwrap_or_default) })
+        let own = samples.iter().map(|sample| sample.id).collect();
+        let files = file::problems(output, out, expected, shard, &own).await?;
+        Ok(Self { predictions, quarantine: quarantine.map(Option::unwrap_or_default), files })
     }
 }
 
 /// The rows of a predictions file, without their scores.
-async fn checked(output: &Output, path: Path) -> Result<Option<Vec<Checked>>, OutputError> {
+async fn checked(
+    output: &Output,
+    path: Path,
+    samples: &[Sample],
+    expected: &Expected,
+) -> Result<Option<Vec<Checked>>, OutputError> {
     let Some(mut batches) = output.predictions_at(path).await? else { return Ok(None) };
+    let own: BTreeMap<_, _> = samples.iter().map(|sample| (sample.id, sample)).collect();
     let mut rows = Vec::new();
     while let Some(batch) = batches.try_next().await? {
-        rows.extend(batch.into_iter().map(Checked::from));
+        rows.extend(batch.into_iter().map(|row| {
+            let sample = own.get(&row.sample).copied();
+            Checked::new(row, sample, expected)
+        }));
     }
     Ok(Some(rows))
 }
@@ -133,11 +230,25 @@ struct Check {
     quarantined: u64,
     problems: Vec<String>,
     unspoken: usize,
+    /// Shards with problems.
+    shards: BTreeSet<ShardId>,
 }
 
 impl Check {
     fn new(samples: u64) -> Self {
-        Self { seen: vec![0; samples as usize], predictions: 0, quarantined: 0, problems: Vec::new(), unspoken: 0 }
+        Self {
+            seen: vec![0; samples as usize],
+            predictions: 0,
+            quarantined: 0,
+            problems: Vec::new(),
+            unspoken: 0,
+            shards: BTreeSet::new(),
+        }
+    }
+
+    /// How many problems there are so far.
+    fn count(&self) -> usize {
+        self.problems.len() + self.unspoken
     }
 
     fn problem(&mut self, problem: String) {
@@ -145,10 +256,14 @@ impl Check {
     }
 
     fn shard(&mut self, shard: ShardId, samples: &[Sample], found: Found) {
+        let before = self.count();
         let (predictions, quarantine) = (layout::predictions(shard), layout::quarantine(shard));
+        found.files.into_iter().for_each(|problem| self.problem(problem));
+        let mut is_missing = false;
         let rows = match found.predictions {
             Ok(Some(rows)) => rows,
             Ok(None) => {
+                is_missing = true;
                 self.problem(format!("{predictions} does not exist ({} samples)", samples.len()));
                 Vec::new()
             }
@@ -163,6 +278,14 @@ impl Check {
         });
         self.predictions(&predictions, samples, &rows);
         self.quarantine(&quarantine, &rows, &quarantined);
+        let unsure = rows.iter().filter(|row| !row.is_sure).count();
+        if unsure > 0 {
+            self.problem(format!("{predictions}: {unsure} rows have another confidence than the job found out"));
+        }
+        // What is missing is computed anyway.
+        if self.count() > before && !is_missing {
+            self.shards.insert(shard);
+        }
     }
 
     /// Counts the rows of one predictions file and compares them with the samples it should hold.
@@ -213,14 +336,13 @@ impl Check {
 
     /// Files that belong to no shard: their rows count, since every reader of the directory sees them.
     async fn strays(&mut self, output: &Output, out: &Store, shards: u32) -> Result<(), OutputError> {
-        for directory in [layout::PREDICTIONS, layout::QUARANTINE] {
-            let of = if directory == layout::PREDICTIONS { layout::predictions } else { layout::quarantine };
+        for (directory, of) in layout::TABLES {
             let expected: BTreeSet<_> = (0..shards).map(|shard| of(ShardId(shard))).collect();
             let found = out.list(directory).await?;
             for path in found.into_iter().filter(|p| p.extension() == Some("parquet") && !expected.contains(p)) {
                 self.problem(format!("{path} belongs to no shard of the manifest"));
                 if directory == layout::PREDICTIONS {
-                    match damage(checked(output, path.clone()).await)? {
+                    match damage(checked(output, path.clone(), &[], &Expected::default()).await)? {
                         Ok(rows) => self.predictions(&path, &[], &rows.unwrap_or_default()),
                         Err(problem) => self.problem(problem),
                     }
@@ -251,6 +373,7 @@ impl Check {
             duplicated,
             fingerprint,
             problems: self.problems,
+            shards: self.shards,
         }
     }
 }

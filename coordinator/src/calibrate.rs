@@ -7,21 +7,24 @@
 use std::collections::BTreeMap;
 use std::pin::{Pin, pin};
 
+use bytes::Bytes;
 use elbo_common::audit::Audited;
 use elbo_common::calibration::{Calibration, Confidence, Fitter, Outlook, Source};
+use elbo_common::checksum::Checksum;
 use elbo_common::ids::{ClassIndex, SampleId, ShardId};
 use elbo_common::layout;
-use elbo_common::manifest::{Manifest, ManifestError};
+use elbo_common::manifest::{Manifest, ManifestError, Sample};
 use elbo_common::output::{Output, OutputError};
 use elbo_common::predictions::{self, Prediction};
 use elbo_common::record::JobRecord;
-use elbo_common::store::{Store, StoreError};
+use elbo_common::store::StoreError;
 use elbo_common::table::TableError;
-use futures::stream::{FuturesUnordered, Peekable};
+use futures::stream::Peekable;
 use futures::{Stream, StreamExt, TryStreamExt};
 
-use crate::commit;
-use crate::ledger::{Ledger, LedgerError};
+use crate::commit::{self, Foreign};
+use crate::ledger::LedgerError;
+use crate::writer::{ATTEMPTS, WriteError, Writer};
 
 /// Labels that are enough: below, an audit is asked first.
 const FEW: usize = 30;
@@ -46,6 +49,12 @@ pub enum CalibrateError {
     /// A file of predictions is damaged.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// A file of predictions is another job's.
+    #[error(transparent)]
+    Foreign(#[from] Foreign),
+    /// A file of predictions can't be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// A background task ended by a panic, which is a defect.
     #[error("the encoder ended unexpectedly: run the same command again to resume, and report this")]
     Task,
@@ -54,9 +63,8 @@ pub enum CalibrateError {
 /// Fits confidence to labels or an audit, unless the job brings its own, and writes it into every prediction; where there is
 /// neither, nothing is done. A coordinator that has been replaced writes nothing: rows may be others by now.
 pub(crate) async fn calibrate(
-    out: &Store,
+    writer: Writer<'_>,
     manifest: &Manifest,
-    ledger: &Ledger,
     record: &mut JobRecord,
 ) -> Result<(), CalibrateError> {
     let spec = &record.identity.spec;
@@ -64,7 +72,7 @@ pub(crate) async fn calibrate(
     if record.manifest.labelled == Some(0) && spec.audit.is_none() && spec.calibration.is_none() {
         return Ok(());
     }
-    record.confidence = find(&Output::new(out), record).await?;
+    record.confidence = find(&Output::new(writer.out), record).await?;
     let Some(Confidence { calibration, .. }) = record.confidence else {
         if spec.abstain_below.is_some() {
             tracing::warn!(
@@ -75,14 +83,10 @@ pub(crate) async fn calibrate(
         return Ok(());
     };
     tracing::info!(shards = manifest.shards(), "writing the confidence of every prediction");
-    let mut writing = FuturesUnordered::new();
-    for shard in (0..manifest.shards()).map(ShardId) {
-        if writing.len() == SHARDS {
-            writing.try_next().await?;
-        }
-        writing.push(write(out, manifest, ledger, record, calibration, shard));
-    }
-    writing.try_collect().await
+    let shards = futures::stream::iter((0..manifest.shards()).map(ShardId));
+    let written = shards.map(|shard| write(writer, manifest, record, calibration, shard)).buffer_unordered(SHARDS);
+    let written: Vec<_> = written.try_filter_map(|written| std::future::ready(Ok(written))).try_collect().await?;
+    Ok(writer.ledger.settle(written).await?)
 }
 
 /// The calibration of a job, and how good it is.
@@ -126,20 +130,42 @@ async fn reference_class(
     Ok(None)
 }
 
-/// Writes a shard's predictions with their confidence, unless they have it.
+/// Writes a shard's predictions with their confidence, unless they have it; what was written.
 async fn write(
-    out: &Store,
+    writer: Writer<'_>,
     manifest: &Manifest,
-    ledger: &Ledger,
     record: &JobRecord,
     calibration: Calibration,
     shard: ShardId,
-) -> Result<(), CalibrateError> {
+) -> Result<Option<(ShardId, Checksum)>, CalibrateError> {
     let path = layout::predictions(shard);
-    let Some(before) = out.read(&path).await? else { return Ok(()) };
     let spec = &record.identity.spec;
     let samples = if spec.candidates.is_some() { manifest.shard(shard).await? } else { Vec::new() };
-    let (rows, record) = (before.clone(), record.clone());
+    for _ in 0..ATTEMPTS {
+        // Before the rows are read, and before the ledger is written to: see [`crate::writer`].
+        let seen = writer.out.look(&path).await?;
+        let Some(before) = writer.out.read(&path).await? else { return Ok(None) };
+        Foreign::check(&path, &before, record)?;
+        let after = encode(before.clone(), samples.clone(), record.clone(), calibration).await?;
+        let checksum = Checksum::of(&path, &after);
+        if after == before {
+            return Ok(Some((shard, checksum)));
+        }
+        writer.ledger.expect(shard, checksum.clone()).await?;
+        if writer.out.replace(&path, after, &seen).await? {
+            return Ok(Some((shard, checksum)));
+        }
+    }
+    Err(WriteError::Contended(writer.out.location().below(path.as_ref())).into())
+}
+
+/// A file of predictions with the confidence that follows from a calibration.
+async fn encode(
+    before: Bytes,
+    samples: Vec<Sample>,
+    record: JobRecord,
+    calibration: Calibration,
+) -> Result<Bytes, CalibrateError> {
     let encoding = tokio::task::spawn_blocking(move || {
         let spec = &record.identity.spec;
         let captioned: BTreeMap<_, _> = samples.iter().map(|sample| (sample.id, sample)).collect();
@@ -147,13 +173,8 @@ async fn write(
             Some(sample) => calibration.apply(row, spec.abstain_below, &sample.classes(&spec.classes)),
             None => calibration.apply(row, spec.abstain_below, &spec.classes),
         };
-        let rows: Vec<_> = predictions::decode_predictions(rows)?.into_iter().map(calibrated).collect();
+        let rows: Vec<_> = predictions::decode_predictions(before)?.into_iter().map(calibrated).collect();
         commit::predictions_file(&rows, &record)
     });
-    let after = encoding.await.map_err(|_| CalibrateError::Task)??;
-    if after != before {
-        ledger.hold().await?;
-        out.write(&path, after).await?;
-    }
-    Ok(())
+    Ok(encoding.await.map_err(|_| CalibrateError::Task)??)
 }

@@ -14,9 +14,9 @@ use elbo_common::layout;
 use elbo_common::manifest::Sample;
 use elbo_common::policy::Slot;
 use elbo_common::predictions::{self, ErrorRow, Labelled, Outcome as RowOutcome, Prediction, Quarantined, Score};
-use elbo_common::record::JobRecord;
+use elbo_common::record::{FINGERPRINT, JobRecord};
 use elbo_common::store::{Store, StoreError};
-use elbo_common::table::TableError;
+use elbo_common::table::{TableError, note_of};
 use object_store::path::Path;
 
 use crate::brain::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError};
@@ -49,23 +49,53 @@ pub enum KeptError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// A file of it is damaged.
+    #[error("{0}; or compute the whole shard again with --recompute {1}")]
+    Table(TableError, ShardId),
+    /// A file of it is another job's.
     #[error(transparent)]
-    Table(#[from] TableError),
+    Foreign(#[from] Foreign),
+}
+
+/// A file that another job wrote.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{path} was written by another job, with the fingerprint {fingerprint}: nothing of it is overwritten; move it away, then \
+     run the same command again, which computes its shard"
+)]
+pub struct Foreign {
+    path: Path,
+    fingerprint: String,
+}
+
+impl Foreign {
+    /// Refuses a file whose rows are not the job's own.
+    pub(crate) fn check(path: &Path, bytes: &Bytes, job: &JobRecord) -> Result<(), Self> {
+        match note_of(bytes, FINGERPRINT) {
+            Some(other) if other != job.fingerprint => Err(Self { path: path.clone(), fingerprint: other }),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Kept {
-    /// Reads the files of a shard; nothing where it was never committed.
-    pub async fn read(out: &Store, shard: ShardId) -> Result<Self, KeptError> {
+    /// Reads the files of a job's shard; nothing where it was never committed.
+    pub async fn read(out: &Store, shard: ShardId, job: &JobRecord) -> Result<Self, KeptError> {
         let mut kept = Self::default();
-        if let Some(bytes) = out.read(&layout::predictions(shard)).await? {
-            let rows = predictions::decode_predictions(bytes)?;
+        let damaged = |source| KeptError::Table(source, shard);
+        let read = async |path: Path| {
+            let bytes = out.read(&path).await?;
+            bytes.iter().try_for_each(|bytes| Foreign::check(&path, bytes, job))?;
+            Ok::<_, KeptError>(bytes)
+        };
+        if let Some(bytes) = read(layout::predictions(shard)).await? {
+            let rows = predictions::decode_predictions(bytes).map_err(damaged)?;
             kept.rows = rows.into_iter().filter(|row| row.error().is_none()).map(|row| (row.sample, row)).collect();
         }
-        if let Some(bytes) = out.read(&layout::audit(shard)).await? {
-            kept.audited = audit::decode(bytes)?.into_iter().map(|row| (row.sample, row)).collect();
+        if let Some(bytes) = read(layout::audit(shard)).await? {
+            kept.audited = audit::decode(bytes).map_err(damaged)?.into_iter().map(|row| (row.sample, row)).collect();
         }
-        if let Some(bytes) = out.read(&layout::errors(shard)).await? {
-            for row in predictions::decode_errors(bytes)? {
+        if let Some(bytes) = read(layout::errors(shard)).await? {
+            for row in predictions::decode_errors(bytes).map_err(damaged)? {
                 kept.errors.entry(row.sample).or_default().push(row);
             }
         }
@@ -83,8 +113,15 @@ fn attempts(stage: &str) -> u32 {
     if stage == "evaluate" { 2 } else { 1 }
 }
 
-/// The files of a finished shard, predictions last: where they are, so is all else.
-pub fn files(finishing: &Finishing, job: &JobRecord, slots: &[Slot]) -> Result<Vec<(Path, Bytes)>, TableError> {
+/// The files of a finished shard, predictions last: where they are, so is all else. Where an earlier try left a quarantine
+/// (`had_quarantine`) and nobody is in it any more, it is written without rows: a deletion that arrives late could hit the
+/// quarantine of another coordinator.
+pub fn files(
+    finishing: &Finishing,
+    had_quarantine: bool,
+    job: &JobRecord,
+    slots: &[Slot],
+) -> Result<Vec<(Path, Bytes)>, TableError> {
     let spec = &job.identity.spec;
     let of_job = job_metadata(job);
     let with_classes = [&of_job[..], &score_metadata(job)[..]].concat();
@@ -125,7 +162,7 @@ pub fn files(finishing: &Finishing, job: &JobRecord, slots: &[Slot]) -> Result<V
     if spec.audit.is_some() {
         files.push((layout::audit(finishing.shard), audit::encode(&audited, &with_classes)?));
     }
-    if !quarantined.is_empty() {
+    if !quarantined.is_empty() || had_quarantine {
         files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &of_job)?));
     }
     files.push((layout::predictions(finishing.shard), predictions_file(&rows, job)?));
@@ -149,7 +186,11 @@ fn pair(key: &str, value: impl ToString) -> (String, String) {
 /// What every file says of its job, so that it can be understood apart from `job.json`. A function of the job, like all the rest.
 fn job_metadata(job: &JobRecord) -> Vec<(String, String)> {
     let versions = &job.versions;
-    vec![pair("fingerprint", &job.fingerprint), pair("version", &versions.elbo), pair("protocol", versions.protocol)]
+    vec![
+        (FINGERPRINT.into(), job.fingerprint.clone()),
+        pair("version", &versions.elbo),
+        pair("protocol", versions.protocol),
+    ]
 }
 
 /// What a file with scores adds: how they came about, and the names of the classes they have by index.

@@ -1,8 +1,10 @@
 //! Taking a job up: a new one is listed and recorded, a known one must be the same job.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink, UnknownLabels};
+use elbo_common::ensemble::Contenders;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::job::JobSpec;
@@ -15,9 +17,11 @@ use elbo_common::store::preflight::{self, PreflightError};
 use elbo_common::store::{Store, StoreError};
 use object_store::path::Path;
 
-use crate::brain::ShardTotals;
+use crate::brain::{JobShape, ShardTotals};
 use crate::calibrate::{self, CalibrateError};
 use crate::ledger::{Ledger, LedgerError};
+use crate::repair;
+use crate::writer::{WriteError, Writer};
 
 /// A job that can't be taken up.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +34,20 @@ pub enum JobError {
         /// What differs, a line each.
         differences: Vec<String>,
     },
+    /// The output holds predictions of a job that it does not know.
+    #[error(
+        "{location} has no job.json, and predictions of another job, with the fingerprint {fingerprint}: use another --out, or \
+         discard them with --fresh"
+    )]
+    Stranger {
+        /// The output.
+        location: String,
+        /// The other job's fingerprint.
+        fingerprint: String,
+    },
+    /// A shard that is to be computed again does not exist.
+    #[error("there is no shard {0} to be computed again: the job's shards are 0 to {1}")]
+    NoSuchShard(ShardId, u32),
     /// The manifest can't be read, or is not the one that was listed.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -54,9 +72,12 @@ pub enum JobError {
     /// The output is on a store that can't hold a job.
     #[error(transparent)]
     Preflight(#[from] PreflightError),
-    /// The output can't be read or written.
+    /// The output can't be read.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The output can't be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// There is nothing that would tell how sure a prediction is.
     #[error(
         "--abstain-below needs to know how sure a prediction is, and no image has a label: bring some with --label-from, let \
@@ -81,12 +102,14 @@ fn describe_unknown(labels: &[(String, u64, String)]) -> String {
 }
 
 /// How a job is taken up.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct JobOptions {
     /// Discard what an earlier job left in the output.
     pub fresh: bool,
     /// Give the samples that an earlier run quarantined another try.
     pub retry_quarantined: bool,
+    /// Compute these shards again, whatever they are like.
+    pub recompute: Vec<ShardId>,
 }
 
 /// A job that is ready to run.
@@ -118,58 +141,31 @@ impl Job {
     ) -> Result<Self, JobError> {
         let course = course_of(&identity, model)?;
         preflight::check(&out).await?;
-        if options.fresh {
-            discard(&out).await?;
-        }
-        let known = JobRecord::read(&out).await?;
-        if let Some(record) = &known {
-            let differences = identity.differences(&record.identity);
-            if !differences.is_empty() {
-                return Err(JobError::Different { location: out.location().to_string(), differences });
-            }
-        }
-        let listed = match known {
-            Some(_) => None,
-            None => {
-                let (files, listed) = list(&identity).await?.finish()?;
-                check_confidence(&identity.spec, &listed)?;
-                Some((files, listed))
-            }
-        };
+        // A job that is refused lists nothing, and fences nobody.
+        let is_known = !options.fresh && known(&out, &identity).await?.is_some();
+        let listed = if is_known { None } else { Some(list_all(&identity).await?) };
         // From here on any other coordinator of this output is fenced.
         let ledger = Ledger::open(&out).await?;
-        let shard_size = identity.spec.shard_size;
-        let (record, manifest) = match (known, listed) {
-            (Some(record), _) => {
-                let manifest = Manifest::open(&out, &record.manifest, shard_size).await?;
+        if options.fresh {
+            clear(&out, &ledger).await?;
+        }
+        // What was there before may be another coordinator's work by now.
+        let (record, manifest) = match known(&out, &identity).await? {
+            Some(record) => {
+                let manifest = Manifest::open(&out, &record.manifest, identity.spec.shard_size).await?;
+                adopt_ledger(&out, &ledger, &record, &manifest, &course).await?;
                 (record, manifest)
             }
-            (None, listed) => {
-                let (files, listed) = listed.unwrap_or_default();
-                for (path, bytes) in files {
-                    out.write(&path, bytes).await?;
-                }
-                let record = new_record(identity, listed);
-                record.write(&out).await?;
-                let manifest = Manifest::open(&out, &record.manifest, shard_size).await?;
-                (record, manifest)
+            None => {
+                let listed = match listed {
+                    Some(listed) => listed,
+                    None => list_all(&identity).await?,
+                };
+                begin(&out, &ledger, identity, listed).await?
             }
         };
-        match ledger.fingerprint().await? {
-            None => ledger.set_fingerprint(&record.fingerprint).await?,
-            Some(found) if found == record.fingerprint => {}
-            Some(_) => {
-                return Err(JobError::Different {
-                    location: out.location().to_string(),
-                    differences: vec!["the ledger was begun by a job with another fingerprint".into()],
-                });
-            }
-        }
-        // A shard whose predictions somebody deleted is computed again.
-        let present = out.list(layout::PREDICTIONS).await?;
-        let mut done = ledger.done().await?;
-        done.retain(|shard, _| present.contains(&layout::predictions(*shard)));
-        let mut job = Self { out, record, manifest, course, ledger, done, retried: BTreeMap::new() };
+        let mut job = Self { out, record, manifest, course, ledger, done: BTreeMap::new(), retried: BTreeMap::new() };
+        job.repair(options.recompute).await?;
         if options.retry_quarantined {
             job.retry_quarantined().await?;
         }
@@ -180,15 +176,52 @@ impl Job {
         Ok(job)
     }
 
-    /// Opens the shards with quarantined samples again. `job.json` says so first: were this interrupted in between, the job
-    /// would be found done and say so again.
+    /// Opens the shards again whose files are missing or damaged, and those that are named. Of a job that is done, every byte
+    /// is looked at.
+    async fn repair(&mut self, named: Vec<ShardId>) -> Result<(), JobError> {
+        if let Some(shard) = named.iter().find(|shard| shard.0 >= self.manifest.shards()) {
+            return Err(JobError::NoSuchShard(*shard, self.manifest.shards().saturating_sub(1)));
+        }
+        let is_done = self.record.state == JobState::Done;
+        if is_done {
+            repair::clear_late(&self.out, self.manifest.shards(), &self.ledger.discarded().await?).await?;
+        }
+        let mut marks = self.ledger.done().await?;
+        let damaged = repair::damaged(&self.out, &marks, is_done).await?;
+        for shard in &damaged {
+            tracing::warn!(%shard, "files of the shard are missing or damaged: it is computed again");
+        }
+        let again: BTreeSet<ShardId> = damaged.into_iter().chain(named).collect();
+        if !again.is_empty() {
+            self.reopen().await?;
+            let again = again.iter().map(|shard| (*shard, marks.remove(shard).unwrap_or_default().totals)).collect();
+            self.ledger.reopen(&again).await?;
+        }
+        self.done = marks.into_iter().map(|(shard, mark)| (shard, mark.totals)).collect();
+        Ok(())
+    }
+
+    /// Says in `job.json` that a job that was done is not. It says so first: were what follows interrupted, the job would be
+    /// found done and say so again.
+    async fn reopen(&mut self) -> Result<(), JobError> {
+        if self.record.state == JobState::Done {
+            self.record.state = JobState::Unfinished;
+            (self.record.totals, self.record.confidence) = (None, None);
+            self.writer().write(vec![self.record.file(&self.out)?]).await?;
+        }
+        Ok(())
+    }
+
+    fn writer(&self) -> Writer<'_> {
+        Writer { out: &self.out, ledger: &self.ledger }
+    }
+
+    /// Opens the shards with quarantined samples again.
     async fn retry_quarantined(&mut self) -> Result<(), JobError> {
         let mut shards = self.ledger.begun().await?;
         shards.extend(self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(shard, _)| *shard));
-        if self.record.state == JobState::Done && !shards.is_empty() {
-            self.record.state = JobState::Unfinished;
-            (self.record.totals, self.record.confidence) = (None, None);
-            self.record.write(&self.out).await?;
+        if !shards.is_empty() {
+            self.reopen().await?;
         }
         self.done.retain(|shard, _| !shards.contains(shard));
         Ok(self.ledger.retry(shards).await?)
@@ -204,14 +237,103 @@ impl Job {
         if self.is_done() && self.record.state != JobState::Done {
             let mut totals = ShardTotals::default();
             self.done.values().for_each(|shard| totals.add(*shard));
-            calibrate::calibrate(&self.out, &self.manifest, &self.ledger, &mut self.record).await?;
-            self.ledger.hold().await?;
+            let writer = Writer { out: &self.out, ledger: &self.ledger };
+            calibrate::calibrate(writer, &self.manifest, &mut self.record).await?;
             self.record.state = JobState::Done;
             self.record.totals = Some(totals.of_job(self.ledger.waste()));
-            self.record.write(&self.out).await?;
+            writer.write(vec![self.record.file(&self.out)?]).await?;
         }
         Ok(self.ledger.close().await?)
     }
+}
+
+/// The record of the job in an output, which must be this one.
+async fn known(out: &Store, identity: &JobIdentity) -> Result<Option<JobRecord>, JobError> {
+    let Some(record) = JobRecord::read(out).await? else { return Ok(None) };
+    let differences = identity.differences(&record.identity);
+    if differences.is_empty() {
+        Ok(Some(record))
+    } else {
+        Err(JobError::Different { location: out.location().to_string(), differences })
+    }
+}
+
+/// Records a job that is new in an output.
+async fn begin(
+    out: &Store,
+    ledger: &Ledger,
+    identity: JobIdentity,
+    (files, listed): Listed,
+) -> Result<(JobRecord, Manifest), JobError> {
+    let shard_size = identity.spec.shard_size;
+    let record = new_record(identity, listed);
+    let mut known = ledger.discarded().await?;
+    known.insert(record.fingerprint.clone());
+    if let Some(fingerprint) = repair::stranger(out, &known).await? {
+        return Err(JobError::Stranger { location: out.location().to_string(), fingerprint });
+    }
+    match ledger.fingerprint().await? {
+        Some(found) if found != record.fingerprint => return Err(other_ledger(out)),
+        Some(_) => {}
+        None => ledger.begin(&record.fingerprint, BTreeMap::new()).await?,
+    }
+    let writer = Writer { out, ledger };
+    writer.write(files).await?;
+    writer.write(vec![record.file(out)?]).await?;
+    let manifest = Manifest::open(out, &record.manifest, shard_size).await?;
+    Ok((record, manifest))
+}
+
+/// Makes sure that the ledger is the job's. One that was lost begins with the shards whose files are there and whole.
+async fn adopt_ledger(
+    out: &Store,
+    ledger: &Ledger,
+    record: &JobRecord,
+    manifest: &Manifest,
+    course: &Course,
+) -> Result<(), JobError> {
+    match ledger.fingerprint().await? {
+        Some(found) if found == record.fingerprint => Ok(()),
+        Some(_) => Err(other_ledger(out)),
+        None => {
+            let shape = shape(record, manifest, course);
+            let kept = repair::adopt(out, record, manifest, &shape).await?;
+            if !kept.is_empty() {
+                tracing::warn!(
+                    "the ledger is gone: {} of {} shards are kept, whose files are whole; the others are computed again",
+                    kept.len(),
+                    manifest.shards()
+                );
+            }
+            Ok(ledger.begin(&record.fingerprint, kept).await?)
+        }
+    }
+}
+
+fn other_ledger(out: &Store) -> JobError {
+    JobError::Different {
+        location: out.location().to_string(),
+        differences: vec!["the ledger was begun by a job with another fingerprint".into()],
+    }
+}
+
+/// What the evaluations of a job are.
+pub(crate) fn shape(record: &JobRecord, manifest: &Manifest, course: &Course) -> JobShape {
+    let spec = &record.identity.spec;
+    // Where every sample brings its own captions, nothing competes in those without.
+    let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
+    JobShape::new(course.clone(), contenders, manifest.caption_counts(), spec.shard_size, spec.write_errors)
+        .with_audit(spec.audit.clone(), spec.seed)
+}
+
+/// The files of a manifest, and what `job.json` says of them.
+type Listed = (Vec<(Path, Bytes)>, ManifestRecord);
+
+/// Lists a job's images, of which enough must be known for what it asks.
+async fn list_all(identity: &JobIdentity) -> Result<Listed, JobError> {
+    let (files, listed) = list(identity).await?.finish()?;
+    check_confidence(&identity.spec, &listed)?;
+    Ok((files, listed))
 }
 
 /// Whether it can be told how sure predictions are, where the job wants to know.
@@ -332,24 +454,30 @@ fn new_record(identity: JobIdentity, manifest: ManifestRecord) -> JobRecord {
     }
 }
 
-/// Removes an earlier job from an output: `job.json` first, so that an interruption leaves no half-deleted job behind.
-pub async fn discard(out: &Store) -> Result<(), StoreError> {
-    for prefix in [
-        layout::JOB,
-        layout::LEDGER,
-        layout::PREDICTIONS,
-        layout::ERRORS,
-        layout::AUDIT,
-        layout::QUARANTINE,
-        layout::MANIFEST,
-        layout::PILOT,
-        "report.html",
-    ] {
-        if prefix.contains('.') {
-            out.delete(&Path::from(prefix)).await?;
-        } else {
-            out.delete_all(prefix).await?;
-        }
+/// Discards the job in an output, and fences whoever works on it.
+pub async fn discard(out: &Store) -> Result<(), JobError> {
+    let ledger = Ledger::open(out).await?;
+    clear(out, &ledger).await?;
+    Ok(ledger.close().await?)
+}
+
+/// Removes an earlier job from an output that this coordinator holds: from the ledger first, then `job.json`, so that an
+/// interruption leaves no half-deleted job behind. The ledger itself stays: it is what keeps others out.
+async fn clear(out: &Store, ledger: &Ledger) -> Result<(), JobError> {
+    let left = match JobRecord::read(out).await {
+        Ok(record) => record.map(|record| record.fingerprint),
+        // What can't be understood is discarded all the same.
+        Err(RecordError::Format { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    ledger.discard(left).await?;
+    out.delete(&Path::from(layout::JOB)).await?;
+    out.delete(&Path::from("report.html")).await?;
+    for directory in [layout::PREDICTIONS, layout::ERRORS, layout::AUDIT, layout::QUARANTINE, layout::MANIFEST] {
+        out.delete_all(directory).await?;
     }
-    Ok(())
+    // The pilot's ledger keeps others out of the pilot.
+    let ledger_of_pilot = Path::from(layout::PILOT).join(layout::LEDGER);
+    let of_pilot = out.list(layout::PILOT).await?;
+    Ok(out.delete_each(of_pilot.into_iter().filter(|path| !path.prefix_matches(&ledger_of_pilot))).await?)
 }

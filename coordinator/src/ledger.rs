@@ -5,24 +5,32 @@
 //! fingerprint                        the job the ledger belongs to
 //! waste                              evaluations that came to nothing so far
 //! result/<shard>/<epoch>/<sequence>  a Record: results and failures of an open shard
-//! done/<shard>                       totals of a committed shard, whose results are gone
+//! done/<shard>                       totals of a committed shard, whose results are gone, and what its files hash to
+//! discarded/<fingerprint>            a job that --fresh has discarded: files of it may still arrive, and count for nothing
 //! retry/<shard>                      u64, the epoch in which its quarantined samples were given another try: failures of
 //!                                    earlier epochs are void, predictions written before stay
 //! ```
 //! Writes are acknowledged when durable. Opening fences any coordinator that had the ledger open.
+
+mod mark;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use elbo_common::checksum::Checksum;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::store::{Location, Store};
 use elbo_proto::v1;
 use prost::Message;
 use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
-use slatedb::{CloseReason, Db, ErrorKind, WriteBatch};
+use slatedb::{CloseReason, Db, ErrorKind, KeyValue, WriteBatch};
+
+pub use mark::{Mark, marks};
+
+use mark::done_entry;
 
 use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult, Waste};
 
@@ -34,6 +42,18 @@ pub enum LedgerError {
         "another coordinator has taken over this job's ledger: this one stops; only one coordinator may work on an output at a time"
     )]
     Fenced,
+    /// Its files are damaged.
+    #[error(
+        "the ledger is damaged ({source}). Make sure that no coordinator works on this output, delete {directory} by hand, and \
+         run the same command again: committed shards whose files are sound are kept, and of the others everything is computed \
+         again"
+    )]
+    Damaged {
+        /// Where it lies.
+        directory: String,
+        /// What is wrong, and with which file.
+        source: slatedb::Error,
+    },
     /// The storage or the database failed.
     #[error("{action} the ledger: {source}; check the output's storage, then run the same command again to resume")]
     Database {
@@ -44,7 +64,9 @@ pub enum LedgerError {
     },
     /// An entry can't be understood.
     #[error(
-        "the ledger entry {key} can't be understood: {reason}; it was written by another version of elbo or damaged: start over with --fresh or another --out"
+        "the ledger entry {key} can't be understood: {reason}; it was written by another version of elbo or damaged. Make sure that \
+         no coordinator works on this output, delete the directory ledger in it by hand, and run the same command again: committed \
+         shards whose files are sound are kept, and of the others everything is computed again"
     )]
     Entry {
         /// The entry.
@@ -57,6 +79,8 @@ pub enum LedgerError {
 /// An open ledger.
 pub struct Ledger {
     db: Db,
+    /// Where it lies, for people.
+    directory: String,
     epoch: Epoch,
     sequence: AtomicU64,
     /// What is stored of it.
@@ -79,18 +103,6 @@ struct StoredRecord {
     failures: Vec<v1::SampleFailure>,
 }
 
-#[derive(Clone, PartialEq, Message)]
-struct StoredTotals {
-    #[prost(uint64, tag = "1")]
-    samples: u64,
-    #[prost(uint64, tag = "2")]
-    quarantined: u64,
-    #[prost(uint64, tag = "3")]
-    evaluations: u64,
-    #[prost(uint64, tag = "5")]
-    spared: u64,
-}
-
 #[derive(Clone, Copy, PartialEq, Message)]
 struct StoredWaste {
     #[prost(uint64, tag = "1")]
@@ -108,6 +120,7 @@ const WASTE: &str = "waste";
 const DONE: &str = "done/";
 const RESULT: &str = "result/";
 const RETRY: &str = "retry/";
+const DISCARDED: &str = "discarded/";
 
 fn result_prefix(shard: ShardId) -> String {
     format!("{RESULT}{:08x}/", shard.0)
@@ -174,9 +187,11 @@ fn done_key(shard: ShardId) -> String {
     format!("{DONE}{:08x}", shard.0)
 }
 
-fn failed(action: &'static str) -> impl Fn(slatedb::Error) -> LedgerError {
-    move |source| match source.kind() {
+/// What a failure of the database in a directory means.
+fn failure(action: &'static str, directory: &str, source: slatedb::Error) -> LedgerError {
+    match source.kind() {
         ErrorKind::Closed(CloseReason::Fenced) => LedgerError::Fenced,
+        ErrorKind::Data => LedgerError::Damaged { directory: directory.to_owned(), source },
         _ => LedgerError::Database { action, source },
     }
 }
@@ -188,6 +203,11 @@ fn broken(key: &[u8], reason: impl ToString) -> LedgerError {
 impl Ledger {
     /// Opens an output's ledger, makes it where there is none, and begins a new epoch.
     pub async fn open(out: &Store) -> Result<Self, LedgerError> {
+        let directory = out.location().below(layout::LEDGER);
+        let failed = |action| {
+            let directory = directory.clone();
+            move |source| failure(action, &directory, source)
+        };
         let db = Db::builder(layout::LEDGER, out.inner()).with_settings(settings(out.location()));
         let db = db.build().await.map_err(failed("opening"))?;
         let before = match db.get(EPOCH).await.map_err(failed("reading"))? {
@@ -202,9 +222,27 @@ impl Ledger {
             }
         };
         let (epoch, sequence) = (Epoch(before + 1), AtomicU64::new(0));
-        let ledger = Self { db, epoch, sequence, waste: Mutex::new(waste), records: Mutex::default() };
+        let ledger = Self { db, directory, epoch, sequence, waste: Mutex::new(waste), records: Mutex::default() };
         ledger.hold().await?;
         Ok(ledger)
+    }
+
+    /// What went wrong with the database while something was done.
+    fn failed(&self, action: &'static str) -> impl Fn(slatedb::Error) -> LedgerError + '_ {
+        move |source| failure(action, &self.directory, source)
+    }
+
+    /// Takes every entry whose key begins with a prefix.
+    async fn each(
+        &self,
+        prefix: &str,
+        mut take: impl FnMut(KeyValue) -> Result<(), LedgerError>,
+    ) -> Result<(), LedgerError> {
+        let mut entries = self.db.scan_prefix(prefix, ..).await.map_err(self.failed("reading"))?;
+        while let Some(entry) = entries.next().await.map_err(self.failed("reading"))? {
+            take(entry)?;
+        }
+        Ok(())
     }
 
     /// Fails once another coordinator has taken over, for a coordinator that has nothing to write.
@@ -245,21 +283,57 @@ impl Ledger {
     }
 
     async fn write(&self, batch: WriteBatch) -> Result<(), LedgerError> {
-        let handle = self.db.write(batch).await.map_err(failed("writing"))?;
-        handle.await_durable().await.map_err(failed("writing"))
+        let handle = self.db.write(batch).await.map_err(self.failed("writing"))?;
+        handle.await_durable().await.map_err(self.failed("writing"))
     }
 
     /// The fingerprint the ledger was begun with.
     pub async fn fingerprint(&self) -> Result<Option<String>, LedgerError> {
-        let found = self.db.get(FINGERPRINT).await.map_err(failed("reading"))?;
+        let found = self.db.get(FINGERPRINT).await.map_err(self.failed("reading"))?;
         Ok(found.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
-    /// Binds the ledger to a job.
-    pub async fn set_fingerprint(&self, fingerprint: &str) -> Result<(), LedgerError> {
+    /// Binds the ledger to a job, of which some shards are committed already.
+    pub async fn begin(&self, fingerprint: &str, committed: BTreeMap<ShardId, Mark>) -> Result<(), LedgerError> {
         let mut batch = WriteBatch::new();
         batch.put(FINGERPRINT, fingerprint);
+        for (shard, mark) in committed {
+            batch.put(done_key(shard), mark.encode());
+        }
         self.write(batch).await
+    }
+
+    /// Forgets a job for one that starts over, in one atomic write. The epoch goes on: whoever worked on the old job stays
+    /// fenced. What it left in the output counts for nothing from here on, whenever it arrives.
+    pub async fn discard(&self, left: impl IntoIterator<Item = String>) -> Result<(), LedgerError> {
+        let mut batch = WriteBatch::new();
+        for prefix in [DONE, RESULT, RETRY] {
+            self.each(prefix, |entry| {
+                batch.delete(entry.key);
+                Ok(())
+            })
+            .await?;
+        }
+        for fingerprint in self.fingerprint().await?.into_iter().chain(left) {
+            batch.put(format!("{DISCARDED}{fingerprint}"), []);
+        }
+        batch.delete(FINGERPRINT);
+        batch.delete(WASTE);
+        self.write(batch).await?;
+        *self.waste.lock().unwrap_or_else(PoisonError::into_inner) = Waste::default();
+        self.known_records().clear();
+        Ok(())
+    }
+
+    /// The fingerprints of discarded jobs.
+    pub async fn discarded(&self) -> Result<BTreeSet<String>, LedgerError> {
+        let mut discarded = BTreeSet::new();
+        self.each(DISCARDED, |entry| {
+            discarded.insert(String::from_utf8_lossy(&entry.key[DISCARDED.len()..]).into_owned());
+            Ok(())
+        })
+        .await?;
+        Ok(discarded)
     }
 
     fn known_records(&self) -> MutexGuard<'_, HashMap<ShardId, Vec<(Epoch, u64)>>> {
@@ -292,9 +366,8 @@ impl Ledger {
     /// The records of a shard, in the order they were appended; to be asked for before any is appended. Failures from before
     /// the epoch in which the shard was `retried` are left out.
     pub async fn records(&self, shard: ShardId, retried: Option<Epoch>) -> Result<Vec<Record>, LedgerError> {
-        let mut entries = self.db.scan_prefix(result_prefix(shard), ..).await.map_err(failed("reading"))?;
         let (mut records, mut known) = (Vec::new(), Vec::new());
-        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
+        self.each(&result_prefix(shard), |entry| {
             let stored = StoredRecord::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
             let place = parse_result_key(&entry.key).ok_or_else(|| broken(&entry.key, "its key is not a record's"))?;
             known.push(place);
@@ -304,22 +377,66 @@ impl Ledger {
                 results: results.ok_or_else(|| broken(&entry.key, "a result names no unit"))?,
                 failures: failures.into_iter().map(failure_from_wire).collect(),
             });
-        }
+            Ok(())
+        })
+        .await?;
         self.known_records().insert(shard, known);
         Ok(records)
     }
 
     /// Marks a shard as committed and drops its records, in one atomic write.
-    pub async fn commit(&self, shard: ShardId, totals: ShardTotals, waste: Waste) -> Result<(), LedgerError> {
+    pub async fn commit(&self, shard: ShardId, mark: Mark, waste: Waste) -> Result<(), LedgerError> {
         let mut batch = WriteBatch::new();
         self.note_waste(&mut batch, waste);
         for (epoch, sequence) in self.known_records().remove(&shard).unwrap_or_default() {
             batch.delete(result_key(shard, epoch, sequence));
         }
-        let ShardTotals { samples, quarantined, evaluations, spared } = totals;
-        let stored = StoredTotals { samples, quarantined, evaluations, spared };
-        batch.put(done_key(shard), stored.encode_to_vec());
+        batch.put(done_key(shard), mark.encode());
         batch.delete(retry_key(shard));
+        self.write(batch).await
+    }
+
+    /// Notes that a file of a committed shard is about to be replaced: from here on both are as they should be.
+    pub async fn expect(&self, shard: ShardId, file: Checksum) -> Result<(), LedgerError> {
+        let mut batch = WriteBatch::new();
+        match self.mark(shard).await? {
+            Some(mut mark) if !mark.files.is_empty() => {
+                mark.files.push(file);
+                batch.put(done_key(shard), mark.encode());
+            }
+            _ => batch.put(EPOCH, self.epoch.0.to_le_bytes()),
+        }
+        self.write(batch).await
+    }
+
+    /// Notes that files of committed shards have been replaced.
+    pub async fn settle(&self, files: Vec<(ShardId, Checksum)>) -> Result<(), LedgerError> {
+        let mut batch = WriteBatch::new();
+        for (shard, file) in files {
+            let Some(mut mark) = self.mark(shard).await?.filter(|mark| !mark.files.is_empty()) else { continue };
+            mark.files.retain(|other| other.path != file.path);
+            mark.files.push(file);
+            batch.put(done_key(shard), mark.encode());
+        }
+        if batch.is_empty() { Ok(()) } else { self.write(batch).await }
+    }
+
+    async fn mark(&self, shard: ShardId) -> Result<Option<Mark>, LedgerError> {
+        let key = done_key(shard);
+        let found = self.db.get(&key).await.map_err(self.failed("reading"))?;
+        found.map(|value| Mark::decode(key.as_bytes(), &value)).transpose()
+    }
+
+    /// Forgets that shards were committed, so that they are computed again; what they took comes to nothing.
+    pub async fn reopen(&self, shards: &BTreeMap<ShardId, ShardTotals>) -> Result<(), LedgerError> {
+        let mut batch = WriteBatch::new();
+        let mut waste = self.waste();
+        for (shard, totals) in shards {
+            batch.delete(done_key(*shard));
+            batch.delete(retry_key(*shard));
+            waste.recomputed += totals.evaluations;
+        }
+        self.note_waste(&mut batch, waste);
         self.write(batch).await
     }
 
@@ -335,41 +452,42 @@ impl Ledger {
 
     /// The shards whose quarantined samples get another try, and since which epoch.
     pub async fn retried(&self) -> Result<BTreeMap<ShardId, Epoch>, LedgerError> {
-        let mut entries = self.db.scan_prefix(RETRY, ..).await.map_err(failed("reading"))?;
         let mut retried = BTreeMap::new();
-        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
+        self.each(RETRY, |entry| {
             let shard = parse_shard(&entry.key, RETRY).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
             retried.insert(shard, Epoch(parse_u64(&entry.key, &entry.value)?));
-        }
+            Ok(())
+        })
+        .await?;
         Ok(retried)
     }
 
     /// The shards that are in work: there are records of them.
     pub async fn begun(&self) -> Result<BTreeSet<ShardId>, LedgerError> {
-        let mut entries = self.db.scan_prefix(RESULT, ..).await.map_err(failed("reading"))?;
         let mut begun = BTreeSet::new();
-        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
+        self.each(RESULT, |entry| {
             begun.insert(parse_shard(&entry.key, RESULT).ok_or_else(|| broken(&entry.key, "it names no shard"))?);
-        }
+            Ok(())
+        })
+        .await?;
         Ok(begun)
     }
 
-    /// The committed shards and their totals.
-    pub async fn done(&self) -> Result<BTreeMap<ShardId, ShardTotals>, LedgerError> {
-        let mut entries = self.db.scan_prefix(DONE, ..).await.map_err(failed("reading"))?;
+    /// The committed shards.
+    pub async fn done(&self) -> Result<BTreeMap<ShardId, Mark>, LedgerError> {
         let mut done = BTreeMap::new();
-        while let Some(entry) = entries.next().await.map_err(failed("reading"))? {
-            let shard = parse_shard(&entry.key, DONE).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
-            let stored = StoredTotals::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
-            let StoredTotals { samples, quarantined, evaluations, spared } = stored;
-            done.insert(shard, ShardTotals { samples, quarantined, evaluations, spared });
-        }
+        self.each(DONE, |entry| {
+            let (shard, mark) = done_entry(&entry)?;
+            done.insert(shard, mark);
+            Ok(())
+        })
+        .await?;
         Ok(done)
     }
 
     /// Closes the ledger; everything appended is durable already.
     pub async fn close(&self) -> Result<(), LedgerError> {
-        self.db.close().await.map_err(failed("closing"))
+        self.db.close().await.map_err(self.failed("closing"))
     }
 }
 

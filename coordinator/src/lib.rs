@@ -1,7 +1,7 @@
 //! The coordinator: plans a job's shards and blocks, leases them to workers, reduces what they report, and commits finished
 //! shards. It never sees the model; a sample's latents live on the workers.
 //!
-//! [`brain`] decides (a state machine without IO or clock), [`ledger`] remembers, [`commit`] writes shards, and
+//! [`brain`] decides (a state machine without IO or clock), [`ledger`] remembers, [`commit`] makes a shard's files, `writer` puts them in place, and
 //! [`service`] connects them to workers; `calibrate` says at the end how sure every prediction is; [`operations`] and [`watchdog`] tell operators how a job is.
 
 mod audit;
@@ -14,12 +14,14 @@ pub mod ledger;
 pub mod operations;
 pub mod pilot;
 pub mod progress;
+mod repair;
 pub mod run;
 mod server;
 pub mod service;
 pub mod status;
 mod telemetry;
 pub mod watchdog;
+mod writer;
 
 pub use job::{Job, JobError, JobOptions};
 pub use operations::JobOperations;

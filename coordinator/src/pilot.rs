@@ -37,6 +37,11 @@ pub enum PilotError {
     /// What it learned can't be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Somebody else writes it at the same time.
+    #[error(
+        "{0} was changed by something else: let one coordinator work on the output, then run the same command again"
+    )]
+    Contended(String),
     /// What it learned is damaged.
     #[error("{location}/{file} can't be understood ({source}): delete it, and the pilot is asked again")]
     Format {
@@ -77,8 +82,14 @@ pub async fn learn(pilot: &Store, of: &JobIdentity, model: &std::path::Path, out
     let learned = Pilot::learn(&scored, &contenders, NoiseSchedule::timesteps_of_model(model)?, risk)?;
     Policy::race(risk, max_slots, learned.timesteps())?;
     let write = async |file: &'static str, json: Result<Vec<u8>, serde_json::Error>| {
-        let json = json.map_err(|source| format_error(out, file, source))?;
-        Ok::<_, PilotError>(out.write(&Path::from(file), Bytes::from(json)).await?)
+        let json = Bytes::from(json.map_err(|source| format_error(out, file, source))?);
+        let path = Path::from(file);
+        let seen = out.look(&path).await?;
+        if out.replace(&path, json, &seen).await? {
+            Ok(())
+        } else {
+            Err(PilotError::Contended(out.location().below(file)))
+        }
     };
     write(layout::PILOT_FINDINGS, serde_json::to_vec_pretty(&learned)).await?;
     write(layout::PILOT_TIMESTEPS, serde_json::to_vec(&learned.timesteps())).await?;

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use elbo_common::ensemble::Contenders;
+use elbo_common::checksum::Checksum;
 use elbo_common::ids::{Epoch, ShardId};
 use elbo_common::layout;
 use elbo_common::manifest::{Manifest, ManifestError};
 use elbo_common::policy::Course;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
-use elbo_common::store::{Store, StoreError};
+use elbo_common::store::{Fault, Seen, Store, StoreError};
 use elbo_common::table::TableError;
 use elbo_net::{Doorkeeper, Limits, ServerTls};
 use futures::StreamExt;
@@ -20,13 +20,14 @@ use futures::stream::FuturesUnordered;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
-use crate::brain::{Brain, JobShape, LeasePolicy, Record, Shard, ShardTotals};
+use crate::brain::{Brain, LeasePolicy, Record, Shard, ShardTotals};
 use crate::calibrate::{self, CalibrateError};
 use crate::commit::{self, Finishing, Kept, KeptError};
-use crate::job::Job;
-use crate::ledger::LedgerError;
+use crate::job::{self, Job};
+use crate::ledger::{LedgerError, Mark};
 use crate::operations::JobOperations;
 use crate::progress::Progress;
 use crate::server::serve;
@@ -34,6 +35,7 @@ use crate::service::Shared;
 use crate::status;
 use crate::telemetry::Use;
 use crate::watchdog::News;
+use crate::writer::{WriteError, Writer};
 
 /// How often silent workers are looked for and progress is published.
 const TICK: Duration = Duration::from_millis(200);
@@ -50,6 +52,12 @@ pub enum RunError {
     /// The output failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The disk takes no more.
+    #[error("{0}")]
+    Disk(#[source] Fault),
+    /// A file of the output could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// `job.json` could not be written.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -175,12 +183,7 @@ impl Coordinator {
     /// A coordinator for an opened job; cancelling `stop` interrupts it.
     pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
         let Job { out, record, manifest, course, ledger, done, retried } = job;
-        let spec = &record.identity.spec;
-        // Where every sample brings its own captions, nothing competes in those without.
-        let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
-        let (captions, keep_errors) = (manifest.caption_counts(), spec.write_errors);
-        let shape = JobShape::new(course.clone(), contenders, captions, spec.shard_size, keep_errors)
-            .with_audit(spec.audit.clone(), spec.seed);
+        let shape = job::shape(&record, &manifest, &course);
         let brain = Brain::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
@@ -215,7 +218,22 @@ impl Coordinator {
         self.run_in_span(listener, Some(next)).instrument(span).await
     }
 
+    /// Runs until it ends, or the output's disk takes no more: then all that is acknowledged is on it, and nothing else helps
+    /// than to say so.
     async fn run_in_span<N: Future>(
+        self,
+        listener: TcpListener,
+        next: Option<N>,
+    ) -> Result<(Outcome, Option<N::Output>), RunError> {
+        let out = self.out.clone();
+        let ended = tokio::select! {
+            ended = self.run_to_end(listener, next) => ended,
+            fault = out.broken() => return Err(RunError::Disk(fault)),
+        };
+        ended.map_err(|error| out.fault().map_or(error, RunError::Disk))
+    }
+
+    async fn run_to_end<N: Future>(
         self,
         listener: TcpListener,
         next: Option<N>,
@@ -225,7 +243,8 @@ impl Coordinator {
         let hang_up = CancellationToken::new();
         let door = Doorkeeper::new(listener, self.options.limits);
         let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
-        let server = tokio::spawn(serving.map_err(|source| RunError::Serve { address, source })?.in_current_span());
+        let serving = serving.map_err(|source| RunError::Serve { address, source })?;
+        let server = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
         let ended = self.steward().await;
         let next = next.filter(|_| matches!(ended, Ok(true)));
         self.shared.is_followed.store(next.is_some(), Ordering::Relaxed);
@@ -335,7 +354,7 @@ impl Coordinator {
         let retried = self.retried.get(&shard).copied();
         let records = self.shared.ledger.records(shard, retried).await?;
         let kept = match retried {
-            Some(_) => Kept::read(&self.out, shard).await?.evaluations(),
+            Some(_) => Kept::read(&self.out, shard, &self.shared.record).await?.evaluations(),
             None => Vec::new(),
         };
         if retried.is_some() {
@@ -365,22 +384,24 @@ impl Coordinator {
     /// The commit rule: files first, by atomic puts of content that is a pure function of the job; then the ledger's mark.
     async fn commit_shard(&self, (mut finishing, totals): (Finishing, ShardTotals)) -> Result<(), RunError> {
         let _under_way = self.shared.telemetry.storage(Use::Commit);
-        if self.retried.contains_key(&finishing.shard) {
-            finishing.kept = Kept::read(&self.out, finishing.shard).await?;
+        let shard = finishing.shard;
+        let is_retried = self.retried.contains_key(&shard);
+        if is_retried {
+            finishing.kept = Kept::read(&self.out, shard, &self.shared.record).await?;
         }
-        let (shared, course, shard) = (Arc::clone(&self.shared), Arc::clone(&self.course), finishing.shard);
-        let encode = move || commit::files(&finishing, &shared.record, course.slots());
-        let files = tokio::task::spawn_blocking(encode).await.map_err(|_| RunError::Task("encoder"))??;
-        let quarantine = layout::quarantine(shard);
-        if !files.iter().any(|(path, _)| *path == quarantine) {
-            // An earlier try may have left one.
-            self.out.delete(&quarantine).await?;
-        }
-        for (path, bytes) in files {
-            self.out.write(&path, bytes).await?;
-        }
+        // Of an earlier try, or one that a coordinator before this has written and that has not arrived yet.
+        let had_quarantine = is_retried || self.out.look(&layout::quarantine(shard)).await? != Seen::Nothing;
+        let (shared, course) = (Arc::clone(&self.shared), Arc::clone(&self.course));
+        let encode = move || {
+            let files = commit::files(&finishing, had_quarantine, &shared.record, course.slots())?;
+            let checksums = files.iter().map(|(path, bytes)| Checksum::of(path, bytes)).collect();
+            Ok::<(_, Vec<Checksum>), TableError>((files, checksums))
+        };
+        let encoding = tokio::task::spawn_blocking(encode).await;
+        let (files, checksums) = encoding.map_err(|_| RunError::Task("encoder"))??;
+        self.writer().write(files).await?;
         let waste = self.shared.brain().waste();
-        self.shared.ledger.commit(shard, totals, waste).await?;
+        self.shared.ledger.commit(shard, Mark { totals, files: checksums }, waste).await?;
         self.shared.brain().close_shard(shard);
         tracing::info!(%shard, samples = totals.samples, quarantined = totals.quarantined, "shard committed");
         Ok(())
@@ -410,14 +431,16 @@ impl Coordinator {
             brain.totals().of_job(brain.waste())
         };
         let mut record = self.shared.record.clone();
-        let ledger = &self.shared.ledger;
-        calibrate::calibrate(&self.out, &self.manifest, ledger, &mut record).await?;
-        ledger.hold().await?;
+        calibrate::calibrate(self.writer(), &self.manifest, &mut record).await?;
         record.state = JobState::Done;
         record.totals = Some(totals);
         record.timings =
             Some(Timings { starts: self.shared.ledger.epoch().0, seconds: started.elapsed().as_secs_f64() });
-        record.write(&self.out).await?;
+        self.writer().write(vec![record.file(&self.out)?]).await?;
         Ok(totals)
+    }
+
+    fn writer(&self) -> Writer<'_> {
+        Writer { out: &self.out, ledger: &self.shared.ledger }
     }
 }

@@ -7,7 +7,8 @@ use elbo_common::output::Output;
 use elbo_common::record::JobRecord;
 use elbo_common::report::{Report, ReportBuilder};
 use elbo_common::store::Store;
-use elbo_common::verify;
+use elbo_common::verify::{Expected, verify};
+use elbo_coordinator::ledger::marks;
 use futures::TryStreamExt;
 use indicatif::HumanCount;
 
@@ -53,10 +54,17 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
 }
 
 /// `elbo verify`.
-pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
+pub(crate) async fn check(args: OutputArgs) -> anyhow::Result<()> {
     let (store, record) = open(&args.out).await?;
     let manifest = Manifest::open(&store, &record.manifest, record.identity.spec.shard_size).await?;
-    let verification = verify::verify(&store, &manifest, record.fingerprint).await?;
+    let marks = match marks(&store).await {
+        Ok(marks) => marks,
+        Err(error) => {
+            tracing::warn!("files are checked without what the ledger knows of them: {error}");
+            None
+        }
+    };
+    let verification = verify(&store, &manifest, &Expected::of(&record, marks)).await?;
     if args.json {
         println!("{}", serde_json::to_string(&verification)?);
     } else {

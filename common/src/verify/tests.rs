@@ -79,7 +79,7 @@ async fn write_quarantine(out: &Store, shard: u32, rows: &[Quarantined]) {
 
 async fn check(out: &Store) -> Verification {
     let manifest = Manifest::open(out, &listed(&samples(10)).1, SHARD_SIZE).await.unwrap();
-    verify(out, &manifest, "abc".into()).await.unwrap()
+    verify(out, &manifest, &Expected { fingerprint: "abc".into(), ..Expected::default() }).await.unwrap()
 }
 
 fn assert_problem(found: &Verification, text: &str) {

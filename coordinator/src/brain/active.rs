@@ -241,7 +241,7 @@ impl Active {
             return Verdict::Known { before: None };
         }
         if result.id.round > self.round {
-            return Verdict::Invalid("the sample has not come to this round");
+            return Verdict::Ahead;
         }
         let cut = self.cut();
         let Some(position) = cut.position(result.id) else { return Verdict::Invalid("there is no such unit") };

@@ -124,7 +124,7 @@ impl JobShape {
     }
 
     /// The evaluations of a sample with so many captions that is not given up, or the most there can be.
-    pub(super) fn planned_of(&self, captions: usize) -> u64 {
+    pub(crate) fn planned_of(&self, captions: usize) -> u64 {
         if captions == 0 { self.planned_each } else { evaluations(&self.course, &Contenders::prompts(captions)) }
     }
 

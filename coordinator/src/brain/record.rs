@@ -75,6 +75,8 @@ pub(super) enum Verdict {
         /// The first lease from when it was known.
         before: Option<u64>,
     },
+    /// The sample has not come to its round.
+    Ahead,
     /// It contradicts the job.
     Invalid(&'static str),
 }

@@ -22,7 +22,7 @@ fn record(sample: u64) -> Record {
 async fn records_survive_a_coordinator_that_never_closed_its_ledger() {
     let out = store();
     let first = Ledger::open(&out).await.unwrap();
-    first.set_fingerprint("f").await.unwrap();
+    first.begin("f", BTreeMap::new()).await.unwrap();
     first.append(&record(1), 10, Waste::default()).await.unwrap();
     first.append(&record(5), 10, Waste::default()).await.unwrap();
     // Not closed: as after a kill.
@@ -42,12 +42,13 @@ async fn a_committed_shard_leaves_its_totals_and_nothing_else() {
     ledger.append(&record(21), 10, Waste::default()).await.unwrap();
     let totals = ShardTotals { samples: 10, quarantined: 1, evaluations: 99, spared: 7 };
     let waste = Waste { recomputed: 0, duplicated: 12 };
-    ledger.commit(ShardId(0), totals, waste).await.unwrap();
+    let mark = Mark { totals, files: vec![Checksum::of(&layout::predictions(ShardId(0)), b"rows")] };
+    ledger.commit(ShardId(0), mark.clone(), waste).await.unwrap();
     assert_eq!(Ledger::open(&out).await.unwrap().waste(), waste);
     let ledger = Ledger::open(&out).await.unwrap();
     assert!(ledger.records(ShardId(0), None).await.unwrap().is_empty());
     assert_eq!(ledger.records(ShardId(2), None).await.unwrap().len(), 1);
-    assert_eq!(ledger.done().await.unwrap(), BTreeMap::from([(ShardId(0), totals)]));
+    assert_eq!(ledger.done().await.unwrap(), BTreeMap::from([(ShardId(0), mark)]));
 }
 
 #[tokio::test]
@@ -68,7 +69,7 @@ async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_comm
     let first = Ledger::open(&out).await.unwrap();
     first.append(&record(1), 10, Waste::default()).await.unwrap();
     let totals = ShardTotals { quarantined: 1, ..ShardTotals::default() };
-    first.commit(ShardId(7), totals, Waste::default()).await.unwrap();
+    first.commit(ShardId(7), Mark { totals, files: vec![] }, Waste::default()).await.unwrap();
     let second = Ledger::open(&out).await.unwrap();
     assert_eq!(second.begun().await.unwrap(), [ShardId(0)].into());
     second.retry([ShardId(0), ShardId(7)]).await.unwrap();
@@ -81,7 +82,7 @@ async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_comm
     let without_failures = Record { failures: Vec::new(), ..record(1) };
     let records = third.records(ShardId(0), retried.get(&ShardId(0)).copied()).await.unwrap();
     assert_eq!(records, [without_failures, record(5)]);
-    third.commit(ShardId(0), ShardTotals::default(), Waste::default()).await.unwrap();
+    third.commit(ShardId(0), Mark::default(), Waste::default()).await.unwrap();
     assert_eq!(third.retried().await.unwrap().into_keys().collect::<Vec<_>>(), [ShardId(7)]);
     assert!(third.begun().await.unwrap().is_empty());
 }
@@ -112,4 +113,41 @@ fn the_single_errors_of_a_race_take_less_than_sums_would() {
         bytes = (bytes.0 + errors, bytes.1 + sums);
     }
     assert!(bytes.0 < bytes.1, "{bytes:?}: errors, sums");
+}
+
+#[tokio::test]
+async fn a_discarded_job_is_forgotten_and_whoever_worked_on_it_stays_fenced() {
+    let out = store();
+    let old = Ledger::open(&out).await.unwrap();
+    old.begin("old", BTreeMap::new()).await.unwrap();
+    old.append(&record(1), 10, Waste { recomputed: 3, duplicated: 4 }).await.unwrap();
+    old.commit(ShardId(7), Mark::default(), Waste::default()).await.unwrap();
+    let new = Ledger::open(&out).await.unwrap();
+    new.discard(["in job.json".to_owned()]).await.unwrap();
+    assert!(matches!(old.hold().await, Err(LedgerError::Fenced)));
+    assert_eq!((new.fingerprint().await.unwrap(), new.waste()), (None, Waste::default()));
+    assert!(new.done().await.unwrap().is_empty() && new.begun().await.unwrap().is_empty());
+    new.begin("new", BTreeMap::new()).await.unwrap();
+    let third = Ledger::open(&out).await.unwrap();
+    assert_eq!(third.epoch(), Epoch(3), "a fence is never taken down");
+    assert_eq!(third.fingerprint().await.unwrap().as_deref(), Some("new"));
+    assert_eq!(third.discarded().await.unwrap(), ["in job.json".to_owned(), "old".to_owned()].into());
+}
+
+#[tokio::test]
+async fn while_a_file_is_replaced_both_of_its_hashes_are_right() {
+    let out = store();
+    let ledger = Ledger::open(&out).await.unwrap();
+    let path = layout::predictions(ShardId(0));
+    let (before, after) = (Checksum::of(&path, b"before"), Checksum::of(&path, b"after"));
+    let audit = Checksum::of(&layout::audit(ShardId(0)), b"audit");
+    let mark = Mark { totals: ShardTotals::default(), files: vec![audit.clone(), before.clone()] };
+    ledger.commit(ShardId(0), mark, Waste::default()).await.unwrap();
+    ledger.expect(ShardId(0), after.clone()).await.unwrap();
+    // As whoever checks the output sees it meanwhile.
+    assert_eq!(marks(&out).await.unwrap().unwrap()[&ShardId(0)], [audit.clone(), before, after.clone()]);
+    ledger.settle(vec![(ShardId(0), after.clone())]).await.unwrap();
+    assert_eq!(marks(&out).await.unwrap().unwrap()[&ShardId(0)], [audit, after]);
+    assert_eq!(marks(&store()).await.unwrap(), None, "there is no ledger");
+    ledger.hold().await.unwrap();
 }

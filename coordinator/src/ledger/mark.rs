@@ -1,0 +1,96 @@
+//! What the ledger says of a committed shard.
+
+use elbo_common::checksum::Checksum;
+use elbo_common::ids::ShardId;
+use elbo_common::layout;
+use elbo_common::store::Store;
+use elbo_common::verify::Marks;
+use object_store::path::Path;
+use prost::Message;
+use slatedb::config::DbReaderOptions;
+use slatedb::{DbReader, DbReaderMode, KeyValue};
+
+use super::{DONE, LedgerError, STORE_RETRIES, broken, failure, parse_shard};
+use crate::brain::ShardTotals;
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredTotals {
+    #[prost(uint64, tag = "1")]
+    samples: u64,
+    #[prost(uint64, tag = "2")]
+    quarantined: u64,
+    #[prost(uint64, tag = "3")]
+    evaluations: u64,
+    #[prost(uint64, tag = "5")]
+    spared: u64,
+    #[prost(message, repeated, tag = "6")]
+    files: Vec<StoredChecksum>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredChecksum {
+    #[prost(string, tag = "1")]
+    path: String,
+    #[prost(uint64, tag = "2")]
+    size: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    hash: Vec<u8>,
+}
+
+/// What is known of a committed shard.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mark {
+    /// What it contributed.
+    pub totals: ShardTotals,
+    /// What its files hash to; two hashes of one file where it is being rewritten. None where an older version committed it.
+    pub files: Vec<Checksum>,
+}
+
+impl Mark {
+    pub(super) fn encode(self) -> Vec<u8> {
+        let Self { totals: ShardTotals { samples, quarantined, evaluations, spared }, files } = self;
+        let files = files.into_iter().map(|Checksum { path, size, hash }| StoredChecksum {
+            path: path.into(),
+            size,
+            hash: hash.to_vec(),
+        });
+        StoredTotals { samples, quarantined, evaluations, spared, files: files.collect() }.encode_to_vec()
+    }
+
+    pub(super) fn decode(key: &[u8], value: &[u8]) -> Result<Self, LedgerError> {
+        let stored = StoredTotals::decode(value).map_err(|e| broken(key, e))?;
+        let StoredTotals { samples, quarantined, evaluations, spared, files } = stored;
+        let checksum = |StoredChecksum { path, size, hash }| {
+            let hash = <[u8; 32]>::try_from(hash).map_err(|_| broken(key, "a hash is not 32 bytes long"))?;
+            Ok(Checksum { path: Path::from(path), size, hash })
+        };
+        let files = files.into_iter().map(checksum).collect::<Result<_, LedgerError>>()?;
+        Ok(Self { totals: ShardTotals { samples, quarantined, evaluations, spared }, files })
+    }
+}
+
+pub(super) fn done_entry(entry: &KeyValue) -> Result<(ShardId, Mark), LedgerError> {
+    let shard = parse_shard(&entry.key, DONE).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
+    Ok((shard, Mark::decode(&entry.key, &entry.value)?))
+}
+
+/// What the files of an output's committed shards hash to, read without disturbing whoever works on it; none where there is no
+/// ledger.
+pub async fn marks(out: &Store) -> Result<Option<Marks>, LedgerError> {
+    let directory = out.location().below(layout::LEDGER);
+    if out.list(layout::LEDGER).await.is_ok_and(|files| files.is_empty()) {
+        return Ok(None);
+    }
+    let options = DbReaderOptions { object_store_max_retries: Some(STORE_RETRIES), ..DbReaderOptions::default() };
+    let failed = |source| failure("reading", &directory, source);
+    let reader =
+        DbReader::open(layout::LEDGER, out.inner(), DbReaderMode::FollowLatest, options).await.map_err(failed)?;
+    let mut found = reader.scan_prefix(DONE, ..).await.map_err(failed)?;
+    let mut marks = Marks::new();
+    while let Some(entry) = found.next().await.map_err(failed)? {
+        let (shard, mark) = done_entry(&entry)?;
+        marks.insert(shard, mark.files);
+    }
+    reader.close().await.map_err(failed)?;
+    Ok(Some(marks))
+}
