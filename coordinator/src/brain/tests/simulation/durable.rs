@@ -1,5 +1,5 @@
-//! What survives every crash: the ledger, with the fencing of its writers, and the output. Both hold what happens to them to
-//! the rules.
+//! What survives every crash: an output with its files, and its ledger with the fencing of writers. Both hold what happens to
+//! them to the rules.
 
 use super::*;
 
@@ -8,31 +8,136 @@ use super::*;
 pub(super) enum Write {
     Record(Record),
     Done(ShardId, ShardTotals),
+    /// Nothing new: the writer makes sure that it has not been replaced.
+    Hold,
 }
 
-#[derive(Debug, Default)]
+/// A file of an output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Name {
+    /// What the pilot has learned, in the output of the job that it went before.
+    Learned,
+    Predictions(ShardId),
+    Quarantine(ShardId),
+    Job,
+}
+
+/// What is in a file, and which job wrote it.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Content {
+    Learned { job: u64, from: u64 },
+    Rows { job: u64, outcomes: Vec<Finished>, confidence: Option<u64> },
+    Quarantine { job: u64, samples: Vec<SampleId> },
+    Job { job: u64, done: bool },
+}
+
+impl Content {
+    fn job(&self) -> u64 {
+        match self {
+            Self::Learned { job, .. }
+            | Self::Rows { job, .. }
+            | Self::Quarantine { job, .. }
+            | Self::Job { job, .. } => *job,
+        }
+    }
+
+    /// The content without the words of errors, which name workers.
+    fn comparable(&self) -> Self {
+        match self {
+            Self::Rows { job, outcomes, confidence } => {
+                Self::Rows { job: *job, outcomes: comparable(outcomes), confidence: *confidence }
+            }
+            other => other.clone(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Object {
+    version: u64,
+    /// Who put it.
+    epoch: Epoch,
+    content: Content,
+}
+
+/// A put on its way, and what it depends on.
+#[derive(Clone, Debug)]
+pub(super) struct Put {
+    pub(super) name: Name,
+    pub(super) content: Content,
+    /// The version that is to be replaced.
+    pub(super) seen: Option<u64>,
+}
+
+#[derive(Debug)]
 pub(super) struct Durable {
     /// What the job is.
     pub(super) kind: Kind,
     epoch: u64,
-    records: BTreeMap<ShardId, Vec<Record>>,
+    /// The job the ledger belongs to.
+    pub(super) job: u64,
+    records: BTreeMap<ShardId, Vec<(Epoch, Record)>>,
     pub(super) done: BTreeMap<ShardId, ShardTotals>,
+    /// Shards whose quarantined samples get another try, and since when.
+    pub(super) retried: BTreeMap<ShardId, Epoch>,
     pub(super) waste: Waste,
-    pub(super) output: BTreeMap<ShardId, Vec<Finished>>,
+    objects: BTreeMap<Name, Object>,
+    versions: u64,
     /// Units whose results a worker was told are safe.
     pub(super) acknowledged: BTreeSet<UnitId>,
+    /// Whether puts depend on what they replace. Without, the rules must find fault.
+    pub(super) conditional: bool,
 }
 
 impl Durable {
     /// What is on the store of a job that was never begun.
-    pub(super) fn of(kind: Kind) -> Self {
-        Self { kind, ..Self::default() }
+    pub(super) fn of(kind: Kind, job: u64) -> Self {
+        Self {
+            kind,
+            epoch: 0,
+            job,
+            records: BTreeMap::new(),
+            done: BTreeMap::new(),
+            retried: BTreeMap::new(),
+            waste: Waste::default(),
+            objects: BTreeMap::new(),
+            versions: 0,
+            acknowledged: BTreeSet::new(),
+            conditional: true,
+        }
     }
 
     /// A coordinator takes the ledger over.
     pub(super) fn open(&mut self) -> Epoch {
         self.epoch += 1;
         Epoch(self.epoch)
+    }
+
+    /// Discards the job for another one; all its files are removed unless the coordinator is `interrupted` before.
+    pub(super) fn discard(&mut self, job: u64, interrupted: bool) {
+        self.job = job;
+        self.records.clear();
+        self.done.clear();
+        self.retried.clear();
+        self.acknowledged.clear();
+        self.waste = Waste::default();
+        if !interrupted {
+            self.objects.clear();
+        }
+    }
+
+    /// Gives quarantined samples another try.
+    pub(super) fn retry(&mut self) {
+        let again: Vec<_> = self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(id, _)| *id).collect();
+        for shard in again.iter().chain(self.records.keys()) {
+            self.retried.insert(*shard, Epoch(self.epoch));
+        }
+        for shard in again {
+            self.done.remove(&shard);
+            // Of what is evaluated again, nothing is known any more.
+            let kept = self.kept(shard);
+            self.acknowledged.retain(|unit| unit.sample.shard(SHARD_SIZE) != shard || kept.contains_key(&unit.sample));
+        }
     }
 
     pub(super) fn is_fenced(&self, epoch: Epoch) -> bool {
@@ -44,31 +149,87 @@ impl Durable {
         if self.is_fenced(epoch) {
             return false;
         }
-        self.waste = waste;
         match write {
             Write::Record(record) => {
+                self.waste = waste;
                 let sample = record.results.first().map(|r| r.id.sample);
                 let sample = sample.or_else(|| record.failures.first().map(|f| f.sample)).expect("not empty");
-                self.records.entry(sample.shard(SHARD_SIZE)).or_default().push(record);
+                self.records.entry(sample.shard(SHARD_SIZE)).or_default().push((epoch, record));
             }
             Write::Done(shard, totals) => {
-                assert!(self.output.contains_key(&shard), "shard {shard} is marked done and not written");
+                self.waste = waste;
+                let Some(Content::Rows { job, .. }) = self.content(Name::Predictions(shard)) else {
+                    panic!("shard {shard} is marked done and not written");
+                };
+                assert_eq!(*job, self.job, "shard {shard} is marked done with another job's rows");
                 self.records.remove(&shard);
+                self.retried.remove(&shard);
                 self.done.insert(shard, totals);
             }
+            Write::Hold => {}
         }
         true
     }
 
-    /// A shard's predictions are put in place.
-    pub(super) fn put(&mut self, shard: ShardId, outcomes: Vec<Finished>) {
-        if let Some(before) = self.output.insert(shard, outcomes) {
-            assert_eq!(comparable(&before), comparable(&self.output[&shard]), "shard {shard} was written differently");
+    /// The version of a file, for a put that is to replace it.
+    pub(super) fn look(&self, name: Name) -> Option<u64> {
+        self.objects.get(&name).map(|object| object.version)
+    }
+
+    /// What is in a file.
+    pub(super) fn content(&self, name: Name) -> Option<&Content> {
+        self.objects.get(&name).map(|object| &object.content)
+    }
+
+    /// The rows of a shard's predictions, and their confidence.
+    pub(super) fn rows(&self, shard: ShardId) -> Option<(&Vec<Finished>, Option<u64>)> {
+        match self.content(Name::Predictions(shard)) {
+            Some(Content::Rows { outcomes, confidence, .. }) => Some((outcomes, *confidence)),
+            _ => None,
         }
     }
 
+    /// A put arrives, perhaps long after it was sent; whether the file is as it is to be from then on.
+    pub(super) fn put(&mut self, epoch: Epoch, Put { name, content, seen }: Put) -> bool {
+        let before = self.objects.get(&name);
+        if self.conditional && before.map(|object| object.version) != seen {
+            return before.is_some_and(|object| object.content == content);
+        }
+        if let Some(before) = before {
+            let same = before.content.comparable() == content.comparable();
+            assert!(same || before.epoch <= epoch, "{name:?}: a coordinator wrote that had been replaced");
+            let own = before.content.job() == content.job();
+            if let (true, Content::Rows { outcomes: old, .. }, Content::Rows { outcomes: new, .. }) =
+                (own, &before.content, &content)
+            {
+                for (old, new) in comparable(old).iter().zip(comparable(new)) {
+                    let was_given_up = matches!(old.outcome, Outcome::Quarantined(_));
+                    assert!(was_given_up || *old == new, "{name:?}: {} was written differently", old.sample);
+                }
+            }
+        }
+        self.versions += 1;
+        self.objects.insert(name, Object { version: self.versions, epoch, content });
+        true
+    }
+
+    /// The records of a shard, without failures that another try has made void.
     pub(super) fn records(&self, shard: ShardId) -> Vec<Record> {
-        self.records.get(&shard).cloned().unwrap_or_default()
+        let since = self.retried.get(&shard).copied();
+        let of_shard = self.records.get(&shard).into_iter().flatten();
+        let without_void = of_shard.map(|(epoch, record)| match since {
+            Some(since) if *epoch < since => Record { failures: Vec::new(), ..record.clone() },
+            _ => record.clone(),
+        });
+        without_void.collect()
+    }
+
+    /// The samples of a shard that another try leaves as they are.
+    pub(super) fn kept(&self, shard: ShardId) -> BTreeMap<SampleId, Outcome> {
+        let rows = self.rows(shard).filter(|_| self.retried.contains_key(&shard));
+        let sound = |finished: &&Finished| !matches!(finished.outcome, Outcome::Quarantined(_));
+        let of = rows.into_iter().flat_map(|(rows, _)| rows.iter().filter(sound));
+        of.map(|finished| (finished.sample, finished.outcome.clone())).collect()
     }
 
     /// A worker is told that its report is safe.
@@ -77,7 +238,9 @@ impl Durable {
             let shard = result.id.sample.shard(SHARD_SIZE);
             let given_up = |r: &Record| r.failures.iter().any(|failure| failure.sample == result.id.sample);
             let recorded = |r: &Record| r.results.iter().any(|known| known.id == result.id) || given_up(r);
-            let safe = self.done.contains_key(&shard) || self.records.get(&shard).into_iter().flatten().any(recorded);
+            let records = self.records.get(&shard).into_iter().flatten();
+            let kept = self.kept(shard).contains_key(&result.id.sample);
+            let safe = kept || self.done.contains_key(&shard) || records.map(|(_, record)| record).any(recorded);
             assert!(safe, "{:?} was acknowledged and is not durable", result.id);
             self.acknowledged.insert(result.id);
         }

@@ -1,10 +1,12 @@
 //! Whole clusters on virtual time, from a seed: coordinators and workers crash, stand still, are cut off, come twice; messages
-//! are lost, delayed, repeated and overtake each other; clocks disagree; storage dawdles. After every step the rules must hold:
+//! are lost, delayed, repeated and overtake each other; clocks disagree; storage dawdles, and puts arrive when whoever sent them is
+//! long dead. Jobs have pilots, are started over with `--fresh` and retried with `--retry-quarantined`. After every step the rules must hold:
 //!
 //! - what a worker was told is safe is durable, for good;
 //! - no result counts twice, and what was acknowledged is not granted again;
 //! - every sample ends exactly once, with the outcome of an undisturbed run;
-//! - a coordinator that was replaced writes nothing;
+//! - a coordinator that was replaced writes over nothing that a newer one wrote, however late its puts arrive;
+//! - no file holds another job's rows, and in the end every row has the confidence that follows from all;
 //! - leases and the units they hold agree.
 //!
 //! `ELBO_SIMULATIONS=N` explores N seeds, `ELBO_SIMULATION_SEED=S` replays one and tells its events.
@@ -14,20 +16,27 @@ mod durable;
 mod worker;
 
 use super::*;
-use coordinator::{Coordinator, Stored};
-use durable::{Durable, Write, comparable};
+use coordinator::{Coordinator, Mode, Stored};
+use durable::{Content, Durable, Name, Put, Write, comparable};
 use worker::{Reply, Request, Worker};
 
 /// Faults happen until then, in milliseconds; after it the job must come to its end.
 const TROUBLE: u64 = 30_000;
 
 /// By when.
-const DEADLINE: u64 = 600_000;
+const DEADLINE: u64 = 900_000;
+
+/// The output of the pilot, and of the job that it goes before.
+const PILOT: usize = 0;
+const MAIN: usize = 1;
+
+/// The samples of a pilot.
+const PILOT_SAMPLES: u64 = 3;
 
 #[derive(Clone, Debug)]
 enum Event {
     Fault,
-    Start,
+    Start(Mode),
     Spawn,
     Steward(usize),
     Stored(usize, Stored),
@@ -54,16 +63,22 @@ enum Nature {
 struct Natures {
     kind: Kind,
     odd: BTreeMap<SampleId, Nature>,
-    results: BTreeMap<UnitId, UnitResult>,
+    /// What can't be read can be read by now.
+    mended: bool,
+    /// By the output that they are for.
+    results: [BTreeMap<UnitId, UnitResult>; 2],
 }
 
 impl Natures {
     fn of(&self, sample: SampleId) -> Nature {
-        self.odd.get(&sample).copied().unwrap_or(Nature::Sound)
+        match self.odd.get(&sample) {
+            Some(Nature::Unreadable) if self.mended => Nature::Sound,
+            nature => nature.copied().unwrap_or(Nature::Sound),
+        }
     }
 
-    fn evaluate(&mut self, unit: &Unit) -> UnitResult {
-        let result = self.results.entry(unit.id).or_insert_with(|| evaluate(unit)).clone();
+    fn evaluate(&mut self, place: usize, unit: &Unit) -> UnitResult {
+        let result = self.results[place].entry(unit.id).or_insert_with(|| evaluate(unit)).clone();
         assert!(
             result.prompts.iter().copied().eq(unit.prompts.iter().map(|p| p.0)),
             "a unit has other prompts than once"
@@ -80,7 +95,13 @@ struct Simulation {
     sequence: u64,
     samples: u64,
     nature: Natures,
-    durable: Durable,
+    outputs: [Durable; 2],
+    has_pilot: bool,
+    /// How often the job was started over.
+    generation: u64,
+    /// The last one who started over was killed while old files were removed.
+    half_discarded: bool,
+    retried_at_last: bool,
     coordinators: Vec<Coordinator>,
     workers: Vec<Worker>,
     faults: bool,
@@ -92,13 +113,19 @@ struct Simulation {
 impl Simulation {
     /// A job of so many samples on a cluster of so many workers.
     fn new(seed: u64, samples: u64, workers: usize, nature: Natures, faults: bool) -> Self {
+        // A pilot is a job by the reference, whatever it goes before.
+        let outputs = [Durable::of(Kind::Reference, PILOT as u64), Durable::of(nature.kind, MAIN as u64)];
         let mut simulation = Self {
             now: 0,
             dice: Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
             queue: BTreeMap::new(),
             sequence: 0,
             samples,
-            durable: Durable::of(nature.kind),
+            outputs,
+            has_pilot: false,
+            generation: 0,
+            half_discarded: false,
+            retried_at_last: false,
             nature,
             coordinators: Vec::new(),
             workers: Vec::new(),
@@ -107,7 +134,7 @@ impl Simulation {
             done: false,
             told: std::env::var_os("ELBO_SIMULATION_SEED").is_some(),
         };
-        simulation.later(0, Event::Start);
+        simulation.later(0, Event::Start(Mode::Resume));
         (0..workers).for_each(|_| simulation.later(1, Event::Spawn));
         if faults {
             simulation.later(500, Event::Fault);
@@ -125,8 +152,22 @@ impl Simulation {
         self.sequence
     }
 
-    /// Runs to the job's end.
+    /// The samples of an output's job.
+    fn samples_of(&self, place: usize) -> u64 {
+        if place == PILOT { PILOT_SAMPLES.min(self.samples) } else { self.samples }
+    }
+
+    /// Runs to the job's end, and until all puts have arrived.
     fn run(&mut self) {
+        self.run_to_end();
+        while let Some((_, event)) = self.queue.pop_first() {
+            if let Event::Stored(at, stored @ (Stored::Put(_) | Stored::Again(_))) = event {
+                self.stored(at, stored);
+            }
+        }
+    }
+
+    fn run_to_end(&mut self) {
         while !self.done {
             let ((now, _), event) = self.queue.pop_first().expect("something always comes next");
             assert!(now < DEADLINE, "the job does not end: {:?}", self.coordinators.last().map(|c| &c.brain));
@@ -148,12 +189,7 @@ impl Simulation {
         }
         match event {
             Event::Fault => self.fault(),
-            Event::Start => {
-                let pace = if self.faults { 5 + self.dice.roll(7) as u64 } else { 8 };
-                let started = Coordinator::start(&mut self.durable, self.samples, self.now, pace);
-                self.coordinators.push(started);
-                self.later(1, Event::Steward(self.coordinators.len() - 1));
-            }
+            Event::Start(mode) => self.start(mode),
             Event::Spawn => {
                 let slow = if self.dice.roll(4) == 0 { 10 } else { 1 };
                 let rate = (400 + self.dice.roll(3_000) as u64) / slow;
@@ -224,8 +260,8 @@ impl Simulation {
     fn fault(&mut self) {
         if self.now > TROUBLE {
             (self.faults, self.storage_stalls) = (false, false);
-            if !self.coordinators.iter().any(|c| c.alive) {
-                self.later(0, Event::Start);
+            if !self.coordinators.last().is_some_and(|newest| newest.alive) {
+                self.later(0, Event::Start(Mode::Resume));
             }
             return;
         }
@@ -234,7 +270,7 @@ impl Simulation {
         let workers: Vec<_> = (0..self.workers.len()).filter(|at| self.workers[*at].alive).collect();
         let until = self.now + self.dice.roll(9_000) as u64;
         let some_worker = (!workers.is_empty()).then(|| workers[self.dice.roll(workers.len())]);
-        match (self.dice.roll(9), some_worker) {
+        match (self.dice.roll(12), some_worker) {
             (0, Some(at)) => self.kill_worker(at),
             (1, Some(at)) => self.workers[at].stopped_until = until,
             (2, Some(at)) => self.workers[at].cut_until = until,
@@ -249,10 +285,10 @@ impl Simulation {
                     coordinator.alive = false;
                 }
                 let delay = self.dice.roll(4_000) as u64;
-                self.later(delay, Event::Start);
+                self.later(delay, Event::Start(Mode::Resume));
             }
             // Another one takes over from one that is alive.
-            (5, _) => self.later(0, Event::Start),
+            (5, _) => self.later(0, Event::Start(Mode::Resume)),
             (6, _) => self.storage_stalls = !self.storage_stalls,
             (7, Some(at)) => {
                 // One that comes in addition.
@@ -264,6 +300,9 @@ impl Simulation {
                     coordinator.stopped_until = until;
                 }
             }
+            (9, _) if self.dice.roll(3) == 0 => self.later(0, Event::Start(Mode::Fresh)),
+            (10, _) => self.later(0, Event::Start(Mode::Retry)),
+            (11, _) => self.nature.mended = true,
             _ => {}
         }
     }
@@ -289,38 +328,70 @@ fn agree(brain: &Brain) {
 }
 
 /// Runs a seed's job undisturbed and disturbed, and compares.
-fn explore(seed: u64) {
+fn explore(seed: u64, conditional: bool) {
     let mut dice = Dice(seed);
     let (samples, workers) = (4 + dice.roll(8) as u64, 1 + dice.roll(5));
+    let has_pilot = dice.roll(3) == 0;
+    // What a pilot learns depends on what it could read.
+    let first = if has_pilot { PILOT_SAMPLES } else { 0 };
     let mut odd = BTreeMap::new();
     for nature in [Nature::Unreadable, Nature::Poison, Nature::Deadly] {
         if dice.roll(4) == 0 {
-            odd.insert(SampleId(dice.roll(samples as usize) as u64), nature);
+            odd.insert(SampleId(first + dice.roll((samples - first) as usize) as u64), nature);
         }
     }
     let kind = [Kind::Reference, Kind::Race, Kind::Groups][dice.roll(3)];
-    let nature = || Natures { kind, odd: odd.clone(), results: BTreeMap::new() };
-    let mut calm = Simulation::new(seed, samples, workers, nature(), false);
-    calm.run();
-    let mut troubled = Simulation::new(seed, samples, workers, nature(), true);
-    troubled.run();
+    let simulate = |mended: bool, faults: bool| {
+        let nature = Natures { kind, odd: odd.clone(), mended, ..Natures::default() };
+        let mut simulation = Simulation::new(seed, samples, workers, nature, faults);
+        simulation.has_pilot = has_pilot;
+        simulation.outputs[MAIN].conditional = conditional;
+        simulation.run();
+        simulation
+    };
+    let troubled = simulate(false, true);
+    let mended = troubled.nature.mended;
+    let calm = simulate(mended, false);
+    let odd: BTreeMap<_, _> = odd.iter().filter(|(_, nature)| !mended || **nature != Nature::Unreadable).collect();
+    let (expected, found) = (&calm.outputs[MAIN], &troubled.outputs[MAIN]);
     let shards = shape(samples, true).shards();
-    assert_eq!(troubled.durable.done.len() as u32, shards);
+    assert_eq!(found.done.len() as u32, shards);
+    let job = found.job;
+    assert_eq!(found.content(Name::Job), Some(&Content::Job { job, done: true }));
+    let confidence = Some(samples - odd.len() as u64 + troubled.learned(MAIN));
+    assert_eq!(troubled.learned(MAIN), calm.learned(MAIN));
     for shard in (0..shards).map(ShardId) {
-        let (expected, found) = (&calm.durable.output[&shard], &troubled.durable.output[&shard]);
+        let Some(Content::Rows { job: of, outcomes, confidence: sure }) = found.content(Name::Predictions(shard))
+        else {
+            panic!("shard {shard} is gone");
+        };
+        assert_eq!((*of, *sure), (job, confidence), "shard {shard}");
+        let (expected, _) = expected.rows(shard).expect("written");
         let listed: Vec<_> = manifest(shard, samples).iter().map(|sample| sample.id).collect();
-        assert!(found.iter().map(|finished| finished.sample).eq(listed));
-        for (expected, found) in comparable(expected).iter().zip(comparable(found)) {
+        assert!(outcomes.iter().map(|finished| finished.sample).eq(listed));
+        let mut given_up = Vec::new();
+        for (expected, found) in comparable(expected).iter().zip(comparable(outcomes)) {
             let (sample, quarantined) = (found.sample, matches!(found.outcome, Outcome::Quarantined(_)));
+            given_up.extend(quarantined.then_some(sample));
             assert_eq!(quarantined, odd.contains_key(&sample), "{sample} among {odd:?}: {:?}", found.outcome);
             assert!(*expected == found, "{sample} among {odd:?}: {:?} and {:?}", expected.outcome, found.outcome);
         }
+        match found.content(Name::Quarantine(shard)) {
+            Some(Content::Quarantine { job: of, samples }) => assert_eq!((*of, samples), (job, &given_up)),
+            _ => assert!(given_up.is_empty(), "the quarantine of shard {shard} is gone"),
+        }
     }
-    assert_eq!(troubled.durable.waste.recomputed, 0);
+    assert_eq!(found.waste.recomputed, 0);
     let sound = samples - odd.len() as u64;
     let (each, most) = (kind.least(), kind.shape(1).planned_evaluations());
-    let counted: u64 = troubled.durable.done.values().map(|totals| totals.evaluations).sum();
+    let counted: u64 = found.done.values().map(|totals| totals.evaluations).sum();
     assert!(counted >= sound * each && counted <= samples * most, "{counted} evaluations");
+}
+
+/// Every row of a simulated job.
+fn all_rows(world: &Simulation) -> impl Iterator<Item = &Finished> {
+    let shards = world.outputs[MAIN].done.keys();
+    shards.flat_map(|shard| world.outputs[MAIN].rows(*shard).expect("written").0)
 }
 
 fn number(variable: &str) -> Option<u64> {
@@ -330,14 +401,24 @@ fn number(variable: &str) -> Option<u64> {
 #[test]
 fn in_every_simulated_cluster_the_job_ends_as_it_would_undisturbed() {
     if let Some(seed) = number("ELBO_SIMULATION_SEED") {
-        return explore(seed);
+        return explore(seed, true);
     }
     for seed in 0..number("ELBO_SIMULATIONS").unwrap_or(2_000) {
-        if let Err(panic) = std::panic::catch_unwind(|| explore(seed)) {
+        if let Err(panic) = std::panic::catch_unwind(|| explore(seed, true)) {
             eprintln!("seed {seed} fails: replay it with ELBO_SIMULATION_SEED={seed}");
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+/// Puts that don't depend on what they replace break the rules: what the simulations say means something.
+#[test]
+fn unconditional_puts_are_found_out() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let is_found_out = (0..400).any(|seed| std::panic::catch_unwind(|| explore(seed, false)).is_err());
+    std::panic::set_hook(hook);
+    assert!(is_found_out);
 }
 
 /// The policy applied to all errors by the book, as an independent check of what undisturbed runs give.
@@ -345,7 +426,9 @@ fn in_every_simulated_cluster_the_job_ends_as_it_would_undisturbed() {
 fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
     let mut world = Simulation::new(5, 4, 2, Natures::default(), false);
     world.run();
-    let Outcome::Scored { prompts, errors, .. } = &world.durable.output[&ShardId(0)][2].outcome else { panic!() };
+    let Outcome::Scored { prompts, errors, .. } = &world.outputs[MAIN].rows(ShardId(0)).unwrap().0[2].outcome else {
+        panic!()
+    };
     let all: Vec<_> = (0..70).map(PromptIndex).collect();
     let mean = |prompt: PromptIndex, slots: usize| {
         (0..slots).map(|s| f64::from(error(SampleId(2), s, prompt))).sum::<f64>() / slots as f64
@@ -372,7 +455,7 @@ fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
     world.run();
     let (contenders, job) = (Contenders::prompts(70), race(8, true));
     let mut changes = 0;
-    for finished in world.durable.output.values().flatten() {
+    for finished in all_rows(&world) {
         let Outcome::Scored { prompts, .. } = &finished.outcome else { panic!() };
         let (mut remaining, mut done, mut leader) = ((0..70).map(PromptIndex).collect::<Vec<_>>(), 0, None);
         for round in (0..).map(Round) {
@@ -412,7 +495,7 @@ fn an_audited_sample_is_scored_by_the_reference_on_slots_of_its_own() {
     world.run();
     let before = race(1, true).course().slots().len();
     let mut audited = 0;
-    for finished in world.durable.output.values().flatten() {
+    for finished in all_rows(&world) {
         let Outcome::Scored { audit, .. } = &finished.outcome else { panic!() };
         let Some(audit) = audit else { continue };
         audited += 1;
@@ -435,7 +518,7 @@ fn without_faults_nothing_is_computed_twice() {
     // One worker needs no backup, and several are given none that is not worth it.
     let mut world = Simulation::new(7, 9, 1, Natures::default(), false);
     world.run();
-    assert_eq!(world.durable.waste, Waste::default());
+    assert_eq!(world.outputs[MAIN].waste, Waste::default());
 }
 
 #[test]
@@ -447,5 +530,5 @@ fn memory_is_bounded_by_the_window_whatever_the_corpus() {
         world.step(event);
         assert!(world.coordinators[0].brain.open.len() <= 2);
     }
-    assert_eq!(world.durable.done.len(), 150);
+    assert_eq!(world.outputs[MAIN].done.len(), 150);
 }

@@ -4,7 +4,8 @@ use super::*;
 
 #[derive(Clone, Debug)]
 pub(super) enum Request {
-    Join(Vec<(LeaseKey, Vec<UnitId>)>),
+    /// With the job that it has been working on.
+    Join(Option<u64>, Vec<(LeaseKey, Vec<UnitId>)>),
     Lease(Vec<LeaseKey>),
     Heartbeat(Vec<LeaseKey>),
     Report(LeaseKey, Record, bool),
@@ -14,7 +15,10 @@ pub(super) enum Request {
 
 #[derive(Clone, Debug)]
 pub(super) enum Reply {
-    Joined,
+    /// To work on this job.
+    Joined(u64),
+    /// The coordinator has this job, and not the worker's.
+    OtherJob(u64),
     Rejoin,
     Granted(LeaseKey, Vec<Unit>),
     Idle,
@@ -41,6 +45,8 @@ pub(super) struct Worker {
     pub(super) cut_until: u64,
     /// It stands still until then.
     pub(super) stopped_until: u64,
+    /// The job it works on.
+    job: Option<u64>,
     /// Evaluations per second.
     rate: u64,
     finished: u64,
@@ -62,6 +68,7 @@ impl Worker {
             alive: true,
             cut_until: 0,
             stopped_until: 0,
+            job: None,
             rate,
             finished: 0,
             held: BTreeMap::new(),
@@ -169,7 +176,8 @@ impl Simulation {
         match self.nature.of(unit.id.sample) {
             Nature::Sound => {
                 worker.finished += 1;
-                let result = self.nature.evaluate(&unit);
+                let place = worker.job.map_or(MAIN, |job| job as usize % 2);
+                let result = self.nature.evaluate(place, &unit);
                 worker.findings.push((key, result));
             }
             Nature::Unreadable => {
@@ -201,7 +209,19 @@ impl Simulation {
         match reply {
             Reply::Rejoin => {
                 let held = worker.blocks();
-                self.ask(at, Kind::Join, Request::Join(held));
+                let job = worker.job;
+                self.ask(at, Kind::Join, Request::Join(job, held));
+            }
+            Reply::Joined(job) => worker.job = Some(job),
+            Reply::OtherJob(job) => {
+                // What it has in hand is of no use any more.
+                worker.held.clear();
+                worker.queue.clear();
+                worker.findings.clear();
+                worker.failures.clear();
+                worker.waiting.clear();
+                worker.report = None;
+                worker.job = Some(job);
             }
             Reply::Granted(key, units) => {
                 worker.held.insert(key, units.iter().map(|unit| unit.id).collect());
@@ -220,7 +240,7 @@ impl Simulation {
                     }
                 }
             }
-            Reply::Joined | Reply::Idle | Reply::Acknowledged | Reply::Unavailable => {}
+            Reply::Idle | Reply::Acknowledged | Reply::Unavailable => {}
         }
         if matches!(kind, Kind::Report | Kind::Join) {
             self.act(at);
