@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
 pub mod audit;
+pub mod disk;
 pub mod faults;
 pub mod link;
 pub mod numbers;

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -46,6 +46,24 @@ struct Shared {
     requests: AtomicU64,
     stopped: AtomicBool,
     injected: Mutex<Vec<Fault>>,
+    held: Mutex<Held>,
+    changed: Condvar,
+}
+
+/// A put that is held up on its way.
+#[derive(Debug, Default)]
+enum Held {
+    /// None is to be.
+    #[default]
+    Nothing,
+    /// The next one of this path with this header is to be.
+    Wanted(&'static str, &'static str),
+    /// It is there.
+    Waiting,
+    /// It may go on.
+    Released,
+    /// The server has answered it.
+    Answered(String),
 }
 
 impl Proxy {
@@ -60,6 +78,8 @@ impl Proxy {
             requests: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             injected: Mutex::new(Vec::new()),
+            held: Mutex::default(),
+            changed: Condvar::new(),
         });
         let serving = Arc::clone(&shared);
         let thread = std::thread::spawn(move || {
@@ -78,6 +98,31 @@ impl Proxy {
     /// The faults so far.
     pub fn injected(&self) -> Vec<Fault> {
         self.shared.injected.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Proxy {
+    /// Holds up the next put to a path that ends so, with a header that begins so, until it is released.
+    pub fn hold(&self, path: &'static str, header: &'static str) {
+        *self.shared.held() = Held::Wanted(path, header);
+    }
+
+    /// Whether a put is being held up.
+    pub fn is_holding(&self) -> bool {
+        matches!(*self.shared.held(), Held::Waiting)
+    }
+
+    /// Lets the put go on, whoever waits for it; the first line of the server's answer.
+    pub fn release(&self) -> String {
+        let mut held = self.shared.held();
+        *held = Held::Released;
+        self.shared.changed.notify_all();
+        loop {
+            held = self.shared.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+            if let Held::Answered(answer) = &*held {
+                return answer.clone();
+            }
+        }
     }
 }
 
@@ -107,9 +152,32 @@ impl Shared {
         Some(fault)
     }
 
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while a request is held up; whether it was.
+    fn wait(&self, request: &[u8]) -> bool {
+        let mut held = self.held();
+        let Held::Wanted(path, header) = *held else { return false };
+        let head = String::from_utf8_lossy(request).into_owned();
+        let is_wanted = |line: &str| line.to_ascii_lowercase().starts_with(header);
+        let mut lines = head.lines();
+        let is_put = lines.next().is_some_and(|line| line.starts_with("PUT ") && line.contains(path));
+        if !is_put || !lines.take_while(|line| !line.is_empty()).any(is_wanted) {
+            return false;
+        }
+        *held = Held::Waiting;
+        while !matches!(*held, Held::Released) {
+            held = self.changed.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
+
     /// Passes one request on; connections serve no second one.
     fn pass(&self, mut client: TcpStream) -> std::io::Result<()> {
         let Some(request) = read_request(&client)? else { return Ok(()) };
+        let was_held = self.wait(&request);
         let fault = self.fault();
         match fault {
             Some(Fault::SlowDown) => return fail(&mut client, "503 Slow Down", "SlowDown"),
@@ -121,6 +189,11 @@ impl Shared {
         server.write_all(&request)?;
         let mut answer = Vec::new();
         server.read_to_end(&mut answer)?;
+        if was_held {
+            let line = String::from_utf8_lossy(&answer).lines().next().unwrap_or_default().to_owned();
+            *self.held() = Held::Answered(line);
+            self.changed.notify_all();
+        }
         match fault {
             Some(Fault::LostReply) => Ok(()),
             Some(Fault::Lied) => fail(&mut client, "500 Internal Server Error", "InternalError"),
