@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use crate::print;
+
 /// Bad usage: the command line or job file asks for something impossible.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -20,10 +22,10 @@ pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
 /// Tells the user and picks the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<Interrupted>() {
-        eprintln!("{error}");
+        print::note(error);
         return ExitCode::from(3);
     }
-    eprintln!("error: {}", chain(error));
+    print::note(format_args!("error: {}", chain(error)));
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }
 

@@ -18,9 +18,8 @@ use tokio_util::sync::CancellationToken;
 use crate::args::{DeviceArgs, RunArgs};
 use crate::failure::{Interrupted, usage};
 use crate::pilot::{Expedition, Plan};
-use crate::progress;
 use crate::session::{self, Identified};
-use crate::stop;
+use crate::{print, progress, stop};
 
 /// A job that is done.
 #[derive(Clone, Copy, Debug)]
@@ -174,7 +173,7 @@ impl Shift<'_> {
             pilot.close().await?;
             return self.work(expedition.arrive().await?, listener, stop).await;
         }
-        eprintln!("pilot: {} images learn where to look", pilot.manifest.len());
+        print::note(format_args!("pilot: {} images learn where to look", pilot.manifest.len()));
         // Whoever calls while one coordinator follows the other waits in the socket's queue.
         let listener = listener.into_std()?;
         let own = TcpListener::from_std(listener.try_clone()?)?;
