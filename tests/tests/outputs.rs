@@ -183,6 +183,25 @@ fn who_does_not_read_disturbs_no_command_and_a_full_disk_is_told() {
     }
 }
 
+#[test]
+fn an_export_that_leaves_an_image_out_writes_the_rest_and_fails() {
+    let (out, to) = (thousand_classes(1), TempDir::new().unwrap());
+    let shard = out.path().join(layout::predictions(ShardId(0)).as_ref());
+    let mut rows = predictions(out.path());
+    rows[3].key = "s.tar/../../../up\u{1b}[31m.jpg".into();
+    std::fs::write(&shard, encode_predictions(&rows, &[]).unwrap()).unwrap();
+    let into = to.path().join("deep/json");
+    let ended = run(elbo().arg("export").arg(out.path()).args(["--format", "json", "--to"]).arg(&into));
+    let (told, said) = (String::from_utf8_lossy(&ended.stdout), stderr(&ended));
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(told.starts_with("exported 499 images to ") && told.contains("(499 files)"), "{told}");
+    assert!(said.contains("s.tar/../../../up") && !said.contains('\u{1b}'), "{said}");
+    assert!(said.contains("1 of 500 images were left out"), "{said}");
+    assert_eq!(elbo_tests::sorted(&into.join("photos")).len(), 499);
+    assert_eq!(elbo_tests::sorted(to.path()).len(), 1);
+    assert_eq!(elbo_tests::sorted(&to.path().join("deep")).len(), 1);
+}
+
 /// The output of a done job with a thousand classes: `shards` files with the same 500 samples.
 fn thousand_classes(shards: u32) -> TempDir {
     let out = TempDir::new().unwrap();

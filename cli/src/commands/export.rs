@@ -16,13 +16,19 @@ pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
     let to = Location::parse(&args.to)?;
     let options = Options { format, scores: args.scores, force: args.force };
     let (spec, listed) = (&record.identity.spec, &record.manifest);
-    let Exported { samples, files } = export::export(&store, spec, listed, &to, options).await?;
+    let Exported { samples, files, skipped } = export::export(&store, spec, listed, &to, options).await?;
     let all = listed.samples;
-    let open = all.saturating_sub(samples);
+    let open = all.saturating_sub(samples + skipped);
     if open > 0 {
         print::note(format_args!("the job is not done: {open} of its {all} images have no row yet"));
     }
     let files = if files == 1 { "1 file".to_owned() } else { format!("{files} files") };
     print::line(format_args!("exported {samples} images to {to} ({files})"))?;
+    if skipped > 0 {
+        anyhow::bail!(
+            "{skipped} of {all} images were left out, whose names can't be those of files there (the warnings name them): export them \
+             with --format csv, which has a line for every image"
+        );
+    }
     Ok(())
 }
