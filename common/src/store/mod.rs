@@ -22,7 +22,7 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 
 pub use error::{StoreError, describe};
-pub use location::Location;
+pub use location::{Location, absolute};
 pub use redact::redact;
 
 /// A store whose paths are relative to one directory or URL prefix.
