@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use elbo_common::store::Fault;
 
+use crate::print;
+
 /// Bad usage: the command line or job file asks for something impossible.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -22,10 +24,10 @@ pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
 /// Tells the user and picks the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<Interrupted>() {
-        eprintln!("{error}");
+        print::note(error);
         return ExitCode::from(3);
     }
-    eprintln!("error: {}", chain(error));
+    print::note(format_args!("error: {}", chain(error)));
     // A disk that is full loses nothing: the same command goes on once there is room.
     let is_resumable = error.chain().any(|cause| cause.is::<Fault>());
     ExitCode::from(if error.is::<Usage>() {

@@ -1,5 +1,8 @@
 //! `elbo`: labels image corpora with a diffusion model.
 
+// They panic where nobody reads: `print` does not.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 mod access;
 mod args;
 mod commands;
@@ -8,6 +11,7 @@ mod job_args;
 mod logging;
 mod otlp;
 mod pilot;
+mod print;
 mod progress;
 mod recorded;
 mod session;
@@ -24,11 +28,17 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = args::Cli::parse();
+    let cli = match args::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(told) => {
+            let code = u8::try_from(told.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from);
+            return print::help(&told).map_or_else(|error| failure::report(&error), |()| code);
+        }
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("error: starting the runtime: {error}");
+            print::note(format_args!("error: starting the runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };

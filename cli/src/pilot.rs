@@ -9,6 +9,7 @@ use elbo_coordinator::{Job, JobError, JobOptions};
 
 use crate::args::RunArgs;
 use crate::failure::usage;
+use crate::print;
 use crate::session::{self, Identified};
 
 /// The jobs that are to be run in an output, one after the other.
@@ -110,7 +111,7 @@ impl Expedition {
         let errors = Store::open(&Location::parse(&directory(&out))?)?;
         let model = then.models.model.clone();
         let learned = pilot::learn(&errors, &then.identity, &model, &store).await?;
-        eprintln!("{learned}");
+        print::note(&learned);
         let identity = pilot::with_timesteps(then.identity, learned.timesteps());
         Ok(Job::open(identity, &model, store, JobOptions::default()).await?)
     }

@@ -9,6 +9,8 @@ use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use tokio::sync::watch;
 
+use crate::print;
+
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -70,7 +72,7 @@ async fn lines(progress: watch::Receiver<Progress>, every: Duration, line: impl 
         if progress.has_changed().is_err() {
             return;
         }
-        eprintln!("{}", line(&progress.borrow()));
+        print::note(line(&progress.borrow()));
     }
 }
 

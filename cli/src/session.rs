@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::args::{DeviceArgs, HttpArgs, RunArgs};
 use crate::failure::usage;
 use crate::job_args::{JobArgs, Takes};
-use crate::recorded;
+use crate::{print, recorded};
 
 /// The devices asked for.
 pub(crate) fn devices(args: &DeviceArgs) -> anyhow::Result<Devices> {
@@ -51,7 +51,7 @@ pub(crate) async fn operate(args: HttpArgs) -> anyhow::Result<Operator> {
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("listening on {address}: choose another address with --http"))?;
-        eprintln!("status page on http://{}", listener.local_addr()?);
+        print::note(format_args!("status page on http://{}", listener.local_addr()?));
         // It goes on until the process ends, so that the last state can be seen.
         let serving = operator.clone().serve(listener, CancellationToken::new());
         tokio::spawn(async move {
@@ -80,7 +80,7 @@ pub(crate) struct Identified {
 /// Finds or fetches the model of a job, completes its specification and hashes its files.
 pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     let shortlist = flags.shortlist_source()?;
-    let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), |note| eprintln!("{note}")).await?;
+    let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), print::note).await?;
     let mut spec = flags.to_spec(&Takes::of_model(&models.model)?)?;
     if let Some(out) = &flags.calibration_from {
         spec.calibration = Some(recorded::calibration(out).await?);
@@ -92,7 +92,7 @@ pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
 
 /// The directory of a model, fetched if need be.
 pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Result<PathBuf> {
-    Ok(model.resolve(wanted, |note| eprintln!("{note}")).await?)
+    Ok(model.resolve(wanted, print::note).await?)
 }
 
 /// Takes a job up in an output.

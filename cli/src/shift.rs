@@ -2,6 +2,7 @@
 //! others, shows progress, and says how it ended.
 
 use std::num::NonZeroUsize;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,9 +19,8 @@ use tokio_util::sync::CancellationToken;
 use crate::args::{DeviceArgs, RunArgs};
 use crate::failure::{Interrupted, usage};
 use crate::pilot::{Expedition, Plan};
-use crate::progress;
 use crate::session::{self, Identified};
-use crate::stop;
+use crate::{print, progress, stop};
 
 /// A job that is done.
 #[derive(Clone, Copy, Debug)]
@@ -120,8 +120,8 @@ pub(crate) struct Shift<'a> {
 }
 
 impl Shift<'_> {
-    /// Runs a coordinator until its job is done or stopped; ends it when all of some embedded `workers` have failed. Where the
-    /// job is the pilot of an `expedition`, the one it was for is run next, with the same workers.
+    /// Runs a coordinator until its job is done or stopped; ends it when all of some embedded `workers` have failed, and them
+    /// with it. Where the job is the pilot of an `expedition`, the one it was for is run next, with the same workers.
     pub(crate) async fn coordinate(
         &self,
         job: Job,
@@ -132,33 +132,30 @@ impl Shift<'_> {
     ) -> anyhow::Result<Done> {
         // The coordinator stops when asked to, and when there is nobody left to work.
         let giving_up = stop.child_token();
-        let running = async {
-            let done = match expedition {
+        let mut running = pin!(async {
+            match expedition {
                 None => self.work(job, listener, &giving_up).await,
                 Some(expedition) => self.explore(job, expedition, listener, &giving_up).await,
-            };
-            if done.is_err() {
-                // Embedded workers that wait for the job after a pilot would wait long.
-                stop.cancel();
             }
-            done
-        };
-        let following = async {
-            let embedded = !workers.is_empty();
-            let mut failure = None;
-            while let Some(ended) = workers.join_next().await {
-                match ended {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => failure = Some(anyhow::Error::from(error)),
-                    Err(error) => failure = Some(error.into()),
+        });
+        let mut failure = None;
+        let done = loop {
+            tokio::select! {
+                done = &mut running => break done,
+                Some(ended) = workers.join_next() => {
+                    match ended {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => failure = Some(anyhow::Error::from(error)),
+                        Err(error) => failure = Some(error.into()),
+                    }
+                    if workers.is_empty() {
+                        giving_up.cancel();
+                    }
                 }
             }
-            if embedded {
-                giving_up.cancel();
-            }
-            failure
         };
-        let (done, failure) = tokio::join!(running, following);
+        // However it ended, nobody is left whom embedded workers could ask or report to: they would try for a minute.
+        workers.abort_all();
         done?.ok_or_else(|| failure.unwrap_or_else(|| Interrupted.into()))
     }
 
@@ -174,7 +171,7 @@ impl Shift<'_> {
             pilot.close().await?;
             return self.work(expedition.arrive().await?, listener, stop).await;
         }
-        eprintln!("pilot: {} images learn where to look", pilot.manifest.len());
+        print::note(format_args!("pilot: {} images learn where to look", pilot.manifest.len()));
         // Whoever calls while one coordinator follows the other waits in the socket's queue.
         let listener = listener.into_std()?;
         let own = TcpListener::from_std(listener.try_clone()?)?;

@@ -2,6 +2,8 @@
 
 use tokio_util::sync::CancellationToken;
 
+use crate::print;
+
 /// A token that is cancelled by the first signal; the second ends the process with exit code 3, which loses nothing
 /// acknowledged.
 pub(crate) fn on_signal() -> std::io::Result<CancellationToken> {
@@ -20,7 +22,7 @@ pub(crate) fn on_signal() -> std::io::Result<CancellationToken> {
             if signals > 1 {
                 std::process::exit(3);
             }
-            eprintln!("stopping: finishing what is being computed (once more to stop at once)");
+            print::note("stopping: finishing what is being computed (once more to stop at once)");
             token.cancel();
         }
     });

@@ -4,34 +4,41 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use elbo_net::Operations;
+use tokio_util::sync::CancellationToken;
 
 use crate::service::{Shared, short};
-use crate::status::{self, JobStatus};
+use crate::status::{self, JobStatus, Phase};
 
 /// A running coordinator, as operators see it.
 #[derive(Debug)]
 pub struct JobOperations {
     shared: Arc<Shared>,
+    /// The coordinator is asked to stop.
+    stop: CancellationToken,
 }
 
 impl JobOperations {
-    pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared }
+    pub(crate) fn new(shared: Arc<Shared>, stop: CancellationToken) -> Self {
+        Self { shared, stop }
     }
 
     fn job_status(&self) -> (crate::Progress, JobStatus) {
         let progress = self.shared.publish();
-        let reply = status::reply(&progress, self.shared.closing.is_cancelled());
+        let reply = status::reply(&progress, self.shared.phase());
         (progress, reply.into())
     }
 }
 
 impl Operations for JobOperations {
     fn ready(&self) -> Result<(), String> {
-        if self.shared.closing.is_cancelled() {
-            return Err("stopping".into());
+        match self.shared.phase() {
+            // What is being committed is finished first.
+            Phase::Working if self.stop.is_cancelled() => return Err("stopping".into()),
+            Phase::Working => self.shared.ledger.check().map_err(|error| error.to_string())?,
+            Phase::Stopping => return Err("stopping".into()),
+            // Its workers wait for the next job, which is being prepared.
+            Phase::Followed => return Err("starting".into()),
         }
-        self.shared.ledger.check().map_err(|error| error.to_string())?;
         if self.shared.telemetry.serving.load(Ordering::Relaxed) { Ok(()) } else { Err("starting".into()) }
     }
 

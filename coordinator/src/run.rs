@@ -198,7 +198,7 @@ impl Coordinator {
 
     /// What operators are told of it.
     pub fn operations(&self) -> Arc<JobOperations> {
-        Arc::new(JobOperations::new(Arc::clone(&self.shared)))
+        Arc::new(JobOperations::new(Arc::clone(&self.shared), self.stop.clone()))
     }
 
     /// Serves workers until the job is done, fails or is stopped.

@@ -91,6 +91,8 @@ pub(crate) fn serve(
         .ok();
     let _ = shared.telemetry.door.set(door.door());
     Ok(async move {
+        // Without its server a coordinator ends too, whatever ended that: nobody could work any more.
+        let _closing = shared.closing.clone().drop_guard();
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<CoordinatorServer<Service>>().await;
         shared.telemetry.serving.store(true, Ordering::Relaxed);

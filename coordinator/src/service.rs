@@ -16,6 +16,7 @@ use tonic::{Request, Response, Status};
 use crate::brain::{Brain, Checked, Grant, Heartbeat, Record, ReportError, SampleFailure};
 use crate::ledger::{Ledger, LedgerError};
 use crate::progress::{Meter, Progress};
+use crate::status::Phase;
 use crate::telemetry::{Telemetry, Use};
 use crate::{audit, intake, status};
 
@@ -103,6 +104,15 @@ impl Shared {
         let progress = Progress { stalled: self.telemetry.stall().map(|stall| stall.sentence), ..progress };
         self.progress.send_replace(progress.clone());
         progress
+    }
+
+    /// What this coordinator is about.
+    pub(crate) fn phase(&self) -> Phase {
+        match (self.closing.is_cancelled(), self.is_followed.load(Ordering::Relaxed)) {
+            (_, true) => Phase::Followed,
+            (true, false) => Phase::Stopping,
+            (false, false) => Phase::Working,
+        }
     }
 
     /// Ends the job because the ledger failed.
@@ -378,6 +388,6 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
         let progress = self.shared.publish();
-        Ok(Response::new(status::reply(&progress, self.shared.closing.is_cancelled())))
+        Ok(Response::new(status::reply(&progress, self.shared.phase())))
     }
 }

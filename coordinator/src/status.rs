@@ -109,13 +109,26 @@ pub(crate) fn observe(progress: &Progress, now: Duration, storage: Option<(Strin
     }
 }
 
-/// A job's progress as the contract has it; `stopping` where no more leases are given.
-pub(crate) fn reply(progress: &Progress, stopping: bool) -> v1::StatusReply {
-    let state = match (progress.done, stopping, progress.workers.is_empty()) {
-        (true, _, _) => "done",
-        (false, true, _) => "stopping",
-        (false, false, true) => "waiting for workers",
-        (false, false, false) => "running",
+/// What a coordinator is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Its job.
+    Working,
+    /// Its end: no more leases are given.
+    Stopping,
+    /// The job that follows, which is being prepared.
+    Followed,
+}
+
+/// A job's progress as the contract has it.
+pub(crate) fn reply(progress: &Progress, phase: Phase) -> v1::StatusReply {
+    let state = match (phase, progress.done, progress.workers.is_empty()) {
+        // A script that waits until all is done must not take a pilot's end for it.
+        (Phase::Followed, _, _) => "starting",
+        (_, true, _) => "done",
+        (Phase::Stopping, false, _) => "stopping",
+        (Phase::Working, false, true) => "waiting for workers",
+        (Phase::Working, false, false) => "running",
     };
     let workers = progress.workers.iter().map(|w| v1::WorkerStatus {
         worker: w.worker.clone(),
@@ -201,10 +214,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_the_last_of_the_jobs_that_follow_each_other_is_done() {
+        let state = |done, phase| reply(&Progress { done, ..Progress::default() }, phase).state;
+        assert_eq!(state(false, Phase::Working), "waiting for workers");
+        assert_eq!(state(false, Phase::Stopping), "stopping");
+        assert_eq!(state(true, Phase::Stopping), "done");
+        assert_eq!(state(true, Phase::Followed), "starting");
+    }
+
+    #[test]
     fn the_page_shows_what_workers_call_themselves_as_text() {
         let evil = "<script>alert('1')</script>";
         let progress = Progress { evaluations_total: Some(200), evaluations: 50, ..Progress::default() };
-        let mut status = JobStatus::from(reply(&progress, false));
+        let mut status = JobStatus::from(reply(&progress, Phase::Working));
         status.stalled = Some("a & b".into());
         status.workers.push(Worker {
             worker: evil.into(),

@@ -3,7 +3,7 @@
 //! Alive and ready are two things: `/livez` says that this process answers, whatever storage, coordinator or workers do,
 //! since restarting it would mend none of them. `/readyz` says whether it does its work.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -29,21 +29,21 @@ pub trait Operations: Send + Sync {
     fn page(&self) -> String;
 }
 
-/// The place of a process's [`Operations`], which is empty while it starts.
+/// The place of a process's [`Operations`], which is empty while it starts. Where one job follows another, as a race its pilot,
+/// it holds the latest.
 #[derive(Clone, Default)]
-pub struct Operator(Arc<OnceLock<Arc<dyn Operations>>>);
+pub struct Operator(Arc<RwLock<Option<Arc<dyn Operations>>>>);
 
 impl std::fmt::Debug for Operator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Operator").field("started", &self.0.get().is_some()).finish()
+        f.debug_struct("Operator").field("started", &self.get().is_some()).finish()
     }
 }
 
 impl Operator {
-    /// The process has started.
+    /// The process has started, or goes on with something else, which is shown from here on.
     pub fn started(&self, operations: Arc<dyn Operations>) {
-        // A process starts once; were it to start again, the first would go on to be shown.
-        let _ = self.0.set(operations);
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(operations);
     }
 
     /// Answers on `listener` until `stop`.
@@ -61,8 +61,8 @@ impl Operator {
         axum::serve(listener, routes).with_graceful_shutdown(async move { stop.cancelled().await }).await
     }
 
-    fn get(&self) -> Option<&Arc<dyn Operations>> {
-        self.0.get()
+    fn get(&self) -> Option<Arc<dyn Operations>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -141,4 +141,50 @@ pub fn encode(registry: &Registry) -> String {
     // Writing to a string does not fail.
     let _ = prometheus_client::encoding::text::encode(&mut text, registry);
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A job's operations, which tell its name.
+    struct Job(&'static str);
+
+    impl Operations for Job {
+        fn ready(&self) -> Result<(), String> {
+            if self.0 == "pilot" { Err("stopping".into()) } else { Ok(()) }
+        }
+
+        fn metrics(&self) -> String {
+            self.0.into()
+        }
+
+        fn status(&self) -> serde_json::Value {
+            self.0.into()
+        }
+
+        fn page(&self) -> String {
+            self.0.into()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_follows_is_shown_in_the_place_of_what_was_before() {
+        let operator = Operator::default();
+        // Who serves has its own handle.
+        let served = || State(operator.clone());
+        assert_eq!(ready(served()).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+        for (job, code) in [("pilot", StatusCode::SERVICE_UNAVAILABLE), ("race", StatusCode::OK)] {
+            operator.started(Arc::new(Job(job)));
+            assert_eq!(ready(served()).await.status(), code);
+            for (answer, text) in [
+                (metrics(served()).await, job.to_owned()),
+                (page(served()).await, job.to_owned()),
+                (status(served()).await, format!("\"{job}\"")),
+            ] {
+                let body = axum::body::to_bytes(answer.into_body(), 1024).await.unwrap();
+                assert_eq!(std::str::from_utf8(&body).unwrap(), text);
+            }
+        }
+    }
 }

@@ -130,6 +130,27 @@ fn a_second_coordinator_takes_over_and_the_first_says_so() {
 }
 
 #[test]
+fn a_label_whose_job_is_taken_over_ends_with_its_workers_at_once() {
+    let cluster = Cluster::new(20);
+    let mut first = elbo();
+    first.arg("label").args(job_flags(cluster.images.path(), &cluster.out())).args(["--threads", "1"]);
+    let first = first.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    // In the middle of it.
+    while !cluster.out().join("job.json").exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let _second = cluster.coordinator();
+    cluster.wait_for("the second coordinator", |s| s["state"] == "waiting for workers");
+    let replaced = std::time::Instant::now();
+    let output = first.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("another coordinator has taken over"), "{}", stderr(&output));
+    // A worker without a coordinator would wait a minute for another.
+    assert!(replaced.elapsed() < Duration::from_secs(30), "it ended after {:?}", replaced.elapsed());
+}
+
+#[test]
 fn listening_beyond_this_machine_needs_a_token_and_a_wrong_one_is_refused() {
     let outs = TempDir::new().unwrap();
     let flags = coordinator_flags(&images(), &outs.path().join("out"));

@@ -67,6 +67,7 @@ fn shards_and_tables_of_other_programs_score_as_the_files_do() {
             format!("{}/hugging-face/train-0000{{0..2}}.parquet", served.files()),
             "train-00000.parquet/000000",
         ),
+        ("up", at("shards/../hugging-face/*.parquet"), "train-00000.parquet/000000"),
         ("paths", at("paths.parquet"), ""),
     ] {
         let rows = label(&images, &outs.path().join(name));
@@ -76,6 +77,33 @@ fn shards_and_tables_of_other_programs_score_as_the_files_do() {
         let report = json(elbo().args(["report", "--json"]).arg(outs.path().join(name)));
         let files = json(elbo().args(["report", "--json"]).arg(outs.path().join("files")));
         assert_eq!(report["accuracy"], files["accuracy"], "{name}");
+    }
+}
+
+#[test]
+fn a_job_may_be_named_by_paths_that_go_up_and_is_the_same_job() {
+    let (digits, root) = (some_images(1), TempDir::new().unwrap());
+    let here = root.path().join("here");
+    std::fs::create_dir(&here).unwrap();
+    elbo_tests::copy_tree(digits.path(), &root.path().join("digits"));
+    std::os::unix::fs::symlink(elbo_tests::model(), root.path().join("model")).unwrap();
+    std::fs::copy(elbo_tests::classes(), root.path().join("classes.csv")).unwrap();
+    let job = |to: &dyn Fn(&str) -> String| {
+        let flags = job_flags(Path::new(&to("digits")), Path::new(&to("out")));
+        let flags = elbo_tests::with(flags, &[("--model", &to("model")), ("--classes", &to("classes.csv"))]);
+        let mut command = elbo();
+        command.current_dir(&here).arg("label").args(flags);
+        command
+    };
+    run_ok(&mut job(&|name| format!("../{name}")));
+    let rows = predictions(&root.path().join("out"));
+    assert_eq!(rows.len(), 10);
+    assert!(rows.iter().all(|row| row.key.split('/').count() == 2 && !row.key.contains("..")), "{:?}", rows[0].key);
+    for same in [&|name: &str| text(root.path().join(name)) as String, &|name: &str| format!("./x/../../{name}")]
+        as [&dyn Fn(&str) -> String; 2]
+    {
+        let said = run_ok(&mut job(same)).stdout;
+        assert!(String::from_utf8_lossy(&said).contains("nothing was computed"));
     }
 }
 

@@ -70,8 +70,13 @@ fn pairs_are_scored_as_in_winoground() {
         let p = count / 6.0;
         let score = &report["pairs"][name];
         assert_eq!(score["score"].as_f64(), Some(p), "{name}: {report}");
-        let interval = 1.96 * (p * (1.0 - p) / 6.0).sqrt();
-        assert!((score["interval"].as_f64().unwrap() - interval).abs() < 1e-12);
+        // Wilson's interval.
+        let square = 1.959_963_985f64.powi(2) / 6.0;
+        let (centre, spread) = (p + square / 2.0, (square * p * (1.0 - p) + square * square / 4.0).sqrt());
+        for (of, expected) in [("low", centre - spread), ("high", centre + spread), ("interval", spread)] {
+            let expected = expected / (1.0 + square);
+            assert!((score[of].as_f64().unwrap() - expected).abs() < 1e-7, "{name} {of}: {report}");
+        }
     }
     assert!(report["pairs"]["text"]["score"].as_f64() >= Some(0.8), "{report}");
     let top1 = rows.iter().filter(|row| row.labelled().unwrap().class.0 == i32::from(row.key.starts_with("eight")));

@@ -6,8 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use elbo_tests::service::{Service, TOKEN};
-use elbo_tests::{PATIENCE, Process, coordinator_flags, elbo, free_address, images, json, run, stderr};
+use elbo_tests::{
+    PATIENCE, Process, classes, coordinator_flags, elbo, free_address, images, json, model, run, some_images, stderr,
+};
 use serde_json::Value;
+use tempfile::TempDir;
 use tonic::transport::Channel;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
@@ -85,6 +88,54 @@ async fn probes_metrics_status_and_page_follow_a_job() {
     assert!(!page.contains("http://") && !page.contains(TOKEN), "{page}");
     assert_eq!(get(&service.http, "/nothing").await.unwrap().0, 404);
     assert_eq!((coordinator.wait(PATIENCE), worker.wait(PATIENCE)), (Some(0), Some(0)));
+}
+
+#[tokio::test]
+async fn the_job_that_follows_its_pilot_is_shown_in_its_place() {
+    let (images, files) = (some_images(8), TempDir::new().unwrap());
+    let (address, http) = (free_address(), free_address());
+    let url = format!("http://{address}");
+    let mut coordinator = elbo();
+    coordinator.args([
+        "coordinator",
+        "--label-from",
+        "parent",
+        "--progress",
+        "none",
+        "--pilot",
+        "20",
+        "--shard-size",
+        "20",
+    ]);
+    coordinator.args(["--listen", &address, "--http", &http, "--lease-seconds", "2", "--images"]).arg(images.path());
+    coordinator.arg("--classes").arg(classes()).arg("--model").arg(model()).arg("--out").arg(files.path().join("out"));
+    let mut coordinator = Process::start(&mut coordinator);
+    let worker = || {
+        let mut command = elbo();
+        Process::start(command.args(["worker", "--threads", "1", "--batch", "16", "--coordinator", &url]))
+    };
+    let is = |text: &str, samples: u64| {
+        let status: Value = serde_json::from_str(text).unwrap();
+        // Whoever waits for the end must not take the pilot's for it.
+        assert!(status["state"] != "done" || status["samples"] == 80, "{status}");
+        status["samples"] == samples && status["state"] != "starting"
+    };
+    let total = "elbo_samples{state=\"total\"}";
+    let shown = async |samples: u64| {
+        wait_for(&http, "/status", |code, text| code == 200 && is(text, samples)).await;
+        wait_for(&http, "/readyz", |code, _| code == 200).await;
+        assert_eq!(value(&get(&http, "/metrics").await.unwrap().1, total), samples as f64);
+        let page = get(&http, "/").await.unwrap().1;
+        assert!(page.contains(&format!("of {samples}<")), "{page}");
+    };
+    shown(20).await;
+    let mut first = worker();
+    wait_for(&http, "/status", |code, text| code == 200 && is(text, 80)).await;
+    // Nobody works on it while it is looked at.
+    first.kill();
+    shown(80).await;
+    let mut second = worker();
+    assert_eq!((coordinator.wait(PATIENCE), second.wait(PATIENCE)), (Some(0), Some(0)));
 }
 
 #[test]

@@ -3,13 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::Path;
-
+use std::process::Stdio;
 use std::time::Duration;
 
 use elbo_common::ids::{ClassIndex, Round, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::predictions::{Labelled, Outcome, Prediction, Score, encode_predictions};
-use elbo_tests::{PATIENCE, Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr};
+use elbo_tests::{PATIENCE, Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr, with};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -116,6 +116,90 @@ fn an_output_is_reported_and_exported() {
     }
     let bad: Value = serde_json::from_slice(&std::fs::read(images.path().join("one/broken.json")).unwrap()).unwrap();
     assert!(bad["status"] == "quarantined" && bad["error"].as_str().unwrap().contains("decode"), "{bad}");
+}
+
+/// A pipe whose reader has gone.
+fn gone() -> Stdio {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    writer.into()
+}
+
+/// A disk without room.
+fn full() -> Stdio {
+    std::fs::File::options().write(true).open("/dev/full").unwrap().into()
+}
+
+#[test]
+fn who_does_not_read_disturbs_no_command_and_a_full_disk_is_told() {
+    let images = some_images(1);
+    let outs = TempDir::new().unwrap();
+    // A job goes on, whoever listens to its progress and reads its summary.
+    for (name, stderr_of) in [("gone", gone as fn() -> Stdio), ("full", full)] {
+        let out = outs.path().join(name);
+        let mut command = elbo();
+        command.arg("label").args(with(job_flags(images.path(), &out), &[("--progress", "json")]));
+        let ended = run(command.args(["--http", "127.0.0.1:0"]).stdout(gone()).stderr(stderr_of()));
+        assert_eq!(ended.status.code(), Some(0), "{name}");
+        assert_eq!(json(elbo().args(["verify", "--json"]).arg(&out))["ok"], true);
+    }
+    let out = outs.path().join("gone").to_string_lossy().into_owned();
+    let csv = outs.path().join("labels.csv").to_string_lossy().into_owned();
+    let (model, classes) = (elbo_tests::model(), elbo_tests::classes());
+    let (model, classes) = (model.to_string_lossy(), classes.to_string_lossy());
+    for arguments in [
+        vec!["report", &out],
+        vec!["report", &out, "--json"],
+        vec!["verify", &out],
+        vec!["verify", &out, "--json"],
+        vec!["status", &out],
+        vec!["status", &out, "--json"],
+        vec!["plan", "--preset", "pets", "--classes", &classes],
+        vec!["plan", "--preset", "pets", "--classes", &classes, "--json"],
+        vec!["inspect", &model],
+        vec!["inspect", &model, "--json"],
+        vec!["export", &out, "--format", "csv", "--to", &csv, "--force"],
+        vec!["bench", "policy", "--synthetic", "37", "--images", "5", "--preset", "pets"],
+        vec!["--help"],
+        vec!["label", "--help"],
+        vec!["--version"],
+    ] {
+        let ended = run(elbo().args(&arguments).stdout(gone()));
+        assert_eq!(ended.status.code(), Some(0), "{arguments:?}: {}", stderr(&ended));
+        assert_eq!(stderr(&ended), "", "{arguments:?}");
+        let ended = run(elbo().args(&arguments).stdout(full()));
+        assert_eq!(ended.status.code(), Some(1), "{arguments:?}: {}", stderr(&ended));
+        assert!(stderr(&ended).starts_with("error: writing to stdout: No space left"), "{}", stderr(&ended));
+    }
+    // What a command is to say keeps its exit code where nobody hears it.
+    std::fs::remove_file(Path::new(&out).join("predictions/shard-00000.parquet")).unwrap();
+    for nobody in [gone, full] {
+        for (arguments, code) in
+            [(vec!["verify", &*out], 1), (vec!["report", "/no/such/output"], 1), (vec!["label"], 2)]
+        {
+            let ended = run(elbo().args(&arguments).stdout(nobody()).stderr(nobody()));
+            assert_eq!(ended.status.code(), Some(code), "{arguments:?}");
+        }
+    }
+}
+
+#[test]
+fn an_export_that_leaves_an_image_out_writes_the_rest_and_fails() {
+    let (out, to) = (thousand_classes(1), TempDir::new().unwrap());
+    let shard = out.path().join(layout::predictions(ShardId(0)).as_ref());
+    let mut rows = predictions(out.path());
+    rows[3].key = "s.tar/../../../up\u{1b}[31m.jpg".into();
+    std::fs::write(&shard, encode_predictions(&rows, &[]).unwrap()).unwrap();
+    let into = to.path().join("deep/json");
+    let ended = run(elbo().arg("export").arg(out.path()).args(["--format", "json", "--to"]).arg(&into));
+    let (told, said) = (String::from_utf8_lossy(&ended.stdout), stderr(&ended));
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(told.starts_with("exported 499 images to ") && told.contains("(499 files)"), "{told}");
+    assert!(said.contains("s.tar/../../../up") && !said.contains('\u{1b}'), "{said}");
+    assert!(said.contains("1 of 500 images were left out"), "{said}");
+    assert_eq!(elbo_tests::sorted(&into.join("photos")).len(), 499);
+    assert_eq!(elbo_tests::sorted(to.path()).len(), 1);
+    assert_eq!(elbo_tests::sorted(&to.path().join("deep")).len(), 1);
 }
 
 /// The output of a done job with a thousand classes: `shards` files with the same 500 samples.

@@ -14,7 +14,7 @@ use elbo_common::store::{Location, Store};
 
 use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchEngineArgs, BenchPolicyArgs, BenchScalingArgs};
 use crate::failure::usage;
-use crate::session;
+use crate::{print, session};
 
 /// Runs a benchmark.
 pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
@@ -52,17 +52,12 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
         trace: args.profile,
         peer: args.peer,
     };
-    let tell = |note: &str| eprintln!("{note}");
+    let tell = |note: &str| print::note(note);
     if args.capture {
         return Ok(elbo_bench::engine::capture(&options, tell)?);
     }
     let report = elbo_bench::engine::run(&options, tell)?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        println!("{report}");
-    }
-    Ok(())
+    if args.json { print::json(&report) } else { print::line(&report) }
 }
 
 async fn policy(args: BenchPolicyArgs) -> anyhow::Result<()> {
@@ -94,12 +89,7 @@ async fn policy(args: BenchPolicyArgs) -> anyhow::Result<()> {
         let json = serde_json::to_string_pretty(&pilot.timesteps())?;
         std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
     }
-    if args.json {
-        println!("{}", serde_json::to_string(&table)?);
-    } else {
-        print!("{table}");
-    }
-    Ok(())
+    if args.json { print::json(&table) } else { print::text(&table) }
 }
 
 async fn scaling(args: BenchScalingArgs) -> anyhow::Result<()> {
@@ -122,13 +112,8 @@ async fn scaling(args: BenchScalingArgs) -> anyhow::Result<()> {
         deaths: args.deaths,
     };
     session::allow_connections();
-    let found = elbo_bench::scaling::run(&options, |note| eprintln!("{note}")).await?;
-    if args.json {
-        println!("{}", serde_json::to_string(&found)?);
-    } else {
-        println!("{found}");
-    }
-    Ok(())
+    let found = elbo_bench::scaling::run(&options, |note| print::note(note)).await?;
+    if args.json { print::json(&found) } else { print::line(&found) }
 }
 
 async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
@@ -170,11 +155,6 @@ async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
     };
     // Each simulated worker is a connection of this process too.
     let _ = session::allow_connections();
-    let report = elbo_bench::run(&options, |note| eprintln!("{note}")).await?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        println!("{report}");
-    }
-    Ok(())
+    let report = elbo_bench::run(&options, |note| print::note(note)).await?;
+    if args.json { print::json(&report) } else { print::line(&report) }
 }

@@ -13,7 +13,7 @@ use crate::commands::output;
 use crate::failure::usage;
 use crate::pilot::Plan;
 use crate::shift::{self, Shift};
-use crate::{session, stop};
+use crate::{print, session, stop};
 
 /// Coordinates a job until it is done or stopped.
 pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
@@ -46,7 +46,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         return output::summary(&out, done).await;
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
-    eprintln!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?);
+    print::note(format_args!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?));
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
     let options = Options { leases, max_bad: run.max_bad(), token, tls, limits };
     let shift = Shift { options, run: &run, operator: &operator };

@@ -10,8 +10,8 @@ use include_dir::{Dir, include_dir};
 use crate::args::DemoArgs;
 use crate::commands::output;
 use crate::job_args::JobArgs;
-use crate::session;
 use crate::shift::{self, Workers};
+use crate::{print, session};
 
 /// The model (0.77M parameters), 360 held-out digits of scikit-learn's load_digits, and their class file.
 static ASSETS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/demo");
@@ -30,11 +30,11 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
         label_from: Some("parent".into()),
         ..JobArgs::default()
     };
-    eprintln!(
+    print::note(format_args!(
         "labelling 360 images of handwritten digits with a diffusion model, {} workers, results in {}",
         args.workers,
         args.out.display()
-    );
+    ));
     let job = session::identify(&job).await?;
     let workers = Workers { count: Some(args.workers), device: args.device };
     let out = args.out.to_string_lossy();

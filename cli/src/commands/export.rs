@@ -4,7 +4,7 @@ use elbo_common::export::{self, Exported, Format, Options};
 use elbo_common::store::Location;
 
 use crate::args::{ExportArgs, ExportFormat};
-use crate::recorded;
+use crate::{print, recorded};
 
 /// Writes an output's predictions as CSV or JSON.
 pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
@@ -16,12 +16,19 @@ pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
     let to = Location::parse(&args.to)?;
     let options = Options { format, scores: args.scores, force: args.force };
     let (spec, listed) = (&record.identity.spec, &record.manifest);
-    let Exported { samples, files } = export::export(&store, spec, listed, &to, options).await?;
+    let Exported { samples, files, skipped } = export::export(&store, spec, listed, &to, options).await?;
     let all = listed.samples;
-    if samples < all {
-        eprintln!("the job is not done: {} of its {all} images have no row yet", all - samples);
+    let open = all.saturating_sub(samples + skipped);
+    if open > 0 {
+        print::note(format_args!("the job is not done: {open} of its {all} images have no row yet"));
     }
     let files = if files == 1 { "1 file".to_owned() } else { format!("{files} files") };
-    println!("exported {samples} images to {to} ({files})");
+    print::line(format_args!("exported {samples} images to {to} ({files})"))?;
+    if skipped > 0 {
+        anyhow::bail!(
+            "{skipped} of {all} images were left out, whose names can't be those of files there (the warnings name them): export them \
+             with --format csv, which has a line for every image"
+        );
+    }
     Ok(())
 }

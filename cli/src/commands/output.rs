@@ -13,6 +13,7 @@ use futures::TryStreamExt;
 use indicatif::HumanCount;
 
 use crate::args::OutputArgs;
+use crate::print;
 use crate::recorded::open;
 use crate::shift::Done;
 
@@ -20,12 +21,7 @@ use crate::shift::Done;
 pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
     let (store, record) = open(&args.out).await?;
     let report = make_report(&store, &record).await?;
-    if args.json {
-        println!("{}", serde_json::to_string(&report)?);
-    } else {
-        print!("{report}");
-    }
-    Ok(())
+    if args.json { print::json(&report) } else { print::text(&report) }
 }
 
 async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report> {
@@ -65,11 +61,8 @@ pub(crate) async fn check(args: OutputArgs) -> anyhow::Result<()> {
         }
     };
     let verification = verify(&store, &manifest, &Expected::of(&record, marks)).await?;
-    if args.json {
-        println!("{}", serde_json::to_string(&verification)?);
-    } else {
-        print!("{verification}");
-    }
+    let printed = if args.json { print::json(&verification) } else { print::text(&verification) };
+    printed?;
     if verification.ok { Ok(()) } else { anyhow::bail!("{} is not complete and consistent", store.location()) }
 }
 
@@ -77,19 +70,21 @@ pub(crate) async fn check(args: OutputArgs) -> anyhow::Result<()> {
 pub(crate) async fn summary(out: &str, done: Done) -> anyhow::Result<()> {
     let (store, record) = open(out).await?;
     let report = make_report(&store, &record).await?;
-    print!("{report}");
+    print::text(&report)?;
     match done {
         Done::Now(evaluations, time) => {
             let rate = evaluations as f64 / time.as_secs_f64().max(1e-9);
-            println!(
+            print::line(format_args!(
                 "{} evaluations in {:.1} s ({} evaluations/s)",
                 HumanCount(evaluations),
                 time.as_secs_f64(),
                 HumanCount(rate as u64)
-            );
+            ))?;
         }
-        Done::Before => println!("the job was done before: nothing was computed (--fresh starts over)"),
+        Done::Before => print::line("the job was done before: nothing was computed (--fresh starts over)")?,
     }
-    println!("predictions: {}/predictions/*.parquet", store.location().to_string().trim_end_matches('/'));
-    Ok(())
+    print::line(format_args!(
+        "predictions: {}/predictions/*.parquet",
+        store.location().to_string().trim_end_matches('/')
+    ))
 }

@@ -1,6 +1,7 @@
 //! `elbo plan`: what a job would evaluate, without running it.
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
 
 use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
@@ -16,7 +17,7 @@ use serde::Serialize;
 use crate::args::PlanArgs;
 use crate::failure::usage;
 use crate::job_args::{JobArgs, Takes};
-use crate::session;
+use crate::{print, session};
 
 /// Training timesteps of nearly every model, for plans without one.
 const USUAL_TIMESTEPS: u32 = 1000;
@@ -100,11 +101,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         least: course.needs_pairs().then(|| (course.first_slots(largest.first().len()) * largest.first().len()) as u64),
         at_most: course.needs_pairs() || !largest.are_even() || captions.is_some_and(|counts| counts.len() > 1),
     };
-    if args.json {
-        println!("{}", serde_json::to_string(&plan)?);
-        return Ok(());
-    }
-    print(&plan, args.rate)
+    if args.json { print::json(&plan) } else { print::text(text(&plan, args.rate)?) }
 }
 
 /// What an image of a job's pilot takes.
@@ -139,42 +136,48 @@ impl SampleSink for CaptionCounts {
     }
 }
 
-fn print(plan: &Plan, rate: Option<f64>) -> anyhow::Result<()> {
+fn text(plan: &Plan, rate: Option<f64>) -> anyhow::Result<String> {
+    let mut text = String::new();
     let count = |n: u64| HumanCount(n).to_string();
     match plan.samples {
-        Some(samples) => println!("images               {:>14}", count(samples)),
-        None => println!("images               {:>14}", "not given"),
+        Some(samples) => writeln!(text, "images               {:>14}", count(samples))?,
+        None => writeln!(text, "images               {:>14}", "not given")?,
     }
-    println!("classes              {:>14}", count(plan.classes as u64));
-    println!("prompts              {:>14}", count(plan.prompts as u64));
+    writeln!(text, "classes              {:>14}", count(plan.classes as u64))?;
+    writeln!(text, "prompts              {:>14}", count(plan.prompts as u64))?;
     if plan.prompts > plan.classes {
-        println!("prompts of a class   {:>14}", plan.prompt_ensemble.to_string());
+        writeln!(text, "prompts of a class   {:>14}", plan.prompt_ensemble.to_string())?;
     }
     for (i, round) in plan.rounds.iter().enumerate() {
-        println!(
+        writeln!(
+            text,
             "round {i}              {:>14} evaluations an image: {} prompts on {} new slots",
             count(round.evaluations),
             count(round.prompts),
             count(round.slots)
-        );
+        )?;
     }
     let at_most = match (plan.least, plan.at_most) {
         (Some(least), _) => format!(" at most, {} at least: a race ends as soon as one class is left", count(least)),
         (None, true) => " at most".to_owned(),
         (None, false) => String::new(),
     };
-    println!("evaluations an image {:>14}{at_most}", count(plan.evaluations_per_image));
+    writeln!(text, "evaluations an image {:>14}{at_most}", count(plan.evaluations_per_image))?;
     if let Some(pilot) = plan.evaluations_pilot {
-        println!("evaluations of pilot {:>14} before", count(pilot));
+        writeln!(text, "evaluations of pilot {:>14} before", count(pilot))?;
     }
-    let Some(total) = plan.evaluations_total else { return Ok(()) };
-    println!("evaluations in all   {:>14}", count(total));
+    let Some(total) = plan.evaluations_total else { return Ok(text) };
+    writeln!(text, "evaluations in all   {:>14}", count(total))?;
     match rate {
         Some(rate) if rate > 0.0 && rate.is_finite() => {
-            println!("time                 {:>14.1} hours at {rate} evaluations/s", total as f64 / rate / 3600.0);
+            writeln!(
+                text,
+                "time                 {:>14.1} hours at {rate} evaluations/s",
+                total as f64 / rate / 3600.0
+            )?;
         }
         Some(_) => return Err(usage("--rate must be a positive number of evaluations per second")),
-        None => println!("time                 {:>14} give --rate EVALUATIONS_PER_SECOND", "?"),
+        None => writeln!(text, "time                 {:>14} give --rate EVALUATIONS_PER_SECOND", "?")?,
     }
-    Ok(())
+    Ok(text)
 }

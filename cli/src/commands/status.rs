@@ -1,5 +1,6 @@
 //! `elbo status`: how far a job is, asked of its coordinator or read from its output.
 
+use std::fmt::Write;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -12,17 +13,13 @@ use futures::TryStreamExt;
 use indicatif::{HumanCount, HumanDuration};
 
 use crate::args::StatusArgs;
+use crate::print;
 
 /// Shows a job's status.
 pub(crate) async fn run(args: StatusArgs) -> anyhow::Result<()> {
     let url = args.target.starts_with("http://") || args.target.starts_with("https://");
     let status = if url { of_coordinator(&args).await? } else { of_output(&args.target).await? };
-    if args.json {
-        println!("{}", serde_json::to_string(&status)?);
-    } else {
-        print(&status);
-    }
-    Ok(())
+    if args.json { print::json(&status) } else { print::text(text(&status)?) }
 }
 
 async fn of_coordinator(args: &StatusArgs) -> anyhow::Result<JobStatus> {
@@ -73,24 +70,26 @@ async fn of_output(target: &str) -> anyhow::Result<JobStatus> {
     })
 }
 
-fn print(status: &JobStatus) {
-    println!("state        {}", status.state);
+fn text(status: &JobStatus) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    writeln!(text, "state        {}", status.state)?;
     if let Some(stalled) = &status.stalled {
-        println!("stalled      {stalled}");
+        writeln!(text, "stalled      {stalled}")?;
     }
-    println!("images       {} of {}", HumanCount(status.samples_done), HumanCount(status.samples));
-    println!("quarantined  {}", HumanCount(status.samples_quarantined));
+    writeln!(text, "images       {} of {}", HumanCount(status.samples_done), HumanCount(status.samples))?;
+    writeln!(text, "quarantined  {}", HumanCount(status.samples_quarantined))?;
     let Shards { done, active, pending } = status.shards;
-    println!("shards       {done} done, {active} active, {pending} pending");
-    println!("evaluations  {}", HumanCount(status.evaluations));
+    writeln!(text, "shards       {done} done, {active} active, {pending} pending")?;
+    writeln!(text, "evaluations  {}", HumanCount(status.evaluations))?;
     if status.evaluations_per_second > 0.0 {
-        println!("rate         {} evaluations/s", HumanCount(status.evaluations_per_second as u64));
+        writeln!(text, "rate         {} evaluations/s", HumanCount(status.evaluations_per_second as u64))?;
     }
     if let Some(eta) = status.eta_seconds.filter(|s| *s > 0.0) {
-        println!("time left    {}", HumanDuration(Duration::from_secs_f64(eta)));
+        writeln!(text, "time left    {}", HumanDuration(Duration::from_secs_f64(eta)))?;
     }
     for worker in &status.workers {
-        println!(
+        writeln!(
+            text,
             "worker       {} on {} ({}): {}{} leases, {} evaluations",
             worker.worker,
             worker.host,
@@ -98,6 +97,7 @@ fn print(status: &JobStatus) {
             worker.activity.map(|activity| format!("{activity}, ")).unwrap_or_default(),
             worker.leases,
             HumanCount(worker.evaluations)
-        );
+        )?;
     }
+    Ok(text)
 }

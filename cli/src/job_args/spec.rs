@@ -15,6 +15,7 @@ use elbo_common::model_source::ModelSource;
 use elbo_common::noise::NoiseScope;
 use elbo_common::policy::{Course, DEFAULT_MAX_SLOTS, DEFAULT_RISK, Policy, Timesteps};
 use elbo_common::preset::Preset;
+use elbo_common::store;
 
 use super::{JobArgs, NoiseScopeName, PolicyName};
 use crate::failure::usage;
@@ -353,7 +354,7 @@ fn lora(text: &str) -> anyhow::Result<Lora> {
 }
 
 fn absolute(path: &Path) -> anyhow::Result<String> {
-    Ok(std::path::absolute(path)?.to_string_lossy().into_owned())
+    Ok(store::absolute(path)?.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

@@ -168,9 +168,31 @@ impl Base {
         match self {
             _ if is_url || FsPath::new(key).is_absolute() => Location::parse(key),
             Self::Directory(directory) => Location::parse(&directory.join(key).to_string_lossy()),
-            Self::Prefix(prefix) => Location::parse(&url_of(prefix, key.trim_start_matches("./"))),
+            Self::Prefix(prefix) => {
+                let (above, key) = upwards(prefix, key);
+                Location::parse(&url_of(&above, &key))
+            }
         }
     }
+}
+
+/// What a relative path with `.` or `..` in it is relative to, and the rest of it.
+fn upwards(prefix: &Url, key: &str) -> (Url, String) {
+    let mut above = prefix.clone();
+    let mut names = Vec::new();
+    for name in key.split('/') {
+        match name {
+            "." => {}
+            ".." if names.pop().is_some() => {}
+            ".." => {
+                if let Ok(mut segments) = above.path_segments_mut() {
+                    segments.pop_if_empty().pop();
+                }
+            }
+            name => names.push(name),
+        }
+    }
+    (above, names.join("/"))
 }
 
 /// A list as errors name it.

@@ -28,7 +28,7 @@ pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> 
     match write(rows, &mut sink, columns(rows.spec, options.scores)).await {
         Ok(samples) => {
             sink.finish().await?;
-            Ok(Exported { samples, files: 1 })
+            Ok(Exported { samples, files: 1, skipped: 0 })
         }
         Err(error) => {
             sink.abort().await;

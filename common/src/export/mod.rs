@@ -105,6 +105,23 @@ pub struct Exported {
     pub samples: u64,
     /// Files.
     pub files: u64,
+    /// Samples that were left out, because the destination can't have a file of their name. The first are named in warnings.
+    pub skipped: u64,
+}
+
+impl Exported {
+    /// Leaves a sample out.
+    fn skip(&mut self, key: &str, problem: &str) {
+        /// So many are named.
+        const NAMED: u64 = 20;
+        self.skipped += 1;
+        match self.skipped {
+            // What a stranger put into a name is shown with its control characters escaped.
+            ..=NAMED => tracing::warn!(?key, problem, "an image is left out"),
+            _ if self.skipped == NAMED + 1 => tracing::warn!("more images are left out, which are only counted"),
+            _ => {}
+        }
+    }
 }
 
 /// Writes the predictions in `out`, of the job `spec` whose dataset was `listed`, to a file or directory.

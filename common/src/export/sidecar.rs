@@ -1,7 +1,9 @@
 //! JSON beside the images: for `cat/0001.jpg` the file `cat/0001.json`, for the member `0001.jpg` of `shard-000.tar` the member
 //! `0001.json` of another `shard-000.tar`, in the same order, so that WebDataset joins the two.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::path::Path as FsPath;
 use std::pin::pin;
 
 use bytes::Bytes;
@@ -20,11 +22,14 @@ use crate::store::{Location, Store, StoreError};
 const IN_FLIGHT: usize = 32;
 /// Bytes of a tar that are sent together.
 const CHUNK: usize = 1 << 20;
+/// The longest name of an object: that of S3 and Google's store; Azure's is the same.
+const LONGEST_NAME: usize = 1024;
 
-/// Writes the files, after seeing that all of them can be.
+/// Writes the files, after seeing that each has a place of its own. A sample whose name can't be one there, which may come from a
+/// stranger's tar, is left out.
 pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> Result<Exported, ExportError> {
     let store = Store::create(to)?;
-    let plan = Plan::of(rows).await?;
+    let plan = Plan::of(rows, to).await?;
     if !options.force {
         plan.refuse_to_replace(&store).await?;
     }
@@ -32,16 +37,21 @@ pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> 
     let mut pending = FuturesUnordered::new();
     let written = rows
         .each(async |row, classes| {
+            let target = match plan.place(&row.key) {
+                Ok(target) => target,
+                Err(problem) => {
+                    writer.exported.skip(&row.key, problem);
+                    return Ok(());
+                }
+            };
             let json = object(row, classes, options.scores)?;
-            writer.exported.samples += 1;
-            match Target::of(&row.key) {
+            match target {
                 Target::Member { tar, member } => writer.member(&row.key, tar, &member, &json).await,
                 Target::File(path) => {
-                    writer.exported.files += 1;
-                    let store = writer.store;
-                    pending.push(async move { store.write(&path, Bytes::from(json)).await });
+                    let (store, key) = (writer.store, row.key.clone());
+                    pending.push(async move { (key, store.write(&path, Bytes::from(json)).await) });
                     match pending.len() {
-                        IN_FLIGHT => pending.next().await.transpose().map(drop).map_err(ExportError::from),
+                        IN_FLIGHT => pending.next().await.map_or(Ok(()), |(key, ended)| writer.wrote(&key, ended)),
                         _ => Ok(()),
                     }
                 }
@@ -54,7 +64,9 @@ pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> 
         }
         return Err(error);
     }
-    while pending.next().await.transpose()?.is_some() {}
+    while let Some((key, ended)) = pending.next().await {
+        writer.wrote(&key, ended)?;
+    }
     writer.finish().await
 }
 
@@ -83,6 +95,21 @@ impl Target {
         let at = key.rfind('/').map_or(0, |slash| slash + 1);
         let stem = key[at..].rsplit_once('.').map_or(&key[at..], |(stem, _)| stem);
         Self::File(path(&format!("{}{stem}.json", &key[..at])))
+    }
+
+    /// Refuses what would lead whoever unpacks the tar out of a directory, and what can't be written in one.
+    fn check(&self) -> Result<(), &'static str> {
+        let Self::Member { member, .. } = self else { return Ok(()) };
+        if member.starts_with('/') {
+            return Err("its name in the tar is absolute");
+        }
+        if member.split('/').any(|part| part == "..") {
+            return Err("its name in the tar goes up with '..'");
+        }
+        if member.contains('\0') {
+            return Err("its name in the tar has a zero byte");
+        }
+        Ok(())
     }
 
     /// The file it is in.
@@ -116,24 +143,43 @@ fn hash(place: &str) -> u128 {
 
 /// The files that will be written.
 #[derive(Debug, Default)]
-struct Plan {
+pub(super) struct Plan {
     files: HashSet<u128>,
+    /// Bytes a path may have.
+    longest: usize,
+    /// Places that are another's, to a file system that tells no upper from lower case.
+    shadowed: HashSet<u128>,
 }
 
 impl Plan {
-    /// Looks at every key, and refuses those that can't have a place of their own.
-    async fn of(rows: &Rows<'_>) -> Result<Self, ExportError> {
-        let mut plan = Self::default();
+    /// Looks at every key, and refuses those that share a place.
+    async fn of(rows: &Rows<'_>, to: &Location) -> Result<Self, ExportError> {
+        let (longest, folds_case) = match to {
+            Location::Local(directory) => (usize::MAX, folds_case(directory)),
+            Location::Remote(url) => (LONGEST_NAME.saturating_sub(url.path().len()), false),
+        };
+        Self::within(rows, longest, folds_case).await
+    }
+
+    pub(super) async fn within(rows: &Rows<'_>, longest: usize, folds_case: bool) -> Result<Self, ExportError> {
+        let mut plan = Self { longest, ..Self::default() };
         let mut places = HashSet::new();
+        let mut folded = HashMap::new();
         let mut open: Option<Path> = None;
         let output = rows.output();
         let mut keys = pin!(output.named());
         while let Some(named) = keys.try_next().await? {
-            let target = Target::of(&named.key);
-            if !places.insert(hash(&target.to_string())) {
+            let Ok(target) = plan.place(&named.key) else { continue };
+            let place = hash(&target.to_string());
+            if !places.insert(place) {
                 return Err(collision(rows, &target).await?);
             }
-            let is_new = plan.files.insert(hash(target.file().as_ref()));
+            let file = hash(target.file().as_ref());
+            if folds_case && *folded.entry(hash(&target.file().as_ref().to_lowercase())).or_insert(file) != file {
+                plan.shadowed.insert(place);
+                continue;
+            }
+            let is_new = plan.files.insert(file);
             if let Target::Member { tar, .. } = target
                 && open.as_ref() != Some(&tar)
             {
@@ -144,6 +190,19 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+
+    /// Where the object of a sample goes; else why there is no place for it.
+    pub(super) fn place(&self, key: &str) -> Result<Target, &'static str> {
+        let target = Target::of(key);
+        target.check()?;
+        if target.file().as_ref().len() > self.longest {
+            return Err("its name is too long for an object store");
+        }
+        if self.shadowed.contains(&hash(&target.to_string())) {
+            return Err("its name differs from another's only in upper and lower case, which are the same there");
+        }
+        Ok(target)
     }
 
     /// Sees whether any of the files is there.
@@ -168,6 +227,30 @@ impl Plan {
         let destination = store.location().to_string();
         if count == 0 { Ok(()) } else { Err(ExportError::Exists { destination, count, example }) }
     }
+}
+
+/// Whether upper and lower case are the same in the names of a directory.
+fn folds_case(directory: &FsPath) -> bool {
+    // Where nothing can be written, that is told by what is written next.
+    let Ok(probe) = tempfile::Builder::new().prefix("elbo-case-").tempfile_in(directory) else { return false };
+    probe.path().file_name().is_some_and(|name| directory.join(name.to_string_lossy().to_uppercase()).exists())
+}
+
+/// Whether a local file could not be written because of its name: too long, impossible there, or through another file.
+fn is_about_name(error: &ExportError) -> bool {
+    use io::ErrorKind::{AlreadyExists, InvalidFilename, InvalidInput, IsADirectory, NotADirectory};
+    let ExportError::Store(StoreError::Object { source, .. }) = error else { return false };
+    let mut cause: Option<&dyn std::error::Error> = Some(source);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            return matches!(
+                error.kind(),
+                AlreadyExists | InvalidFilename | InvalidInput | IsADirectory | NotADirectory
+            );
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Finds the samples that ask for one place.
@@ -202,12 +285,40 @@ impl Writer<'_> {
             if let Some(tar) = self.tar.take() {
                 tar.finish().await?;
             }
+            match Tar::create(self.store, path).await {
+                Ok(tar) => self.tar = Some(tar),
+                Err(error) => return self.go_on_without(key, error),
+            }
             self.exported.files += 1;
-            self.tar = Some(Tar::create(self.store, path).await?);
         }
-        match &mut self.tar {
-            Some(tar) => tar.append(key, member, json).await,
-            None => Ok(()),
+        let Some(tar) = &mut self.tar else { return Ok(()) };
+        if let Err(problem) = tar.append(member, json) {
+            self.exported.skip(key, &problem.to_string());
+            return Ok(());
+        }
+        self.exported.samples += 1;
+        tar.send().await
+    }
+
+    /// Notes how writing a sample's own file ended.
+    fn wrote(&mut self, key: &str, ended: Result<(), StoreError>) -> Result<(), ExportError> {
+        match ended {
+            Ok(()) => {
+                self.exported.samples += 1;
+                self.exported.files += 1;
+                Ok(())
+            }
+            Err(error) => self.go_on_without(key, error.into()),
+        }
+    }
+
+    /// Leaves a sample out whose name can't be that of a file; whatever else is wrong would be with all others too.
+    fn go_on_without(&mut self, key: &str, error: ExportError) -> Result<(), ExportError> {
+        if is_about_name(&error) {
+            self.exported.skip(key, &error.to_string());
+            Ok(())
+        } else {
+            Err(error)
         }
     }
 
@@ -239,12 +350,16 @@ impl Tar {
         Ok(Self { path, builder: tar::Builder::new(Vec::new()), sink })
     }
 
-    async fn append(&mut self, key: &str, member: &str, json: &[u8]) -> Result<(), ExportError> {
+    /// Appends a member. What a name can't be is found out before anything is written.
+    fn append(&mut self, member: &str, json: &[u8]) -> io::Result<()> {
         let mut header = tar::Header::new_gnu();
         header.set_size(json.len() as u64);
         header.set_mode(0o644);
-        let appended = self.builder.append_data(&mut header, member, json);
-        appended.map_err(|e| ExportError::Row { key: key.to_owned(), problem: e.to_string() })?;
+        self.builder.append_data(&mut header, member, json)
+    }
+
+    /// Sends what there is, once that is worth it.
+    async fn send(&mut self) -> Result<(), ExportError> {
         let buffer = self.builder.get_mut();
         if buffer.len() >= CHUNK { self.sink.write(std::mem::take(buffer).into()).await } else { Ok(()) }
     }

@@ -117,7 +117,7 @@ async fn csv_has_a_line_for_every_sample_with_its_best_classes() {
     let to = at(&directory, "new/labels.csv");
     let options = Options { scores: Some(2), ..options(Format::Csv) };
     let exported = export(&out, &spec(json!({})), &to, options).await.unwrap();
-    assert_eq!(exported, Exported { samples: 5, files: 1 });
+    assert_eq!(exported, Exported { samples: 5, files: 1, skipped: 0 });
     let expected = [
         "key,label,predicted_class,predicted_index,confidence,margin,evaluations,status,error,class_1,error_1,class_2,error_2",
         "a/0.png,\"dog, wet\",\"dog, wet\",7,,0.25,60,ok,,\"dog, wet\",0.1,owl,0.35",
@@ -155,7 +155,7 @@ async fn json_lies_beside_the_image_and_names_the_classes() {
     let keys = ["a/x.v2.png", "plain", "b/50% #1?.jpeg", "../up/../y.png", "https://host//dir/z.jpg?size=1"];
     let out = output(&keys).await;
     let exported = export(&out, &spec(json!({})), &at(&directory, "json"), options(Format::Json)).await.unwrap();
-    assert_eq!(exported, Exported { samples: 5, files: 5 });
+    assert_eq!(exported, Exported { samples: 5, files: 5, skipped: 0 });
     let json = directory.path().join("json");
     let text = std::fs::read_to_string(json.join("a/x.v2.json")).unwrap();
     let expected = concat!(
@@ -188,7 +188,7 @@ async fn members_of_a_tar_become_members_of_a_tar_in_their_order() {
     let out = output(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let options = Options { scores: Some(1), ..options(Format::Json) };
     let exported = export(&out, &spec(json!({})), &at(&directory, ""), options).await.unwrap();
-    assert_eq!(exported, Exported { samples: 10, files: 3 });
+    assert_eq!(exported, Exported { samples: 10, files: 3, skipped: 0 });
     assert_eq!(files(directory.path()), ["lone.json", "train/shard-000.tar", "train/shard-001.tar"]);
     let first = members(&directory.path().join("train/shard-000.tar"));
     let names: Vec<_> = first.iter().map(|(name, _)| name.as_str()).collect();
@@ -226,6 +226,60 @@ async fn samples_that_would_share_a_place_are_named_and_nothing_is_written() {
         let csv = export(&output(&keys).await, &spec(json!({})), &at(&directory, "a.csv"), options(Format::Csv)).await;
         assert_eq!(csv.unwrap().samples, keys.len() as u64);
     }
+}
+
+#[tokio::test]
+async fn a_sample_whose_name_can_be_no_files_is_left_out_and_the_rest_is_exported() {
+    let directory = TempDir::new().unwrap();
+    let (long, deep) = ("x".repeat(300), format!("s.tar/{}/../../../../up.jpg", "y".repeat(120)));
+    let (long_file, long_member, zero) =
+        (format!("{long}.png"), format!("s.tar/{long}.jpg"), format!("s.tar/{}\0.jpg", "z".repeat(120)));
+    let keys = [
+        "a.png",
+        // Through the file of the one before.
+        "a.json/b.png",
+        &long_file,
+        "s.tar/../../etc/passwd.jpg",
+        "s.tar//etc/passwd.jpg",
+        &deep,
+        &zero,
+        "s.tar/0.jpg",
+        &long_member,
+        "s.tar/1.jpg",
+        "z.png",
+    ];
+    let out = output(&keys).await;
+    let to = at(&directory, "json");
+    let exported = export(&out, &spec(json!({})), &to, options(Format::Json)).await.unwrap();
+    assert_eq!(exported, Exported { samples: 5, files: 3, skipped: 6 });
+    // Of two that need one name to be a file and a directory, one is there.
+    let mut found = files(directory.path());
+    let contested = found.iter().position(|file| file == "json/a.json" || file == "json/a.json/b.json").unwrap();
+    found.remove(contested);
+    assert_eq!(found, ["json/s.tar", "json/z.json"]);
+    let names: Vec<_> = members(&directory.path().join("json/s.tar")).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["0.json".to_owned(), format!("{long}.json"), "1.json".to_owned()]);
+    // CSV has a line for each.
+    let csv = export(&out, &spec(json!({})), &at(&directory, "a.csv"), options(Format::Csv)).await.unwrap();
+    assert_eq!(csv, Exported { samples: 11, files: 1, skipped: 0 });
+}
+
+#[tokio::test]
+async fn where_case_does_not_count_the_second_of_two_names_has_no_place() {
+    let (out, spec, listed) = (
+        output(&["A/x.png", "a/X.png", "S.tar/0.jpg", "s.tar/1.jpg"]).await,
+        spec(json!({})),
+        ManifestRecord::default(),
+    );
+    let rows = Rows { store: &out, spec: &spec, listed: &listed };
+    let placed = async |longest, folds_case| {
+        let plan = sidecar::Plan::within(&rows, longest, folds_case).await.unwrap();
+        ["A/x.png", "a/X.png", "S.tar/0.jpg", "s.tar/1.jpg"].map(|key| plan.place(key).is_ok())
+    };
+    assert_eq!(placed(usize::MAX, false).await, [true; 4]);
+    assert_eq!(placed(usize::MAX, true).await, [true, false, true, false]);
+    // An object's name has a limit, whatever is in a tar.
+    assert_eq!(placed(6, false).await, [false, false, true, true]);
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::class::Classes;
 use crate::ids::ClassIndex;
+use crate::interval::wilson;
 use crate::manifest::Sample;
 use crate::predictions::{Prediction, Score};
 
@@ -32,19 +33,23 @@ pub struct PairScores {
     pub problems: Vec<(String, String)>,
 }
 
-/// A share of pairs.
+/// A share of pairs, with its 95% interval (Wilson's, which holds for a few pairs and for shares of all or none too).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Share {
     /// The share, in [0, 1].
     pub score: f64,
-    /// Half the width of its 95% interval, 1.96 sqrt(p (1 - p) / n).
+    /// Half the width of its interval.
     pub interval: f64,
+    /// Where the interval begins.
+    pub low: f64,
+    /// Where it ends.
+    pub high: f64,
 }
 
 impl Share {
     fn new(right: u64, n: u64) -> Option<Self> {
-        let p = right as f64 / n as f64;
-        (n > 0).then(|| Self { score: p, interval: 1.96 * (p * (1.0 - p) / n as f64).sqrt() })
+        let (low, high) = wilson(right, n);
+        (n > 0).then(|| Self { score: right as f64 / n as f64, interval: (high - low) / 2.0, low, high })
     }
 }
 
@@ -168,8 +173,9 @@ impl fmt::Display for PairScores {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} pairs of images with the same captions, 95% intervals", self.n)?;
         for (name, share) in [("text score", self.text), ("image score", self.image), ("group score", self.group)] {
-            if let Some(Share { score, interval }) = share {
-                writeln!(f, "  {name:<14} {:6.2} % +- {:.2}", score * 100.0, interval * 100.0)?;
+            if let Some(share) = share {
+                let [score, low, high] = [share.score, share.low, share.high].map(|share| share * 100.0);
+                writeln!(f, "  {name:<14} {score:6.2} % ({low:.2} to {high:.2} %)")?;
             }
         }
         if self.incomplete > 0 {
@@ -248,12 +254,16 @@ mod tests {
         let scores = pairs.finish().unwrap();
         let json = serde_json::to_value(&scores).unwrap();
         assert_eq!((json["n"].as_u64(), json["incomplete"].as_u64()), (Some(5), Some(0)));
-        for (name, p) in [("text", 0.4), ("image", 0.4), ("group", 0.2f64)] {
+        // Wilson's intervals, by his formula in Python with the normal quantile 1.959963984540054: 2 of 5 is 0.117620774 to
+        // 0.769275719, 1 of 5 is 0.036224109 to 0.624465370. Wald's would be -0.0294 to 0.8294 and -0.1506 to 0.5506.
+        let two = (0.4, 0.117_620_774, 0.769_275_719);
+        for (name, (p, low, high)) in [("text", two), ("image", two), ("group", (0.2, 0.036_224_109, 0.624_465_370))] {
             assert_eq!(json[name]["score"], p);
-            let interval = 1.96 * (p * (1.0 - p) / 5.0).sqrt();
-            assert!((json[name]["interval"].as_f64().unwrap() - interval).abs() < 1e-12, "{name}");
+            for (of, expected) in [("low", low), ("high", high), ("interval", (high - low) / 2.0)] {
+                assert!((json[name][of].as_f64().unwrap() - expected).abs() < 1e-7, "{name} {of}: {json}");
+            }
         }
-        assert!(scores.to_string().contains("group score     20.00 % +- 35.06"), "{scores}");
+        assert!(scores.to_string().contains("group score     20.00 % (3.62 to 62.45 %)"), "{scores}");
     }
 
     #[test]
@@ -287,7 +297,10 @@ mod tests {
         });
         let scores = pairs.finish().unwrap();
         assert_eq!((scores.n, scores.incomplete), (1, 8));
-        assert_eq!(scores.text, Some(Share { score: 1.0, interval: 0.0 }));
+        // One pair that is right says little: the same formula gives 0.206549314 to 1.
+        let share = scores.text.unwrap();
+        assert_eq!(share.score, 1.0);
+        assert!((share.low - 0.206_549_314).abs() < 1e-7 && (share.high - 1.0).abs() < 1e-12, "{share:?}");
         let text = scores.to_string();
         for problem in [
             "lone: it has 1 images, not 2",

@@ -1,6 +1,6 @@
 //! Where something lies: a local path, or a URL of object storage or a web server.
 
-use std::path::{Path as FsPath, PathBuf};
+use std::path::{Component, Path as FsPath, PathBuf};
 
 use url::Url;
 
@@ -9,7 +9,7 @@ use super::StoreError;
 /// A directory or file, or a URL prefix or object. Shown without the parts of a URL that can hold credentials.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Location {
-    /// An absolute local directory or file.
+    /// An absolute local directory or file, without `..`.
     Local(PathBuf),
     /// Anything [`object_store`] can parse.
     Remote(Url),
@@ -31,7 +31,7 @@ impl Location {
                 location: text.split_once("://").map_or_else(String::new, |(scheme, _)| format!("{scheme}://…")),
                 reason: format!("it is not a valid URL: {error}"),
             }),
-            _ => std::path::absolute(text).map(Self::Local).map_err(|e| wrong(e.to_string())),
+            _ => absolute(FsPath::new(text)).map(Self::Local).map_err(|e| wrong(e.to_string())),
         }
     }
 
@@ -49,6 +49,27 @@ impl Location {
         let root = root.trim_end_matches('/');
         if path.is_empty() { root.to_owned() } else { format!("{root}/{path}") }
     }
+}
+
+/// A path made absolute, without the `..` that stores refuse. Behind a symbolic link `..` means, as for the system, the parent
+/// of where it leads.
+pub fn absolute(path: &FsPath) -> std::io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    if !path.components().any(|part| part == Component::ParentDir) {
+        return Ok(path);
+    }
+    let mut resolved = PathBuf::new();
+    for part in path.components() {
+        if part != Component::ParentDir {
+            resolved.push(part);
+            continue;
+        }
+        if resolved.is_symlink() {
+            resolved = resolved.canonicalize()?;
+        }
+        resolved.pop();
+    }
+    Ok(resolved)
 }
 
 impl std::fmt::Display for Location {
@@ -90,6 +111,28 @@ mod tests {
                 assert!(!shown.contains("hush") && !shown.contains("AKIA"), "{shown}");
             }
         }
+    }
+
+    #[test]
+    fn a_path_that_goes_up_is_the_one_it_means() {
+        let here = std::env::current_dir().unwrap();
+        let above = here.parent().unwrap();
+        for (text, expected) in [
+            ("../x.parquet", above.join("x.parquet")),
+            ("..", above.to_owned()),
+            ("./x", here.join("x")),
+            ("a/../b.tar", here.join("b.tar")),
+            ("/a/./b/../../c/", "/c".into()),
+            ("/../../c", "/c".into()),
+        ] {
+            assert_eq!(Location::parse(text).unwrap().local(), Some(expected.as_path()), "{text}");
+        }
+        let root = tempfile::TempDir::new().unwrap();
+        let real = root.path().canonicalize().unwrap();
+        std::fs::create_dir_all(real.join("far/deep")).unwrap();
+        std::os::unix::fs::symlink(real.join("far/deep"), real.join("link")).unwrap();
+        let through = real.join("link/../x.png");
+        assert_eq!(absolute(&through).unwrap(), real.join("far/x.png"));
     }
 
     #[test]

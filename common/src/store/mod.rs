@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 pub use error::{StoreError, describe};
 pub use local::Fault;
-pub use location::Location;
+pub use location::{Location, absolute};
 pub use redact::redact;
 
 use local::Directory;

@@ -140,6 +140,10 @@ fn paths_are_relative_to_the_list() {
     assert_eq!(at("/data/l.csv", "s3://b/x.png"), remote("s3://b/x.png"));
     assert_eq!(at("s3://b/lists/l.csv", "img/x y.png"), remote("s3://b/lists/img/x%20y.png"));
     assert_eq!(at("s3://b/lists/l.csv", "https://host/x.png"), remote("https://host/x.png"));
+    assert_eq!(at("/data/lists/l.csv", "../images/a.png"), Location::Local("/data/images/a.png".into()));
+    assert_eq!(at("s3://b/lists/l.csv", "../images/./x y.png"), remote("s3://b/images/x%20y.png"));
+    assert_eq!(at("s3://b/lists/l.csv", "a/../b.png"), remote("s3://b/lists/b.png"));
+    assert_eq!(at("https://host/l.csv", "../../b.png"), remote("https://host/b.png"));
 }
 
 #[test]

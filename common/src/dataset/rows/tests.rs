@@ -76,6 +76,14 @@ async fn every_row_is_read_back_from_the_cell_it_was_listed_at() {
         assert_eq!(sample.label, Some(row.to_string()));
         assert_eq!(reader.read(&sample.into()).await.unwrap(), image(row));
     }
+    // By a path that goes up, the same.
+    std::fs::create_dir(dataset.0.path().join("deep")).unwrap();
+    for source in ["deep/..", "deep/../train.parquet", "deep/../*.parquet"] {
+        let mut again = Vec::new();
+        let source = dataset.0.path().join(source);
+        list_source(source.to_str().unwrap(), &ListOptions::default(), &mut again).await.unwrap();
+        assert_eq!(again, samples, "{}", source.display());
+    }
     let mut beyond = samples[0].clone();
     beyond.part = Some(Part::Cell { row: 10, column: "img".into() });
     assert!(reader.read(&(&beyond).into()).await.unwrap_err().to_string().contains("the file has 10 rows"));
