@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use elbo_common::text::printable_lines;
+
 /// Bad usage: the command line or job file asks for something impossible.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -23,7 +25,8 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         eprintln!("{error}");
         return ExitCode::from(3);
     }
-    eprintln!("error: {}", chain(error));
+    // Names of files and answers of servers are in it.
+    eprintln!("error: {}", printable_lines(&chain(error)));
     ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
 }
 

@@ -7,6 +7,7 @@ use anyhow::Context;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
+use elbo_common::text::printable;
 use elbo_coordinator::{Job, JobError, JobOptions};
 use elbo_net::{Limits, Operator};
 use elbo_worker::Devices;
@@ -77,10 +78,15 @@ pub(crate) struct Identified {
     pub(crate) models: JobModels,
 }
 
+/// Says what is going on, without control characters that names from outside may have.
+fn tell(note: String) {
+    eprintln!("{}", printable(&note));
+}
+
 /// Finds or fetches the model of a job, completes its specification and hashes its files.
 pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     let shortlist = flags.shortlist_source()?;
-    let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), |note| eprintln!("{note}")).await?;
+    let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), tell).await?;
     let mut spec = flags.to_spec(&Takes::of_model(&models.model)?)?;
     if let Some(out) = &flags.calibration_from {
         spec.calibration = Some(recorded::calibration(out).await?);
@@ -92,7 +98,7 @@ pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
 
 /// The directory of a model, fetched if need be.
 pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Result<PathBuf> {
-    Ok(model.resolve(wanted, |note| eprintln!("{note}")).await?)
+    Ok(model.resolve(wanted, tell).await?)
 }
 
 /// Takes a job up in an output.

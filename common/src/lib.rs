@@ -36,5 +36,6 @@ pub mod score;
 pub mod store;
 pub mod sums;
 pub mod table;
+pub mod text;
 pub mod unit;
 pub mod verify;

@@ -15,6 +15,7 @@ use crate::manifest::{Manifest, Sample};
 use crate::output::{Output, OutputError};
 use crate::predictions::{Prediction, Quarantined};
 use crate::store::Store;
+use crate::text::printable;
 
 /// Problems spelled out; the rest is counted.
 const PROBLEMS_SHOWN: usize = 100;
@@ -53,7 +54,7 @@ impl std::fmt::Display for Verification {
         writeln!(f, "  missing                  {}", self.missing)?;
         writeln!(f, "  duplicated               {}", self.duplicated)?;
         writeln!(f, "  fingerprint              {}", self.fingerprint)?;
-        self.problems.iter().try_for_each(|problem| writeln!(f, "  ! {problem}"))?;
+        self.problems.iter().try_for_each(|problem| writeln!(f, "  ! {}", printable(problem)))?;
         if self.ok { Ok(()) } else { writeln!(f, "run the job again with the same --out: what is missing is computed") }
     }
 }

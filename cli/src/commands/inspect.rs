@@ -1,6 +1,7 @@
 //! `elbo inspect`: what a model is and what would make it fail.
 
 use elbo_common::model_source::{ModelSource, Wanted};
+use elbo_common::text::printable;
 use elbo_worker::models::Inspection;
 use indicatif::{BinaryBytes, HumanCount};
 
@@ -22,7 +23,9 @@ pub(crate) async fn run(args: InspectArgs) -> anyhow::Result<()> {
 }
 
 fn print(inspection: &Inspection) {
-    let line = |name: &str, value: &dyn std::fmt::Display| println!("{name:<14} {value}");
+    let line = |name: &str, value: &dyn std::fmt::Display| {
+        println!("{name:<14} {}", printable(&value.to_string()));
+    };
     let optional = |name: &str, value: Option<&dyn std::fmt::Display>| {
         if let Some(value) = value {
             line(name, value);
@@ -32,7 +35,7 @@ fn print(inspection: &Inspection) {
     for component in &inspection.components {
         let stored = component.stored.join(", ");
         let parameters = HumanCount(component.parameters).to_string();
-        println!("{:<14} {parameters:>15} parameters, stored as {stored}", component.name);
+        println!("{:<14} {parameters:>15} parameters, stored as {stored}", printable(&component.name));
     }
     if !inspection.components.is_empty() {
         println!("{:<14} {:>15} parameters", "in all", HumanCount(inspection.parameters).to_string());

@@ -7,6 +7,7 @@ use elbo_common::output::Output;
 use elbo_common::record::JobRecord;
 use elbo_common::report::{Report, ReportBuilder};
 use elbo_common::store::Store;
+use elbo_common::text::printable_lines;
 use elbo_common::verify;
 use futures::TryStreamExt;
 use indicatif::HumanCount;
@@ -22,7 +23,7 @@ pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
-        print!("{report}");
+        print!("{}", printable_lines(&report.to_string()));
     }
     Ok(())
 }
@@ -69,7 +70,7 @@ pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
 pub(crate) async fn summary(out: &str, done: Done) -> anyhow::Result<()> {
     let (store, record) = open(out).await?;
     let report = make_report(&store, &record).await?;
-    print!("{report}");
+    print!("{}", printable_lines(&report.to_string()));
     match done {
         Done::Now(evaluations, time) => {
             let rate = evaluations as f64 / time.as_secs_f64().max(1e-9);

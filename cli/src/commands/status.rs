@@ -6,6 +6,7 @@ use std::time::Duration;
 use elbo_common::output::Output;
 use elbo_common::record::{JobRecord, JobState};
 use elbo_common::store::{Location, Store};
+use elbo_common::text::printable;
 use elbo_coordinator::status::{JobStatus, Shards};
 use elbo_worker::client::{CallError, Client, ClientError};
 use futures::TryStreamExt;
@@ -76,7 +77,7 @@ async fn of_output(target: &str) -> anyhow::Result<JobStatus> {
 fn print(status: &JobStatus) {
     println!("state        {}", status.state);
     if let Some(stalled) = &status.stalled {
-        println!("stalled      {stalled}");
+        println!("stalled      {}", printable(stalled));
     }
     println!("images       {} of {}", HumanCount(status.samples_done), HumanCount(status.samples));
     println!("quarantined  {}", HumanCount(status.samples_quarantined));
@@ -92,9 +93,9 @@ fn print(status: &JobStatus) {
     for worker in &status.workers {
         println!(
             "worker       {} on {} ({}): {}{} leases, {} evaluations",
-            worker.worker,
-            worker.host,
-            worker.device,
+            printable(&worker.worker),
+            printable(&worker.host),
+            printable(&worker.device),
             worker.activity.map(|activity| format!("{activity}, ")).unwrap_or_default(),
             worker.leases,
             HumanCount(worker.evaluations)
