@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use elbo_common::dataset::Origin;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
@@ -76,6 +77,8 @@ pub(crate) struct Identified {
     pub(crate) identity: JobIdentity,
     /// The directories with its models' files.
     pub(crate) models: JobModels,
+    /// Origins that lists from the network may name. They are no part of the identity: they change no result.
+    pub(crate) origins: Vec<Origin>,
 }
 
 /// Says what is going on, without control characters that names from outside may have.
@@ -93,7 +96,7 @@ pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     }
     let directories = models.clone();
     let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directories)).await??;
-    Ok(Identified { identity, models })
+    Ok(Identified { identity, models, origins: flags.list_origins.clone() })
 }
 
 /// The directory of a model, fetched if need be.
@@ -108,7 +111,7 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
         job.identity,
         &job.models.model,
         store,
-        JobOptions { fresh: run.fresh, retry_quarantined: run.retry_quarantined },
+        JobOptions { fresh: run.fresh, retry_quarantined: run.retry_quarantined, origins: job.origins },
     )
     .await
     {

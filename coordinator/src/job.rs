@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink, UnknownLabels};
+use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, Origin, SampleSink, UnknownLabels};
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::job::JobSpec;
@@ -81,12 +81,14 @@ fn describe_unknown(labels: &[(String, u64, String)]) -> String {
 }
 
 /// How a job is taken up.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct JobOptions {
     /// Discard what an earlier job left in the output.
     pub fresh: bool,
     /// Give the samples that an earlier run quarantined another try.
     pub retry_quarantined: bool,
+    /// Origins that lists from the network may name besides their own, for a job that is new.
+    pub origins: Vec<Origin>,
 }
 
 /// A job that is ready to run.
@@ -131,7 +133,7 @@ impl Job {
         let listed = match known {
             Some(_) => None,
             None => {
-                let (files, listed) = list(&identity).await?.finish()?;
+                let (files, listed) = list(&identity, &options.origins).await?.finish()?;
                 check_confidence(&identity.spec, &listed)?;
                 Some((files, listed))
             }
@@ -226,11 +228,12 @@ pub fn course_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Cour
 }
 
 /// Lists a job's images; labels must be classes.
-async fn list(identity: &JobIdentity) -> Result<ManifestWriter, JobError> {
+async fn list(identity: &JobIdentity, origins: &[Origin]) -> Result<ManifestWriter, JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
     let mut listing = Listing::new(spec);
-    dataset::list(&spec.images, &list_options(spec, label_from.as_ref()), &mut listing).await?;
+    let options = ListOptions { origins, ..list_options(spec, label_from.as_ref()) };
+    dataset::list(&spec.images, &options, &mut listing).await?;
     let Listing { mut manifest, chosen, unknown, .. } = listing;
     for sample in chosen.into_iter().flat_map(Chosen::in_order) {
         manifest.take(sample)?;
@@ -247,6 +250,7 @@ pub fn list_options<'a>(spec: &'a JobSpec, label_from: Option<&'a LabelSource>) 
         image_column: spec.image_column.as_deref(),
         classes: spec.candidates.is_none().then_some(&spec.classes),
         limit: spec.limit,
+        origins: &[],
     }
 }
 

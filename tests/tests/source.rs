@@ -283,3 +283,36 @@ fn a_model_at_a_url_is_fetched_once() {
     assert!(!stderr(&again).contains("fetching"), "{}", stderr(&again));
     assert_eq!(results(&out), results(&home.path().join("again")));
 }
+
+#[test]
+fn a_list_from_the_web_names_what_is_there_and_nothing_of_this_machine() {
+    let (home, images) = (TempDir::new().unwrap(), some_images(1));
+    let (files, local) = (TempDir::new().unwrap(), sorted(&sorted(images.path())[0])[0].clone());
+    std::fs::copy(&local, files.path().join("here.png")).unwrap();
+    std::fs::write(files.path().join("list.txt"), format!("here.png\n{}\n", local.display())).unwrap();
+    std::fs::write(files.path().join("list.csv"), "path\nhttp://localhost:9/x.png\n").unwrap();
+    let served = Web::serve(files.path());
+    let label = |list: &str| {
+        let mut flags = job_flags(images.path(), &home.path().join("out"));
+        flags[1] = format!("{}/{list}", served.files());
+        let labels = flags.iter().position(|flag| flag == "--label-from").unwrap();
+        flags.drain(labels..labels + 2);
+        let mut command = elbo();
+        command.arg("label").args(flags);
+        command
+    };
+    for (list, words) in [
+        ("list.txt", ["line 2", local.to_str().unwrap(), "--list-origins file://"]),
+        ("list.csv", ["line 2", "http://localhost:9/x.png", "--list-origins http://localhost:9"]),
+    ] {
+        let refused = run(&mut label(list));
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(words.iter().all(|word| stderr(&refused).contains(word)), "{}", stderr(&refused));
+    }
+    assert!(!served.asked().iter().any(|path| path.contains("x.png")));
+    run_ok(label("list.txt").env("ELBO_LIST_ORIGINS", "https://cdn.example,file://"));
+    let wrong = run(label("list.txt").args(["--list-origins", "cdn.example"]));
+    assert_eq!(wrong.status.code(), Some(2));
+    // What may be named is no part of the job: it is known, and resumed, without the flag.
+    run_ok(&mut label("list.txt"));
+}

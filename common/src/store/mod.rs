@@ -10,6 +10,7 @@ mod location;
 mod open;
 pub mod preflight;
 mod redact;
+mod redirect;
 pub mod retry;
 
 use std::path::Path as FsPath;
