@@ -10,7 +10,7 @@ use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
 use elbo_common::text::printable;
 use elbo_coordinator::{Job, JobError, JobOptions};
-use elbo_net::{Limits, Operator};
+use elbo_net::{Hosts, Limits, Operator};
 use elbo_worker::Devices;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -55,7 +55,8 @@ pub(crate) async fn operate(args: HttpArgs) -> anyhow::Result<Operator> {
             .with_context(|| format!("listening on {address}: choose another address with --http"))?;
         eprintln!("status page on http://{}", listener.local_addr()?);
         // It goes on until the process ends, so that the last state can be seen.
-        let serving = operator.clone().serve(listener, CancellationToken::new());
+        let hosts = Hosts::new(args.http_host.into_iter().chain([host()]));
+        let serving = operator.clone().serve(listener, hosts, CancellationToken::new());
         tokio::spawn(async move {
             if let Err(error) = serving.await {
                 tracing::warn!(%error, "the HTTP side has stopped");
