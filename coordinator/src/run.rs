@@ -225,7 +225,7 @@ impl Coordinator {
         let hang_up = CancellationToken::new();
         let door = Doorkeeper::new(listener, self.options.limits);
         let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
-        let server = tokio::spawn(serving.map_err(|source| RunError::Serve { address, source })?.in_current_span());
+        let server = tokio::spawn(serving.in_current_span());
         let ended = self.steward().await;
         let next = next.filter(|_| matches!(ended, Ok(true)));
         self.shared.is_followed.store(next.is_some(), Ordering::Relaxed);

@@ -4,6 +4,7 @@
 pub mod host;
 pub mod http;
 pub mod listen;
+mod renewed;
 pub mod seldom;
 pub mod tls;
 
