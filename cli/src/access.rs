@@ -1,6 +1,6 @@
 //! Who may talk to whom: the token, and TLS.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
@@ -55,9 +55,12 @@ impl TokenArgs {
     /// The content of the token file, or of ELBO_TOKEN.
     fn read(&self) -> anyhow::Result<Option<String>> {
         let token = match &self.token_file {
-            Some(path) => Some(std::fs::read_to_string(path).with_context(|| {
-                format!("reading the token file {}: give a text file this user may read", path.display())
-            })?),
+            Some(path) => {
+                warn_of_readers("token", path);
+                Some(std::fs::read_to_string(path).with_context(|| {
+                    format!("reading the token file {}: give a text file this user may read", path.display())
+                })?)
+            }
             None => match std::env::var("ELBO_TOKEN") {
                 Ok(token) => Some(token),
                 Err(std::env::VarError::NotPresent) => None,
@@ -79,6 +82,44 @@ impl TokenArgs {
     }
 }
 
+impl CertArgs {
+    /// The certificate and its key.
+    fn pair(&self) -> Option<(&Path, &Path)> {
+        let pair = self.tls_cert.as_deref().zip(self.tls_key.as_deref());
+        if let Some((_, key)) = pair {
+            warn_of_readers("key", key);
+        }
+        pair
+    }
+}
+
+/// Warns of a secret that others than its owner can read. That is no error: who mounts secrets can't always choose.
+fn warn_of_readers(what: &str, path: &Path) {
+    if let Some(mode) = readable_by_others(path) {
+        tracing::warn!(
+            "the {what} in {path} can be read by other users of this machine (mode {mode:04o}): run chmod 600 {path}",
+            path = path.display()
+        );
+    }
+}
+
+/// The mode of a file that others can read.
+#[cfg(unix)]
+fn readable_by_others(path: &Path) -> Option<u32> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    // A file of somebody else, as in a volume of Kubernetes with an fsGroup, is given to this process by way of its group.
+    let is_given = std::fs::metadata("/proc/self").is_ok_and(|this| this.uid() != metadata.uid());
+    let others = if is_given { 0o004 } else { 0o044 };
+    let mode = metadata.mode() & 0o7777;
+    (metadata.is_file() && mode & others != 0).then_some(mode)
+}
+
+#[cfg(not(unix))]
+fn readable_by_others(_: &Path) -> Option<u32> {
+    None
+}
+
 impl GateArgs {
     /// The token callers must bring.
     pub(crate) fn token(&self) -> anyhow::Result<Option<String>> {
@@ -87,10 +128,8 @@ impl GateArgs {
 
     /// How TLS is served, if it is.
     pub(crate) fn tls(&self) -> anyhow::Result<Option<ServerTls>> {
-        match (&self.cert.tls_cert, &self.cert.tls_key) {
-            (Some(cert), Some(key)) => Ok(Some(ServerTls::read(cert, key, self.tls_client_ca.as_deref())?)),
-            _ => Ok(None),
-        }
+        let pair = self.cert.pair();
+        Ok(pair.map(|(cert, key)| ServerTls::read(cert, key, self.tls_client_ca.as_deref())).transpose()?)
     }
 }
 
@@ -102,7 +141,7 @@ impl CallerArgs {
 
     /// How TLS is spoken with the coordinator at `url`; `None` where it is not.
     pub(crate) fn tls(&self, url: &str) -> anyhow::Result<Option<ClientTls>> {
-        let own = self.cert.tls_cert.as_deref().zip(self.cert.tls_key.as_deref());
+        let own = self.cert.pair();
         if url.starts_with("https://") {
             return Ok(Some(ClientTls::read(self.tls_ca.as_deref(), own)?));
         }
@@ -111,5 +150,24 @@ impl CallerArgs {
             return Err(usage(format!("--tls-* flags need TLS, which {url} does not ask for: use https://")));
         }
         Ok(None)
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_secret_that_others_can_read_is_told() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mode = |mode| {
+            std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            readable_by_others(file.path())
+        };
+        assert_eq!((mode(0o600), mode(0o400), mode(0o620)), (None, None, None));
+        assert_eq!((mode(0o644), mode(0o640), mode(0o604)), (Some(0o644), Some(0o640), Some(0o604)));
+        assert_eq!(readable_by_others(Path::new("/none")), None);
     }
 }

@@ -171,12 +171,15 @@ pub(crate) struct LabelArgs {
 }
 
 /// The HTTP side of a process.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct HttpArgs {
     /// Address for /livez, /readyz, /metrics (Prometheus), /status (JSON) and a page at /, like 0.0.0.0:7601. They only
     /// read, need no token and show no secrets, but names of workers and hosts
     #[arg(long, env = "ELBO_HTTP", value_name = "ADDR")]
     pub(crate) http: Option<SocketAddr>,
+    /// Names that --http answers to beside addresses, localhost and this host's name: of a service, or behind a proxy
+    #[arg(long, env = "ELBO_HTTP_HOST", value_name = "NAME,NAME", value_delimiter = ',')]
+    pub(crate) http_host: Vec<String>,
 }
 
 /// `elbo coordinator`.

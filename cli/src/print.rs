@@ -5,10 +5,15 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
+use elbo_common::text::printable_lines;
 use serde::Serialize;
 
-/// Prints on stdout what a command is for.
+/// Prints on stdout what a command is for, without control characters that names from outside may have.
 pub(crate) fn text(text: impl Display) -> anyhow::Result<()> {
+    raw(printable_lines(&text.to_string()))
+}
+
+fn raw(text: impl Display) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     tolerated(write!(stdout, "{text}").and_then(|()| stdout.flush()))
 }
@@ -20,12 +25,12 @@ pub(crate) fn line(line: impl Display) -> anyhow::Result<()> {
 
 /// Prints a JSON object on stdout, and nothing else.
 pub(crate) fn json(object: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string(object)?)
+    raw(format_args!("{}\n", serde_json::to_string(object)?))
 }
 
-/// Tells something on stderr, on a line of its own. Where that can't be written, nobody is left to be told.
+/// Tells something on stderr, on a line of its own, likewise. Where that can't be written, nobody is left to be told.
 pub(crate) fn note(note: impl Display) {
-    let _ = writeln!(io::stderr().lock(), "{note}");
+    let _ = writeln!(io::stderr().lock(), "{}", printable_lines(&note.to_string()));
 }
 
 /// Shows clap's help on stdout, or what it has against a command line on stderr.

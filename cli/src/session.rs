@@ -4,11 +4,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use elbo_common::dataset::Origin;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource, Wanted};
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::{Job, JobError, JobOptions};
-use elbo_net::{Limits, Operator};
+use elbo_net::{Hosts, Limits, Operator};
 use elbo_worker::Devices;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -53,7 +54,8 @@ pub(crate) async fn operate(args: HttpArgs) -> anyhow::Result<Operator> {
             .with_context(|| format!("listening on {address}: choose another address with --http"))?;
         print::note(format_args!("status page on http://{}", listener.local_addr()?));
         // It goes on until the process ends, so that the last state can be seen.
-        let serving = operator.clone().serve(listener, CancellationToken::new());
+        let hosts = Hosts::new(args.http_host.into_iter().chain([host()]));
+        let serving = operator.clone().serve(listener, hosts, CancellationToken::new());
         tokio::spawn(async move {
             if let Err(error) = serving.await {
                 tracing::warn!(%error, "the HTTP side has stopped");
@@ -75,6 +77,8 @@ pub(crate) struct Identified {
     pub(crate) identity: JobIdentity,
     /// The directories with its models' files.
     pub(crate) models: JobModels,
+    /// Origins that lists from the network may name. They are no part of the identity: they change no result.
+    pub(crate) origins: Vec<Origin>,
 }
 
 /// Finds or fetches the model of a job, completes its specification and hashes its files.
@@ -87,7 +91,7 @@ pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     }
     let directories = models.clone();
     let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directories)).await??;
-    Ok(Identified { identity, models })
+    Ok(Identified { identity, models, origins: flags.list_origins.clone() })
 }
 
 /// The directory of a model, fetched if need be.
@@ -98,8 +102,12 @@ pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Resu
 /// Takes a job up in an output.
 pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
     let store = Store::create(&Location::parse(out)?)?;
-    let options =
-        JobOptions { fresh: run.fresh, retry_quarantined: run.retry_quarantined, recompute: run.recompute.clone() };
+    let options = JobOptions {
+        fresh: run.fresh,
+        retry_quarantined: run.retry_quarantined,
+        recompute: run.recompute.clone(),
+        origins: job.origins,
+    };
     let opening = Job::open(job.identity, &job.models.model, store.clone(), options);
     let opened = tokio::select! {
         opened = opening => opened,

@@ -12,6 +12,7 @@
 mod collector;
 mod file_list;
 mod label;
+mod origin;
 mod pattern;
 mod reader;
 mod rows;
@@ -25,6 +26,7 @@ use futures::{StreamExt, TryStreamExt};
 use self::collector::Collector;
 pub use self::collector::{Found, SampleSink};
 pub use self::label::{LabelError, LabelSource, UnknownLabels};
+pub use self::origin::Origin;
 use self::pattern::Pattern;
 pub use self::pattern::canonical;
 pub use self::reader::{Image, ReadError, Reader, read_object};
@@ -195,6 +197,8 @@ pub struct ListOptions<'a> {
     pub classes: Option<&'a Classes>,
     /// Only the first so many samples.
     pub limit: Option<u64>,
+    /// What a list or Parquet file from the network may name besides its own origin.
+    pub origins: &'a [Origin],
 }
 
 impl<'a> ListOptions<'a> {

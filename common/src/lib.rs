@@ -37,5 +37,6 @@ pub mod score;
 pub mod store;
 pub mod sums;
 pub mod table;
+pub mod text;
 pub mod unit;
 pub mod verify;

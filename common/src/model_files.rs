@@ -4,8 +4,21 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::de::Error as _;
+
 /// The file that names a model's components.
 pub const MODEL_INDEX: &str = "model_index.json";
+
+/// Whether a name from outside is that of one file or directory: without anything that leads elsewhere.
+pub fn is_plain_name(name: &str) -> bool {
+    let leads_elsewhere = |c: char| matches!(c, '/' | '\\' | ':') || c.is_control();
+    !name.is_empty() && !name.chars().all(|c| c == '.') && !name.contains(leads_elsewhere)
+}
+
+/// Whether a path from outside, with `/`, leads from a directory to what lies in it.
+pub fn is_plain_path(path: &str) -> bool {
+    path.split('/').all(is_plain_name)
+}
 
 /// The files that tell a contrastive model, which has no components: transformers' configuration and OpenCLIP's.
 pub const CONTRASTIVE: [&str; 2] = ["config.json", "open_clip_config.json"];
@@ -40,11 +53,18 @@ const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 /// Components that no evaluation runs.
 const UNUSED: [&str; 3] = ["safety_checker", "feature_extractor", "image_encoder"];
 
-/// The components that a `model_index.json` names: entries like `"unet": ["diffusers", "UNet2DConditionModel"]`.
+/// The components that a `model_index.json` names: entries like `"unet": ["diffusers", "UNet2DConditionModel"]`. Each is a
+/// directory, so names that lead elsewhere are an error.
 pub fn components(model_index: &[u8]) -> Result<BTreeSet<String>, serde_json::Error> {
     let index: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(model_index)?;
     let present = |value: &serde_json::Value| value.get(1).is_some_and(|class| !class.is_null());
-    Ok(index.into_iter().filter(|(_, value)| present(value)).map(|(name, _)| name).collect())
+    let names: BTreeSet<_> = index.into_iter().filter(|(_, value)| present(value)).map(|(name, _)| name).collect();
+    match names.iter().find(|name| !is_plain_name(name)) {
+        None => Ok(names),
+        Some(name) => Err(serde_json::Error::custom(format!(
+            "it names a component {name:?}, which could lie outside the model's directory: fetch the model from where you trust it"
+        ))),
+    }
 }
 
 /// Those of a model's `files` (paths with `/`) that are read, sorted: configurations, tokenizers, and each component's
@@ -64,7 +84,7 @@ pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
 /// The name of a file directly inside a component.
 fn plain_name<'a>(file: &'a str, component: &str) -> Option<&'a str> {
     let name = file.strip_prefix(component)?.strip_prefix('/')?;
-    (!component.starts_with('.') && !name.is_empty() && !name.contains(['/', '\\']) && name != "..").then_some(name)
+    is_plain_name(name).then_some(name)
 }
 
 /// The files of one variant of a component's weights, in the order of preference that loading has.
@@ -115,6 +135,25 @@ pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_that_lead_elsewhere_are_refused() {
+        for name in ["", ".", "..", "...", "a/b", "/a", "a\\b", "C:", "a\0", "a\nb"] {
+            assert!(!is_plain_name(name), "{name:?}");
+        }
+        for name in ["unet", "a..b", ".gitattributes", "model-00001-of-00002.safetensors", "é 1"] {
+            assert!(is_plain_name(name), "{name:?}");
+        }
+        for path in ["a/../../x", "/etc/x", "a//b", "a/", "../x", "a/./b", "a\\..\\b"] {
+            assert!(!is_plain_path(path), "{path:?}");
+        }
+        assert!(is_plain_path("unet/config.json"));
+        for name in ["../unet", "a/../../x", "/etc", ".."] {
+            let index = serde_json::json!({ name: ["diffusers", "X"], "_class_name": "Y" }).to_string();
+            let error = components(index.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name:?}")) && error.contains("outside"), "{error}");
+        }
+    }
 
     fn chosen(files: &[&str]) -> Vec<String> {
         let index = br#"{"_class_name": "X", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"],

@@ -24,6 +24,7 @@ use crate::output::{Output, OutputError};
 use crate::predictions::{Prediction, Quarantined};
 use crate::record::{JobRecord, JobState};
 use crate::store::Store;
+use crate::text::printable;
 
 /// Problems spelled out; the rest is counted.
 const PROBLEMS_SHOWN: usize = 100;
@@ -115,7 +116,7 @@ impl std::fmt::Display for Verification {
         writeln!(f, "  missing                  {}", self.missing)?;
         writeln!(f, "  duplicated               {}", self.duplicated)?;
         writeln!(f, "  fingerprint              {}", self.fingerprint)?;
-        self.problems.iter().try_for_each(|problem| writeln!(f, "  ! {problem}"))?;
+        self.problems.iter().try_for_each(|problem| writeln!(f, "  ! {}", printable(problem)))?;
         if self.ok {
             return Ok(());
         }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink, UnknownLabels};
+use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, Origin, SampleSink, UnknownLabels};
 use elbo_common::ensemble::Contenders;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
@@ -110,6 +110,8 @@ pub struct JobOptions {
     pub retry_quarantined: bool,
     /// Compute these shards again, whatever they are like.
     pub recompute: Vec<ShardId>,
+    /// Origins that lists from the network may name besides their own, for a job that is new.
+    pub origins: Vec<Origin>,
 }
 
 /// A job that is ready to run.
@@ -143,7 +145,7 @@ impl Job {
         preflight::check(&out).await?;
         // A job that is refused lists nothing, and fences nobody.
         let is_known = !options.fresh && known(&out, &identity).await?.is_some();
-        let listed = if is_known { None } else { Some(list_all(&identity).await?) };
+        let listed = if is_known { None } else { Some(list_all(&identity, &options.origins).await?) };
         // From here on any other coordinator of this output is fenced.
         let ledger = Ledger::open(&out).await?;
         if options.fresh {
@@ -159,7 +161,7 @@ impl Job {
             None => {
                 let listed = match listed {
                     Some(listed) => listed,
-                    None => list_all(&identity).await?,
+                    None => list_all(&identity, &options.origins).await?,
                 };
                 begin(&out, &ledger, identity, listed).await?
             }
@@ -330,8 +332,8 @@ pub(crate) fn shape(record: &JobRecord, manifest: &Manifest, course: &Course) ->
 type Listed = (Vec<(Path, Bytes)>, ManifestRecord);
 
 /// Lists a job's images, of which enough must be known for what it asks.
-async fn list_all(identity: &JobIdentity) -> Result<Listed, JobError> {
-    let (files, listed) = list(identity).await?.finish()?;
+async fn list_all(identity: &JobIdentity, origins: &[Origin]) -> Result<Listed, JobError> {
+    let (files, listed) = list(identity, origins).await?.finish()?;
     check_confidence(&identity.spec, &listed)?;
     Ok((files, listed))
 }
@@ -348,11 +350,12 @@ pub fn course_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Cour
 }
 
 /// Lists a job's images; labels must be classes.
-async fn list(identity: &JobIdentity) -> Result<ManifestWriter, JobError> {
+async fn list(identity: &JobIdentity, origins: &[Origin]) -> Result<ManifestWriter, JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
     let mut listing = Listing::new(spec);
-    dataset::list(&spec.images, &list_options(spec, label_from.as_ref()), &mut listing).await?;
+    let options = ListOptions { origins, ..list_options(spec, label_from.as_ref()) };
+    dataset::list(&spec.images, &options, &mut listing).await?;
     let Listing { mut manifest, chosen, unknown, .. } = listing;
     for sample in chosen.into_iter().flat_map(Chosen::in_order) {
         manifest.take(sample)?;
@@ -369,6 +372,7 @@ pub fn list_options<'a>(spec: &'a JobSpec, label_from: Option<&'a LabelSource>) 
         image_column: spec.image_column.as_deref(),
         classes: spec.candidates.is_none().then_some(&spec.classes),
         limit: spec.limit,
+        origins: &[],
     }
 }
 

@@ -243,7 +243,6 @@ impl Coordinator {
         let hang_up = CancellationToken::new();
         let door = Doorkeeper::new(listener, self.options.limits);
         let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
-        let serving = serving.map_err(|source| RunError::Serve { address, source })?;
         let server = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
         let ended = self.steward().await;
         let next = next.filter(|_| matches!(ended, Ok(true)));

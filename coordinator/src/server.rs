@@ -52,13 +52,13 @@ impl tonic::service::Interceptor for Token {
     }
 }
 
-/// Serves those who come through the door until `hang_up`. Fails at once where TLS can't be set up.
+/// Serves those who come through the door until `hang_up`.
 pub(crate) fn serve(
     shared: Arc<Shared>,
     options: &Options,
     door: Doorkeeper,
     hang_up: CancellationToken,
-) -> Result<impl Future<Output = Result<(), tonic::transport::Error>> + use<>, tonic::transport::Error> {
+) -> impl Future<Output = Result<(), tonic::transport::Error>> + use<> {
     let token = Token {
         expected: options.token.as_ref().map(|t| blake3::hash(t.as_bytes())),
         shared: Arc::clone(&shared),
@@ -77,9 +77,7 @@ pub(crate) fn serve(
         .http2_max_header_list_size(HEADER_BYTES)
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING));
-    if let Some(tls) = &options.tls {
-        server = server.tls_config(tls.config())?;
-    }
+    let tls = options.tls.clone();
     let service = CoordinatorServer::new(Service { shared: Arc::clone(&shared) })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -90,7 +88,7 @@ pub(crate) fn serve(
         .build_v1()
         .ok();
     let _ = shared.telemetry.door.set(door.door());
-    Ok(async move {
+    async move {
         // Without its server a coordinator ends too, whatever ended that: nobody could work any more.
         let _closing = shared.closing.clone().drop_guard();
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -102,14 +100,16 @@ pub(crate) fn serve(
             health.set_not_serving::<CoordinatorServer<Service>>().await;
             health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
         });
-        let served = server
+        let routes = server
             .add_service(InterceptedService::new(service, token.clone()))
             .add_service(health_service)
-            .add_optional_service(reflection.map(|reflection| InterceptedService::new(reflection, token)))
-            .serve_with_incoming_shutdown(door.incoming(), hang_up.cancelled())
-            .await;
+            .add_optional_service(reflection.map(|reflection| InterceptedService::new(reflection, token)));
+        let served = match tls {
+            None => routes.serve_with_incoming_shutdown(door.incoming(), hang_up.cancelled()).await,
+            Some(tls) => routes.serve_with_incoming_shutdown(tls.incoming(door), hang_up.cancelled()).await,
+        };
         telling.abort();
         shared.telemetry.serving.store(false, Ordering::Relaxed);
         served
-    })
+    }
 }

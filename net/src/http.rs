@@ -9,12 +9,14 @@ use std::time::Duration;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::host::{self, Hosts};
 use crate::listen::{Doorkeeper, Limits};
 
 /// What a process tells.
@@ -46,14 +48,16 @@ impl Operator {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(operations);
     }
 
-    /// Answers on `listener` until `stop`.
-    pub async fn serve(self, listener: TcpListener, stop: CancellationToken) -> std::io::Result<()> {
+    /// Answers on `listener`, to the names in `hosts`, until `stop`.
+    pub async fn serve(self, listener: TcpListener, hosts: Hosts, stop: CancellationToken) -> std::io::Result<()> {
         let routes = Router::new()
-            .route("/livez", get(async || "alive\n"))
             .route("/readyz", get(ready))
             .route("/metrics", get(metrics))
             .route("/status", get(status))
             .route("/", get(page))
+            .route_layer(from_fn_with_state(hosts, host::check))
+            // This tells nothing, and a probe that was refused would have the process killed.
+            .route("/livez", get(async || "alive\n"))
             .with_state(self);
         // Probes and scrapers come a few times a minute, and browsers keep no more than six connections.
         let limits = Limits { connections: 256, silence: Duration::from_secs(30), ..Limits::default() };

@@ -92,7 +92,7 @@ impl Doorkeeper {
     }
 
     /// The next connection there is a place for.
-    async fn next(&mut self) -> (Connection, SocketAddr) {
+    pub(crate) async fn next(&mut self) -> (Connection, SocketAddr) {
         loop {
             let (stream, peer) = match self.listener.accept().await {
                 Ok(accepted) => accepted,

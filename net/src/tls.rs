@@ -1,5 +1,6 @@
-//! TLS from PEM files, and what is wrong with it in words.
+//! TLS from PEM files, which may be replaced at any time, and what is wrong with it in words.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,12 +8,18 @@ use std::time::Duration;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
 use rustls::sign::CertifiedKey;
-use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore};
+use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
-use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+use tokio::task::JoinSet;
+use tokio_rustls::server::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+
+use crate::listen::{Connection, Doorkeeper};
+use crate::renewed::Renewed;
 
 /// How long a handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -161,9 +168,16 @@ impl Own {
     }
 }
 
-/// A server's side of TLS. Its key is shown nowhere.
+/// What both ends speak over TLS.
+const ALPN: &[u8] = b"h2";
+
+fn setup(error: rustls::Error) -> TlsError {
+    TlsError::Setup(error.to_string())
+}
+
+/// A server's side of TLS, which is read again when its files change. Its key is shown nowhere.
 #[derive(Clone)]
-pub struct ServerTls(ServerTlsConfig);
+pub struct ServerTls(Arc<Renewed<Arc<ServerConfig>>>);
 
 impl std::fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -174,26 +188,63 @@ impl std::fmt::Debug for ServerTls {
 impl ServerTls {
     /// A certificate with its key; with `client_ca`, only clients with a certificate of that authority are served.
     pub fn read(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Self, TlsError> {
-        // The gRPC server takes the process's provider of cryptography, which has to be chosen where there are several.
-        // Whoever has chosen one before has chosen well.
-        let _ = ring::default_provider().install_default();
-        let mut config = ServerTlsConfig::new().identity(Own::read(cert, key)?.pem).timeout(HANDSHAKE);
-        if let Some(ca) = client_ca {
-            let (_, pem) = authorities("--tls-client-ca", ca)?;
-            config = config.client_ca_root(Certificate::from_pem(pem));
-        }
-        Ok(Self(config))
+        let files = [Some(cert), Some(key), client_ca].into_iter().flatten().map(Path::to_owned).collect();
+        let (cert, key, client_ca) = (cert.to_owned(), key.to_owned(), client_ca.map(Path::to_owned));
+        let make = move || server_config(&cert, &key, client_ca.as_deref()).map(Arc::new);
+        Ok(Self(Arc::new(Renewed::new(files, make)?)))
     }
 
-    /// As the gRPC server takes it.
-    pub fn config(&self) -> ServerTlsConfig {
-        self.0.clone()
+    /// The connections that come through the door, once TLS is agreed upon, for a gRPC server.
+    pub fn incoming(self, door: Doorkeeper) -> impl futures::Stream<Item = io::Result<TlsStream<Connection>>> {
+        futures::stream::unfold((self, door, JoinSet::new()), |(tls, mut door, mut handshakes)| async move {
+            loop {
+                tokio::select! {
+                    (connection, peer) = door.next() => {
+                        let tls = tls.clone();
+                        // One that is slow, or says nothing, holds up no other.
+                        handshakes.spawn(async move { (tls.handshake(connection).await, peer) });
+                    }
+                    Some(ended) = handshakes.join_next() => match ended {
+                        Ok((Ok(stream), _)) => return Some((Ok(stream), (tls, door, handshakes))),
+                        Ok((Err(error), peer)) => tracing::debug!(%peer, %error, "no TLS with a client"),
+                        Err(error) => tracing::debug!(%error, "a TLS handshake ended early"),
+                    },
+                }
+            }
+        })
+    }
+
+    async fn handshake(self, connection: Connection) -> io::Result<TlsStream<Connection>> {
+        let current = tokio::task::spawn_blocking(move || self.0.current());
+        let (config, _) = current.await.map_err(io::Error::other)?;
+        tokio::time::timeout(HANDSHAKE, TlsAcceptor::from(config).accept(connection)).await?
     }
 }
 
-/// A client's side of TLS. Its key is shown nowhere.
+fn server_config(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<ServerConfig, TlsError> {
+    let own = Own::read(cert, key)?;
+    let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
+    let builder = builder.map_err(setup)?;
+    let builder = match client_ca {
+        None => builder.with_no_client_auth(),
+        Some(ca) => {
+            let (roots, _) = authorities("--tls-client-ca", ca)?;
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+            builder.with_client_cert_verifier(verifier.map_err(|e| TlsError::Setup(e.to_string()))?)
+        }
+    };
+    let mut config = builder.with_single_cert(own.chain, own.key.clone_key()).map_err(setup)?;
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(config)
+}
+
+/// A client's side of TLS, which is read again when its files change. Its key is shown nowhere.
 #[derive(Clone)]
-pub struct ClientTls {
+pub struct ClientTls(Arc<Renewed<Client>>);
+
+/// A client's configuration.
+#[derive(Clone)]
+struct Client {
     tonic: ClientTlsConfig,
     rustls: Arc<ClientConfig>,
     trusted: &'static str,
@@ -201,13 +252,30 @@ pub struct ClientTls {
 
 impl std::fmt::Debug for ClientTls {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ClientTls").field("trusted", &self.trusted).finish_non_exhaustive()
+        f.debug_struct("ClientTls").finish_non_exhaustive()
     }
 }
 
 impl ClientTls {
     /// Trusts the authorities in `ca`, or the system's; shows the certificate of `own`, a certificate and its key.
     pub fn read(ca: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Self, TlsError> {
+        let (cert, key) = own.unzip();
+        let files = [ca, cert, key].into_iter().flatten().map(Path::to_owned).collect();
+        let own = own.map(|(cert, key)| (cert.to_owned(), key.to_owned()));
+        let ca = ca.map(Path::to_owned);
+        let make = move || Client::read(ca.as_deref(), own.as_ref().map(|(cert, key)| (&**cert, &**key)));
+        Ok(Self(Arc::new(Renewed::new(files, make)?)))
+    }
+
+    /// As the gRPC client takes it, and a number that is another one once the files have changed.
+    pub fn config(&self) -> (ClientTlsConfig, u64) {
+        let (client, generation) = self.0.current();
+        (client.tonic, generation)
+    }
+}
+
+impl Client {
+    fn read(ca: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Self, TlsError> {
         let tonic = ClientTlsConfig::new().timeout(HANDSHAKE);
         let (roots, mut tonic, trusted) = match ca {
             Some(path) => {
@@ -223,7 +291,6 @@ impl ClientTls {
                 (roots, tonic.with_native_roots(), "an authority this system trusts")
             }
         };
-        let setup = |e: rustls::Error| TlsError::Setup(e.to_string());
         let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions();
         let builder = builder.map_err(setup)?.with_root_certificates(roots);
         let mut rustls = match own {
@@ -234,13 +301,8 @@ impl ClientTls {
                 builder.with_client_auth_cert(own.chain, own.key.clone_key()).map_err(setup)?
             }
         };
-        rustls.alpn_protocols = vec![b"h2".to_vec()];
+        rustls.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Self { tonic, rustls: Arc::new(rustls), trusted })
-    }
-
-    /// As the gRPC client takes it.
-    pub fn config(&self) -> ClientTlsConfig {
-        self.tonic.clone()
     }
 
     fn explain(&self, host: &str, error: &rustls::Error) -> TlsProblem {
@@ -286,8 +348,9 @@ enum Heard {
 /// Finds out what is wrong between a client and a port that does not answer its calls. The client speaks `tls`, or none;
 /// `None` where TLS is not to blame.
 pub async fn diagnose(host: &str, port: u16, tls: Option<&ClientTls>) -> Option<TlsProblem> {
-    let config = match tls {
-        Some(tls) => Arc::clone(&tls.rustls),
+    let client = tls.map(|tls| tls.0.current().0);
+    let config = match &client {
+        Some(client) => Arc::clone(&client.rustls),
         // Whatever certificate it shows, and whether that is trusted or not: it speaks TLS.
         None => Arc::new(
             ClientConfig::builder_with_provider(provider())
@@ -298,10 +361,10 @@ pub async fn diagnose(host: &str, port: u16, tls: Option<&ClientTls>) -> Option<
         ),
     };
     let heard = tokio::time::timeout(HANDSHAKE, greet(host, port, config)).await.unwrap_or(Heard::Nothing);
-    match (tls, heard) {
+    match (&client, heard) {
         (None, Heard::Tls(_)) => Some(TlsProblem::Encrypted),
         (Some(_), Heard::Plaintext) => Some(TlsProblem::Plaintext),
-        (Some(tls), Heard::Tls(Some(error))) => Some(tls.explain(host, &error)),
+        (Some(client), Heard::Tls(Some(error))) => Some(client.explain(host, &error)),
         (Some(_), Heard::Nothing) => {
             let plain = tokio::time::timeout(Duration::from_secs(2), speaks_plainly(host, port)).await;
             plain.is_ok_and(|plain| plain).then_some(TlsProblem::Plaintext)

@@ -60,7 +60,7 @@ impl Service {
     /// Whether the coordinator says that it serves workers.
     fn is_ready(&self) -> std::io::Result<bool> {
         let mut stream = TcpStream::connect(&self.http)?;
-        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: elbo\r\nConnection: close\r\n\r\n")?;
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer.starts_with("HTTP/1.1 200"))

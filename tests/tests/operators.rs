@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use elbo_tests::service::{Service, TOKEN};
@@ -23,6 +24,12 @@ use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 async fn get(address: &str, path: &str) -> Option<(u16, String)> {
     let answer = reqwest::get(format!("http://{address}{path}")).await.ok()?;
     Some((answer.status().as_u16(), answer.text().await.ok()?))
+}
+
+/// The answer's code where this process is called by a name.
+async fn code_by_name(address: &str, path: &str, name: &str) -> u16 {
+    let request = reqwest::Client::new().get(format!("http://{address}{path}")).header("host", name);
+    request.send().await.unwrap().status().as_u16()
 }
 
 async fn wait_for(address: &str, path: &str, reached: impl Fn(u16, &str) -> bool) -> String {
@@ -48,8 +55,16 @@ fn value(metrics: &str, series: &str) -> f64 {
 #[tokio::test]
 async fn probes_metrics_status_and_page_follow_a_job() {
     let service = Service::new(10);
-    let mut coordinator = service.coordinator(&[]);
+    let mut coordinator = service.coordinator(&["--http-host", "elbo.example,elbo-coordinator"]);
     let url = format!("http://{}", service.address);
+    for path in ["/", "/status", "/metrics", "/readyz"] {
+        for name in ["localhost:7601", "ELBO.example", "elbo-coordinator:7601"] {
+            assert_eq!(code_by_name(&service.http, path, name).await, 200, "{path} of {name}");
+        }
+        // A page that had its own name point here would ask like this.
+        assert_eq!(code_by_name(&service.http, path, "evil.example").await, 421, "{path}");
+    }
+    assert_eq!(code_by_name(&service.http, "/livez", "evil.example").await, 200);
     // Nobody works yet: it is alive and ready all the same, for it serves whoever comes.
     wait_for(&service.http, "/readyz", |code, _| code == 200).await;
     assert_eq!(get(&service.http, "/livez").await.unwrap(), (200, "alive\n".into()));
@@ -260,6 +275,17 @@ fn what_operators_get_wrong_is_named() {
     let _held = std::net::TcpListener::bind(taken).unwrap();
     fails(worker().args(["--http", &taken.to_string()]), 1, &["choose another address with --http"]);
     fails(&mut worker(), 1, &["has not answered", "check that it runs"]);
+    std::fs::write(&file, format!("{TOKEN}\n")).unwrap();
+    for (mode, told) in [(0o644, true), (0o640, true), (0o600, false)] {
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+        let message = stderr(&run(worker().arg("--token-file").arg(&file)));
+        assert_eq!(message.contains(&format!("chmod 600 {}", file.display())), told, "{mode:o}: {message}");
+        assert!(!message.contains(TOKEN), "{message}");
+    }
+    let mut open = elbo();
+    open.args(["coordinator", "--images", "x", "--classes", "x", "--model", "/none", "--out", "x", "--listen"]);
+    let message = stderr(&run(open.arg("0.0.0.0:0").env("ELBO_TOKEN", TOKEN)));
+    assert!(message.contains("unencrypted") && message.contains("--tls-cert") && !message.contains(TOKEN), "{message}");
     // A token that goes beyond the loopback address in clear is warned of, without being shown.
     let output = run(worker().args(["--coordinator", "http://0.0.0.0:9"]).env("ELBO_TOKEN", TOKEN));
     assert!(stderr(&output).contains("unencrypted") && !stderr(&output).contains(TOKEN), "{}", stderr(&output));

@@ -161,6 +161,120 @@ fn a_refusal_names_the_token_and_an_unknown_model_its_name() {
 }
 
 #[test]
+fn what_other_programs_or_a_power_cut_left_is_not_taken_for_a_model() {
+    let (home, images, web) = (TempDir::new().unwrap(), some_images(1), Web::start(site()));
+    let label = |name: &str| {
+        label(
+            &web.url,
+            &home.path().join(name),
+            "hf://test/digits",
+            images.path(),
+            &home.path().join(format!("{name}-out")),
+        )
+    };
+    run_ok(&mut label("whole"));
+    // Files of the right size, full of zeros: as another program reserves them, and as this one may have left them.
+    let blobs = "hf/hub/models--test--digits/blobs";
+    for blob in sorted(&home.path().join("whole").join(blobs)) {
+        let (name, zeros) =
+            (blob.file_name().unwrap().to_string_lossy().into_owned(), vec![0; std::fs::read(&blob).unwrap().len()]);
+        let beside = home.path().join("left").join(blobs);
+        let own = beside.with_file_name(".elbo");
+        std::fs::create_dir_all(&beside).unwrap();
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(beside.join(format!("{name}.incomplete")), &zeros).unwrap();
+        std::fs::write(own.join(format!("{name}.part")), &zeros).unwrap();
+    }
+    let left = run_ok(&mut label("left"));
+    assert!(stderr(&left).contains("another hash than its source names"), "{}", stderr(&left));
+    assert_eq!(results(&home.path().join("whole-out")), results(&home.path().join("left-out")));
+}
+
+#[test]
+fn a_file_that_comes_damaged_is_fetched_once_more_and_then_told() {
+    let images = some_images(1);
+    for file in ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"] {
+        let home = TempDir::new().unwrap();
+        let web = Web::start(Site { spoilt: vec![file.to_owned()], ..site() });
+        let refused =
+            run(&mut label(&web.url, home.path(), "hf://test/digits", images.path(), &home.path().join("out")));
+        assert_eq!(refused.status.code(), Some(1));
+        for word in [file, "twice", "hash", "hf://test/digits"] {
+            assert!(stderr(&refused).contains(word), "{}", stderr(&refused));
+        }
+        assert_eq!(web.asked().iter().filter(|path| path.contains("resolve") && path.ends_with(file)).count(), 2);
+        let own = sorted(&home.path().join("hf/hub/models--test--digits/.elbo"));
+        assert!(!own.iter().any(|path| path.extension().is_some_and(|e| e == "part")), "{own:?}");
+    }
+}
+
+#[test]
+fn a_cached_file_that_was_cut_off_or_changed_is_fetched_again_or_told_without_the_hub() {
+    let (home, images) = (TempDir::new().unwrap(), some_images(1));
+    let out = home.path().join("out");
+    let web = Web::start(site());
+    let url = web.url.clone();
+    let label = || label(&url, home.path(), "hf://test/digits", images.path(), &out);
+    run_ok(&mut label());
+    let weights = home
+        .path()
+        .join("hf/hub/models--test--digits/snapshots")
+        .join(COMMIT)
+        .join("unet/diffusion_pytorch_model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    let mut changed = whole.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    for bad in [&whole[..whole.len() / 2], &changed] {
+        std::fs::write(weights.canonicalize().unwrap(), bad).unwrap();
+        let refused = run(label().env("HF_HUB_OFFLINE", "1"));
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(stderr(&refused).contains("cut off or changed"), "{}", stderr(&refused));
+        let mended = run_ok(&mut label());
+        assert!(stderr(&mended).contains("fetching unet/diffusion_pytorch_model.safetensors"), "{}", stderr(&mended));
+        assert!(std::fs::read(&weights).unwrap() == whole);
+        run_ok(label().env("HF_HUB_OFFLINE", "1"));
+    }
+}
+
+#[test]
+fn names_that_lead_out_of_the_cache_are_refused() {
+    let (home, images) = (TempDir::new().unwrap(), some_images(1));
+    let mut files = digits();
+    let index = String::from_utf8(files["model_index.json"].clone()).unwrap();
+    let hostile = index.replacen('{', "{\"a/../../../x\": [\"diffusers\", \"Y\"],", 1);
+    files.insert("model_index.json".into(), hostile.into_bytes());
+    files.insert("a/../../../x/config.json".into(), b"{}".to_vec());
+    let versions = BTreeMap::from([("main".to_owned(), (COMMIT.to_owned(), files))]);
+    let web = Web::start(Site { models: BTreeMap::from([("test/hostile".to_owned(), versions)]), ..Site::default() });
+    let refused = run(&mut label(&web.url, home.path(), "hf://test/hostile", images.path(), &home.path().join("out")));
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("a/../../../x") && stderr(&refused).contains("outside"), "{}", stderr(&refused));
+    assert!(!web.asked().iter().any(|path| path.contains("/x/")), "{:?}", web.asked());
+}
+
+#[test]
+fn a_mirror_is_checked_by_its_list_of_hashes_and_says_where_it_has_none() {
+    let (home, images) = (TempDir::new().unwrap(), some_images(1));
+    let served = |files: Files| {
+        let versions = BTreeMap::from([("main".to_owned(), (COMMIT.to_owned(), files))]);
+        Web::start(Site { models: BTreeMap::from([("plain/digits".to_owned(), versions)]), ..Site::default() })
+    };
+    let without = served(digits());
+    let label = |web: &Web, out: &str| {
+        let url = format!("{}/plain/digits", web.url);
+        label(&web.url, home.path(), &url, images.path(), &home.path().join(out))
+    };
+    let told = run_ok(&mut label(&without, "without"));
+    assert!(stderr(&told).contains("names no hash"), "{}", stderr(&told));
+    let mut files = digits();
+    let list = format!("{}  unet/diffusion_pytorch_model.safetensors\n", "0".repeat(64));
+    files.insert("SHA256SUMS".into(), list.into_bytes());
+    let refused = run(&mut label(&served(files), "with"));
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("another hash"), "{}", stderr(&refused));
+}
+
+#[test]
 fn a_model_at_a_url_is_fetched_once() {
     let (home, images, web) = (TempDir::new().unwrap(), some_images(1), Web::start(site()));
     let (url, out) = (format!("{}/plain/digits", web.url), home.path().join("out"));
@@ -168,4 +282,37 @@ fn a_model_at_a_url_is_fetched_once() {
     let again = run_ok(&mut label(&web.url, home.path(), &url, images.path(), &home.path().join("again")));
     assert!(!stderr(&again).contains("fetching"), "{}", stderr(&again));
     assert_eq!(results(&out), results(&home.path().join("again")));
+}
+
+#[test]
+fn a_list_from_the_web_names_what_is_there_and_nothing_of_this_machine() {
+    let (home, images) = (TempDir::new().unwrap(), some_images(1));
+    let (files, local) = (TempDir::new().unwrap(), sorted(&sorted(images.path())[0])[0].clone());
+    std::fs::copy(&local, files.path().join("here.png")).unwrap();
+    std::fs::write(files.path().join("list.txt"), format!("here.png\n{}\n", local.display())).unwrap();
+    std::fs::write(files.path().join("list.csv"), "path\nhttp://localhost:9/x.png\n").unwrap();
+    let served = Web::serve(files.path());
+    let label = |list: &str| {
+        let mut flags = job_flags(images.path(), &home.path().join("out"));
+        flags[1] = format!("{}/{list}", served.files());
+        let labels = flags.iter().position(|flag| flag == "--label-from").unwrap();
+        flags.drain(labels..labels + 2);
+        let mut command = elbo();
+        command.arg("label").args(flags);
+        command
+    };
+    for (list, words) in [
+        ("list.txt", ["line 2", local.to_str().unwrap(), "--list-origins file://"]),
+        ("list.csv", ["line 2", "http://localhost:9/x.png", "--list-origins http://localhost:9"]),
+    ] {
+        let refused = run(&mut label(list));
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(words.iter().all(|word| stderr(&refused).contains(word)), "{}", stderr(&refused));
+    }
+    assert!(!served.asked().iter().any(|path| path.contains("x.png")));
+    run_ok(label("list.txt").env("ELBO_LIST_ORIGINS", "https://cdn.example,file://"));
+    let wrong = run(label("list.txt").args(["--list-origins", "cdn.example"]));
+    assert_eq!(wrong.status.code(), Some(2));
+    // What may be named is no part of the job: it is known, and resumed, without the flag.
+    run_ok(&mut label("list.txt"));
 }

@@ -4,9 +4,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use elbo_tests::link::{Link, State};
 use elbo_tests::service::{Service, TOKEN};
-use elbo_tests::{PATIENCE, Process, elbo, run, stderr};
+use elbo_tests::{PATIENCE, Process, elbo, json, run, stderr};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
@@ -94,7 +96,7 @@ fn a_job_over_mutual_tls_ends_like_any_other_and_who_can_not_take_part_learns_wh
     }
     let good = [&ca[..], &client.flags()].concat();
     fails(status(&url, &good).env("ELBO_TOKEN", "guessed"), 1, &["the token is wrong"]);
-    let waiting = elbo_tests::json(&mut status(&url, &good));
+    let waiting = json(&mut status(&url, &good));
     assert_eq!(waiting["state"], "waiting for workers");
 
     let by_name = format!("https://localhost:{}", service.address.rsplit(':').next().unwrap());
@@ -127,6 +129,44 @@ fn certificates_that_are_over_or_for_another_name_and_ports_without_tls_are_told
     let service = Service::new(1);
     let _coordinator = service.coordinator(&[]);
     fails(service.worker(&format!("https://{}", service.address)).args(ca), 1, &["it speaks no TLS", "http://"]);
+}
+
+#[test]
+fn files_that_are_replaced_are_used_without_a_restart_and_the_job_goes_on() {
+    let service = Service::new(10);
+    let ours = Authority::new(service.files.path(), "authority");
+    let server = ours.issue("server", &["127.0.0.1"], 2021);
+    let trusted = service.file("trusted.pem");
+    std::fs::copy(&ours.pem, &trusted).unwrap();
+    let ca = ["--tls-ca", trusted.to_str().unwrap()];
+    let url = format!("https://{}", service.address);
+    let mut coordinator = service.coordinator(&server.flags());
+    fails(&mut status(&url, &ca), 1, &["has expired"]);
+    ours.issue("server", &["127.0.0.1"], 2090);
+    assert_eq!(json(&mut status(&url, &ca))["state"], "waiting for workers");
+    // In the middle of being written.
+    std::fs::write(&server.0, "-----BEGIN CERTIFICATE-----\nMII").unwrap();
+    assert_eq!(json(&mut status(&url, &ca))["state"], "waiting for workers");
+    assert!(service.log().contains("the old ones stay in use"), "{}", service.log());
+    ours.issue("server", &["127.0.0.1"], 2090);
+
+    let link = Link::start(&service.address);
+    let mut worker = Process::start(service.worker(&format!("https://{}", link.address)).args(ca));
+    let end = Instant::now() + PATIENCE;
+    while json(&mut status(&url, &ca))["evaluations"] == 0 {
+        assert!(Instant::now() < end, "{}", service.log());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // From now on both ends know another authority alone, and have to meet anew.
+    let next = Authority::new(service.files.path(), "next");
+    next.issue("server", &["127.0.0.1"], 2090);
+    std::fs::copy(&next.pem, &trusted).unwrap();
+    link.set(State::Cut);
+    std::thread::sleep(Duration::from_millis(300));
+    link.set(State::Up);
+    assert_eq!(coordinator.wait(PATIENCE), Some(0), "{}", service.log());
+    assert_eq!(worker.wait(PATIENCE), Some(0));
+    service.check_results();
 }
 
 #[test]

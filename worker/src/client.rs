@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use elbo_common::ids::LeaseKey;
@@ -89,13 +89,45 @@ impl Interceptor for Bearer {
 /// How long a worker that leaves waits for an answer.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
 
+/// A coordinator's stub, which brings the token.
+type Stub = CoordinatorClient<InterceptedService<Channel, Bearer>>;
+
+/// How a coordinator is connected to.
+#[derive(Clone, Debug)]
+struct Line {
+    /// Without TLS.
+    endpoint: Endpoint,
+    tls: Option<ClientTls>,
+    token: Bearer,
+}
+
+impl Line {
+    /// A stub that connects when first used, with the TLS files as they are now; and which these are.
+    fn connect(&self) -> Result<(Stub, u64), TlsError> {
+        let mut endpoint = self.endpoint.clone();
+        let mut generation = 0;
+        if let Some(tls) = &self.tls {
+            let (config, current) = tls.config();
+            let setup = |e: tonic::transport::Error| TlsError::Setup(whole(&e));
+            endpoint = endpoint.tls_config(config).map_err(setup)?;
+            generation = current;
+        }
+        let stub = CoordinatorClient::with_interceptor(endpoint.connect_lazy(), self.token.clone())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok((stub, generation))
+    }
+}
+
 /// A coordinator, as a worker sees it.
 #[derive(Clone, Debug)]
 pub struct Client {
-    inner: CoordinatorClient<InterceptedService<Channel, Bearer>>,
+    /// The stub, and which TLS files it was made with.
+    stub: Arc<Mutex<(Stub, u64)>>,
+    line: Arc<Line>,
     address: String,
-    /// Host and port, and how TLS is spoken with them.
-    peer: Arc<(String, u16, Option<ClientTls>)>,
+    /// Host and port.
+    peer: Arc<(String, u16)>,
     /// The coordinator has answered a call: address and TLS are right.
     answered: Arc<AtomicBool>,
     /// The worker's name, unique for its process.
@@ -116,7 +148,7 @@ impl Client {
         patience: Duration,
     ) -> Result<Self, ClientError> {
         let wrong = |_| ClientError::Address(address.to_owned());
-        let mut endpoint = Endpoint::from_shared(address.to_owned()).map_err(wrong)?;
+        let endpoint = Endpoint::from_shared(address.to_owned()).map_err(wrong)?;
         let uri = endpoint.uri().clone();
         let tls = match uri.scheme_str() {
             Some("http") => None,
@@ -125,10 +157,6 @@ impl Client {
         };
         let host = uri.host().ok_or_else(|| ClientError::Address(address.to_owned()))?.to_owned();
         let port = uri.port_u16().unwrap_or(if tls.is_some() { 443 } else { 80 });
-        if let Some(tls) = &tls {
-            let setup = |e: tonic::transport::Error| TlsError::Setup(whole(&e));
-            endpoint = endpoint.tls_config(tls.config()).map_err(setup)?;
-        }
         let endpoint = endpoint
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true)
@@ -146,25 +174,39 @@ impl Client {
             // It is left out where headers are shown.
             token.set_sensitive(true);
         }
-        let inner = CoordinatorClient::with_interceptor(endpoint.connect_lazy(), Bearer(token))
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let (peer, answered) = (Arc::new((host, port, tls)), Arc::default());
-        Ok(Self { inner, address: address.to_owned(), peer, answered, worker, job: Arc::default(), patience })
+        let line = Line { endpoint, tls, token: Bearer(token) };
+        let stub = Arc::new(Mutex::new(line.connect()?));
+        let (line, peer, answered) = (Arc::new(line), Arc::new((host, port)), Arc::default());
+        Ok(Self { stub, line, address: address.to_owned(), peer, answered, worker, job: Arc::default(), patience })
+    }
+
+    fn stub(&self) -> Stub {
+        self.stub.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// After a call that was not answered: where the TLS files have changed, the next one goes over a new connection. One
+    /// that stands is left alone, however old its certificates.
+    fn renew(&self) {
+        let Some(tls) = &self.line.tls else { return };
+        let (_, generation) = tls.config();
+        let mut stub = self.stub.lock().unwrap_or_else(PoisonError::into_inner);
+        if stub.1 != generation {
+            match self.line.connect() {
+                Ok(renewed) => *stub = renewed,
+                Err(error) => tracing::debug!(%error, "the renewed TLS files can't be used"),
+            }
+        }
     }
 
     /// Calls until answered, with growing pauses while the coordinator can't be reached.
-    async fn call<T, F>(
-        &self,
-        call: impl Fn(CoordinatorClient<InterceptedService<Channel, Bearer>>) -> F,
-    ) -> Result<T, CallError>
+    async fn call<T, F>(&self, call: impl Fn(Stub) -> F) -> Result<T, CallError>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let mut silent_since: Option<tokio::time::Instant> = None;
         let mut pause = Duration::from_millis(100);
         loop {
-            let status = match call(self.inner.clone()).await {
+            let status = match call(self.stub()).await {
                 Ok(response) => {
                     self.answered.store(true, Ordering::Relaxed);
                     return Ok(response.into_inner());
@@ -187,10 +229,11 @@ impl Client {
                 }
                 _ => {}
             }
+            self.renew();
             // A coordinator that has answered before speaks TLS as this worker does: then it is just away.
             if silent_since.is_none() && !self.answered.load(Ordering::Relaxed) {
-                let (host, port, tls) = &*self.peer;
-                match tls::diagnose(host, *port, tls.as_ref()).await {
+                let (host, port) = &*self.peer;
+                match tls::diagnose(host, *port, self.line.tls.as_ref()).await {
                     Some(TlsProblem::Other(problem)) => reason = problem,
                     Some(problem) => {
                         let address = self.address.clone();
@@ -308,7 +351,7 @@ impl Client {
         let (worker, reason) = (self.worker.clone(), reason.to_owned());
         let request = v1::ReleaseRequest { worker, leaving: true, reason, ..v1::ReleaseRequest::default() };
         metrics().left(&self.worker);
-        let mut client = self.inner.clone();
+        let mut client = self.stub();
         match tokio::time::timeout(GOODBYE, client.release(request)).await {
             Ok(Ok(_)) => {}
             Ok(Err(status)) => tracing::debug!(reason = status.message(), "left without a goodbye"),

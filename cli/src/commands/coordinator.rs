@@ -26,6 +26,12 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
             args.listen
         )));
     }
+    if token.is_some() && tls.is_none() && !args.listen.ip().is_loopback() {
+        tracing::warn!(
+            listen = %args.listen,
+            "workers send the token to this address unencrypted: whoever can listen on the way can use it; give --tls-cert and --tls-key"
+        );
+    }
     let time_to_live = Duration::try_from_secs_f64(args.lease_seconds)
         .ok()
         .filter(|d| *d >= Duration::from_millis(500))

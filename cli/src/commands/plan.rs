@@ -72,6 +72,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
                 image_column: flags.image_column.as_deref(),
                 classes: of_job.is_some().then_some(&classes),
                 limit: flags.limit,
+                origins: &flags.list_origins,
             };
             let mut counts = CaptionCounts::default();
             dataset::list(images, &options, &mut counts).await?;

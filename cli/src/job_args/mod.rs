@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use elbo_common::audit::Share;
+use elbo_common::dataset::Origin;
 use elbo_common::ensemble::PromptEnsemble;
 use elbo_common::job::ModelDtype;
 use elbo_common::loss::Loss;
@@ -78,6 +79,11 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_IMAGE_COLUMN", value_name = "COLUMN")]
     #[serde(alias = "image-column")]
     pub(crate) image_column: Option<String>,
+    /// What a list or .parquet file read from the network may name besides its own origin: https://host[:port], s3://bucket, * for
+    /// every origin, file:// for files of this machine and the workers'
+    #[arg(long, env = "ELBO_LIST_ORIGINS", value_delimiter = ',', value_name = "ORIGIN,ORIGIN")]
+    #[serde(alias = "list-origins", deserialize_with = "many_from_str")]
+    pub(crate) list_origins: Vec<Origin>,
     /// How a class's prompts make its score: max (its best prompt counts) or mean (--keep then counts classes) [default: max]
     #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
     #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
@@ -227,6 +233,11 @@ fn from_str<'de, D: Deserializer<'de>, T: std::str::FromStr<Err = String>>(from:
     String::deserialize(from)?.parse().map(Some).map_err(serde::de::Error::custom)
 }
 
+fn many_from_str<'de, D: Deserializer<'de>, T: std::str::FromStr<Err = String>>(from: D) -> Result<Vec<T>, D::Error> {
+    let texts: Vec<String> = one_or_many(from)?;
+    texts.iter().map(|text| text.parse().map_err(serde::de::Error::custom)).collect()
+}
+
 /// The job's flags, or a file with them.
 #[derive(Debug, Args)]
 pub(crate) struct JobSource {
@@ -267,6 +278,7 @@ impl JobArgs {
             template: if self.template.is_empty() { file.template } else { self.template },
             candidates: self.candidates.or(file.candidates),
             image_column: self.image_column.or(file.image_column),
+            list_origins: if self.list_origins.is_empty() { file.list_origins } else { self.list_origins },
             prompt_ensemble: self.prompt_ensemble.or(file.prompt_ensemble),
             model: self.model.or(file.model),
             lora: if self.lora.is_empty() { file.lora } else { self.lora },
@@ -321,6 +333,10 @@ mod tests {
         assert_eq!(file.loss, Some(Loss::L1));
         assert_eq!(file.max_bad, Some(MaxBad::Percent(2.0)));
         assert_eq!((file.batch.map(NonZeroUsize::get), file.progress), (Some(8), Some(ProgressMode::Json)));
+        let lists: JobArgs = toml::from_str("list-origins = ['https://cdn.example', 'file://']").unwrap();
+        assert_eq!(lists.list_origins, ["https://cdn.example".parse().unwrap(), Origin::Files]);
+        let error = toml::from_str::<JobArgs>("list_origins = 'cdn.example'").unwrap_err().to_string();
+        assert!(error.contains("https://host"), "{error}");
         let error = toml::from_str::<JobArgs>("imags = 'x'").unwrap_err().to_string();
         assert!(error.contains("unknown field `imags`"));
     }

@@ -8,7 +8,7 @@ use url::Url;
 
 use super::collector::Collector;
 use super::walk::{local_etag, url_of};
-use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions, read_object};
+use super::{DatasetError, Found, ListOptions, Origin, Reader, caption_of, check_captions, origin, read_object};
 use crate::store::{Location, StoreError};
 
 /// Names of the column with the paths, the first that is there counts.
@@ -65,7 +65,7 @@ pub(super) async fn list(
         if entry.key.is_empty() {
             return Err(list.line(line, "the path is empty"));
         }
-        let image = list.base.locate(&entry.key).map_err(|e| list.line(line, e.to_string()))?;
+        let image = list.base.locate(&entry.key, options.origins).map_err(|problem| list.line(line, problem))?;
         if let Some(first) = lines.insert(image.to_string(), line) {
             return Err(list.line(line, format!("'{}' is in line {first} already: list each image once", entry.key)));
         }
@@ -161,17 +161,23 @@ impl Base {
         }
     }
 
-    /// Where the image written as `key` lies.
-    pub(super) fn locate(&self, key: &str) -> Result<Location, StoreError> {
+    /// Where the image written as `key` lies. What comes from the network names what is at its own origin, or at `origins`:
+    /// who wrote it should not choose what is read of this machine and of its network.
+    pub(super) fn locate(&self, key: &str, origins: &[Origin]) -> Result<Location, String> {
+        let parsed = |text: &str| Location::parse(text).map_err(|error| error.to_string());
         // A one-letter scheme is a drive letter, not a URL.
         let is_url = Url::parse(key).is_ok_and(|url| url.scheme().len() > 1);
-        match self {
-            _ if is_url || FsPath::new(key).is_absolute() => Location::parse(key),
-            Self::Directory(directory) => Location::parse(&directory.join(key).to_string_lossy()),
+        let found = match self {
+            _ if is_url || FsPath::new(key).is_absolute() => parsed(key)?,
+            Self::Directory(directory) => return parsed(&directory.join(key).to_string_lossy()),
             Self::Prefix(prefix) => {
                 let (above, key) = upwards(prefix, key);
-                Location::parse(&url_of(&above, &key))
+                parsed(&url_of(&above, &key))?
             }
+        };
+        match self {
+            Self::Directory(_) => Ok(found),
+            Self::Prefix(prefix) => origin::check(prefix, &found, origins).map(|()| found),
         }
     }
 }

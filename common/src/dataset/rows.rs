@@ -17,7 +17,7 @@ use parquet::file::metadata::RowGroupMetaData;
 
 use super::file_list::{ASKED, Base, PATH_COLUMNS, find};
 use super::walk::File;
-use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions};
+use super::{DatasetError, Found, ListOptions, Origin, Reader, caption_of, check_captions};
 use crate::manifest::Part;
 use crate::parquet_file::{ParquetFile, store_error};
 use crate::store::Location;
@@ -104,17 +104,26 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
             in_group += batch.num_rows() as u64;
         }
     }
-    if found.iter().any(|sample| sample.part.is_none()) { locate_all(reader, file, found).await } else { Ok(found) }
+    if found.iter().any(|sample| sample.part.is_none()) {
+        locate_all(reader, file, found, options.origins).await
+    } else {
+        Ok(found)
+    }
 }
 
 /// Finds the files of rows that name them, beside rows that hold their images.
-async fn locate_all(reader: &Reader, file: &File, found: Vec<Found>) -> Result<Vec<Found>, DatasetError> {
+async fn locate_all(
+    reader: &Reader,
+    file: &File,
+    found: Vec<Found>,
+    origins: &[Origin],
+) -> Result<Vec<Found>, DatasetError> {
     let base = &Base::of(&Location::parse(&file.location)?);
     futures::stream::iter((0u64..).zip(found))
         .map(|(row, mut sample)| async move {
             if sample.part.is_none() {
                 let wrong = |problem: String| file.wrong(format!("has a row {row} that can't be used: {problem}"));
-                let image = base.locate(&sample.key).map_err(|e| wrong(e.to_string()))?;
+                let image = base.locate(&sample.key, origins).map_err(wrong)?;
                 (sample.location, sample.size, sample.etag) = find(reader, &sample.key, image).await.map_err(wrong)?;
             }
             Ok(sample)

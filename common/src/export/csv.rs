@@ -1,8 +1,9 @@
-//! One CSV file: a line per sample, with the names and mean errors of its best classes.
+//! One CSV file: a line per sample, with the names and mean errors of its best classes. No cell is a formula ([`cell`]).
 
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt};
 
+use super::cell::cell;
 use super::sink::Sink;
 use super::{ExportError, Exported, Options, Rows};
 use crate::class::Classes;
@@ -69,19 +70,19 @@ fn fields(row: &Prediction, classes: &Classes, scores: usize) -> Vec<String> {
     }
     let labelled = row.labelled();
     let mut fields = vec![
-        row.key.clone(),
-        row.label.clone().unwrap_or_default(),
-        labelled.map_or(String::new(), |l| l.class_name.clone()),
+        cell(&row.key),
+        row.label.as_deref().map(cell).unwrap_or_default(),
+        labelled.map_or(String::new(), |l| cell(&l.class_name)),
         text(labelled.map(|l| l.class)),
         text(row.confidence()),
         text(row.margin()),
         row.evaluations.to_string(),
         row.status().to_owned(),
-        row.error().unwrap_or_default().to_owned(),
+        row.error().map(cell).unwrap_or_default(),
     ];
     for k in 0..scores {
         let score = row.scores().get(k);
-        fields.push(score.map_or(String::new(), |s| classes.name(s.class).to_owned()));
+        fields.push(score.map_or(String::new(), |s| cell(classes.name(s.class))));
         fields.push(text(score.map(|s| s.mean_error)));
     }
     fields

@@ -2,6 +2,7 @@
 //!
 //! Rows pass through one by one. A file appears complete or not at all.
 
+mod cell;
 mod csv;
 mod sidecar;
 mod sink;

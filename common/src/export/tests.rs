@@ -132,6 +132,21 @@ async fn csv_has_a_line_for_every_sample_with_its_best_classes() {
 }
 
 #[tokio::test]
+async fn a_spreadsheet_computes_nothing_of_an_exported_csv() {
+    let directory = TempDir::new().unwrap();
+    let out = output(&["=HYPERLINK(\"http://evil/\").png", "@a.png", "-1", "b\u{1b}[2J.png"]).await;
+    let to = at(&directory, "labels.csv");
+    export(&out, &spec(json!({})), &to, Options { scores: Some(0), ..options(Format::Csv) }).await.unwrap();
+    let text = std::fs::read_to_string(to.local().unwrap()).unwrap();
+    let lines: Vec<&str> = text.lines().skip(1).collect();
+    let rest = ",\"dog, wet\",7,,0.25,60,ok,";
+    assert_eq!(lines[0], format!("\"'=HYPERLINK(\"\"http://evil/\"\").png\",\"dog, wet\"{rest}"));
+    assert_eq!(lines[1], format!("'@a.png,{rest}"));
+    assert!(lines[2].starts_with("-1,"), "{text}");
+    assert!(text.contains("b\\u{1b}[2J.png,"), "{text}");
+}
+
+#[tokio::test]
 async fn csv_has_no_more_columns_than_a_job_has_classes_or_kept_scores() {
     let out = output(&["0.png"]).await;
     for (change, scores, expected) in [

@@ -13,7 +13,9 @@ use serde::Deserialize;
 use url::Url;
 
 use super::cache::{Cache, user_cache};
+use super::digest::Digest;
 use super::{Body, Listing, RemoteFile, SourceError};
+use crate::store::Location;
 
 /// A repository and its revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +65,12 @@ pub(super) struct Hub {
 impl fmt::Debug for Hub {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hub").field("model", &self.model).field("endpoint", &self.endpoint.as_str()).finish()
+    }
+}
+
+impl fmt::Display for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.model, Location::Remote(self.endpoint.clone()))
     }
 }
 
@@ -140,10 +148,17 @@ impl Hub {
             return Err(broken(format!("'{}' is not a commit", info.sha)));
         }
         let file = |sibling: Sibling| {
-            let key = sibling.lfs.map(|lfs| lfs.sha256).or(sibling.blob_id).filter(|key| is_key(key));
-            let named = || blake3::hash(format!("{}/{}", info.sha, sibling.rfilename).as_bytes()).to_hex().to_string();
+            let Sibling { rfilename: path, size, blob_id, lfs } = sibling;
+            // Large files are in Git as pointers, whose hash says nothing about the content.
+            let digest = match &lfs {
+                Some(lfs) => Digest::sha256(&lfs.sha256),
+                None => blob_id.as_deref().and_then(Digest::git_blob),
+            };
+            let key = lfs.map(|lfs| lfs.sha256).or(blob_id).filter(|key| is_key(key));
+            // A letter more than hashes have, so that it is not taken for one.
+            let named = || format!("n{}", blake3::hash(format!("{}/{path}", info.sha).as_bytes()).to_hex());
             let key = key.unwrap_or_else(named);
-            RemoteFile { path: sibling.rfilename, key, size: sibling.size, etag: None }
+            RemoteFile { path, key, size, etag: None, digest }
         };
         Ok(Listing { files: info.siblings.into_iter().map(file).collect(), revision: info.sha })
     }

@@ -1,12 +1,16 @@
 //! A model below a URL of an object store, or of a web server.
+//!
+//! Such a place says how large its files are, and a hash only where a list made with `sha256sum` lies beside the model.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
 
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt};
 use url::Url;
 
+use super::digest::Digest;
 use super::{Body, Listing, RemoteFile, SourceError};
 use crate::model_files::{self, MODEL_INDEX};
 use crate::store::{Location, Store, StoreError};
@@ -27,11 +31,20 @@ const USUAL: [&str; 12] = [
     "diffusion_pytorch_model.fp16.safetensors",
 ];
 
+/// The list of hashes, if there is one: lines as `sha256sum` writes them, with paths relative to the model.
+const SUMS: &str = "SHA256SUMS";
+
 /// A prefix with a model.
 #[derive(Debug)]
 pub(super) struct Mirror {
     url: Url,
     store: Store,
+}
+
+impl fmt::Display for Mirror {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.store.location().fmt(f)
+    }
 }
 
 impl Mirror {
@@ -48,12 +61,16 @@ impl Mirror {
             _ => store.list(None).try_collect().await.map_err(|source| failed("listing", "", source))?,
         };
         found.sort_by(|a, b| a.location.cmp(&b.location));
+        let sums = self.store.read(&Path::from(SUMS)).await?;
+        let mut sums = sums.map(|bytes| hashes(&String::from_utf8_lossy(&bytes))).unwrap_or_default();
         let mut revision = blake3::Hasher::new();
         let file = |meta: ObjectMeta| {
             let version = meta.e_tag.clone().unwrap_or_else(|| format!("{} {}", meta.last_modified, meta.size));
             let key = blake3::hash(format!("{}\n{version}", meta.location).as_bytes()).to_hex().to_string();
             revision.update(key.as_bytes());
-            RemoteFile { path: meta.location.to_string(), key, size: Some(meta.size), etag: meta.e_tag }
+            let path = meta.location.to_string();
+            let digest = sums.remove(&path);
+            RemoteFile { path, key, size: Some(meta.size), etag: meta.e_tag, digest }
         };
         let files = found.into_iter().map(file).collect();
         Ok(Listing { files, revision: revision.finalize().to_hex()[..40].to_owned() })
@@ -97,6 +114,32 @@ impl Mirror {
     }
 }
 
+/// The files' hashes in a list of `sha256sum`: `HASH  PATH`, or `HASH *PATH`.
+fn hashes(list: &str) -> HashMap<String, Digest> {
+    let lines = list.lines().filter_map(|line| {
+        let (hash, path) = line.trim().split_once(' ')?;
+        let path = path.trim_start_matches([' ', '*']).trim_start_matches("./");
+        Some((path.to_owned(), Digest::sha256(hash)?))
+    });
+    lines.collect()
+}
+
 fn failed(action: &'static str, path: &str, source: object_store::Error) -> SourceError {
     StoreError::Object { action, path: path.to_owned(), source }.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_hashes_is_read_as_sha256sum_writes_it() {
+        let hash = "ab".repeat(32);
+        let list = format!("{hash}  unet/config.json\n{hash} *./vae/model.safetensors\n# remark\n\nshort  x\n");
+        let found = hashes(&list);
+        assert_eq!(found.len(), 2);
+        let expected = Digest::sha256(&hash);
+        assert_eq!(found.get("unet/config.json"), expected.as_ref());
+        assert_eq!(found.get("vae/model.safetensors"), expected.as_ref());
+    }
 }

@@ -4,6 +4,7 @@
 //! alone. Only the files that a job reads are fetched ([`crate::model_files`]).
 
 mod cache;
+mod digest;
 mod hub;
 mod mirror;
 
@@ -15,6 +16,7 @@ use url::Url;
 pub use self::cache::own_cache;
 
 use self::cache::Cache;
+use self::digest::Digest;
 use self::hub::{Hub, HubModel};
 use self::mirror::Mirror;
 use crate::model_files::{self, MODEL_INDEX};
@@ -84,6 +86,27 @@ pub enum SourceError {
         /// Whether another attempt may succeed.
         transient: bool,
     },
+    /// A file came twice with another hash than its source names.
+    #[error(
+        "fetching {path} of {source_name}: it came twice with another hash than its source names, so it is damaged there or \
+         on the way: try again later, or fetch the model elsewhere and give its directory"
+    )]
+    Hash {
+        /// The file.
+        path: String,
+        /// The hub or URL.
+        source_name: String,
+    },
+    /// A file in the cache is not what it was.
+    #[error(
+        "{0} in the model cache is cut off or changed: remove it, and run this again where the model can be fetched"
+    )]
+    Damaged(PathBuf),
+    /// A file's name leads out of the model's directory.
+    #[error(
+        "the model names a file {0:?}, which could lie outside its directory: fetch the model from where you trust it"
+    )]
+    Name(String),
     /// Not in the cache, and not to be fetched.
     #[error("{0} is not in the cache, and HF_HUB_OFFLINE is set: unset it to fetch the model")]
     Offline(String),
@@ -123,6 +146,13 @@ pub enum Wanted {
     Everything,
     /// Configurations alone: they tell the noise schedule and a class-conditional model's classes.
     Configuration,
+}
+
+impl Wanted {
+    /// Whether a file is among what is needed.
+    fn includes(self, path: &str) -> bool {
+        self == Self::Everything || path.starts_with("scheduler/") || path.ends_with("config.json")
+    }
 }
 
 /// The directories with a job's models on this machine.
@@ -194,7 +224,10 @@ impl ModelSource {
                 let hub = Hub::from_environment(model.clone())?;
                 let cache = hub.cache();
                 if hub.is_offline() {
-                    return cache.snapshot(&model.revision).ok_or_else(|| SourceError::Offline(model.to_string()));
+                    let snapshot = cache.snapshot(&model.revision);
+                    let snapshot = snapshot.ok_or_else(|| SourceError::Offline(model.to_string()))?;
+                    cache.check(&snapshot, wanted).await?;
+                    return Ok(snapshot);
                 }
                 (Remote::Hub(hub), cache, model.revision.as_str())
             }
@@ -203,6 +236,7 @@ impl ModelSource {
             Ok(listing) => self.fill(&cache, &remote, &listing, revision, wanted, note).await,
             Err(error) if error.is_unreachable() => match cache.snapshot(revision) {
                 Some(snapshot) => {
+                    cache.check(&snapshot, wanted).await?;
                     note(format!("{error}; using the copy in {}", snapshot.display()));
                     Ok(snapshot)
                 }
@@ -237,9 +271,7 @@ impl ModelSource {
             None => return Err(SourceError::NoIndex(self.to_string())),
         };
         for path in needed {
-            let wanted =
-                wanted == Wanted::Everything || path.starts_with("scheduler/") || path.ends_with("config.json");
-            if let Some(file) = find(&path).filter(|_| wanted) {
+            if let Some(file) = find(&path).filter(|_| wanted.includes(&path)) {
                 cache.fetch(remote, &listing.revision, file, &note).await?;
             }
         }
@@ -281,6 +313,8 @@ struct RemoteFile {
     size: Option<u64>,
     /// What the store calls this version.
     etag: Option<String>,
+    /// What its content must hash to, where the source tells.
+    digest: Option<Digest>,
 }
 
 /// The bytes of a file from an offset on.
@@ -294,6 +328,15 @@ struct Body {
 enum Remote {
     Hub(Hub),
     Mirror(Mirror),
+}
+
+impl fmt::Display for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hub(hub) => hub.fmt(f),
+            Self::Mirror(mirror) => mirror.fmt(f),
+        }
+    }
 }
 
 impl Remote {

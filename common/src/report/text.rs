@@ -2,17 +2,19 @@
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
+use crate::text::printable;
+
 /// Columns of a terminal a report is made for.
 pub(super) const WIDTH: usize = 80;
 
 /// How many columns a text takes.
 pub(super) fn width(text: &str) -> usize {
-    clean(text).width()
+    printable(text).width()
 }
 
 /// The beginning of a text, padded to exactly `columns`; an ellipsis stands for the rest.
 pub(super) fn head(text: &str, columns: usize) -> String {
-    let text = clean(text);
+    let text = printable(text);
     if text.width() <= columns {
         return pad(text, columns);
     }
@@ -23,17 +25,12 @@ pub(super) fn head(text: &str, columns: usize) -> String {
 
 /// The end of a text, padded to exactly `columns`: of a path, the end says more.
 pub(super) fn tail(text: &str, columns: usize) -> String {
-    let text = clean(text);
+    let text = printable(text);
     if text.width() <= columns {
         return pad(text, columns);
     }
     let end: String = prefix(text.chars().rev(), columns.saturating_sub(1)).chars().rev().collect();
     pad(format!("…{end}"), columns)
-}
-
-/// Control characters could move the cursor or change colours: they are shown as a mark.
-fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
 fn prefix(chars: impl Iterator<Item = char>, columns: usize) -> String {

@@ -135,6 +135,11 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
     if says("redirect without LOCATION") || says("AuthorizationHeaderMalformed") || says("PermanentRedirect") {
         return Some("the bucket is in another region: set AWS_REGION to its region");
     }
+    if says("non-2xx status code: 30") {
+        return Some(
+            "the server sends this request on to another place, which is not followed from outside into this machine or its network, nor for ever: give the URL it is at",
+        );
+    }
     match error {
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Some(
             "the store refuses these credentials: check the key, its expiry, and that it may read, write, list and delete there",

@@ -11,6 +11,7 @@ mod location;
 mod open;
 pub mod preflight;
 mod redact;
+mod redirect;
 pub mod retry;
 
 use std::collections::BTreeMap;

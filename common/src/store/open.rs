@@ -14,6 +14,7 @@ use url::{Position, Url};
 
 use super::credentials::{self, Environment};
 use super::listing::SteadyListing;
+use super::redirect::OutwardRedirects;
 use super::{Location, StoreError, describe};
 
 /// A client's builder with its settings; those it does not know are other programs'.
@@ -82,6 +83,7 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
             let options = client().with_allow_http(true);
             let root = &url[..Position::BeforePath];
             let builder = HttpBuilder::new().with_url(root).with_client_options(options).with_retry(retries());
+            let builder = builder.with_http_connector(OutwardRedirects);
             Box::new(builder.build().map_err(|e| settings(describe(&e)))?)
         }
         ObjectStoreScheme::Memory => Box::new(InMemory::new()),
@@ -93,12 +95,14 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
     Ok(if in_order { Arc::new(SteadyListing(Arc::new(store))) } else { Arc::new(store) })
 }
 
+/// How long a connection may take.
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long nothing may arrive.
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// Slow is not broken: a transfer may take as long as something arrives.
 fn client() -> ClientOptions {
-    ClientOptions::new()
-        .with_timeout_disabled()
-        .with_connect_timeout(Duration::from_secs(5))
-        .with_read_timeout(Duration::from_secs(60))
+    ClientOptions::new().with_timeout_disabled().with_connect_timeout(CONNECT_TIMEOUT).with_read_timeout(READ_TIMEOUT)
 }
 
 /// A few quick repetitions; [`super::retry`] and the ledger's database outlast longer troubles, and say so.

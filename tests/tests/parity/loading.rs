@@ -168,6 +168,16 @@ fn an_index_that_does_not_fit_its_shards_is_named() {
         }
         other => panic!("{other}"),
     }
+    // Such a file would be read, wherever it lies, and no fingerprint would know of it.
+    std::fs::copy(dir.join("part-1.safetensors"), model.path().join("part-2.safetensors")).unwrap();
+    let elsewhere = model.path().join("part-2.safetensors");
+    for shard in ["../part-2.safetensors", elsewhere.to_str().unwrap(), ".."] {
+        write(("conv_in.weight", shard));
+        match load_error(model.path()) {
+            ModelError::ShardName { shard: named, .. } => assert_eq!(named, shard),
+            other => panic!("{other}"),
+        }
+    }
     write(("conv_in.weight", "part-1.safetensors"));
     assert!(DiffusionModel::load(model.path()).is_ok());
 }

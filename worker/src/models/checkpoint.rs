@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use elbo_common::model_files::is_plain_name;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -89,6 +90,9 @@ impl Weights {
         let map = read_json::<ShardIndex>(index)?.weight_map;
         let mut opened = HashMap::new();
         for (key, shard) in map {
+            if !is_plain_name(&shard) {
+                return Err(ModelError::ShardName { index: index.to_owned(), shard });
+            }
             let at = match opened.get(&shard) {
                 Some(&at) => at,
                 None => {

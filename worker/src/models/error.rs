@@ -57,6 +57,17 @@ pub enum ModelError {
         /// A weight it should hold.
         key: String,
     },
+    /// A shard index names a file that is not beside it.
+    #[error(
+        "{}: it names a shard {shard:?}, which could lie outside the model's directory: fetch the model from where you trust it",
+        .index.display()
+    )]
+    ShardName {
+        /// The index.
+        index: PathBuf,
+        /// The name.
+        shard: String,
+    },
     /// A configuration asks for something this implementation does not do.
     #[error("{}: {key} = {value} is not supported", .path.display())]
     Unsupported {

@@ -133,7 +133,7 @@ async fn labels_from_elsewhere_are_captions_too() {
 #[test]
 fn paths_are_relative_to_the_list() {
     let base = |list: &str| Base::of(&Location::parse(list).unwrap());
-    let at = |list: &str, key: &str| base(list).locate(key).unwrap();
+    let at = |list: &str, key: &str| base(list).locate(key, &[Origin::Any]).unwrap();
     assert_eq!(at("/data/l.csv", "./a/b.png"), Location::Local("/data/a/b.png".into()));
     assert_eq!(at("/data/l.csv", "/x.png"), Location::Local("/x.png".into()));
     let remote = |url: &str| Location::Remote(Url::parse(url).unwrap());
@@ -144,6 +144,30 @@ fn paths_are_relative_to_the_list() {
     assert_eq!(at("s3://b/lists/l.csv", "../images/./x y.png"), remote("s3://b/images/x%20y.png"));
     assert_eq!(at("s3://b/lists/l.csv", "a/../b.png"), remote("s3://b/lists/b.png"));
     assert_eq!(at("https://host/l.csv", "../../b.png"), remote("https://host/b.png"));
+}
+
+#[test]
+fn a_list_from_the_network_names_what_is_at_its_own_origin_or_at_one_that_is_allowed() {
+    let at = |list: &str, key: &str, allowed: &[Origin]| Base::of(&Location::parse(list).unwrap()).locate(key, allowed);
+    for (key, flag) in [
+        ("/etc/passwd", "--list-origins file://"),
+        ("file:///etc/passwd", "--list-origins file://"),
+        ("http://169.254.169.254/x.png", "--list-origins http://169.254.169.254"),
+        ("s3://another/x.png", "--list-origins s3://another"),
+    ] {
+        for list in ["https://host/lists/l.txt", "s3://bucket/l.csv"] {
+            let error = at(list, key, &[]).unwrap_err();
+            assert!(error.contains(key.trim_start_matches("file://")) && error.ends_with(flag), "{error}");
+        }
+        let allowed = flag.trim_start_matches("--list-origins ").parse().unwrap();
+        assert!(at("https://host/lists/l.txt", key, &[allowed]).is_ok());
+        // The user's own list names what it likes.
+        assert!(at("/data/l.csv", key, &[]).is_ok());
+    }
+    for key in ["x.png", "../x.png", "https://host/x.png"] {
+        let Location::Remote(url) = at("https://host/lists/l.txt", key, &[]).unwrap() else { panic!("{key}") };
+        assert_eq!(url.host_str(), Some("host"));
+    }
 }
 
 #[test]
