@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use elbo_worker::WorkerError;
+
 /// Bad usage: the command line or job file asks for something impossible.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -19,7 +21,8 @@ pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
 
 /// Tells the user and picks the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    if error.is::<Interrupted>() {
+    // A worker that took too long to stop hands over nothing, and the job goes on as well.
+    if error.is::<Interrupted>() || matches!(error.downcast_ref(), Some(WorkerError::Grace(_))) {
         eprintln!("{error}");
         return ExitCode::from(3);
     }

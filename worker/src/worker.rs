@@ -208,7 +208,10 @@ impl Member {
             worked = self.work(&client, &device, &joined, &pulse, stop) => worked,
             // The coordinator hears from the worker while it loads the model, which may take minutes.
             never = silence(pulse.beat(&client, host, &device, heartbeat)) => never,
-            () = overdue => Err(WorkerError::Grace(grace.as_secs())),
+            () = overdue => {
+                pulse.abandon();
+                Err(WorkerError::Grace(grace.as_secs()))
+            }
         };
         if !matches!(worked, Err(WorkerError::OtherJob)) {
             let reason = worked.as_ref().err().map(ToString::to_string).unwrap_or_default();
