@@ -55,7 +55,7 @@ impl TokenArgs {
     /// The content of the token file, or of ELBO_TOKEN.
     fn read(&self) -> anyhow::Result<Option<String>> {
         let token = match &self.token_file {
-            Some(path) => Some(std::fs::read_to_string(path).with_context(|| {
+            Some(path) => Some(elbo_common::files::read_given_to_string(path).with_context(|| {
                 format!("reading the token file {}: give a text file this user may read", path.display())
             })?),
             None => match std::env::var("ELBO_TOKEN") {

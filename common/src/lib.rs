@@ -13,6 +13,7 @@ pub mod class;
 pub mod dataset;
 pub mod ensemble;
 pub mod export;
+pub mod files;
 pub mod fingerprint;
 pub mod ids;
 pub mod interval;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 use elbo_common::audit::Share;
 use elbo_common::ensemble::PromptEnsemble;
+use elbo_common::files;
 use elbo_common::job::ModelDtype;
 use elbo_common::loss::Loss;
 use elbo_common::preset::Preset;
@@ -242,7 +243,7 @@ impl JobSource {
     /// The flags over the job file's keys.
     pub(crate) fn resolve(&self) -> anyhow::Result<JobArgs> {
         let Some(path) = &self.job else { return Ok(self.flags.clone()) };
-        let text = std::fs::read_to_string(path)
+        let text = files::read_given_to_string(path)
             .map_err(|e| anyhow::anyhow!("reading the job file {}: {e}", path.display()))?;
         let file: JobArgs =
             toml::from_str(&text).map_err(|e| usage(format!("the job file {}: {e}", path.display())))?;

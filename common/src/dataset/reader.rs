@@ -1,7 +1,6 @@
 //! Reading one image, wherever it lies.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
@@ -13,6 +12,7 @@ use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStoreExt, ObjectStore
 use url::Url;
 
 use super::rows::{CellError, Cells};
+use crate::files;
 use crate::manifest::{Part, Sample};
 use crate::store::{Location, Store, StoreError, retry};
 
@@ -234,7 +234,7 @@ fn read_local(
         path: location.clone(),
         source: io_error(&location, e),
     };
-    let mut file = File::open(path).map_err(failed)?;
+    let mut file = files::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
     let changed = || ReadError::Changed { file: location.clone() };
     if expected.is_some_and(|expected| expected != size) {
