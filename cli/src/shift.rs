@@ -86,6 +86,7 @@ pub(crate) async fn label(
         engines,
         threads,
         batch: workers.device.batch,
+        decode_memory: workers.device.decode_bytes(),
         patience: Duration::from_secs(60),
         grace: Duration::from_secs(60),
         model: None,

@@ -8,6 +8,7 @@
 
 pub mod activity;
 pub mod audit;
+pub mod budget;
 pub mod calibration;
 pub mod class;
 pub mod dataset;

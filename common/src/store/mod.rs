@@ -8,6 +8,7 @@ mod error;
 mod listing;
 mod location;
 mod open;
+pub(crate) mod pace;
 pub mod preflight;
 mod redact;
 pub mod retry;
