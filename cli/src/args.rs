@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 use elbo_bench::engine::Subject;
+use elbo_common::budget::Memory;
 use elbo_common::ids::ShardId;
 use elbo_common::job::ModelDtype;
 use elbo_common::preset::Preset;
@@ -75,13 +77,27 @@ pub(crate) struct DeviceArgs {
     /// Evaluations in a batch [default: found by measuring]
     #[arg(long, env = "ELBO_BATCH")]
     pub(crate) batch: Option<NonZeroUsize>,
+    /// Memory of this process for images that are read and decoded ahead, like 512MiB; one that takes more is decoded alone
+    /// [default: 2GiB]
+    #[arg(long, env = "ELBO_DECODE_MEMORY", value_name = "SIZE")]
+    pub(crate) decode_memory: Option<ByteSize>,
 }
 
 impl DeviceArgs {
     /// These flags, with what they leave open taken from a job file.
     pub(crate) fn over(self, file: &JobArgs) -> Self {
-        let Self { device, threads, batch } = self;
-        Self { device: device.or_else(|| file.device.clone()), threads, batch: batch.or(file.batch) }
+        let Self { device, threads, batch, decode_memory } = self;
+        Self {
+            device: device.or_else(|| file.device.clone()),
+            threads,
+            batch: batch.or(file.batch),
+            decode_memory: decode_memory.or(file.decode_memory),
+        }
+    }
+
+    /// Bytes that images which are read ahead may take.
+    pub(crate) fn decode_bytes(&self) -> u64 {
+        self.decode_memory.map_or(Memory::DEFAULT, |size| size.0)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use elbo_common::store::Fault;
+use elbo_worker::WorkerError;
 
 use crate::print;
 
@@ -23,7 +24,8 @@ pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
 
 /// Tells the user and picks the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    if error.is::<Interrupted>() {
+    // A worker that took too long to stop hands over nothing, and the job goes on as well.
+    if error.is::<Interrupted>() || matches!(error.downcast_ref(), Some(WorkerError::Grace(_))) {
         print::note(error);
         return ExitCode::from(3);
     }

@@ -54,23 +54,18 @@ pub(crate) async fn label(
     let threads = session::threads(&workers.device, engines.len());
     let stop = stop::on_signal()?;
     // A model that can't be loaded is found out before anything is written. All workers share it.
-    let plan = Plan::new(job, pilot, out, run).await?;
+    let plan = make_plan(job, pilot, out, run, &stop).await?;
     let loading = plan.first().clone();
     let first = engines.first().copied().unwrap_or(Device::Cpu);
-    let problem = tokio::task::spawn_blocking(move || Problem::load(&loading.identity, &loading.models, first)).await?;
-    let problem = Arc::new(problem.map_err(|e| match e {
-        ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) | ProblemError::Shortlist(_) => {
-            usage(e)
-        }
-        other => other.into(),
-    })?);
-    let job = plan.open(out, run).await?;
+    let load = move || async move { Problem::load(&loading.identity, &loading.models, first).map_err(load_error) };
+    let problem = Arc::new(stop::unless_stopped(&stop, load).await?);
+    let job = open(&plan, out, run, &stop).await?;
     let (job, expedition, problem) = match plan.expedition() {
         None => (job, None, Some((first, problem))),
         // What was loaded is the pilot's: workers load what they join, and hold no other.
         Some(expedition) if job.is_done() => {
             job.close().await?;
-            (expedition.arrive().await?, None, None)
+            (arrive(expedition, &stop).await?, None, None)
         }
         Some(expedition) => (job, Some(expedition), None),
     };
@@ -91,6 +86,7 @@ pub(crate) async fn label(
         engines,
         threads,
         batch: workers.device.batch,
+        decode_memory: workers.device.decode_bytes(),
         patience: Duration::from_secs(60),
         grace: Duration::from_secs(60),
         model: None,
@@ -106,6 +102,39 @@ pub(crate) async fn label(
         limits: Limits::default(),
     };
     Shift { options, run, operator }.coordinate(job, expedition, listener, stop, tasks).await
+}
+
+/// A model that can't be loaded, as bad usage where the flags ask for something impossible.
+fn load_error(error: ProblemError) -> anyhow::Error {
+    match error {
+        ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) | ProblemError::Shortlist(_) => {
+            usage(error)
+        }
+        other => other.into(),
+    }
+}
+
+/// [`Plan::new`], unless that is interrupted.
+pub(crate) async fn make_plan(
+    job: Identified,
+    pilot: Option<u64>,
+    out: &str,
+    run: &RunArgs,
+    stop: &CancellationToken,
+) -> anyhow::Result<Plan> {
+    let (out, run) = (out.to_owned(), run.clone());
+    stop::unless_stopped(stop, move || async move { Plan::new(job, pilot, &out, &run).await }).await
+}
+
+/// [`Plan::open`], unless that is interrupted.
+pub(crate) async fn open(plan: &Plan, out: &str, run: &RunArgs, stop: &CancellationToken) -> anyhow::Result<Job> {
+    let (plan, out, run) = (plan.clone(), out.to_owned(), run.clone());
+    stop::unless_stopped(stop, move || async move { plan.open(&out, &run).await }).await
+}
+
+/// [`Expedition::arrive`], unless that is interrupted.
+async fn arrive(expedition: Expedition, stop: &CancellationToken) -> anyhow::Result<Job> {
+    stop::unless_stopped(stop, move || expedition.arrive()).await
 }
 
 /// What coordinators that follow each other have in common.
@@ -169,7 +198,7 @@ impl Shift<'_> {
     ) -> anyhow::Result<Option<Done>> {
         if pilot.is_done() {
             pilot.close().await?;
-            return self.work(expedition.arrive().await?, listener, stop).await;
+            return self.work(arrive(expedition, stop).await?, listener, stop).await;
         }
         print::note(format_args!("pilot: {} images learn where to look", pilot.manifest.len()));
         // Whoever calls while one coordinator follows the other waits in the socket's queue.
@@ -177,7 +206,7 @@ impl Shift<'_> {
         let own = TcpListener::from_std(listener.try_clone()?)?;
         let coordinator = self.coordinator(pilot, stop)?;
         let shown = self.show(&coordinator);
-        let ended = coordinator.run_before(own, expedition.arrive()).await;
+        let ended = coordinator.run_before(own, arrive(expedition, stop)).await;
         shown.abort();
         match ended? {
             (_, Some(job)) => self.work(job?, TcpListener::from_std(listener)?, stop).await,

@@ -55,6 +55,17 @@ pub enum DatasetError {
         "listing the images: {0} is a file; give the directory that holds the images, or a .csv or .txt list of them"
     )]
     IsFile(String),
+    /// The source is something that is not read to its end.
+    #[error(
+        "listing the images: {path} is {what}, which is not read as images: give a directory, a regular file, or a .csv or \
+         .txt list of images"
+    )]
+    Irregular {
+        /// Where.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
     /// No file of the source is an image.
     #[error(
         "listing the images: no image in {source_name}, where {others} other files were seen; images are files ending in \

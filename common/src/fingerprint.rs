@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::files;
 use crate::job::{JobSpec, Lora};
 use crate::model_files;
 use crate::model_source::JobModels;
@@ -142,11 +143,8 @@ fn describe(key: &str, before: &serde_json::Value, after: &serde_json::Value) ->
 /// The BLAKE3 hash of a file, in hexadecimal.
 fn hash_file(path: &Path) -> Result<String, HashError> {
     let mut hasher = blake3::Hasher::new();
-    io::copy(
-        &mut std::fs::File::open(path).map_err(|source| HashError { path: path.to_owned(), source })?,
-        &mut hasher,
-    )
-    .map_err(|source| HashError { path: path.to_owned(), source })?;
+    let failed = |source| HashError { path: path.to_owned(), source };
+    io::copy(&mut files::open(path).map_err(failed)?, &mut hasher).map_err(failed)?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 

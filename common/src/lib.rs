@@ -8,12 +8,14 @@
 
 pub mod activity;
 pub mod audit;
+pub mod budget;
 pub mod calibration;
 pub mod checksum;
 pub mod class;
 pub mod dataset;
 pub mod ensemble;
 pub mod export;
+pub mod files;
 pub mod fingerprint;
 pub mod ids;
 pub mod interval;

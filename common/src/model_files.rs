@@ -117,7 +117,7 @@ pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
         return Ok(needed_contrastive(&names.collect::<io::Result<Vec<_>>>().map_err(failed)?));
     }
     let index = root.join(MODEL_INDEX);
-    let bytes = std::fs::read(&index).map_err(|source| (index.clone(), source))?;
+    let bytes = crate::files::read(&index).map_err(|source| (index.clone(), source))?;
     let components = components(&bytes).map_err(|error| (index, io::Error::from(error)))?;
     let mut files = vec![MODEL_INDEX.to_owned()];
     for component in &components {

@@ -124,7 +124,7 @@ impl NoiseTable {
 
     /// Reads a noise file.
     pub fn read(path: &std::path::Path) -> Result<Self, NoiseError> {
-        let bytes = std::fs::read(path).map_err(|source| NoiseError::Read { path: path.to_owned(), source })?;
+        let bytes = crate::files::read(path).map_err(|source| NoiseError::Read { path: path.to_owned(), source })?;
         Self::parse(path, &bytes)
     }
 

@@ -114,7 +114,7 @@ impl NoiseSchedule {
     /// Reads the schedule of a model directory in diffusers layout.
     pub fn of_model(directory: &Path) -> Result<Self, ScheduleError> {
         let path = directory.join("scheduler/scheduler_config.json");
-        let json = std::fs::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
+        let json = crate::files::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
         Self::from_json(&json)
     }
 

@@ -7,10 +7,39 @@ use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use crate::pixels::{Colour, Pixels, Turn, look_like};
-use crate::{ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, check_size, jpeg};
+use crate::{Extent, ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, check_size, jpeg};
 
 /// The first image of a file and how to bring it upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
+    match format_of(bytes)? {
+        ImageFormat::Jpeg => jpeg::decode(bytes),
+        format => other(bytes, format),
+    }
+}
+
+/// What a file's header says of the memory it takes, before any is taken.
+pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
+    match format_of(bytes)? {
+        ImageFormat::Jpeg => jpeg::probe(bytes),
+        format => {
+            let decoder = open(bytes, format)?;
+            let ((width, height), colour) = (decoder.dimensions(), decoder.color_type());
+            let pixels = u64::from(width) * u64::from(height);
+            let channels = u64::from(colour.channel_count());
+            let decoded = pixels * u64::from(colour.bytes_per_pixel());
+            // These decoders hold the picture once more, beside what they give.
+            let twice = matches!(format, ImageFormat::WebP | ImageFormat::Gif | ImageFormat::Tiff);
+            let others = if twice { decoded } else { 0 };
+            let converted = if decoded == pixels * channels { 0 } else { pixels * channels };
+            let keyed =
+                if is_colour_keyed_png(bytes, format) && colour.has_alpha() { pixels * (channels - 1) } else { 0 };
+            let decoding = decoded + others.max(converted).max(keyed);
+            Ok(Extent { width, height, channels, decoding })
+        }
+    }
+}
+
+fn format_of(bytes: &[u8]) -> Result<ImageFormat, ImageError> {
     if bytes.is_empty() {
         return Err(ImageError::Empty);
     }
@@ -18,13 +47,13 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
         return Err(ImageError::FileTooLarge { bytes: bytes.len() as u64 });
     }
     match image::guess_format(bytes) {
-        Ok(ImageFormat::Jpeg) => jpeg::decode(bytes),
-        Ok(format) if format.reading_enabled() => other(bytes, format),
+        Ok(format) if format == ImageFormat::Jpeg || format.reading_enabled() => Ok(format),
         _ => Err(ImageError::NotAnImage { what: look_like(bytes) }),
     }
 }
 
-fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError> {
+/// Reads a header, and refuses what is too large.
+fn open(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_, ImageError> {
     let fail = |error| from_library(format, error);
     if format == ImageFormat::WebP && is_truncated_riff(bytes) {
         return Err(ImageError::Truncated { format: name(format) });
@@ -35,12 +64,17 @@ fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError
     limits.max_alloc = Some(MAX_ALLOC);
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
     reader.limits(limits);
-    let mut decoder = reader.into_decoder().map_err(fail)?;
+    let decoder = reader.into_decoder().map_err(fail)?;
     let (width, height) = decoder.dimensions();
     check_size(name(format), width, height, u64::from(decoder.color_type().bytes_per_pixel()))?;
+    Ok(decoder)
+}
+
+fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError> {
+    let mut decoder = open(bytes, format)?;
     // Damaged metadata is no reason to give up an image.
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let pixels = eight_bits(DynamicImage::from_decoder(decoder).map_err(fail)?);
+    let pixels = eight_bits(DynamicImage::from_decoder(decoder).map_err(|error| from_library(format, error))?);
     let pixels = if is_colour_keyed_png(bytes, format) { pixels.into_gray_or_rgb() } else { pixels };
     Ok((pixels, orientation.into()))
 }

@@ -14,43 +14,31 @@ use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
 use crate::pixels::{Colour, Pixels, Turn};
-use crate::{ImageError, check_size};
+use crate::{Extent, ImageError, check_size};
+
+/// What the headers of a JPEG say of the memory it takes.
+pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
+    let outline = Outline::of(bytes);
+    let Header { width, height, colour, .. } = Header::read(&mut decoder(bytes, &outline), &outline)?;
+    let (width, height, channels) = (width as u32, height as u32, colour.channels() as u64);
+    let pixels = u64::from(width) * u64::from(height);
+    let copied = if outline.is_baseline() { bytes.len() as u64 } else { 0 };
+    Ok(Extent { width, height, channels, decoding: pixels * channels * outline.bytes_per_value() + copied })
+}
 
 /// The pixels of a JPEG and how to bring them upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
-    let fail = |reason: String| ImageError::Decode { format: "JPEG", reason };
     let outline = Outline::of(bytes);
-    let Some(end) = outline.end else {
-        return Err(ImageError::Truncated { format: "JPEG" });
-    };
-    // Strict: damage within the picture is an error, not gray. Bytes between its headers are skipped by every program.
-    let options = DecoderOptions::default()
-        .set_strict_mode(!outline.padded)
-        .set_max_width(usize::from(u16::MAX))
-        .set_max_height(usize::from(u16::MAX));
-    let bytes = if outline.scans == 1 && !outline.progressive {
+    let bytes = match outline.end {
         // At an end marker the decoder fills up what is missing, at the end of the data it fails. It reads eight bytes ahead.
-        Cow::Owned([&bytes[..end], &[0; 16]].concat())
-    } else {
-        Cow::Borrowed(bytes)
+        Some(end) if outline.is_baseline() => Cow::Owned([&bytes[..end], &[0; 16]].concat()),
+        _ => Cow::Borrowed(bytes),
     };
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes), options);
-    decoder.decode_headers().map_err(|e| fail(e.to_string()))?;
-    let (Some((width, height)), Some(stored)) = (decoder.dimensions(), decoder.input_colorspace()) else {
-        return Err(fail("it has no picture".into()));
-    };
-    let (colour, wanted) = match stored {
-        ColorSpace::Luma => (Colour::Gray, stored),
-        ColorSpace::CMYK | ColorSpace::YCCK => (Colour::InvertedCmyk, stored),
-        ColorSpace::RGB | ColorSpace::YCbCr => (Colour::Rgb, ColorSpace::RGB),
-        other => return Err(fail(format!("colours stored as {other:?} are not supported"))),
-    };
-    // The coefficients of a picture that comes in several scans are kept, two bytes each, until the last one.
-    let bytes_per_value = if outline.scans > 1 { 3 } else { 1 };
-    check_size("JPEG", width as u32, height as u32, (colour.channels() * bytes_per_value) as u64)?;
+    let mut decoder = decoder(&bytes, &outline);
+    let Header { width, height, stored, colour, wanted } = Header::read(&mut decoder, &outline)?;
     // Damaged metadata is no reason to give up an image.
     let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
-    decoder.set_options(options.jpeg_set_out_colorspace(wanted));
+    decoder.set_options(outline.options().jpeg_set_out_colorspace(wanted));
     let mut data = decoder.decode().map_err(|e| fail(e.to_string()))?;
     if data.len() != width * height * colour.channels() {
         return Err(fail("its picture has another size than its header says".into()));
@@ -60,6 +48,46 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     }
     let pixels = Pixels { width: width as u32, height: height as u32, colour, data };
     Ok((pixels, orientation.map_or(Turn::default(), Turn::from)))
+}
+
+fn fail(reason: String) -> ImageError {
+    ImageError::Decode { format: "JPEG", reason }
+}
+
+fn decoder<'a>(bytes: &'a [u8], outline: &Outline) -> JpegDecoder<ZCursor<&'a [u8]>> {
+    JpegDecoder::new_with_options(ZCursor::new(bytes), outline.options())
+}
+
+/// What the headers say of the picture.
+struct Header {
+    width: usize,
+    height: usize,
+    stored: ColorSpace,
+    colour: Colour,
+    /// What the decoder is to give.
+    wanted: ColorSpace,
+}
+
+impl Header {
+    /// Reads the headers, and refuses what is cut off or too large.
+    fn read(decoder: &mut JpegDecoder<ZCursor<&[u8]>>, outline: &Outline) -> Result<Self, ImageError> {
+        if outline.end.is_none() {
+            return Err(ImageError::Truncated { format: "JPEG" });
+        }
+        decoder.decode_headers().map_err(|e| fail(e.to_string()))?;
+        let (Some((width, height)), Some(stored)) = (decoder.dimensions(), decoder.input_colorspace()) else {
+            return Err(fail("it has no picture".into()));
+        };
+        let (colour, wanted) = match stored {
+            ColorSpace::Luma => (Colour::Gray, stored),
+            ColorSpace::CMYK | ColorSpace::YCCK => (Colour::InvertedCmyk, stored),
+            ColorSpace::RGB | ColorSpace::YCbCr => (Colour::Rgb, ColorSpace::RGB),
+            other => return Err(fail(format!("colours stored as {other:?} are not supported"))),
+        };
+        let bytes_per_pixel = colour.channels() as u64 * outline.bytes_per_value();
+        check_size("JPEG", width as u32, height as u32, bytes_per_pixel)?;
+        Ok(Self { width, height, stored, colour, wanted })
+    }
 }
 
 /// C, M and Y of their luma and chroma (JFIF, in 16 bits of fixed point as libjpeg has it); ink is 255 - RGB.
@@ -86,6 +114,23 @@ struct Outline {
 }
 
 impl Outline {
+    fn is_baseline(&self) -> bool {
+        self.scans == 1 && !self.progressive
+    }
+
+    /// The coefficients of a picture that comes in several scans are kept, two bytes each, until the last one.
+    fn bytes_per_value(&self) -> u64 {
+        if self.scans > 1 { 3 } else { 1 }
+    }
+
+    /// Strict: damage within the picture is an error, not gray. Bytes between its headers are skipped by every program.
+    fn options(&self) -> DecoderOptions {
+        DecoderOptions::default()
+            .set_strict_mode(!self.padded)
+            .set_max_width(usize::from(u16::MAX))
+            .set_max_height(usize::from(u16::MAX))
+    }
+
     /// Walks from segment to segment (ITU T.81, annex B): the decoder would take the end of the file for the image's.
     fn of(bytes: &[u8]) -> Self {
         let mut outline = Self::default();

@@ -118,6 +118,28 @@ impl Preprocessing {
         Self { size, fit: Fit::Squash, filter, mean, std }
     }
 
+    /// The memory [`Preprocessing::apply`] takes beside the file, in bytes, as the file's header says; an error where that is
+    /// enough to tell that it fails.
+    ///
+    /// Counted are the pixels as decoded, what the decoder holds beside them, and copies in other colours or another size.
+    pub fn memory(&self, bytes: &[u8]) -> Result<u64, ImageError> {
+        let Extent { width, height, channels, decoding } = decode::probe(bytes)?;
+        let pixels = u64::from(width) * u64::from(height);
+        let has_more_than_colours = channels.is_multiple_of(2);
+        let colours = if channels < 3 { pixels } else { 3 * pixels };
+        let copied = match self.fit {
+            Fit::RgbThenCrop | Fit::Squash if has_more_than_colours => colours,
+            Fit::CropThenRgb | Fit::RgbThenCrop | Fit::Squash => 0,
+            // Turned, or half of it and a quarter.
+            Fit::HalveThenCrop => colours,
+        };
+        let size = u64::from(self.size);
+        // Resized in one direction, and turned.
+        let narrow = 2 * size * u64::from(width.max(height)) * channels;
+        // Three bytes and three floats a pixel.
+        Ok(decoding.max(pixels * channels + copied + narrow) + 15 * size * size)
+    }
+
     /// Decodes an image file and brings it to `[size, size, 3]` (row, column, channel), normalised.
     pub fn apply(&self, bytes: &[u8]) -> Result<Vec<f32>, ImageError> {
         self.prepare(Picture::decode(bytes)?)
@@ -140,6 +162,17 @@ impl Preprocessing {
     fn normalised(&self, channel: usize) -> [f32; 256] {
         std::array::from_fn(|value| (value as f32 / 255.0 - self.mean[channel]) / self.std[channel])
     }
+}
+
+/// What a header says of a picture.
+#[derive(Clone, Copy, Debug)]
+struct Extent {
+    width: u32,
+    height: u32,
+    /// Of a byte each, as decoded.
+    channels: u64,
+    /// Bytes that are held at once while it is decoded.
+    decoding: u64,
 }
 
 /// A decoded image.

@@ -227,3 +227,24 @@ fn values_span_minus_one_to_one() {
     assert_eq!(stable_diffusion.apply(b"P5 2 1 255 \x00\xFF").unwrap(), [-1.0; 3]);
     assert_eq!(stable_diffusion.apply(b"P5 1 2 255 \xFF\x00").unwrap(), [1.0; 3]);
 }
+
+#[test]
+fn the_memory_of_a_picture_is_known_from_its_header() {
+    let preprocessing = Preprocessing::stable_diffusion(12);
+    for name in FILES {
+        let whole = file(name);
+        let pixels = apply(&whole).unwrap().len() as u64;
+        let memory = preprocessing.memory(&whole).unwrap();
+        assert!((pixels * 5..64 << 20).contains(&memory), "{name}: {memory}");
+        for end in [0, 1, 20, whole.len() / 2] {
+            // Nothing is refused that can be decoded, and what is refused is so for the same reason.
+            let (known, tried) = (preprocessing.memory(&whole[..end]), apply(&whole[..end]));
+            if let Err(known) = known {
+                assert_eq!(known.to_string(), tried.unwrap_err().to_string(), "{name} to {end}");
+            }
+        }
+    }
+    let ppm = |channels: &str, side: usize| preprocessing.memory(format!("P{channels} {side} {side} 255\n").as_bytes());
+    let (gray, colour) = (ppm("5", 4_000).unwrap(), ppm("6", 4_000).unwrap());
+    assert!((16_000_000..18_000_000).contains(&gray) && (48_000_000..53_000_000).contains(&colour), "{gray} {colour}");
+}

@@ -153,6 +153,11 @@ pub fn predictions(out: &Path) -> Vec<Prediction> {
     sorted(&out.join("predictions")).into_iter().flat_map(decode).collect()
 }
 
+/// Makes a named pipe.
+pub fn make_pipe(path: &Path) {
+    run_ok(Command::new("mkfifo").arg(path));
+}
+
 /// Runs a command to its end, with what it printed.
 pub fn run(command: &mut Command) -> Output {
     command.output().expect("running elbo")
@@ -209,6 +214,22 @@ impl Process {
             assert!(Instant::now() < end, "the process did not end within {patience:?}");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits for the end, which must be good; the most memory it had at once, in bytes.
+    pub fn peak_memory(&mut self, patience: Duration) -> u64 {
+        let (end, status) = (Instant::now() + patience, format!("/proc/{}/status", self.0.id()));
+        let mut peak = 0;
+        while self.is_running() {
+            assert!(Instant::now() < end, "the process did not end within {patience:?}");
+            let text = std::fs::read_to_string(&status).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kibibytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+            peak = kibibytes.map_or(peak, |kibibytes| kibibytes << 10);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(self.wait(patience), Some(0));
+        peak
     }
 
     /// Whether it still runs.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use sha1::Sha1;
@@ -28,6 +29,8 @@ pub struct Site {
     pub spoilt: Vec<String>,
     /// Bytes after which the first answer longer than that breaks off.
     pub cut: Mutex<Option<usize>>,
+    /// The end of the paths whose content comes at a byte a second.
+    pub dribble: Mutex<Option<String>>,
     /// Paths asked for, with the range if one was.
     pub asked: Mutex<Vec<String>>,
 }
@@ -133,7 +136,19 @@ impl Site {
         if cut.is_some_and(|cut| cut < part.len()) {
             part = &part[..cut.take().unwrap_or_default()];
         }
-        if request.method == "head" { Ok(()) } else { stream.write_all(part) }
+        drop(cut);
+        if request.method == "head" {
+            return Ok(());
+        }
+        let dribble = self.dribble.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if dribble.is_some_and(|end| request.path.ends_with(&end)) {
+            for byte in part {
+                stream.write_all(&[*byte])?;
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            return Ok(());
+        }
+        stream.write_all(part)
     }
 
     fn find(&self, request: &Request) -> Result<Vec<u8>, u16> {

@@ -3,11 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use elbo_common::predictions::Prediction;
 use elbo_tests::web::Web;
-use elbo_tests::{elbo, job_flags, json, predictions, python, results, root, run, run_ok, some_images, stderr};
+use elbo_tests::{
+    PATIENCE, Process, classes, elbo, job_flags, json, make_pipe, predictions, python, results, root, run, run_ok,
+    some_images, sorted, stderr, with,
+};
 use tempfile::TempDir;
 
 /// The usual job, with labels from the corpus and noise that does not depend on keys.
@@ -200,4 +204,122 @@ fn too_many_bad_images_end_the_job_which_resumes_with_more_patience() {
     assert!(stderr(&stopped).contains("raise --max-bad"), "{}", stderr(&stopped));
     run_ok(elbo().arg("label").args(job_flags(digits.path(), &out)).args(["--max-bad", "5"]));
     assert_eq!(json(elbo().args(["verify", "--json"]).arg(&out))["quarantined"], 5);
+}
+
+#[test]
+fn what_is_no_regular_file_is_never_waited_for() {
+    let digits = some_images(1);
+    let outs = TempDir::new().unwrap();
+    make_pipe(&digits.path().join("one/a.png"));
+    let _socket = std::os::unix::net::UnixListener::bind(digits.path().join("one/b.png")).unwrap();
+    let out = outs.path().join("passed over");
+    let labelled = run_ok(elbo().arg("label").args(job_flags(digits.path(), &out)));
+    assert_eq!(predictions(&out).len(), 10);
+    for told in ["one/a.png", "a named pipe", "one/b.png", "a socket"] {
+        assert!(stderr(&labelled).contains(told), "{}", stderr(&labelled));
+    }
+
+    // What is named must be what it is taken for.
+    let list = outs.path().join("list.txt");
+    std::fs::write(&list, format!("{}/one/a.png\n", digits.path().display())).unwrap();
+    make_pipe(&digits.path().join("shard.tar"));
+    make_pipe(&digits.path().join("pipe"));
+    let at = |name: &str| text(digits.path().join(name));
+    for images in [text(list), at("one/a.png"), at("shard.tar"), at("pipe")] {
+        let refused = run(elbo().arg("label").args(flags(&images, &outs.path().join("refused"))));
+        assert_eq!(refused.status.code(), Some(1), "{images}");
+        assert!(stderr(&refused).contains("is a named pipe"), "{images}: {}", stderr(&refused));
+    }
+
+    // A small text file may come out of a pipe.
+    let out = outs.path().join("piped");
+    let mut command = elbo();
+    let values = [("--classes", "/dev/stdin"), ("--label-from", "none")];
+    command.arg("label").args(with(job_flags(Path::new(&at("one")), &out), &values)).stdin(Stdio::piped());
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), &std::fs::read(classes()).unwrap()).unwrap();
+    let piped = child.wait_with_output().unwrap();
+    assert_eq!((piped.status.code(), predictions(&out).len()), (Some(0), 1), "{}", stderr(&piped));
+}
+
+#[test]
+fn an_image_that_dribbles_is_given_up_and_holds_up_no_other_for_long() {
+    let digits = some_images(2);
+    let slow = sorted(&digits.path().join("seven"))[0].file_name().unwrap().to_string_lossy().into_owned();
+    let served = Web::serve(digits.path());
+    let list: String = sorted(digits.path())
+        .iter()
+        .flat_map(|class| sorted(class))
+        .map(|image| format!("{}/{}\n", served.files(), text(image.strip_prefix(digits.path()).unwrap().into())))
+        .collect();
+    let outs = TempDir::new().unwrap();
+    let file = outs.path().join("list.txt");
+    std::fs::write(&file, list).unwrap();
+    *served.site.dribble.lock().unwrap() = Some(format!("seven/{slow}"));
+    let out = outs.path().join("out");
+    let started = Instant::now();
+    run_ok(elbo().arg("label").args(flags(&text(file), &out)).args(["--max-bad", "1"]));
+    // Two attempts of half a minute.
+    assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());
+    let rows = predictions(&out);
+    let errors: Vec<_> = rows.iter().filter_map(|row| Some((row.key.as_str(), row.error()?))).collect();
+    assert_eq!((rows.len(), errors.len()), (20, 1), "{errors:?}");
+    let (key, error) = errors[0];
+    assert!(key.ends_with(&slow) && error.contains("came within 30 s"), "{key}: {error}");
+    assert_eq!(served.asked().iter().filter(|path| path.ends_with(&format!("seven/{slow}"))).count(), 3);
+}
+
+/// Makes a file with Python.
+fn make(script: &str, target: &Path) {
+    run_ok(Command::new(python("readers/requirements.txt")).arg("-c").arg(script).arg(target));
+}
+
+#[test]
+fn small_files_of_large_pictures_take_no_more_memory_than_is_allowed() {
+    let outs = TempDir::new().unwrap();
+    let images = outs.path().join("images");
+    std::fs::create_dir(&images).unwrap();
+    // 192 MB each when decoded: 3 GB together.
+    let picture = images.join("00.png");
+    make(
+        "import sys, zlib, struct\n\
+         side = 8000\n\
+         packer = zlib.compressobj(1)\n\
+         data = b''.join([packer.compress(bytes(1 + 3 * side)) for _ in range(side)] + [packer.flush()])\n\
+         part = lambda kind, body: struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))\n\
+         head = struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)\n\
+         open(sys.argv[1], 'wb').write(b'\\x89PNG\\r\\n\\x1a\\n' + part(b'IHDR', head) + part(b'IDAT', data) + part(b'IEND', b''))",
+        &picture,
+    );
+    for copy in 1..16 {
+        std::fs::copy(&picture, images.join(format!("{copy:02}.png"))).unwrap();
+    }
+    let peak = |images: &Path, out: &str, more: &[&str]| {
+        let out = outs.path().join(out);
+        let mut command = elbo();
+        command.arg("label").args(flags(&text(images.into()), &out)).args(["--decode-memory", "512MiB"]).args(more);
+        let peak = Process::start(&mut command).peak_memory(PATIENCE);
+        let rows = predictions(&out);
+        assert!(!rows.is_empty() && rows.iter().all(|row| row.error().is_none()));
+        peak
+    };
+    let pictures = peak(&images, "pictures", &[]);
+    assert!(pictures < 1 << 30, "{} MiB for pictures", pictures >> 20);
+
+    // 0.8 MB that 7,000 rows share: 5.6 GB of rows.
+    let table = outs.path().join("table.parquet");
+    make(
+        "import os, sys, zlib, struct, pyarrow as pa, pyarrow.parquet as pq\n\
+         side = 512\n\
+         data = zlib.compress(b''.join(b'\\0' + os.urandom(3 * side) for _ in range(side)))\n\
+         part = lambda kind, body: struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))\n\
+         head = struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)\n\
+         png = b'\\x89PNG\\r\\n\\x1a\\n' + part(b'IHDR', head) + part(b'IDAT', data) + part(b'IEND', b'')\n\
+         image = pa.DictionaryArray.from_arrays(pa.array([0] * 7000, pa.int32()), pa.array([png], pa.binary()))\n\
+         pq.write_table(pa.table({'image': image}), sys.argv[1])",
+        &table,
+    );
+    assert!(std::fs::metadata(&table).unwrap().len() < 2 << 20);
+    let rows = peak(&table, "rows", &["--limit", "3"]);
+    assert!(rows < 1 << 30, "{} MiB for rows", rows >> 20);
 }

@@ -76,6 +76,7 @@ impl Case {
         let _stopped_when_dropped = stop.clone().drop_guard();
         let running = Coordinator::new(job, options, stop.clone()).map_err(|e| e.to_string())?;
         let worker = elbo_worker::Options {
+            decode_memory: 1 << 30,
             coordinator,
             token: None,
             tls: None,

@@ -5,7 +5,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use elbo_tests::{Process, elbo, job_flags, json, results, run, run_ok, some_images, stderr};
+use elbo_tests::web::Web;
+use elbo_tests::{
+    PATIENCE, Process, elbo, job_flags, json, make_pipe, results, run, run_ok, some_images, sorted, stderr,
+};
 use tempfile::TempDir;
 
 const PER_CLASS: usize = 10;
@@ -84,6 +87,63 @@ fn signals_stop_cleanly_with_exit_code_3_and_say_how_to_resume() {
     run_ok(&mut label(images.path(), &outs.path().join("INT"), 1));
     run_ok(&mut label(images.path(), &outs.path().join("TERM"), 3));
     assert!(results(&outs.path().join("INT")) == results(&outs.path().join("TERM")));
+}
+
+#[test]
+fn a_storage_that_hangs_keeps_nobody_from_stopping() {
+    let images = some_images(1);
+    let outs = TempDir::new().unwrap();
+    let interrupted = |process: &mut Process, what: &str| {
+        let since = Instant::now();
+        process.signal("INT");
+        assert_eq!(process.wait(PATIENCE), Some(3), "{what}");
+        assert!(since.elapsed() < Duration::from_secs(20), "{what}: {:?}", since.elapsed());
+    };
+    let label = |list: &Path, out: &str| {
+        let mut flags = job_flags(list, &outs.path().join(out));
+        let labels = flags.iter().position(|flag| flag == "--label-from").unwrap();
+        flags.drain(labels..labels + 2);
+        let mut command = elbo();
+        command.arg("label").args(flags);
+        command
+    };
+
+    // Images that never come: the ten are asked for to be listed, and then to be read.
+    let served = Web::serve(images.path());
+    *served.site.dribble.lock().unwrap() = Some(".png".into());
+    let list: String = sorted(images.path())
+        .iter()
+        .flat_map(|class| sorted(class))
+        .map(|image| format!("{}/{}\n", served.files(), image.strip_prefix(images.path()).unwrap().display()))
+        .collect();
+    let file = outs.path().join("list.txt");
+    std::fs::write(&file, list).unwrap();
+    let mut reading = Process::start(&mut label(&file, "reading"));
+    while served.asked().len() < 11 {
+        assert!(reading.is_running());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    interrupted(&mut reading, "reading");
+
+    // A listing that hangs in the file system: somebody has opened the pipe, and writes nothing.
+    let pipe = outs.path().join("pipe.txt");
+    make_pipe(&pipe);
+    let mut listing = Process::start(&mut label(&pipe, "listing"));
+    let writer = std::fs::OpenOptions::new().write(true).open(&pipe).unwrap();
+    interrupted(&mut listing, "listing");
+    drop(writer);
+
+    // And a remote one.
+    let directory = TempDir::new().unwrap();
+    std::fs::write(directory.path().join("list.txt"), "a.png\n".repeat(100)).unwrap();
+    let lists = Web::serve(directory.path());
+    *lists.site.dribble.lock().unwrap() = Some("list.txt".into());
+    let mut fetching = Process::start(&mut label(Path::new(&format!("{}/list.txt", lists.files())), "fetching"));
+    while lists.asked().is_empty() {
+        assert!(fetching.is_running());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    interrupted(&mut fetching, "fetching");
 }
 
 #[test]

@@ -136,6 +136,8 @@ pub struct Engine {
     /// Batches that are not done.
     queued: Arc<AtomicU64>,
     cancelled: Arc<AtomicBool>,
+    /// Nobody waits for the lanes to end.
+    abandoned: AtomicBool,
 }
 
 /// Work that could not be given to the engine because its lanes are gone, which is a defect.
@@ -160,7 +162,8 @@ impl Engine {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let (batches, encodes) = (Some(batches), Some(encodes));
-        Ok(Self { batches, encodes, lanes, batch, evaluated, queued, cancelled })
+        let abandoned = AtomicBool::new(false);
+        Ok(Self { batches, encodes, lanes, batch, evaluated, queued, cancelled, abandoned })
     }
 
     /// Evaluations finished since the start.
@@ -225,12 +228,20 @@ impl Engine {
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
+
+    /// Makes dropping the engine not wait for what its lanes are in the middle of: the process is to end.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Engine {
     fn drop(&mut self) {
         self.cancel();
         (self.batches, self.encodes) = (None, None);
+        if self.abandoned.load(Ordering::Relaxed) {
+            return;
+        }
         for lane in self.lanes.drain(..) {
             let _ = lane.join();
         }

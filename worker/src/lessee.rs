@@ -77,6 +77,8 @@ impl Lessee {
         // Blocks are prepared side by side but computed one after the other, in the order they were leased.
         let turn = Arc::new(tokio::sync::Mutex::new(()));
         let mut blocks: JoinSet<Result<(), WorkerError>> = JoinSet::new();
+        // Images may take long to be read, and the storage may hang: what is not prepared by then is handed back.
+        let ending = stop.child_token();
         let ended = loop {
             let place = tokio::select! {
                 place = Arc::clone(&places).acquire_owned() => place.map_err(|_| WorkerError::Task("lease loop"))?,
@@ -97,8 +99,9 @@ impl Lessee {
                 Ok(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }) => {
                     let (this, turn) = (Arc::clone(&this), Arc::clone(&turn));
                     let (key, unwanted) = (block.key(), this.held.add(&block));
+                    let ending = ending.clone();
                     let computing = async move {
-                        let done = this.compute(block, unwanted, &turn).await;
+                        let done = this.compute(block, unwanted, &turn, &ending).await;
                         drop(place);
                         done
                     };
@@ -131,6 +134,7 @@ impl Lessee {
             }
         };
         // Finish what the device is in the middle of, report it, and hand the rest back.
+        ending.cancel();
         this.preparer.engine.cancel();
         while let Some(block) = blocks.join_next().await {
             if let Ok(Err(error)) = block {
@@ -157,9 +161,14 @@ impl Lessee {
         block: v1::Block,
         unwanted: Arc<AtomicBool>,
         turn: &tokio::sync::Mutex<()>,
+        ending: &CancellationToken,
     ) -> Result<(), WorkerError> {
         let key = block.key();
-        let prepared = match self.preparer.prepare(block).await {
+        let prepared = tokio::select! {
+            prepared = self.preparer.prepare(block) => prepared,
+            () = ending.cancelled() => return Ok(()),
+        };
+        let prepared = match prepared {
             Err(BlockError::Captions(error)) => return self.give_up(key, &error.to_string()).await,
             prepared => prepared?,
         };

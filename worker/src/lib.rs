@@ -15,6 +15,7 @@ pub mod latent;
 mod lessee;
 pub mod metrics;
 pub mod models;
+mod picture;
 pub mod prepare;
 pub mod problem;
 mod pulse;

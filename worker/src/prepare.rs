@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use elbo_common::budget::Budget;
 use elbo_common::class::{Classes, Prompt};
 use elbo_common::dataset::{Image, ReadError, Reader};
 use elbo_common::ids::{PromptIndex, Round, SampleId};
@@ -19,9 +20,10 @@ use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
 use crate::latent::{Key, Latent, LatentCache};
 use crate::metrics::metrics;
 use crate::models::{Conditions, ModelError};
+use crate::picture::{Picture, picture};
 use crate::stage::Stage;
 
-/// Images read and decoded at a time.
+/// Images read and decoded at a time, as far as there is memory for them.
 const AHEAD: usize = 16;
 
 /// A sample whose image can't be turned into a latent.
@@ -79,6 +81,8 @@ pub struct Preparer {
     pub cache: LatentCache,
     /// Reads images.
     pub reader: Reader,
+    /// What decoding them may take.
+    pub memory: Budget,
     /// The job: its course, its models, and its prompts or the text encoders for its samples' captions.
     pub problem: Arc<Problem>,
     /// Samples read and encoded so far.
@@ -108,7 +112,8 @@ impl Preparer {
             let stages = stages.get(&SampleId(sample.id)).cloned().unwrap_or_default();
             self.latents(sample, stages)
         }))
-        .buffered(AHEAD);
+        // One that comes slowly holds up no other.
+        .buffer_unordered(AHEAD);
         while let Some(of_sample) = pending.next().await {
             match of_sample? {
                 Ok(of_sample) => {
@@ -119,6 +124,7 @@ impl Preparer {
             }
         }
         drop(pending);
+        prepared.bad.sort_by_key(|bad| bad.sample);
         for unit in units {
             let (sample, stage) = (unit.id.sample, self.problem.stage_of(unit.id.round));
             let key = keys.get(&sample).ok_or(BlockError::Foreign)?;
@@ -209,11 +215,10 @@ impl Preparer {
             };
             bytes = Some(file.clone());
             let preprocessing = self.problem.stages[stage].preprocessing();
-            let decoded = tokio::task::spawn_blocking(move || preprocessing.apply(&file)).await;
-            let pixels = match decoded {
-                Ok(Ok(pixels)) => pixels,
-                Ok(Err(error)) => return bad(error.stage(), error.to_string()),
-                Err(_) => return bad("decode", "the decoder crashed on it".into()),
+            // Its share of the memory is held until it is encoded.
+            let Picture { pixels, share: _share } = match picture(file, preprocessing, &self.memory).await {
+                Ok(picture) => picture,
+                Err(error) => return bad(error.stage(), error.to_string()),
             };
             match self.engine.encode(stage, pixels).await? {
                 Ok(latent) => {

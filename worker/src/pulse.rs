@@ -30,6 +30,13 @@ impl Pulse {
         *self.engine.lock().unwrap_or_else(PoisonError::into_inner) = Some(engine);
     }
 
+    /// The process is to end, whatever its engine is in the middle of.
+    pub(crate) fn abandon(&self) {
+        if let Some(engine) = self.engine.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            engine.abandon();
+        }
+    }
+
     /// Evaluations done, and what the worker is at.
     fn now(&self) -> (u64, v1::Activity) {
         let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,6 +8,7 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use elbo_common::budget::Memory;
 use elbo_common::dataset::Reader;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::model_source::{JobModels, ModelSource};
@@ -89,6 +90,8 @@ pub struct Options {
     pub threads: NonZeroUsize,
     /// Evaluations in a batch; measured where absent.
     pub batch: Option<NonZeroUsize>,
+    /// Bytes that images which are read ahead may take, in all engines together.
+    pub decode_memory: u64,
     /// How long an unreachable coordinator is waited for.
     pub patience: Duration,
     /// How long the worker may take to finish once it is told to stop.
@@ -138,10 +141,12 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
         shared.entry(device).or_insert_with(|| Arc::new(Shared { current: Mutex::new((None, loaded)) }));
     }
     let options = Arc::new(options);
+    let memory = Memory::new(options.decode_memory, options.engines.len());
     let mut engines = JoinSet::new();
     for (number, device) in options.engines.iter().enumerate() {
         let shared = shared.get(device).map(Arc::clone).unwrap_or_default();
-        let member = Member { options: Arc::clone(&options), number, device: *device, shared };
+        let memory = memory.clone();
+        let member = Member { options: Arc::clone(&options), number, device: *device, shared, memory };
         let stop = stop.clone();
         // What every log line of this engine says of it.
         let span = tracing::info_span!("worker", worker = member.name(), job = tracing::field::Empty);
@@ -167,6 +172,8 @@ struct Member {
     number: usize,
     device: Device,
     shared: Arc<Shared>,
+    /// What images that are read ahead may take, in all engines together.
+    memory: Memory,
 }
 
 impl Member {
@@ -208,7 +215,10 @@ impl Member {
             worked = self.work(&client, &device, &joined, &pulse, stop) => worked,
             // The coordinator hears from the worker while it loads the model, which may take minutes.
             never = silence(pulse.beat(&client, host, &device, heartbeat)) => never,
-            () = overdue => Err(WorkerError::Grace(grace.as_secs())),
+            () = overdue => {
+                pulse.abandon();
+                Err(WorkerError::Grace(grace.as_secs()))
+            }
         };
         if !matches!(worked, Err(WorkerError::OtherJob)) {
             let reason = worked.as_ref().err().map(ToString::to_string).unwrap_or_default();
@@ -233,7 +243,8 @@ impl Member {
         let preparer = Arc::new(Preparer {
             engine: Arc::clone(&engine),
             cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
-            reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64),
+            reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64).within(&self.memory),
+            memory: self.memory.pictures.clone(),
             problem,
             prepared: Arc::clone(&pulse.prepared),
         });

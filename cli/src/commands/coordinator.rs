@@ -11,7 +11,6 @@ use tokio::task::JoinSet;
 use crate::args::CoordinatorArgs;
 use crate::commands::output;
 use crate::failure::usage;
-use crate::pilot::Plan;
 use crate::shift::{self, Shift};
 use crate::{print, session, stop};
 
@@ -44,8 +43,8 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("listening on {}: choose another address with --listen", args.listen))?;
     let run = args.run.over(&flags);
-    let plan = Plan::new(job, flags.pilot_images(), &out, &run).await?;
-    let job = plan.open(&out, &run).await?;
+    let plan = shift::make_plan(job, flags.pilot_images(), &out, &run, &stop).await?;
+    let job = shift::open(&plan, &out, &run, &stop).await?;
     let expedition = plan.expedition();
     if job.is_done() && expedition.is_none() {
         let done = shift::already_done(job).await?;

@@ -29,6 +29,7 @@ pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         engines: devices.engines(devices.count()),
         threads: session::threads(&args.device, devices.count()),
         batch: args.device.batch,
+        decode_memory: args.device.decode_bytes(),
         patience: Duration::from_secs(args.patience),
         grace,
         model: args.model,

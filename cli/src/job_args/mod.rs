@@ -5,10 +5,12 @@ mod spec;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use clap::Args;
 use elbo_common::audit::Share;
 use elbo_common::dataset::Origin;
 use elbo_common::ensemble::PromptEnsemble;
+use elbo_common::files;
 use elbo_common::job::ModelDtype;
 use elbo_common::loss::Loss;
 use elbo_common::preset::Preset;
@@ -207,6 +209,10 @@ pub(crate) struct JobArgs {
     /// Evaluations in a batch.
     #[arg(skip)]
     pub(crate) batch: Option<NonZeroUsize>,
+    /// Memory for images that are read ahead.
+    #[arg(skip)]
+    #[serde(alias = "decode-memory", deserialize_with = "from_str")]
+    pub(crate) decode_memory: Option<ByteSize>,
     /// Quarantined samples to bear.
     #[arg(skip)]
     #[serde(alias = "max-bad", deserialize_with = "from_str")]
@@ -253,7 +259,7 @@ impl JobSource {
     /// The flags over the job file's keys.
     pub(crate) fn resolve(&self) -> anyhow::Result<JobArgs> {
         let Some(path) = &self.job else { return Ok(self.flags.clone()) };
-        let text = std::fs::read_to_string(path)
+        let text = files::read_given_to_string(path)
             .map_err(|e| anyhow::anyhow!("reading the job file {}: {e}", path.display()))?;
         let file: JobArgs =
             toml::from_str(&text).map_err(|e| usage(format!("the job file {}: {e}", path.display())))?;
@@ -311,6 +317,7 @@ impl JobArgs {
             device: self.device.or(file.device),
             workers: self.workers.or(file.workers),
             batch: self.batch.or(file.batch),
+            decode_memory: self.decode_memory.or(file.decode_memory),
             max_bad: self.max_bad.or(file.max_bad),
             progress: self.progress.or(file.progress),
         }
@@ -324,7 +331,7 @@ mod tests {
     #[test]
     fn a_job_file_takes_the_flags_names_with_either_separator() {
         let file: JobArgs = toml::from_str(
-            "images = 'x'\nkeep = [3, 1]\ntop-k = 5\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\nprogress = 'json'",
+            "images = 'x'\nkeep = [3, 1]\ntop-k = 5\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\ndecode-memory = '64MiB'\nprogress = 'json'",
         )
         .unwrap();
         assert_eq!((file.keep.as_slice(), file.top_k.map(NonZeroU32::get)), (&[3, 1][..], Some(5)));
@@ -332,6 +339,7 @@ mod tests {
         assert_eq!(file.noise_scope, Some(NoiseScopeName::Shared));
         assert_eq!(file.loss, Some(Loss::L1));
         assert_eq!(file.max_bad, Some(MaxBad::Percent(2.0)));
+        assert_eq!(file.decode_memory, Some(ByteSize::mib(64)));
         assert_eq!((file.batch.map(NonZeroUsize::get), file.progress), (Some(8), Some(ProgressMode::Json)));
         let lists: JobArgs = toml::from_str("list-origins = ['https://cdn.example', 'file://']").unwrap();
         assert_eq!(lists.list_origins, ["https://cdn.example".parse().unwrap(), Origin::Files]);

@@ -8,6 +8,7 @@ use elbo_common::audit::Audit;
 use elbo_common::class::{ClassError, Classes, Hierarchy, ModelLabels};
 use elbo_common::dataset::{self, LabelSource};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
+use elbo_common::files;
 use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist};
 use elbo_common::loss::Loss;
 use elbo_common::model_files::is_contrastive;
@@ -339,7 +340,8 @@ impl JobArgs {
 
 /// A saved density of timesteps.
 fn read_timesteps(path: &Path) -> anyhow::Result<Timesteps> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("reading the timesteps {}", path.display()))?;
+    let text =
+        files::read_given_to_string(path).with_context(|| format!("reading the timesteps {}", path.display()))?;
     serde_json::from_str(&text).map_err(|e| {
         usage(format!(
             "the timesteps {}: {e}; a list like [{{\"from\": 400, \"to\": 900, \"share\": 1}}] is needed",

@@ -99,8 +99,8 @@ impl TryFrom<Vec<Group>> for Hierarchy {
 impl Hierarchy {
     /// Reads a hierarchy above some classes. The groups' prompts follow from their names by `templates`, which may be empty.
     pub fn read(path: &Path, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| HierarchyError::Read { path: path.to_owned(), source })?;
+        let text = crate::files::read_given_to_string(path)
+            .map_err(|source| HierarchyError::Read { path: path.to_owned(), source })?;
         Self::parse(&text, classes, templates)
     }
 

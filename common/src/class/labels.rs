@@ -70,7 +70,7 @@ impl ModelLabels {
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ClassError> {
-    let bytes = std::fs::read(path).map_err(|source| ClassError::Read { path: PathBuf::from(path), source })?;
+    let bytes = crate::files::read(path).map_err(|source| ClassError::Read { path: PathBuf::from(path), source })?;
     serde_json::from_slice(&bytes).map_err(|source| ClassError::Json { path: PathBuf::from(path), source })
 }
 
@@ -97,8 +97,8 @@ impl Classes {
     /// Reads a class map: CSV with the columns model_class (label or name), classname and, optionally, classidx. Each row
     /// makes one of the model's classes stand for one of the user's; several may stand for the same.
     pub fn read_map(path: &Path, labels: &ModelLabels) -> Result<Self, ClassError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
+        let text = crate::files::read_given_to_string(path)
+            .map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
         Self::parse_map(&text, labels)
     }
 

@@ -115,8 +115,8 @@ struct Row {
 impl Classes {
     /// Reads a class file: CSV with a header naming `classname` (and `prompt`, `classidx`), else one class per line.
     pub fn read(path: &std::path::Path, templates: &[String]) -> Result<Self, ClassError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
+        let text = crate::files::read_given_to_string(path)
+            .map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
         Self::parse(&text, templates)
     }
 

@@ -9,6 +9,7 @@ use url::Url;
 use super::collector::Collector;
 use super::walk::{local_etag, url_of};
 use super::{DatasetError, Found, ListOptions, Origin, Reader, caption_of, check_captions, origin, read_object};
+use crate::files;
 use crate::store::{Location, StoreError};
 
 /// Names of the column with the paths, the first that is there counts.
@@ -92,7 +93,7 @@ pub(super) async fn list(
 
 async fn read(location: &Location) -> Result<String, String> {
     let bytes = match location {
-        Location::Local(path) => std::fs::read(path).map_err(|e| format!("can't be read: {e}"))?,
+        Location::Local(path) => files::read_given(path).map_err(|e| format!("can't be read: {e}"))?,
         // By its full URL: what is shown of a location leaves credentials out.
         Location::Remote(url) => read_object(url.as_str()).await.map_err(|e| format!("can't be read: {e}"))?.to_vec(),
     };
@@ -116,8 +117,8 @@ pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<
                 std::io::ErrorKind::NotFound => format!("there is no {}", path.display()),
                 _ => format!("{} can't be read: {e}", path.display()),
             })?;
-            if metadata.is_dir() {
-                return Err(format!("{} is a directory: a list names images", path.display()));
+            if let Some(what) = files::irregular(&metadata) {
+                return Err(format!("{} is {what}: a list names images", path.display()));
             }
             let location = path.to_str().ok_or_else(|| format!("the name of {} is not UTF-8", path.display()))?;
             (location.to_owned(), metadata.len(), local_etag(&metadata))

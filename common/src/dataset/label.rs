@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::class::Classes;
+use crate::files;
 use crate::manifest::Sample;
 
 /// Where labels come from (`--label-from`).
@@ -145,7 +146,8 @@ impl Labels {
 
 fn read(path: &std::path::Path) -> Result<HashMap<String, String>, LabelError> {
     let failed = |source| LabelError::Read { path: path.to_owned(), source };
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_path(path).map_err(failed)?;
+    let bytes = files::read_given(path).map_err(|source| failed(source.into()))?;
+    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(&bytes[..]);
     let header = reader.headers().map_err(failed)?.clone();
     let column = |name: &'static str| {
         let position = header.iter().position(|column| column.trim_start_matches('\u{feff}') == name);

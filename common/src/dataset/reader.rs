@@ -1,11 +1,10 @@
 //! Reading one image, wherever it lies.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path as FsPath, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use object_store::path::Path;
@@ -13,7 +12,10 @@ use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStoreExt, ObjectStore
 use url::Url;
 
 use super::rows::{CellError, Cells};
+use crate::budget::{Budget, Memory};
+use crate::files;
 use crate::manifest::{Part, Sample};
+use crate::store::pace::{Pace, Paced, Progress, read_up_to};
 use crate::store::{Location, Store, StoreError, retry};
 
 /// Where an image lies, as it was listed.
@@ -74,7 +76,8 @@ impl ReadError {
     /// Whether another attempt may succeed: nothing is said about the image then.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Store(error) => error.is_transient(),
+            // One image that comes too slowly says nothing of the others.
+            Self::Store(error) => error.is_transient() && !error.is_too_slow(),
             _ => false,
         }
     }
@@ -88,6 +91,8 @@ pub struct Reader {
     cells: Cells,
     /// The most bytes an image may have.
     limit: u64,
+    /// What images that are read take, until they are dropped.
+    memory: Budget,
 }
 
 impl Default for Reader {
@@ -99,12 +104,18 @@ impl Default for Reader {
 impl Reader {
     /// A reader without open stores.
     pub fn new() -> Self {
-        Self { stores: Mutex::default(), cells: Cells::default(), limit: u64::MAX }
+        let Memory { files, kept, .. } = Memory::default();
+        Self { stores: Mutex::default(), cells: Cells::new(kept), limit: u64::MAX, memory: files }
     }
 
     /// Refuses images of more than `limit` bytes before they are in memory.
     pub fn with_limit(self, limit: u64) -> Self {
         Self { limit, ..self }
+    }
+
+    /// Waits for memory before an image is read. The bytes of one hold their share until they are dropped.
+    pub fn within(self, memory: &Memory) -> Self {
+        Self { cells: Cells::new(memory.kept), memory: memory.files.clone(), ..self }
     }
 
     /// Reads a whole image. Where there is none, the error's source is [`object_store::Error::NotFound`].
@@ -120,11 +131,19 @@ impl Reader {
         let named = |source| StoreError::Object { action: "reading", path: image.location.clone(), source };
         match Location::parse(&image.location)? {
             Location::Local(path) => {
+                let size = match image.size {
+                    0 => {
+                        let path = path.clone();
+                        let asked = Pace::LOCAL.blocking(move |_| std::fs::metadata(path).map_or(0, |file| file.len()));
+                        asked.await.map_err(named)?
+                    }
+                    size => size,
+                };
+                let share = self.memory.take(size.min(self.limit)).await;
                 let (expected, limit) = (range.is_none().then_some(image.size).filter(|size| *size > 0), self.limit);
                 let location = image.location.clone();
-                tokio::task::spawn_blocking(move || read_local(&path, range, expected, limit, location))
-                    .await
-                    .map_err(|e| named(e.into()))?
+                let read = move |progress: &Progress| read_local(&path, range, expected, limit, location, progress);
+                Ok(share.bind(Pace::LOCAL.blocking(read).await.map_err(named)??))
             }
             Location::Remote(url) => {
                 let (store, path) = self.locate(&url)?;
@@ -142,23 +161,34 @@ impl Reader {
     ) -> Result<Bytes, ReadError> {
         let (inner, whole, range) = (store.inner(), range.is_none(), range.map(GetRange::Bounded));
         let options = GetOptions { range, if_match: image.etag.clone(), ..GetOptions::default() };
-        let get = || async {
-            let object = inner.get_opts(path, options.clone()).await?;
-            match object.meta.size {
-                size if whole && size > self.limit => Ok(Err(ReadError::TooLarge { size, limit: self.limit })),
-                _ => object.bytes().await.map(Ok),
+        let mut size = image.size;
+        loop {
+            // Before anything is asked: a server does not wait for memory.
+            let share = self.memory.take(size).await;
+            let get = || async {
+                let object = inner.get_opts(path, options.clone()).await?;
+                match object.meta.size {
+                    found if whole && found > size => Ok(Err(found)),
+                    _ => object.bytes().await.map(Ok),
+                }
+            };
+            match retry::run("reading", &image.location, get).await {
+                Ok(Ok(bytes)) => return Ok(share.bind(bytes)),
+                Ok(Err(found)) if found > self.limit => {
+                    return Err(ReadError::TooLarge { size: found, limit: self.limit });
+                }
+                // Its size was not known: it is asked for again, with memory for it.
+                Ok(Err(found)) => size = found,
+                Err(StoreError::Object { source: object_store::Error::Precondition { .. }, .. }) => {
+                    return Err(ReadError::Changed { file: image.location.clone() });
+                }
+                Err(error) => return Err(error.into()),
             }
-        };
-        match retry::run("reading", &image.location, get).await {
-            Err(StoreError::Object { source: object_store::Error::Precondition { .. }, .. }) => {
-                Err(ReadError::Changed { file: image.location.clone() })
-            }
-            read => read?,
         }
     }
 
     async fn read_cell(&self, image: &Image, row: u64, column: &str) -> Result<Bytes, ReadError> {
-        let (store, path) = self.locate_any(&image.location)?;
+        let (store, path) = self.locate_file(&image.location).await?;
         let wrong = |error| match error {
             CellError::Store(error) => error.into(),
             CellError::Changed => ReadError::Changed { file: image.location.clone() },
@@ -166,10 +196,11 @@ impl Reader {
         };
         // The size and time of a local file may differ from machine to machine.
         let etag = image.etag.as_deref().filter(|_| store.location().local().is_none());
-        let bytes = self.cells.read(&store, &path, etag, row, column).await.map_err(wrong)?;
+        let bytes = self.cells.read(&store, &path, etag, row, column, &self.memory).await.map_err(wrong)?;
         match bytes.len() as u64 {
             size if size > self.limit => Err(ReadError::TooLarge { size, limit: self.limit }),
-            _ => Ok(bytes),
+            // A copy, since these are a part of what is kept for others.
+            size => Ok(self.memory.take(size).await.bind(Bytes::copy_from_slice(&bytes))),
         }
     }
 
@@ -180,13 +211,25 @@ impl Reader {
         retry::run("asking for", url, || inner.head(&path)).await
     }
 
+    /// [`Reader::locate_any`], of a file that is no pipe, where it is local: one would be waited for.
+    pub(super) async fn locate_file(&self, location: &str) -> Result<(Store, Path), StoreError> {
+        if let Location::Local(path) = Location::parse(location)? {
+            let opened = Pace::LOCAL.blocking(move |_| files::open(&path).map(drop)).await;
+            let opened = opened.and_then(|opened| opened.map_err(|e| io_error(location, e)));
+            opened.map_err(|source| StoreError::Object { action: "reading", path: location.to_owned(), source })?;
+        }
+        self.locate_any(location)
+    }
+
     /// The store a file is on, and its path there.
     pub(super) fn locate_any(&self, location: &str) -> Result<(Store, Path), StoreError> {
         match Location::parse(location)? {
             Location::Local(path) => {
                 let failed = |source| StoreError::Object { action: "reading", path: location.to_owned(), source };
                 let within = Path::from_absolute_path(&path).map_err(|e| failed(e.into()))?;
-                Ok((Store::open(&Location::Local(PathBuf::from("/")))?, within))
+                let root = Store::open(&Location::Local(PathBuf::from("/")))?;
+                let paced = Paced::new(root.inner(), Pace::LOCAL);
+                Ok((Store::from_parts(Arc::new(paced), root.location().clone()), within))
             }
             Location::Remote(url) => self.locate(&url),
         }
@@ -228,13 +271,14 @@ fn read_local(
     expected: Option<u64>,
     limit: u64,
     location: String,
+    progress: &Progress,
 ) -> Result<Bytes, ReadError> {
     let failed = |e: std::io::Error| StoreError::Object {
         action: "reading",
         path: location.clone(),
         source: io_error(&location, e),
     };
-    let mut file = File::open(path).map_err(failed)?;
+    let mut file = files::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
     let changed = || ReadError::Changed { file: location.clone() };
     if expected.is_some_and(|expected| expected != size) {
@@ -245,8 +289,7 @@ fn read_local(
         return Err(ReadError::TooLarge { size: length, limit });
     }
     file.seek(SeekFrom::Start(start)).map_err(failed)?;
-    let mut bytes = Vec::with_capacity(length.min(size) as usize);
-    file.take(length).read_to_end(&mut bytes).map_err(failed)?;
+    let bytes = read_up_to(&mut file, length, progress).map_err(failed)?;
     if (bytes.len() as u64) < length { Err(changed()) } else { Ok(bytes.into()) }
 }
 

@@ -28,6 +28,8 @@ pub(super) use self::cell::{CellError, Cells};
 const LABEL_COLUMNS: [&str; 3] = ["label", "cls", "class"];
 /// Names that a column of images usually has, in this order.
 const IMAGE_COLUMNS: [&str; 6] = ["image", "img", "jpg", "png", "webp", "bytes"];
+/// Rows whose labels and captions are decoded at a time: long ones that repeat are small in the file, and large here.
+const BATCH_ROWS: usize = 128;
 /// The largest column chunk of images that has to be read whole.
 const LARGEST_CHUNK: i64 = 256 << 20;
 
@@ -75,7 +77,7 @@ struct Layout {
 
 /// The samples of a file.
 pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Vec<Found>, DatasetError> {
-    let (store, path) = reader.locate_any(&file.location)?;
+    let (store, path) = reader.locate_file(&file.location).await?;
     let (parquet, _) = ParquetFile::find(&store, path).await?;
     let metadata = parquet.outside_metadata().await.map_err(|e| unreadable(file, e))?;
     let layout = Layout::of(&metadata, options).map_err(|problem| file.wrong(problem))?;
@@ -96,7 +98,7 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
         }
         let mask = ProjectionMask::columns(metadata.parquet_schema(), columns.iter().map(String::as_str));
         let batches = ParquetRecordBatchStreamBuilder::new_with_metadata(parquet.clone(), metadata.clone());
-        let batches = batches.with_row_groups(vec![index]).with_projection(mask).build();
+        let batches = batches.with_row_groups(vec![index]).with_projection(mask).with_batch_size(BATCH_ROWS).build();
         let mut batches = batches.map_err(|e| unreadable(file, e))?;
         let mut in_group = 0;
         while let Some(batch) = batches.try_next().await.map_err(|e| unreadable(file, e))? {

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use url::Url;
 
 use super::*;
-use crate::manifest::Sample;
+use crate::manifest::{Part, Sample};
 use crate::store::Store;
 
 fn dataset(files: &[&str]) -> TempDir {
@@ -281,4 +281,42 @@ async fn objects_listed_out_of_order_are_sorted() {
     let (in_order, samples) = poured(store, &url, true).await;
     assert!(in_order);
     assert_eq!(keys(&samples), ["a.png", "b.png", "c.png"]);
+}
+
+fn make_pipe(path: &std::path::Path) {
+    assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn pipes_in_a_directory_are_passed_over_and_those_that_are_named_are_errors() {
+    let root = dataset(&["a.png", "c.png"]);
+    for name in ["b.png", "d.txt", "shard.tar", "images.csv"] {
+        make_pipe(&root.path().join(name));
+    }
+    let samples = list_dir(&root, None, None).await.unwrap();
+    assert_eq!(keys(&samples), ["a.png", "c.png"]);
+    let error = async |name: &str| {
+        let source = root.path().join(name);
+        list_all(source.to_str().unwrap(), &ListOptions::default()).await.unwrap_err().to_string()
+    };
+    for name in ["b.png", "{a,b}.png", "shard.tar"] {
+        assert!(error(name).await.contains("is a named pipe"), "{name}");
+    }
+    fs::write(root.path().join("list.txt"), "a.png\nb.png\n").unwrap();
+    let error = error("list.txt").await;
+    assert!(error.contains("line 2") && error.contains("is a named pipe"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_that_has_become_a_pipe_is_an_error_when_it_is_read() {
+    let root = TempDir::new().unwrap();
+    let pipe = root.path().join("a");
+    make_pipe(&pipe);
+    let location = pipe.to_str().unwrap().to_owned();
+    let parts = [None, Some(Part::Member { offset: 0 }), Some(Part::Cell { row: 0, column: "image".into() })];
+    for part in parts {
+        let image = Image { location: location.clone(), part, size: 0, etag: None };
+        let error = Reader::new().read(&image).await.unwrap_err();
+        assert!(error.to_string().contains("a named pipe") && !error.is_transient(), "{error}");
+    }
 }

@@ -11,6 +11,7 @@ use url::Url;
 use super::collector::{Collector, Found};
 use super::pattern::Target;
 use super::{DatasetError, EXTENSIONS, Reader};
+use crate::files;
 use crate::store::{Location, Store, StoreError};
 
 /// What a file is to a listing, by its name.
@@ -98,6 +99,14 @@ impl<'a, 'b> Intake<'a, 'b> {
         self.collector.add(Found { key, location, size, etag, ..Found::default() })
     }
 
+    /// Leaves out what is called like a file of a dataset and is none, and says so.
+    fn pass_over(&mut self, key: &str, path: &FsPath, what: &'static str) {
+        self.others += 1;
+        if Kind::of(key).is_some() {
+            tracing::warn!(path = %path.display(), "passed over: it is {what}, not a regular file");
+        }
+    }
+
     /// Forgets all files.
     pub(super) fn clear(&mut self) {
         self.collector.clear();
@@ -132,7 +141,7 @@ pub(super) async fn walk(
     };
     let wanted = |key: &str| glob.is_none_or(|glob| glob.matches(key));
     match base {
-        // Listing comes before everything else in a job: nobody waits for this thread.
+        // Listing comes before everything else in a job, on a thread of its own.
         Location::Local(root) => walk_local(root, name, wanted, intake).map(|()| true),
         Location::Remote(url) if glob.is_none() && Kind::of(name).is_some() => {
             intake.add(find_remote(reader, url, name).await?).map(|_| true)
@@ -196,8 +205,15 @@ fn walk_local(
         }
         Err(source) => return Err(DatasetError::Unreadable { path: start, source }),
         Ok(metadata) if metadata.is_dir() => {}
-        Ok(_) if Kind::of(name).is_some() => return intake.add(local_file(start, name.to_owned())?).map(drop),
-        Ok(_) => return Err(DatasetError::IsFile(start.display().to_string())),
+        Ok(metadata) => {
+            if let Some(what) = files::irregular(&metadata) {
+                return Err(DatasetError::Irregular { path: start, what });
+            }
+            if Kind::of(name).is_none() {
+                return Err(DatasetError::IsFile(start.display().to_string()));
+            }
+            return intake.add(local_file(start, name.to_owned(), Some(&metadata))?).map(drop);
+        }
     }
     let key = if name.is_empty() { String::new() } else { format!("{}/", name.trim_end_matches('/')) };
     let mut open = vec![Directory::open(start, key, &[])?];
@@ -210,18 +226,23 @@ fn walk_local(
         if key.ends_with('/') {
             let below = Directory::open(path, key, &open)?;
             open.push(below);
-        } else if wanted(&key) && !intake.add(local_file(path, key)?)? {
-            break;
+        } else if wanted(&key) {
+            // A link to nowhere is listed like any bad image, to be quarantined when it is read.
+            let metadata = std::fs::metadata(&path).ok();
+            if let Some(what) = metadata.as_ref().and_then(files::irregular) {
+                intake.pass_over(&key, &path, what);
+            } else if !intake.add(local_file(path, key, metadata.as_ref())?)? {
+                break;
+            }
         }
     }
     Ok(())
 }
 
-/// A local file. A link to nowhere is listed like any bad image, to be quarantined when it is read.
-fn local_file(path: PathBuf, key: String) -> Result<File, DatasetError> {
-    let metadata = std::fs::metadata(&path).ok();
-    let size = metadata.as_ref().map_or(0, std::fs::Metadata::len);
-    let etag = metadata.as_ref().and_then(local_etag);
+/// A local file.
+fn local_file(path: PathBuf, key: String, metadata: Option<&std::fs::Metadata>) -> Result<File, DatasetError> {
+    let size = metadata.map_or(0, std::fs::Metadata::len);
+    let etag = metadata.and_then(local_etag);
     match path.into_os_string().into_string() {
         Ok(location) => Ok(File { key, location, size, etag }),
         Err(path) => Err(DatasetError::Name(path.into())),

@@ -22,6 +22,7 @@ use tokio::runtime::Handle;
 
 use super::walk::{File, Kind};
 use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions};
+use crate::files;
 use crate::manifest::Part;
 use crate::store::{Location, Store, StoreError, retry};
 
@@ -38,11 +39,10 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
     let wanted = Wanted::new(options);
     let (shard, size) = (file.clone(), file.size);
     let indexing = match Location::parse(&file.location)? {
-        Location::Local(path) => {
+        Location::Local(path) => tokio::task::spawn_blocking(move || {
             let unreadable = |source| DatasetError::Unreadable { path: path.clone(), source };
-            let open = BufReader::new(std::fs::File::open(&path).map_err(unreadable)?);
-            tokio::task::spawn_blocking(move || index(&shard, open, size, &wanted))
-        }
+            index(&shard, BufReader::new(files::open(&path).map_err(unreadable)?), size, &wanted)
+        }),
         Location::Remote(url) => {
             let (store, path) = reader.locate(&url)?;
             let ranges = Ranges::new(&store, path, size);

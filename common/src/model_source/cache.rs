@@ -264,7 +264,8 @@ async fn complete(
             }
             Err(AppendError::Cache(source)) => return Err(failed(source)),
             Err(AppendError::Remote(error)) => {
-                fruitless = if len > last { 0 } else { fruitless + 1 };
+                // A few bytes in each attempt would be an attempt without end.
+                fruitless = if len > last && !error.is_too_slow() { 0 } else { fruitless + 1 };
                 last = len;
                 if fruitless == ATTEMPTS || !error.is_unreachable() {
                     return Err(error);

@@ -16,6 +16,7 @@ use super::cache::{Cache, user_cache};
 use super::digest::Digest;
 use super::{Body, Listing, RemoteFile, SourceError};
 use crate::store::Location;
+use crate::store::pace::{Pace, TooSlow};
 
 /// A repository and its revision.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -170,7 +171,10 @@ impl Hub {
         let what = format!("{} of {}", file.path, self.model);
         let response = self.get(url, &what, from).await?;
         let from = if response.status() == StatusCode::PARTIAL_CONTENT { from } else { 0 };
+        let path = what.clone();
+        let slow = move |slow: TooSlow| SourceError::from(slow.reading(&path, "hub"));
         let chunks = response.bytes_stream().map_err(move |e| interrupted(&what, &e)).boxed();
+        let chunks = Pace::REMOTE.body(chunks, slow);
         Ok(Body { from, chunks })
     }
 

@@ -124,6 +124,11 @@ pub enum SourceError {
 }
 
 impl SourceError {
+    /// Whether next to nothing came.
+    fn is_too_slow(&self) -> bool {
+        matches!(self, Self::Store(error) if error.is_too_slow())
+    }
+
     /// Whether nobody answered, so that the cache may serve.
     fn is_unreachable(&self) -> bool {
         match self {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::pace::TooSlow;
 use super::redact::redact;
 use super::retry::is_transient;
 
@@ -51,6 +52,18 @@ impl StoreError {
         match self {
             Self::Object { source, .. } => is_transient(source),
             Self::Location { .. } | Self::Directory { .. } | Self::Settings { .. } => false,
+        }
+    }
+
+    /// Whether a read was given up because next to nothing came, several times: others may be answered better.
+    pub fn is_too_slow(&self) -> bool {
+        self.too_slow().is_some()
+    }
+
+    pub(crate) fn too_slow(&self) -> Option<TooSlow> {
+        match self {
+            Self::Object { source, .. } => TooSlow::find(source),
+            Self::Location { .. } | Self::Directory { .. } | Self::Settings { .. } => None,
         }
     }
 }
@@ -143,6 +156,10 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
     match error {
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Some(
             "the store refuses these credentials: check the key, its expiry, and that it may read, write, list and delete there",
+        ),
+        _ if TooSlow::find(error).is_some() => Some(
+            "the storage answers too slowly: check it and the network, then run the same command again (--retry-quarantined \
+             gives images that were quarantined for it another try)",
         ),
         _ if is_transient(error) => Some(
             "the store could not be reached or kept failing: check the endpoint and the network, then run the same command again, which resumes a job",

@@ -9,6 +9,7 @@ mod listing;
 mod local;
 mod location;
 mod open;
+pub(crate) mod pace;
 pub mod preflight;
 mod redact;
 mod redirect;

@@ -14,6 +14,7 @@ use url::{Position, Url};
 
 use super::credentials::{self, Environment};
 use super::listing::SteadyListing;
+use super::pace::{Pace, Paced};
 use super::redirect::OutwardRedirects;
 use super::{Location, StoreError, describe};
 
@@ -92,7 +93,8 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
     let store = PrefixStore::new(store, prefix);
     // Directory buckets of S3 Express list in no order.
     let in_order = environment.get("AWS_S3_EXPRESS").is_none();
-    Ok(if in_order { Arc::new(SteadyListing(Arc::new(store))) } else { Arc::new(store) })
+    let store: Arc<dyn ObjectStore> = if in_order { Arc::new(SteadyListing(Arc::new(store))) } else { Arc::new(store) };
+    Ok(Arc::new(Paced::new(store, Pace::REMOTE)))
 }
 
 /// How long a connection may take.
@@ -100,7 +102,7 @@ pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long nothing may arrive.
 pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Slow is not broken: a transfer may take as long as something arrives.
+/// Slow is not broken: a transfer may take as long as enough arrives ([`Pace`]).
 fn client() -> ClientOptions {
     ClientOptions::new().with_timeout_disabled().with_connect_timeout(CONNECT_TIMEOUT).with_read_timeout(READ_TIMEOUT)
 }

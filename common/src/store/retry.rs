@@ -11,6 +11,7 @@ use backon::{ExponentialBuilder, Retryable};
 use object_store::Error;
 use object_store::client::HttpError;
 
+use super::pace::TooSlow;
 use super::{StoreError, error};
 
 /// How long an operation is repeated before it fails.
@@ -31,6 +32,9 @@ fn is_passing(store: &str, error: &(dyn std::error::Error + 'static)) -> bool {
     while let Some(error) = cause {
         if let Some(inner) = error.downcast_ref::<Error>() {
             return is_transient(inner);
+        }
+        if error.is::<TooSlow>() {
+            return true;
         }
         if let Some(http) = error.downcast_ref::<HttpError>() {
             return !is_unusable(http);

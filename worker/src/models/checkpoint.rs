@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use elbo_common::files;
 use elbo_common::model_files::is_plain_name;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -22,7 +23,7 @@ use super::options::{LoadOptions, Precision, WeightsFrom};
 
 /// Reads a file, telling a missing one from an unreadable one.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
-    std::fs::read(path).map_err(|source| match source.kind() {
+    files::read(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => ModelError::MissingFile(path.to_owned()),
         _ => ModelError::Read { path: path.to_owned(), source },
     })

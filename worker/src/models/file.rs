@@ -1,10 +1,10 @@
 //! One safetensors file, mapped into memory: its pages are read when a layer takes them and can be dropped again.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use elbo_common::files;
 use memmap2::Mmap;
 use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorInfo};
@@ -88,7 +88,7 @@ fn map(path: &Path) -> Result<Mmap, ModelError> {
         std::io::ErrorKind::NotFound => ModelError::MissingFile(path.to_owned()),
         _ => ModelError::Read { path: path.to_owned(), source },
     };
-    let file = File::open(path).map_err(failed)?;
+    let file = files::open(path).map_err(failed)?;
     // SAFETY: as for every program that maps weights: whoever truncates the file while it is loaded ends this process.
     unsafe { Mmap::map(&file) }.map_err(failed)
 }

@@ -9,6 +9,7 @@ use tempfile::TempDir;
 
 use super::super::{LabelSource, list as list_source};
 use super::*;
+use crate::budget::Budget;
 use crate::class::Classes;
 use crate::manifest::Sample;
 
@@ -234,5 +235,59 @@ async fn runs_of_rows_are_read_whole_or_by_pages() {
         for row in [39, 0, 17, 16, 15, 1] {
             assert_eq!(reader.read(&(&samples[row as usize]).into()).await.unwrap(), large(row), "{paged} {row}");
         }
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_many_rows_hold_is_decoded_and_kept_once() {
+    // A megabyte that nothing compresses, 1,000 times: 1 GB of rows.
+    let one: Vec<u8> = (0..1 << 15u32).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect();
+    let batch: ArrayRef = Arc::new(BinaryArray::from_iter_values(std::iter::repeat_n(&one, 100)));
+    let batch = RecordBatch::try_from_iter_with_nullable([("image", batch, true)]).unwrap();
+    for dictionary in [true, false] {
+        let root = TempDir::new().unwrap();
+        let path = root.path().join("train.parquet");
+        let properties = WriterProperties::builder()
+            .set_dictionary_enabled(dictionary)
+            .set_dictionary_page_size_limit(2 << 20)
+            .set_compression(parquet::basic::Compression::ZSTD(Default::default()))
+            .set_offset_index_disabled(true)
+            .build();
+        let file = std::fs::File::create(&path).unwrap();
+        let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(properties)).unwrap();
+        for _ in 0..if dictionary { 10 } else { 1 } {
+            writer.write(&batch.slice(0, if dictionary { 100 } else { 50 })).unwrap();
+        }
+        writer.close().unwrap();
+        let (cells, memory) = (Cells::new(256 << 20), Budget::new(512 << 20));
+        let reader = Reader::new();
+        let (store, path) = reader.locate_any(path.to_str().unwrap()).unwrap();
+        for row in [0, 1, if dictionary { 999 } else { 49 }] {
+            let cell = cells.read(&store, &path, None, row, "image", &memory).await.unwrap();
+            assert!(cell == one, "{dictionary} {row}");
+        }
+        if dictionary {
+            assert!(memory.peak() < 64 << 20, "{}", memory.peak());
+        }
+        // The image, and in the other case the compressed chunk too.
+        let most = if dictionary { 2 << 20 } else { 54 << 20 };
+        assert!(cells.kept() < most, "{dictionary}: {}", cells.kept());
+        assert_eq!(memory.free(), 512 << 20);
+    }
+}
+
+#[tokio::test]
+async fn a_run_ends_when_it_holds_enough_and_the_next_one_goes_on() {
+    // Small rows and then large ones, in one row group without an index: no average is right for both.
+    let large = |row: u64| vec![row as u8; if row < 100 { 10 } else { 3 << 20 }];
+    let column: ArrayRef = Arc::new(BinaryArray::from_iter_values((0..120).map(large)));
+    let properties = WriterProperties::builder().set_dictionary_enabled(false).set_offset_index_disabled(true).build();
+    let dataset = Dataset::with(vec![("image", column)], properties);
+    let (cells, memory) = (Cells::new(256 << 20), Budget::new(256 << 20));
+    let path = dataset.0.path().join("train.parquet");
+    let (store, path) = Reader::new().locate_any(path.to_str().unwrap()).unwrap();
+    for row in [119, 0, 99, 100, 110, 118] {
+        let cell = cells.read(&store, &path, None, row, "image", &memory).await.unwrap();
+        assert!(cell == large(row), "{row}");
     }
 }

@@ -1,0 +1,101 @@
+//! From the bytes of an image file to the pixels a model takes, within the memory there is for that.
+
+use bytes::Bytes;
+use elbo_common::budget::{Budget, Share};
+use elbo_images::{ImageError, Preprocessing};
+
+/// Pixels as a model takes them.
+#[derive(Debug)]
+pub(crate) struct Picture {
+    /// [S, S, 3].
+    pub(crate) pixels: Vec<f32>,
+    /// Their memory.
+    pub(crate) share: Share,
+}
+
+/// Why there are no pixels.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PictureError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A panic, which is a defect.
+    #[error("the decoder crashed on it")]
+    Crashed,
+}
+
+impl PictureError {
+    /// What was being done, as the quarantine table names it.
+    pub(crate) fn stage(&self) -> &'static str {
+        match self {
+            Self::Image(error) => error.stage(),
+            Self::Crashed => "decode",
+        }
+    }
+}
+
+/// Decodes and prepares an image, once its share of `memory` is free: how much it takes is known from its header.
+pub(crate) async fn picture(
+    file: Bytes,
+    preprocessing: Preprocessing,
+    memory: &Budget,
+) -> Result<Picture, PictureError> {
+    let (header, wanted) = (file.clone(), preprocessing.clone());
+    let needed = working(move || wanted.memory(&header)).await?;
+    let mut share = memory.take(needed).await;
+    let pixels = working(move || preprocessing.apply(&file)).await?;
+    share.keep(size_of_val(pixels.as_slice()) as u64);
+    Ok(Picture { pixels, share })
+}
+
+/// Computes on a thread that may take its time.
+async fn working<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, PictureError> {
+    Ok(tokio::task::spawn_blocking(work).await.map_err(|_| PictureError::Crashed)??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A gray bitmap in a PGM file.
+    fn pgm(side: usize) -> Bytes {
+        let header = format!("P5 {side} {side} 255\n").into_bytes();
+        [header, vec![7; side * side]].concat().into()
+    }
+
+    #[tokio::test]
+    async fn pictures_that_are_decoded_at_once_keep_within_the_budget() {
+        let preprocessing = Preprocessing::stable_diffusion(64);
+        let needed = preprocessing.memory(&pgm(2000)).unwrap();
+        assert!(needed > 4_000_000, "{needed}");
+        // Room for two and a half.
+        let budget = Budget::new(needed * 5 / 2);
+        let total = budget.free();
+        let one = |side| picture(pgm(side), preprocessing.clone(), &budget);
+        let mut decoded = futures::future::join_all([2000; 16].map(one)).await;
+        assert!(decoded.iter().all(|picture| picture.as_ref().is_ok_and(|p| p.pixels.len() == 64 * 64 * 3)));
+        assert!((2 * needed..=total).contains(&budget.peak()), "{} of {total}", budget.peak());
+        // What is prepared holds as much as it is, in units of 64 KiB.
+        assert_eq!(total - budget.free(), 16 * (64 << 10));
+        decoded.clear();
+        assert_eq!(budget.free(), total);
+        // One that needs more than there is, is taken alone.
+        let small = Budget::new(1 << 20);
+        let both = futures::future::join(
+            picture(pgm(2000), preprocessing.clone(), &small),
+            picture(pgm(2000), preprocessing.clone(), &small),
+        );
+        let (first, second) = both.await;
+        assert!(first.is_ok() && second.is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_picture_takes_no_memory() {
+        let budget = Budget::new(1 << 30);
+        let bomb = Bytes::from_static(b"P5 60000 60000 255\n");
+        let error = picture(bomb, Preprocessing::stable_diffusion(64), &budget).await.unwrap_err();
+        assert_eq!((error.stage(), budget.peak()), ("decode", 0));
+        assert!(error.to_string().contains("16384"), "{error}");
+    }
+}
