@@ -46,6 +46,8 @@ struct Shared {
     requests: AtomicU64,
     stopped: AtomicBool,
     injected: Mutex<Vec<Fault>>,
+    /// What every request is answered from some number on: status and code.
+    refusal: Mutex<Option<(u64, &'static str, &'static str)>>,
 }
 
 impl Proxy {
@@ -60,6 +62,7 @@ impl Proxy {
             requests: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             injected: Mutex::new(Vec::new()),
+            refusal: Mutex::default(),
         });
         let serving = Arc::clone(&shared);
         let thread = std::thread::spawn(move || {
@@ -73,6 +76,17 @@ impl Proxy {
             }
         });
         Self { endpoint, shared, thread: Some(thread) }
+    }
+
+    /// Refuses every request after so many more, as a store does whose caller's credentials expire.
+    pub fn refuse_after(&self, requests: u64, status: &'static str, code: &'static str) {
+        let from = self.shared.requests.load(Ordering::Relaxed) + requests;
+        *self.shared.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some((from, status, code));
+    }
+
+    /// Passes requests on again.
+    pub fn accept(&self) {
+        *self.shared.refusal.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The faults so far.
@@ -110,6 +124,12 @@ impl Shared {
     /// Passes one request on; connections serve no second one.
     fn pass(&self, mut client: TcpStream) -> std::io::Result<()> {
         let Some(request) = read_request(&client)? else { return Ok(()) };
+        let refusal = *self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((from, status, code)) = refusal
+            && self.requests.load(Ordering::Relaxed) >= from
+        {
+            return fail(&mut client, status, code);
+        }
         let fault = self.fault();
         match fault {
             Some(Fault::SlowDown) => return fail(&mut client, "503 Slow Down", "SlowDown"),

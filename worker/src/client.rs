@@ -100,6 +100,8 @@ pub struct Client {
     answered: Arc<AtomicBool>,
     /// The worker's name, unique for its process.
     pub worker: String,
+    /// What all engines of the process say, if it has several.
+    process: String,
     /// The job it has joined.
     job: Arc<OnceLock<String>>,
     patience: Duration,
@@ -150,7 +152,21 @@ impl Client {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let (peer, answered) = (Arc::new((host, port, tls)), Arc::default());
-        Ok(Self { inner, address: address.to_owned(), peer, answered, worker, job: Arc::default(), patience })
+        Ok(Self {
+            inner,
+            address: address.to_owned(),
+            peer,
+            answered,
+            worker,
+            process: String::new(),
+            job: Arc::default(),
+            patience,
+        })
+    }
+
+    /// A client for an engine of a process that has others.
+    pub fn of_process(self, process: &str) -> Self {
+        Self { process: process.to_owned(), ..self }
     }
 
     /// Calls until answered, with growing pauses while the coordinator can't be reached.
@@ -226,6 +242,7 @@ impl Client {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             held,
             job: self.job.get().cloned().unwrap_or_default(),
+            process: self.process.clone(),
         };
         let joined = self
             .call(|mut c| {

@@ -21,7 +21,7 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt};
 
-pub use error::{StoreError, describe};
+pub use error::{StoreError, describe, refusal};
 pub use location::Location;
 pub use redact::redact;
 

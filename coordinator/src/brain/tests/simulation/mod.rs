@@ -1,5 +1,6 @@
 //! Whole clusters on virtual time, from a seed: coordinators and workers crash, stand still, are cut off, come twice; messages
-//! are lost, delayed, repeated and overtake each other; clocks disagree; storage dawdles. After every step the rules must hold:
+//! are lost, delayed, repeated and overtake each other; clocks disagree; storage dawdles; some workers can't read the images.
+//! After every step the rules must hold:
 //!
 //! - what a worker was told is safe is durable, for good;
 //! - no result counts twice, and what was acknowledged is not granted again;
@@ -43,6 +44,8 @@ enum Event {
 enum Nature {
     Sound,
     Unreadable,
+    /// Nobody can read it, which takes two to be believed.
+    Missing,
     /// It fails the block it is in.
     Poison,
     /// It kills the worker.
@@ -157,7 +160,9 @@ impl Simulation {
             Event::Spawn => {
                 let slow = if self.dice.roll(4) == 0 { 10 } else { 1 };
                 let rate = (400 + self.dice.roll(3_000) as u64) / slow;
-                self.workers.push(Worker::new(format!("w{}", self.workers.len()), rate));
+                let mut worker = Worker::new(format!("w{}", self.workers.len()), rate);
+                worker.blind = self.faults && self.dice.roll(8) == 0;
+                self.workers.push(worker);
                 self.later(1, Event::Beat(self.workers.len() - 1));
             }
             Event::Steward(at) if self.coordinators[at].alive => self.steward(at),
@@ -293,7 +298,7 @@ fn explore(seed: u64) {
     let mut dice = Dice(seed);
     let (samples, workers) = (4 + dice.roll(8) as u64, 1 + dice.roll(5));
     let mut odd = BTreeMap::new();
-    for nature in [Nature::Unreadable, Nature::Poison, Nature::Deadly] {
+    for nature in [Nature::Unreadable, Nature::Missing, Nature::Poison, Nature::Deadly] {
         if dice.roll(4) == 0 {
             odd.insert(SampleId(dice.roll(samples as usize) as u64), nature);
         }
