@@ -11,6 +11,8 @@
 //! ```
 //! Writes are acknowledged when durable. Opening fences any coordinator that had the ledger open.
 
+mod glance;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -18,13 +20,15 @@ use std::time::Duration;
 
 use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::layout;
-use elbo_common::store::{Location, Store};
+use elbo_common::store::{Location, Store, StoreError};
 use elbo_proto::v1;
 use prost::Message;
 use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, WriteBatch};
 
 use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult, Waste};
+
+pub use glance::given_up;
 
 /// A ledger that can't be opened, read or written.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +46,9 @@ pub enum LedgerError {
         /// Why it failed.
         source: slatedb::Error,
     },
+    /// The output can't be read.
+    #[error(transparent)]
+    Store(StoreError),
     /// An entry can't be understood.
     #[error(
         "the ledger entry {key} can't be understood: {reason}; it was written by another version of elbo or damaged: start over with --fresh or another --out"
