@@ -88,7 +88,8 @@ impl Plan {
                     // Now and not when the job is opened, which would discard what its pilot has learned.
                     discard(&Store::create(&Location::parse(out)?)?).await?;
                 }
-                let run = RunArgs { retry_quarantined: false, recompute: Vec::new(), ..run.clone() };
+                // There is nothing else yet that could have been quarantined.
+                let run = RunArgs { recompute: Vec::new(), ..run.clone() };
                 session::open(expedition.pilot.clone(), &directory(out), &run).await
             }
         }

@@ -43,6 +43,9 @@ pub struct Report {
     pub uncertain: u64,
     /// Samples that could not be scored.
     pub quarantined: u64,
+    /// Those of them that are in no file yet, since their shards are not finished.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub quarantined_unwritten: u64,
     /// Accuracy over the samples with a prediction and a label that is a class; none where there are none.
     pub accuracy: Option<Accuracy>,
     /// Evaluations the predictions rest on.
@@ -74,6 +77,10 @@ pub struct Report {
     /// How long the job took, once it is done.
     #[serde(skip)]
     pub timings: Option<Timings>,
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// Shares of right predictions, in [0, 1].
@@ -112,6 +119,7 @@ pub struct ReportBuilder {
     labelled: u64,
     uncertain: u64,
     quarantined: u64,
+    unwritten: u64,
     top5: u64,
     evaluations: u64,
     confusion: Confusion,
@@ -152,6 +160,13 @@ impl ReportBuilder {
             self.count(&prediction.into(), truth, Some(&captions));
         }
         self.pairs.add(sample, prediction);
+    }
+
+    /// Takes in a quarantined sample whose row is not written yet.
+    pub fn add_unwritten(&mut self, key: &str, error: &str) {
+        self.quarantined += 1;
+        self.unwritten += 1;
+        self.reasons.add(key, error);
     }
 
     /// Takes an audited sample in.
@@ -208,6 +223,7 @@ impl ReportBuilder {
             labelled: self.labelled,
             uncertain: self.uncertain,
             quarantined: self.quarantined,
+            quarantined_unwritten: self.unwritten,
             accuracy,
             evaluations: self.evaluations,
             evaluations_recomputed: totals.map_or(0, |totals| totals.evaluations_recomputed),
@@ -262,6 +278,20 @@ impl Report {
         if self.confusion.is_nameless() { Ok(()) } else { write!(f, "\n{}", self.confusion) }
     }
 
+    /// Why samples are quarantined, and what to do about it.
+    fn quarantine(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\n{}", self.reasons)?;
+        if self.quarantined_unwritten > 0 {
+            writeln!(
+                f,
+                "{} of them are of unfinished shards, whose files are not written yet",
+                self.quarantined_unwritten
+            )?;
+        }
+        writeln!(f, "the same command with --retry-quarantined tries them again, once the cause is")?;
+        writeln!(f, "mended; with a higher --max-bad more of them are borne")
+    }
+
     fn closest(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "\nmost uncertain samples (margin of the mean error, sample, class, label)")?;
         for sample in &self.closest {
@@ -298,7 +328,7 @@ impl fmt::Display for Report {
         if !self.closest.is_empty() {
             self.closest(f)?;
         }
-        if self.reasons.is_empty() { Ok(()) } else { write!(f, "\n{}", self.reasons) }
+        if self.reasons.is_empty() { Ok(()) } else { self.quarantine(f) }
     }
 }
 
@@ -400,6 +430,23 @@ mod tests {
             text.contains("33 samples: 30 labelled, 3 quarantined") && text.contains("      2  truncated"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn what_is_quarantined_and_not_written_yet_counts_with_its_reason() {
+        let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, None);
+        builder.add(&(&bad(0, "read: gone")).into());
+        builder.add_unwritten("1.png", "read: gone");
+        let report = builder.finish(None, None, None);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(
+            (&json["samples"], &json["quarantined"], &json["quarantined_unwritten"]),
+            (&2.into(), &2.into(), &1.into())
+        );
+        let text = report.to_string();
+        for told in ["      2  read: gone", "1 of them are of unfinished shards", "--retry-quarantined", "--max-bad"] {
+            assert!(text.contains(told), "'{told}' is not in: {text}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use elbo_common::store::{Store, StoreError};
 use elbo_common::table::{TableError, note_of};
 use object_store::path::Path;
 
-use crate::brain::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError};
+use crate::brain::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError, UNREAD};
 
 /// A finished shard on its way out.
 #[derive(Debug)]
@@ -110,7 +110,17 @@ impl Kept {
 
 /// How often a sample is tried before it is given up, by where it failed.
 fn attempts(stage: &str) -> u32 {
-    if stage == "evaluate" { 2 } else { 1 }
+    if [UNREAD, "evaluate"].contains(&stage) { 2 } else { 1 }
+}
+
+/// Where a sample failed, as outputs call it.
+fn shown(stage: &str) -> &str {
+    if stage == UNREAD { "read" } else { stage }
+}
+
+/// What a sample's row says of its failure.
+pub fn account(failure: &SampleFailure) -> String {
+    format!("{}: {}", shown(&failure.stage), failure.error)
 }
 
 /// The files of a finished shard, predictions last: where they are, so is all else. Where an earlier try left a quarantine
@@ -285,7 +295,7 @@ fn contender_score(group: &[&ScoredPrompt], classes: &Classes) -> (f64, Score) {
 }
 
 fn given_up(sample: &Sample, failure: &SampleFailure) -> Prediction {
-    let error = format!("{}: {}", failure.stage, failure.error);
+    let error = account(failure);
     Prediction {
         sample: sample.id,
         key: sample.key.clone(),
@@ -299,7 +309,7 @@ fn quarantine_row(sample: &Sample, failure: &SampleFailure) -> Quarantined {
     Quarantined {
         sample: sample.id,
         key: sample.key.clone(),
-        stage: failure.stage.clone(),
+        stage: shown(&failure.stage).to_owned(),
         error: failure.error.clone(),
         attempts: attempts(&failure.stage),
     }

@@ -3,7 +3,7 @@
 use elbo_proto::v1;
 use tonic::Status;
 
-use crate::brain::Record;
+use crate::brain::{Record, UNREAD};
 use crate::ledger::{failure_from_wire, from_wire};
 
 /// Longest name of a worker, host or device.
@@ -13,16 +13,20 @@ const NAME_BYTES: usize = 256;
 const ERROR_BYTES: usize = 4096;
 
 /// Where a sample can fail.
-const STAGES: [&str; 5] = ["read", "decode", "preprocess", "encode", "evaluate"];
+const STAGES: [&str; 6] = ["read", UNREAD, "decode", "preprocess", "encode", "evaluate"];
 
 /// Names go into logs, pages and metrics: they must be short and on one line.
 pub fn check_names(join: &v1::JoinRequest) -> Result<(), Status> {
     if join.worker.is_empty() {
         return Err(Status::invalid_argument("a worker must have a name"));
     }
-    for (what, name) in
-        [("name", &join.worker), ("host", &join.host), ("device", &join.device), ("version", &join.version)]
-    {
+    for (what, name) in [
+        ("name", &join.worker),
+        ("host", &join.host),
+        ("device", &join.device),
+        ("version", &join.version),
+        ("process", &join.process),
+    ] {
         let reason = if name.len() > NAME_BYTES {
             format!("the worker's {what} is longer than {NAME_BYTES} bytes")
         } else if name.chars().any(char::is_control) {

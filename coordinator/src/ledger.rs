@@ -12,6 +12,7 @@
 //! ```
 //! Writes are acknowledged when durable. Opening fences any coordinator that had the ledger open.
 
+mod glance;
 mod mark;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -22,13 +23,14 @@ use std::time::Duration;
 use elbo_common::checksum::Checksum;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::layout;
-use elbo_common::store::{Location, Store};
+use elbo_common::store::{Location, Store, StoreError};
 use elbo_proto::v1;
 use prost::Message;
 use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, KeyValue, WriteBatch};
 
-pub use mark::{Mark, marks};
+pub use glance::{given_up, marks};
+pub use mark::Mark;
 
 use mark::done_entry;
 
@@ -62,6 +64,9 @@ pub enum LedgerError {
         /// Why it failed.
         source: slatedb::Error,
     },
+    /// The output can't be read.
+    #[error(transparent)]
+    Store(StoreError),
     /// An entry can't be understood.
     #[error(
         "the ledger entry {key} can't be understood: {reason}; it was written by another version of elbo or damaged. Make sure that \

@@ -7,14 +7,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use elbo_common::checksum::Checksum;
-use elbo_common::ids::{Epoch, ShardId};
+use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::layout;
-use elbo_common::manifest::{Manifest, ManifestError};
+use elbo_common::manifest::{Manifest, ManifestError, Sample};
 use elbo_common::policy::Course;
 use elbo_common::record::{JobState, RecordError, Timings, Totals};
 use elbo_common::store::{Fault, Seen, Store, StoreError};
 use elbo_common::table::TableError;
 use elbo_net::{Doorkeeper, Limits, ServerTls};
+use elbo_proto::v1;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::net::TcpListener;
@@ -31,7 +32,7 @@ use crate::ledger::{LedgerError, Mark};
 use crate::operations::JobOperations;
 use crate::progress::Progress;
 use crate::server::serve;
-use crate::service::Shared;
+use crate::service::{Shared, to_sample};
 use crate::status;
 use crate::telemetry::Use;
 use crate::watchdog::News;
@@ -42,6 +43,9 @@ const TICK: Duration = Duration::from_millis(200);
 
 /// Shards committed at a time: while one is uploaded, another is encoded. Each takes memory for its files.
 const COMMITS: usize = 2;
+
+/// Images that workers may try to read when they can't read one.
+const WITNESSES: u64 = 16;
 
 /// A job that could not be finished.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +90,7 @@ pub enum RunError {
     },
     /// Too many samples had to be given up.
     #[error(
-        "{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report`, mend the cause, or raise --max-bad and run the same command again"
+        "{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report {out}`, mend the cause and run the same command with --retry-quarantined, or raise --max-bad and run it again"
     )]
     TooManyBad {
         /// Samples given up.
@@ -95,6 +99,8 @@ pub enum RunError {
         samples: u64,
         /// The limit.
         limit: MaxBad,
+        /// The output.
+        out: String,
     },
     /// A background task ended by a panic, which is a defect.
     #[error("the coordinator's {0} ended unexpectedly: run the same command again to resume, and report this")]
@@ -239,6 +245,7 @@ impl Coordinator {
         next: Option<N>,
     ) -> Result<(Outcome, Option<N::Output>), RunError> {
         let started = Instant::now();
+        let _ = self.shared.witnesses.set(self.witnesses().await?);
         let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
         let hang_up = CancellationToken::new();
         let door = Doorkeeper::new(listener, self.options.limits);
@@ -277,6 +284,23 @@ impl Coordinator {
         self.shared.publish();
         served.map_err(|source| RunError::Serve { address, source })?;
         Ok((outcome, made))
+    }
+
+    /// Images from all over the dataset, so that no directory, archive or bucket stands for all.
+    async fn witnesses(&self) -> Result<Vec<v1::Sample>, RunError> {
+        let samples = self.manifest.len();
+        let count = WITNESSES.min(samples);
+        let mut chosen: BTreeMap<ShardId, Vec<u64>> = BTreeMap::new();
+        for id in (0..count).map(|n| (2 * n + 1) * samples / (2 * count)) {
+            chosen.entry(SampleId(id).shard(self.shared.record.identity.spec.shard_size)).or_default().push(id);
+        }
+        let mut witnesses = Vec::new();
+        for (shard, ids) in chosen {
+            let of_shard = self.manifest.shard(shard).await?.into_iter();
+            let chosen = of_shard.filter(|sample| ids.contains(&sample.id.0));
+            witnesses.extend(chosen.map(|sample| to_sample(Sample { candidates: Vec::new(), ..sample })));
+        }
+        Ok(witnesses)
     }
 
     /// Opens shards as work runs low, commits finished ones, takes silent workers' leases back. `true` when all is done.
@@ -412,7 +436,7 @@ impl Coordinator {
         if limit.allows(quarantined, samples) {
             Ok(())
         } else {
-            Err(RunError::TooManyBad { quarantined, samples, limit })
+            Err(RunError::TooManyBad { quarantined, samples, limit, out: self.out.location().to_string() })
         }
     }
 

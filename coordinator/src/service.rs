@@ -2,7 +2,7 @@
 //! are acknowledged.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_common::ids::{Epoch, LeaseId, LeaseKey};
@@ -36,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) ledger: Ledger,
     pub(crate) record: JobRecord,
     job_json: String,
+    /// Images by which workers find out whether they can read any.
+    pub(crate) witnesses: OnceLock<Vec<v1::Sample>>,
     started: Instant,
     heartbeat: Duration,
     /// Work became ready. One waiting worker is woken, and wakes the next if it leaves some: a report must not wake a
@@ -73,6 +75,7 @@ impl Shared {
             ledger,
             record,
             job_json,
+            witnesses: OnceLock::new(),
             started: Instant::now(),
             heartbeat,
             work: Notify::new(),
@@ -168,8 +171,9 @@ fn rejoin() -> Status {
     Status::not_found("this coordinator does not know the worker: join (again)")
 }
 
-fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
-    let sample = |s: Sample| v1::Sample {
+/// A sample as it travels.
+pub(crate) fn to_sample(s: Sample) -> v1::Sample {
+    v1::Sample {
         id: s.id.0,
         key: s.key,
         location: s.location,
@@ -182,8 +186,11 @@ fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
         }),
         size: s.size,
         etag: s.etag.unwrap_or_default(),
-    };
-    let samples = grant.samples.into_iter().map(sample).collect();
+    }
+}
+
+fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
+    let samples = grant.samples.into_iter().map(to_sample).collect();
     let units = grant
         .units
         .into_iter()
@@ -223,6 +230,7 @@ impl v1::coordinator_server::Coordinator for Service {
             job_json: shared.job_json.clone(),
             heartbeat_ms: shared.heartbeat.as_millis() as u32,
             job: job.clone(),
+            witnesses: shared.witnesses.get().cloned().unwrap_or_default(),
         };
         if !join.job.is_empty() && join.job != job {
             // What it has in hand is of no use here.
@@ -231,6 +239,7 @@ impl v1::coordinator_server::Coordinator for Service {
         shared.telemetry.workers_joined.inc();
         let mut brain = shared.brain();
         brain.join(&join.worker, &join.host, &join.device, shared.now());
+        brain.is_of(&join.worker, &join.process);
         for held in join.held {
             let key = LeaseKey { epoch: Epoch(held.epoch), lease: LeaseId(held.lease) };
             let units: Vec<_> = held.units.into_iter().filter_map(|unit| unit.try_into().ok()).collect();
@@ -303,7 +312,7 @@ impl v1::coordinator_server::Coordinator for Service {
         };
         let record = intake::record(epoch, results, failures).map_err(refused)?;
         let checked = shared.brain().check(&worker, key, record, again, shared.now());
-        let Checked { record, duplicates } = match checked {
+        let Checked { record, duplicates, postponed } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
                 // A report that outlived a coordinator: the steward opens the shard now.
@@ -317,9 +326,16 @@ impl v1::coordinator_server::Coordinator for Service {
             }
             Err(error) => return Err(refused(error.to_string())),
         };
-        let accepted = (record.results.len() + record.failures.len()) as u32;
+        for SampleFailure { sample, error, .. } in &postponed {
+            tracing::warn!(worker, %sample, error, "a worker could not read an image: it is blamed once another can't either");
+        }
+        let accepted = (record.results.len() + record.failures.len() + postponed.len()) as u32;
         let units = audit::units(&record);
         persist(shared, record, Some((&worker, key))).await?;
+        if !postponed.is_empty() {
+            // They are for anyone but the worker that could not read them.
+            shared.work.notify_waiters();
+        }
         audit::acknowledged(&worker, epoch, lease, units);
         reports("accepted");
         let results = |outcome, count: u32| {

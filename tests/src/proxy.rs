@@ -48,6 +48,8 @@ struct Shared {
     injected: Mutex<Vec<Fault>>,
     held: Mutex<Held>,
     changed: Condvar,
+    /// What every request is answered from some number on: status and code.
+    refusal: Mutex<Option<(u64, &'static str, &'static str)>>,
 }
 
 /// A put that is held up on its way.
@@ -80,6 +82,7 @@ impl Proxy {
             injected: Mutex::new(Vec::new()),
             held: Mutex::default(),
             changed: Condvar::new(),
+            refusal: Mutex::default(),
         });
         let serving = Arc::clone(&shared);
         let thread = std::thread::spawn(move || {
@@ -93,6 +96,17 @@ impl Proxy {
             }
         });
         Self { endpoint, shared, thread: Some(thread) }
+    }
+
+    /// Refuses every request after so many more, as a store does whose caller's credentials expire.
+    pub fn refuse_after(&self, requests: u64, status: &'static str, code: &'static str) {
+        let from = self.shared.requests.load(Ordering::Relaxed) + requests;
+        *self.shared.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some((from, status, code));
+    }
+
+    /// Passes requests on again.
+    pub fn accept(&self) {
+        *self.shared.refusal.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// The faults so far.
@@ -177,6 +191,12 @@ impl Shared {
     /// Passes one request on; connections serve no second one.
     fn pass(&self, mut client: TcpStream) -> std::io::Result<()> {
         let Some(request) = read_request(&client)? else { return Ok(()) };
+        let refusal = *self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((from, status, code)) = refusal
+            && self.requests.load(Ordering::Relaxed) >= from
+        {
+            return fail(&mut client, status, code);
+        }
         let was_held = self.wait(&request);
         let fault = self.fault();
         match fault {

@@ -323,3 +323,45 @@ fn small_files_of_large_pictures_take_no_more_memory_than_is_allowed() {
     let rows = peak(&table, "rows", &["--limit", "3"]);
     assert!(rows < 1 << 30, "{} MiB for rows", rows >> 20);
 }
+
+#[test]
+fn what_the_error_and_the_report_advise_after_too_many_bad_images_works() {
+    let digits = some_images(2);
+    let good = some_images(2);
+    spoil(digits.path());
+    let outs = TempDir::new().unwrap();
+    let out = outs.path().join("out");
+    let job = || {
+        let mut command = elbo();
+        command.arg("label").args(job_flags(digits.path(), &out)).args(["--max-bad", "2"]);
+        command
+    };
+    let stopped = run(&mut job());
+    assert_eq!(stopped.status.code(), Some(1));
+    assert!(stderr(&stopped).contains(&format!("`elbo report {}`", out.display())), "{}", stderr(&stopped));
+    assert!(stderr(&stopped).contains("--retry-quarantined"), "{}", stderr(&stopped));
+    // No shard is committed: the ledger alone knows what was given up, and is left as it is.
+    assert!(!out.join("quarantine").exists());
+    for _ in 0..2 {
+        let report = json(elbo().args(["report", "--json"]).arg(&out));
+        assert!(report["quarantined"].as_u64().unwrap() > 2, "{report}");
+        assert_eq!(report["quarantined"], report["quarantined_unwritten"]);
+    }
+    let text = run_ok(elbo().arg("report").arg(&out)).stdout;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(text.contains("decode:") && text.contains("--retry-quarantined"), "{text}");
+    // Without any change the same command ends as before.
+    assert_eq!(run(&mut job()).status.code(), Some(1));
+
+    let one = elbo_tests::sorted(&good.path().join("one"))[0].clone();
+    for name in ["one/a-truncated.png", "one/b-empty.png", "two/c-page.jpg", "two/d-bomb.ppm", "two/e-gone.png"] {
+        let path = digits.path().join(name);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::copy(&one, &path).unwrap();
+    }
+    run_ok(job().arg("--retry-quarantined"));
+    let verified = json(elbo().args(["verify", "--json"]).arg(&out));
+    assert_eq!((verified["ok"].as_bool(), verified["quarantined"].as_u64()), (Some(true), Some(0)), "{verified}");
+    let report = json(elbo().args(["report", "--json"]).arg(&out));
+    assert_eq!((report["quarantined"].as_u64(), report.get("quarantined_unwritten")), (Some(0), None));
+}

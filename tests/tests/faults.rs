@@ -1,23 +1,32 @@
 //! Storage that fails now and then changes no byte of a result: a store that wraps a store, below the real coordinator, ledger
-//! and worker in this process.
+//! and worker in this process. Storage that a worker can't read any more is blamed on no image: real processes, of which some
+//! have no mount or credentials that expire.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
+use std::fs::File;
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::layout;
 use elbo_common::model_source::JobModels;
+use elbo_common::predictions::Prediction;
 use elbo_common::record::JobRecord;
 use elbo_common::store::{Location, Store};
 use elbo_coordinator::brain::LeasePolicy;
 use elbo_coordinator::{Coordinator, Job, JobOptions, MaxBad, Options, Outcome};
 use elbo_net::Limits;
 use elbo_tests::faults::FaultyStore;
-use elbo_tests::{PATIENCE, elbo, job_flags, model, results, run_ok, some_images, with};
+use elbo_tests::proxy::Proxy;
+use elbo_tests::servers::{Bucket, S3sFs, SECRET, s3_variables, with_variables};
+use elbo_tests::{
+    PATIENCE, Process, coordinator_flags, copy_tree, elbo, free_address, job_flags, json, model, predictions, results,
+    run, run_ok, some_images, sorted, stderr, with,
+};
 use elbo_worker::engine::Problem;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
@@ -180,4 +189,197 @@ fn a_false_conflict_stops_the_coordinator_with_a_clear_error_and_the_job_resumes
         assert!(found(&memory).await == case.expected);
         assert_eq!(record(&memory).await.totals.unwrap().evaluations_recomputed, 0);
     });
+}
+
+/// A job on the images of a place, its coordinator running, with the flags of a small schedule.
+struct Cluster {
+    files: TempDir,
+    address: String,
+    coordinator: Process,
+}
+
+impl Cluster {
+    fn start(images: &Path, settings: impl Fn(Command) -> Command, directory: &Path) -> Self {
+        let (files, address) = (TempDir::new().unwrap(), free_address());
+        let mut command = settings(elbo());
+        command.arg("coordinator").args(with(coordinator_flags(images, &files.path().join("out")), &SMALLER));
+        command.args(["--listen", &address, "--lease-seconds", "20", "--max-bad", "50%"]).current_dir(directory);
+        let log = File::create(files.path().join("coordinator.log")).unwrap();
+        let mut coordinator = Process(command.stdout(Stdio::null()).stderr(log).spawn().unwrap());
+        let end = Instant::now() + PATIENCE;
+        while std::net::TcpStream::connect(&address).is_err() {
+            assert!(Instant::now() < end && coordinator.is_running());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Self { files, address, coordinator }
+    }
+
+    fn out(&self) -> PathBuf {
+        self.files.path().join("out")
+    }
+
+    /// Starts a worker, its log going to a file of that name.
+    fn worker(&self, name: &str, command: Command, directory: &Path) -> Process {
+        let (mut command, url) = (command, format!("http://{}", self.address));
+        command
+            .args(["worker", "--threads", "1", "--batch", "16", "--patience", "20", "--coordinator", &url])
+            .current_dir(directory);
+        let log = File::create(self.files.path().join(name)).unwrap();
+        Process(command.stdout(Stdio::null()).stderr(log).spawn().unwrap())
+    }
+
+    fn log(&self, name: &str) -> String {
+        std::fs::read_to_string(self.files.path().join(name)).unwrap()
+    }
+
+    fn quarantined(&self) -> u64 {
+        let status = json(elbo().args(["status", "--json", &format!("http://{}", self.address)]));
+        status["samples_quarantined"].as_u64().unwrap()
+    }
+
+    /// The job is done; nothing is quarantined, and every image has the scores of an undisturbed run.
+    fn check(mut self, expected: &[Prediction]) {
+        assert_eq!(self.coordinator.wait(PATIENCE), Some(0), "{}", self.log("coordinator.log"));
+        assert!(predictions(&self.out()) == expected, "other predictions than undisturbed");
+    }
+}
+
+const SMALLER: [(&str, &str); 3] = [("--keep", "2,1"), ("--samples", "2,4"), ("--shard-size", "10")];
+
+/// What an undisturbed run of the small schedule gives.
+fn undisturbed(images: &Path) -> Vec<Prediction> {
+    let outs = TempDir::new().unwrap();
+    let out = outs.path().join("out");
+    run_ok(elbo().arg("label").args(with(job_flags(images, &out), &SMALLER)));
+    predictions(&out)
+}
+
+#[test]
+fn a_worker_whose_mount_is_missing_leaves_and_no_image_is_blamed() {
+    let images = some_images(4);
+    let expected = undisturbed(images.path());
+    // Every process has a current directory of its own, as every machine has its own mounts.
+    let (with_mount, without, empty) = (TempDir::new().unwrap(), TempDir::new().unwrap(), TempDir::new().unwrap());
+    copy_tree(images.path(), &with_mount.path().join("images"));
+    std::fs::create_dir(empty.path().join("images")).unwrap();
+    let cluster = Cluster::start(Path::new("/proc/self/cwd/images"), |command| command, with_mount.path());
+    for (name, directory, told) in
+        [("without", &without, "there is no /proc/self/cwd/images"), ("empty", &empty, "is empty here")]
+    {
+        let mut worker = cluster.worker(name, elbo(), directory.path());
+        assert_eq!(worker.wait(PATIENCE), Some(1), "{}", cluster.log(name));
+        let log = cluster.log(name);
+        assert!(log.contains(told) && log.contains("then start the worker again"), "{log}");
+        assert_eq!(cluster.quarantined(), 0);
+    }
+    // Beside one that has it, another comes and goes.
+    let mut sound = cluster.worker("sound", elbo(), with_mount.path());
+    let mut blind = cluster.worker("blind", elbo(), without.path());
+    assert_eq!(sound.wait(PATIENCE), Some(0), "{}", cluster.log("sound"));
+    // It may have come too late to be given anything.
+    let code = blind.wait(PATIENCE);
+    assert!(matches!(code, Some(0 | 1)), "{code:?}: {}", cluster.log("blind"));
+    assert!(cluster.log("coordinator.log").contains("none of them is blamed"), "it is told why they left");
+    cluster.check(&expected);
+}
+
+/// Images on a server that checks keys.
+fn on_s3(images: &Path) -> (S3sFs, Bucket) {
+    let server = S3sFs::start(true);
+    let bucket = server.bucket();
+    bucket.upload(images, "images");
+    (server, bucket)
+}
+
+#[test]
+fn a_worker_whose_credentials_expire_leaves_and_no_image_is_blamed() {
+    let images = some_images(4);
+    let (server, bucket) = on_s3(images.path());
+    let expected = undisturbed(images.path());
+    let here = TempDir::new().unwrap();
+    let refusals = [("400 Bad Request", "ExpiredToken", "renew them"), ("403 Forbidden", "AccessDenied", "none of 16")];
+    for (status, code, told) in refusals {
+        let cluster = Cluster::start(Path::new("s3://corpus/images"), |command| bucket.on(command), here.path());
+        let proxy = Proxy::start(&server.endpoint, 0, 0);
+        // A few images are read before.
+        proxy.refuse_after(5, status, code);
+        let command = || with_variables(elbo(), &s3_variables(&proxy.endpoint));
+        let mut refused = cluster.worker("refused", command(), here.path());
+        assert_eq!(refused.wait(PATIENCE), Some(1), "{code}: {}", cluster.log("refused"));
+        let log = cluster.log("refused");
+        assert!(log.contains(code) && log.contains(told) && !log.contains(SECRET), "{log}");
+        assert_eq!(cluster.quarantined(), 0, "{code}");
+        let mut other = cluster.worker("other", bucket.on(elbo()), here.path());
+        let mut again = cluster.worker("again", command(), here.path());
+        assert_eq!(other.wait(PATIENCE), Some(0), "{code}: {}", cluster.log("other"));
+        assert!(matches!(again.wait(PATIENCE), Some(0 | 1)), "{code}: {}", cluster.log("again"));
+        cluster.check(&expected);
+    }
+}
+
+#[test]
+fn when_the_only_worker_can_read_nothing_any_more_the_job_stops_with_a_clear_error_and_resumes() {
+    let images = some_images(4);
+    let (server, _bucket) = on_s3(images.path());
+    let expected = undisturbed(images.path());
+    for (status, code) in [("400 Bad Request", "ExpiredToken"), ("403 Forbidden", "AccessDenied")] {
+        let outs = TempDir::new().unwrap();
+        let out = outs.path().join("out");
+        let proxy = Proxy::start(&server.endpoint, 0, 0);
+        let label = |workers: &str| {
+            let mut command = with_variables(elbo(), &s3_variables(&proxy.endpoint));
+            command.arg("label").args(with(job_flags(Path::new("s3://corpus/images"), &out), &SMALLER));
+            command.args(["--workers", workers]);
+            command
+        };
+        // Listing takes a few requests, and some images are read before.
+        proxy.refuse_after(12, status, code);
+        for workers in ["1", "3"] {
+            let stopped = run(&mut label(workers));
+            let message = stderr(&stopped);
+            assert_eq!(stopped.status.code(), Some(1), "{message}");
+            for word in [code, "can't be read here", "none of them is blamed", "the same command, which resumes"] {
+                assert!(message.contains(word), "'{word}' is not in: {message}");
+            }
+            let report = json(elbo().args(["report", "--json"]).arg(&out));
+            assert_eq!(report["quarantined"], 0, "{report}");
+        }
+        proxy.accept();
+        run_ok(&mut label("2"));
+        assert!(predictions(&out) == expected, "{code}: other predictions than undisturbed");
+    }
+}
+
+#[test]
+fn images_that_are_truly_missing_are_quarantined_after_a_second_look_and_the_job_ends() {
+    let images = some_images(4);
+    let gone = ["three", "seven"];
+    for class in gone {
+        for image in sorted(&images.path().join(class)) {
+            std::fs::remove_file(&image).unwrap();
+            std::os::unix::fs::symlink("/no/such/image.png", &image).unwrap();
+        }
+    }
+    let check = |out: &Path| {
+        for row in predictions(out) {
+            let is_gone = gone.iter().any(|class| row.key.starts_with(class));
+            assert_eq!(row.error().is_some_and(|error| error.starts_with("read: ")), is_gone, "{}", row.key);
+        }
+    };
+    // Alone, by engines of one process, and by processes that agree.
+    let outs = TempDir::new().unwrap();
+    for workers in ["1", "3"] {
+        let out = outs.path().join(workers);
+        let flags = with(job_flags(images.path(), &out), &SMALLER);
+        run_ok(elbo().arg("label").args(flags).args(["--workers", workers, "--max-bad", "50%"]));
+        check(&out);
+    }
+    let here = outs.path();
+    let mut cluster = Cluster::start(images.path(), |command| command, here);
+    let mut workers = ["one", "two"].map(|name| cluster.worker(name, elbo(), here));
+    assert_eq!(cluster.coordinator.wait(PATIENCE), Some(0), "{}", cluster.log("coordinator.log"));
+    for (worker, name) in workers.iter_mut().zip(["one", "two"]) {
+        assert_eq!(worker.wait(PATIENCE), Some(0), "{}", cluster.log(name));
+    }
+    check(&cluster.out());
 }

@@ -132,6 +132,8 @@ pub struct Client {
     answered: Arc<AtomicBool>,
     /// The worker's name, unique for its process.
     pub worker: String,
+    /// What all engines of the process say, if it has several.
+    process: String,
     /// The job it has joined.
     job: Arc<OnceLock<String>>,
     patience: Duration,
@@ -177,11 +179,17 @@ impl Client {
         let line = Line { endpoint, tls, token: Bearer(token) };
         let stub = Arc::new(Mutex::new(line.connect()?));
         let (line, peer, answered) = (Arc::new(line), Arc::new((host, port)), Arc::default());
-        Ok(Self { stub, line, address: address.to_owned(), peer, answered, worker, job: Arc::default(), patience })
+        let (address, process) = (address.to_owned(), String::new());
+        Ok(Self { stub, line, address, peer, answered, worker, process, job: Arc::default(), patience })
     }
 
     fn stub(&self) -> Stub {
         self.stub.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// A client for an engine of a process that has others.
+    pub fn of_process(self, process: &str) -> Self {
+        Self { process: process.to_owned(), ..self }
     }
 
     /// After a call that was not answered: where the TLS files have changed, the next one goes over a new connection. One
@@ -269,6 +277,7 @@ impl Client {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             held,
             job: self.job.get().cloned().unwrap_or_default(),
+            process: self.process.clone(),
         };
         let joined = self
             .call(|mut c| {

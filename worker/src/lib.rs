@@ -1,10 +1,11 @@
 //! The worker: leases blocks from a coordinator, evaluates them on its devices, and reports sums.
 //!
 //! [`worker`] is the life of a worker from joining to leaving; [`prepare`] turns a leased block into latents
-//! ([`elbo_images`], then the model's VAE); [`engine`] evaluates them with the networks of [`models`], which are written in
+//! ([`elbo_images`], then the model's VAE), and [`access`] says whose fault it is when one can't be read; [`engine`] evaluates them with the networks of [`models`], which are written in
 //! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged. [`http`] and [`metrics`] tell operators how it
 //! is.
 
+pub mod access;
 mod batch;
 pub mod client;
 pub mod device;

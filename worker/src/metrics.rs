@@ -63,7 +63,7 @@ fn name(activity: v1::Activity) -> &'static str {
 }
 
 /// The stages samples are given up at, of which a label may be made.
-const STAGES: [&str; 4] = ["read", "decode", "preprocess", "encode"];
+const STAGES: [&str; 5] = ["read", "unread", "decode", "preprocess", "encode"];
 
 impl Metrics {
     fn new() -> Self {
@@ -90,7 +90,11 @@ impl Metrics {
         registry.register("batches", "Batches computed", this.batches.clone());
         registry.register("unreported", "Evaluations computed and not reported yet", this.unreported.clone());
         registry.register("images_read", "Images read", this.images_read.clone());
-        registry.register("samples_failed", "Samples given up: read, decode, preprocess, encode", this.bad.clone());
+        registry.register(
+            "samples_failed",
+            "Samples that failed: read, unread (others may be able to read it), decode, preprocess, encode",
+            this.bad.clone(),
+        );
         registry.register("reports", "Reports: acknowledged or refused", this.reports.clone());
         registry.register("retries", "Calls that were not answered and tried again", this.retries.clone());
         registry.register("leases", "Leases it works on, as of the last heartbeat", this.leases.clone());

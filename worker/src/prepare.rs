@@ -16,6 +16,7 @@ use elbo_kernels::gpu;
 use elbo_proto::v1;
 use futures::StreamExt;
 
+use crate::access::{Access, Unread};
 use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
 use crate::latent::{Key, Latent, LatentCache};
 use crate::metrics::metrics;
@@ -31,7 +32,7 @@ const AHEAD: usize = 16;
 pub struct BadSample {
     /// The sample.
     pub sample: SampleId,
-    /// Where it failed: read, decode, preprocess or encode.
+    /// Where it failed: read, decode, preprocess or encode; or unread, where others may be able to read it.
     pub stage: &'static str,
     /// Why.
     pub error: String,
@@ -62,6 +63,16 @@ pub enum BlockError {
     /// The images' storage does not answer.
     #[error("{0}; check the storage of the images, then start the worker again")]
     Storage(ReadError),
+    /// This worker can't read any image.
+    #[error(
+        "the images of {images} can't be read here, and none of them is blamed for it: {problem}; mend this machine's access to them (mount, credentials, clock), then start the worker again (where it was `elbo label`, the same command, which resumes)"
+    )]
+    Access {
+        /// The job's images.
+        images: String,
+        /// What happened.
+        problem: String,
+    },
     /// The device failed, or has no room for one image.
     #[error(
         "the device failed: {0}; start the worker again (with a smaller --batch if memory ran out): what it had in hand is not lost"
@@ -83,6 +94,8 @@ pub struct Preparer {
     pub reader: Reader,
     /// What decoding them may take.
     pub memory: Budget,
+    /// What is at fault when one can't be read.
+    pub access: Access,
     /// The job: its course, its models, and its prompts or the text encoders for its samples' captions.
     pub problem: Arc<Problem>,
     /// Samples read and encoded so far.
@@ -203,14 +216,12 @@ impl Preparer {
             }
             let file = match bytes.take() {
                 Some(bytes) => bytes,
-                None => match self.reader.read(&image_of(&sample)).await {
+                None => match self.access.read(&self.reader, &image_of(&sample)).await? {
                     Ok(bytes) => {
                         metrics().images_read.inc();
                         bytes
                     }
-                    // Nothing is known of the image: it may be as good as any.
-                    Err(error) if error.is_transient() => return Err(BlockError::Storage(error)),
-                    Err(error) => return bad("read", error.to_string()),
+                    Err(Unread { stage, error }) => return bad(stage, error.to_string()),
                 },
             };
             bytes = Some(file.clone());
@@ -237,7 +248,7 @@ impl Preparer {
 }
 
 /// Where a sample's image lies.
-fn image_of(sample: &v1::Sample) -> Image {
+pub(crate) fn image_of(sample: &v1::Sample) -> Image {
     let part = sample.part.as_ref().map(|part| match part {
         v1::sample::Part::Member(v1::Member { offset }) => Part::Member { offset: *offset },
         v1::sample::Part::Cell(v1::Cell { row, column }) => Part::Cell { row: *row, column: column.clone() },

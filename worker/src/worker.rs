@@ -20,13 +20,14 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use crate::access::{Access, Seen};
 use crate::batch;
 use crate::client::{CallError, Client, ClientError, GOODBYE};
 use crate::device::Device;
 use crate::engine::{Engine, EngineStopped, Problem};
 use crate::latent::LatentCache;
 use crate::lessee::{Lessee, Terms};
-use crate::prepare::{BlockError, Preparer};
+use crate::prepare::{BlockError, Preparer, image_of};
 use crate::problem::ProblemError;
 use crate::pulse::Pulse;
 use crate::report::Reporter;
@@ -142,11 +143,12 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
     }
     let options = Arc::new(options);
     let memory = Memory::new(options.decode_memory, options.engines.len());
+    let seen = Arc::new(Seen::default());
     let mut engines = JoinSet::new();
     for (number, device) in options.engines.iter().enumerate() {
         let shared = shared.get(device).map(Arc::clone).unwrap_or_default();
-        let memory = memory.clone();
-        let member = Member { options: Arc::clone(&options), number, device: *device, shared, memory };
+        let (options, memory, seen) = (Arc::clone(&options), memory.clone(), Arc::clone(&seen));
+        let member = Member { options, number, device: *device, shared, memory, seen };
         let stop = stop.clone();
         // What every log line of this engine says of it.
         let span = tracing::info_span!("worker", worker = member.name(), job = tracing::field::Empty);
@@ -174,6 +176,8 @@ struct Member {
     shared: Arc<Shared>,
     /// What images that are read ahead may take, in all engines together.
     memory: Memory,
+    /// What any engine of this process has read.
+    seen: Arc<Seen>,
 }
 
 impl Member {
@@ -197,6 +201,7 @@ impl Member {
     async fn run_job(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
         let Options { coordinator, token, tls, host, grace, patience, .. } = &*self.options;
         let client = Client::new(coordinator, token.as_deref(), tls.as_ref(), self.name(), *patience)?;
+        let client = client.of_process(&self.options.name);
         let device = match self.device {
             Device::Cpu => format!("cpu x{}", self.options.threads),
             other => other.to_string(),
@@ -243,6 +248,7 @@ impl Member {
         let preparer = Arc::new(Preparer {
             engine: Arc::clone(&engine),
             cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
+            access: access(joined, &self.seen)?,
             reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64).within(&self.memory),
             memory: self.memory.pictures.clone(),
             problem,
@@ -295,6 +301,13 @@ impl Member {
         tracing::info!(engine = self.number, device = %self.device, batch, lanes, "ready");
         Ok((problem, engine))
     }
+}
+
+/// Access to the job's images.
+fn access(joined: &v1::JoinReply, seen: &Arc<Seen>) -> Result<Access, WorkerError> {
+    let identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
+    let witnesses = joined.witnesses.iter().map(image_of).collect();
+    Ok(Access::new(identity.spec.images, witnesses, Arc::clone(seen)))
 }
 
 /// Loads the job's model.

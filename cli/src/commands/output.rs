@@ -1,14 +1,19 @@
 //! `elbo report` and `elbo verify`, and the summary after a run: what is in an output.
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 
+use elbo_common::ids::ShardId;
+use elbo_common::layout;
 use elbo_common::manifest::Manifest;
 use elbo_common::output::Output;
-use elbo_common::record::JobRecord;
+use elbo_common::record::{JobRecord, JobState};
 use elbo_common::report::{Report, ReportBuilder};
 use elbo_common::store::Store;
 use elbo_common::verify::{Expected, verify};
-use elbo_coordinator::ledger::marks;
+use elbo_coordinator::brain::SampleFailure;
+use elbo_coordinator::commit::account;
+use elbo_coordinator::ledger;
 use futures::TryStreamExt;
 use indicatif::HumanCount;
 
@@ -40,6 +45,9 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
             report.add(&row);
         }
     }
+    if record.state != JobState::Done {
+        add_unwritten(&mut report, store, record).await?;
+    }
     if spec.audit.is_some() {
         let mut rows = pin!(output.audited());
         while let Some(row) = rows.try_next().await? {
@@ -49,11 +57,43 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
     Ok(report.finish(record.totals, record.timings, record.confidence.clone()))
 }
 
+/// Adds the quarantined samples of shards that are not finished: the ledger alone knows them. The rest of the report is as good
+/// without them, where the ledger is in use and can't be read at the moment.
+async fn add_unwritten(report: &mut ReportBuilder, store: &Store, record: &JobRecord) -> anyhow::Result<()> {
+    let failures = match ledger::given_up(store).await {
+        Ok(failures) => failures,
+        Err(error) => {
+            print::note(format_args!("quarantined images of unfinished shards are left out: {error}"));
+            return Ok(());
+        }
+    };
+    let shard_size = record.identity.spec.shard_size;
+    let mut by_shard: BTreeMap<ShardId, Vec<SampleFailure>> = BTreeMap::new();
+    for failure in failures {
+        by_shard.entry(failure.sample.shard(shard_size)).or_default().push(failure);
+    }
+    if by_shard.is_empty() {
+        return Ok(());
+    }
+    let manifest = Manifest::open(store, &record.manifest, shard_size).await?;
+    let written = store.list(layout::PREDICTIONS).await?;
+    // Those that are tried again still have the rows of their last try.
+    for (shard, failures) in by_shard.into_iter().filter(|(shard, _)| !written.contains(&layout::predictions(*shard))) {
+        let samples = manifest.shard(shard).await?;
+        for failure in failures {
+            if let Ok(at) = samples.binary_search_by_key(&failure.sample, |sample| sample.id) {
+                report.add_unwritten(&samples[at].key, &account(&failure));
+            }
+        }
+    }
+    Ok(())
+}
+
 /// `elbo verify`.
 pub(crate) async fn check(args: OutputArgs) -> anyhow::Result<()> {
     let (store, record) = open(&args.out).await?;
     let manifest = Manifest::open(&store, &record.manifest, record.identity.spec.shard_size).await?;
-    let marks = match marks(&store).await {
+    let marks = match ledger::marks(&store).await {
         Ok(marks) => marks,
         Err(error) => {
             tracing::warn!("files are checked without what the ledger knows of them: {error}");

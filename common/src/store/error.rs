@@ -129,6 +129,47 @@ pub(super) fn is_bucket_missing(error: &object_store::Error) -> bool {
     ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist"].iter().any(|sign| text.contains(sign))
 }
 
+/// Codes by which stores say that credentials have expired.
+const EXPIRED: [&str; 4] = ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"];
+/// Codes by which stores say that credentials are none.
+const INVALID: [&str; 8] = [
+    "InvalidToken",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+    "SignatureDoesNotMatch",
+    "AuthenticationFailed",
+    "InvalidAuthenticationInfo",
+    "NoAuthenticationInformation",
+];
+/// Codes by which stores say that the clocks differ.
+const SKEWED: [&str; 2] = ["RequestTimeTooSkewed", "RequestInTheFuture"];
+
+/// What to do about whoever asks, where a store has said that it is its credentials or its clock and not the object that is at
+/// fault. That an object may not be read says nothing of the kind.
+pub fn refusal(error: &object_store::Error) -> Option<&'static str> {
+    use object_store::Error;
+    if !matches!(error, Error::Generic { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) {
+        return None;
+    }
+    let mut said = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        said.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    let has = |codes: &[&str]| codes.iter().any(|code| said.contains(&format!("<Code>{code}</Code>")));
+    if has(&EXPIRED) {
+        Some("the credentials have expired: renew them")
+    } else if has(&SKEWED) {
+        Some("this machine's clock is wrong: set it, as by NTP")
+    } else if has(&INVALID) || matches!(error, Error::Unauthenticated { .. }) {
+        Some("the store refuses these credentials: check the key, the secret and the token")
+    } else {
+        None
+    }
+}
+
 /// What to do about an error, where it can be told.
 fn remedy(error: &object_store::Error) -> Option<&'static str> {
     use object_store::Error;
@@ -152,6 +193,9 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
         return Some(
             "the server sends this request on to another place, which is not followed from outside into this machine or its network, nor for ever: give the URL it is at",
         );
+    }
+    if let Some(remedy) = refusal(error) {
+        return Some(remedy);
     }
     match error {
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Some(
@@ -207,5 +251,23 @@ mod tests {
         assert!(shown(generic("GET http://169.254.169.254/latest/api/token")).contains("AWS_PROFILE"));
         let denied = object_store::Error::PermissionDenied { path: "a".into(), source: "403".into() };
         assert!(shown(denied).contains("check the key"));
+    }
+
+    #[test]
+    fn what_a_store_says_of_credentials_and_clocks_is_told_apart_from_what_it_says_of_an_object() {
+        let said = |code: &str| {
+            format!("Server returned non-2xx status code: 400 Bad Request: <Error><Code>{code}</Code></Error>")
+        };
+        let denied = |code: &str| object_store::Error::PermissionDenied { path: "a".into(), source: said(code).into() };
+        assert!(shown(generic(&said("ExpiredToken"))).contains("have expired: renew them"));
+        assert!(refusal(&denied("RequestTimeTooSkewed")).unwrap().contains("clock"));
+        assert!(refusal(&denied("InvalidAccessKeyId")).unwrap().contains("check the key"));
+        let nobody = object_store::Error::Unauthenticated { path: "a".into(), source: "401".into() };
+        assert!(refusal(&nobody).is_some());
+        assert_eq!(refusal(&denied("AccessDenied")), None);
+        assert_eq!(refusal(&generic(&said("InvalidRange"))), None);
+        // An object may be called anything.
+        let missing = object_store::Error::NotFound { path: "<Code>ExpiredToken</Code>".into(), source: "404".into() };
+        assert_eq!(refusal(&missing), None);
     }
 }

@@ -24,7 +24,7 @@ use object_store::path::Path;
 use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, UpdateVersion};
 use tokio::sync::watch;
 
-pub use error::{StoreError, describe};
+pub use error::{StoreError, describe, refusal};
 pub use local::Fault;
 pub use location::{Location, absolute};
 pub use redact::redact;

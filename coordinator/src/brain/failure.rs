@@ -4,6 +4,8 @@
 //! by its cluster, which is nobody's fault; only units that were in the hands of many dying workers are suspected of killing
 //! them.
 
+use std::time::Duration;
+
 use elbo_common::ids::{LeaseKey, SampleId};
 use elbo_common::unit::UnitId;
 
@@ -29,6 +31,8 @@ pub(super) struct Blame {
     pub(super) deadly: bool,
     /// How often a worker died that held nothing else.
     pub(super) deaths: u32,
+    /// Whether a worker could not read its samples.
+    pub(super) unread: bool,
 }
 
 /// Units that are kept apart from others until it is known which of them is at fault.
@@ -37,6 +41,8 @@ pub(super) struct Suspects {
     pub(super) units: Vec<UnitId>,
     pub(super) blame: Blame,
     failed_on: String,
+    /// Since when they are left to others.
+    since: Duration,
 }
 
 impl Brain {
@@ -59,17 +65,17 @@ impl Brain {
         let failures = if failed.mixed { failed.blame.failures.max(1) } else { failed.blame.failures + 1 };
         let blame = Blame { failures, ..failed.blame };
         let units = failed.units.into_iter().collect();
-        self.judge(Suspects { units, blame, failed_on: failed.worker }, error)
+        self.judge(Suspects { units, blame, failed_on: failed.worker, since: self.now }, error)
     }
 
     /// A lease whose worker died. Returns the samples that are beyond help.
     pub(super) fn lose(&mut self, key: LeaseKey) -> Vec<SampleFailure> {
         let Some(lost) = self.end_lease(key) else { return Vec::new() };
         let free = self.unlease(&lost.units, key);
-        let (blame, failed_on) = (lost.blame, lost.worker);
+        let (blame, failed_on, since) = (lost.blame, lost.worker, self.now);
         if blame.deadly {
             let blame = Blame { deaths: blame.deaths + u32::from(!lost.mixed), ..blame };
-            return self.judge_dead(Suspects { units: free, blame, failed_on });
+            return self.judge_dead(Suspects { units: free, blame, failed_on, since });
         }
         let (mut deadly, mut others) = (Vec::new(), Vec::new());
         for unit in free {
@@ -78,7 +84,7 @@ impl Brain {
             if *deaths >= SUSPICION { deadly.push(unit) } else { others.push(unit) }
         }
         self.hand_back(others, blame);
-        self.judge_dead(Suspects { units: deadly, blame: Blame { deadly: true, ..blame }, failed_on })
+        self.judge_dead(Suspects { units: deadly, blame: Blame { deadly: true, ..blame }, failed_on, since })
     }
 
     fn judge_dead(&mut self, suspects: Suspects) -> Vec<SampleFailure> {
@@ -93,15 +99,17 @@ impl Brain {
     pub(super) fn hand_back(&mut self, units: Vec<UnitId>, blame: Blame) {
         if blame == Blame::default() {
             units.into_iter().for_each(|unit| self.make_ready(unit));
+        } else if blame == Blame::UNREAD {
+            self.keep_waiting(units);
         } else if !units.is_empty() {
             // Its last worker is as good as any: it was not there that it failed.
-            self.suspects.push_back(Suspects { units, blame, failed_on: String::new() });
+            self.suspects.push_back(Suspects { units, blame, failed_on: String::new(), since: self.now });
         }
     }
 
     /// Another try, a bisection, or the end.
     fn judge(&mut self, suspects: Suspects, error: &str) -> Vec<SampleFailure> {
-        let Suspects { units, blame, failed_on } = suspects;
+        let Suspects { units, blame, failed_on, since } = suspects;
         if units.is_empty() {
             return Vec::new();
         }
@@ -109,7 +117,7 @@ impl Brain {
         samples.dedup();
         let deaths = if samples.len() == 1 { DEATHS } else { 1 };
         if blame.failures < FAILURES && blame.deaths < deaths {
-            self.suspects.push_back(Suspects { units, blame, failed_on });
+            self.suspects.push_back(Suspects { units, blame, failed_on, since });
             return Vec::new();
         }
         if let [sample] = samples[..] {
@@ -120,9 +128,19 @@ impl Brain {
         // One failure is behind each half: the next one splits it again.
         let blame = Blame { failures: blame.failures.min(FAILURES - 1), deaths: 0, ..blame };
         for units in [low, high] {
-            self.suspects.push_back(Suspects { units, blame, failed_on: failed_on.clone() });
+            self.suspects.push_back(Suspects { units, blame, failed_on: failed_on.clone(), since });
         }
         Vec::new()
+    }
+
+    /// Whether somebody of these workers has asked for work lately. Of one that has joined and never asks nothing can be hoped.
+    pub(super) fn is_somebody_there(&self, is_meant: impl Fn(&str) -> bool) -> bool {
+        self.workers.iter().any(|(name, worker)| is_meant(name) && !self.has_waited(worker.asked))
+    }
+
+    /// Whether others have had the time to take what was left to them since then.
+    pub(super) fn has_waited(&self, since: Duration) -> bool {
+        self.now.saturating_sub(since) > self.policy.patience()
     }
 
     /// Whether a worker is at something that may kill it, and is given nothing else until that is over.
@@ -132,11 +150,15 @@ impl Brain {
 
     /// Suspects for a worker, as far as they are still wanted.
     pub(super) fn take_suspects(&mut self, worker: &str) -> Option<Suspects> {
-        // Suspects go to somebody else than the one they failed on, as long as there is somebody else. What may be deadly goes
-        // to somebody who has nothing else in hand, so that it is clear what they die of.
-        let (alone, busy) = (self.workers.len() < 2, self.workers.leases(worker).next().is_some());
-        let position =
-            self.suspects.iter().position(|s| (alone || s.failed_on != worker) && !(busy && s.blame.deadly))?;
+        if self.suspects.is_empty() {
+            return None;
+        }
+        // Suspects go to somebody else than the one they failed on, as long as there is somebody else who asks for work, and for
+        // a while. What may be deadly goes to somebody who has nothing else in hand, so that it is clear what they die of.
+        let alone = !self.is_somebody_there(|other| other != worker);
+        let busy = self.workers.leases(worker).next().is_some();
+        let may_try = |s: &Suspects| alone || s.failed_on != worker || self.has_waited(s.since);
+        let position = self.suspects.iter().position(|s| may_try(s) && !(busy && s.blame.deadly))?;
         let mut suspects = self.suspects.remove(position)?;
         let (open, job) = (&self.open, &self.job);
         suspects.units.retain(|id| open.get(&id.sample.shard(job.shard_size())).is_some_and(|s| s.is_wanted(*id)));

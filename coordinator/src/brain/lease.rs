@@ -38,6 +38,13 @@ impl Default for LeasePolicy {
 }
 
 impl LeasePolicy {
+    /// How long somebody who does not ask for work is still counted on, and others are waited for who might take what a worker
+    /// has failed of: longer than a lease takes, in which a worker has no reason to ask.
+    pub(super) fn patience(&self) -> Duration {
+        let block = Duration::try_from_secs_f64(self.block_seconds).unwrap_or(self.time_to_live);
+        2 * block.max(self.time_to_live)
+    }
+
     /// Evaluations for one block: `block_seconds` at the worker's rate, but never more than a fair part of what is
     /// ready, so that the last blocks of a job end together (guided self-scheduling, Polychronopoulos & Kuck 1987).
     pub(super) fn block_evaluations(&self, rate: f64, ready: u64, workers: usize) -> u64 {
@@ -134,16 +141,19 @@ impl Brain {
     /// Leases units to a worker; `None` when there is nothing for it. When nothing is ready, that may be a second lease on
     /// the units that would else be finished last.
     pub fn grant(&mut self, worker: &str, rate: f64, now: Duration) -> Option<Grant> {
-        if !self.workers.seen(worker, now) || self.is_in_danger(worker) {
+        self.now = self.now.max(now);
+        if !self.workers.asks(worker, now) || self.is_in_danger(worker) {
             return None;
         }
         let rate = self.workers.set_rate(worker, rate);
-        let (units, blame) = match self.take_suspects(worker) {
-            Some(suspects) => (suspects.units, suspects.blame),
-            None => match self.take_ready(worker, rate) {
-                Some(units) => (units, Blame::default()),
-                None => self.take_backup(worker, rate, now)?,
-            },
+        let (units, blame) = if let Some(suspects) = self.take_suspects(worker) {
+            (suspects.units, suspects.blame)
+        } else if let Some(units) = self.take_doubts(worker, rate) {
+            (units, Blame::UNREAD)
+        } else if let Some(units) = self.take_ready(worker, rate) {
+            (units, Blame::default())
+        } else {
+            self.take_backup(worker, rate, now)?
         };
         let lease = LeaseId(self.next_lease);
         self.next_lease += 1;

@@ -16,6 +16,7 @@ mod lease;
 mod record;
 mod sample;
 mod shard;
+mod unread;
 mod worker;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -31,12 +32,14 @@ pub use lease::{Grant, LeasePolicy};
 pub use record::{Checked, Record, ReportError, SampleFailure, ShardTotals, UnitResult, Waste};
 pub use sample::{Finished, Outcome, ScoredPrompt, SlotError};
 pub use shard::Shard;
+pub use unread::UNREAD;
 pub use worker::{Heartbeat, WorkerView};
 
 use adopt::Orphan;
 use failure::Suspects;
 use lease::Lease;
 use record::Verdict;
+use unread::Doubt;
 use worker::Workers;
 
 /// The coordinator's state.
@@ -56,11 +59,15 @@ pub struct Brain {
     workers: Workers,
     leases: HashMap<LeaseKey, Lease>,
     suspects: VecDeque<Suspects>,
+    /// Samples that one worker could not read, and no other has looked at yet.
+    doubts: BTreeMap<SampleId, Doubt>,
     /// How many workers died while they held a unit, of units that are not done.
     deaths: HashMap<UnitId, u32>,
     /// Blocks that workers hold of shards that are not open yet.
     orphans: BTreeMap<ShardId, Vec<Orphan>>,
     next_lease: u64,
+    /// The time of the last event that told it.
+    now: Duration,
     /// When workers were last listened to.
     listened: Duration,
     /// Evaluations that coordinators before this one have merged, of the shards committed and of those opened so far.
@@ -93,9 +100,11 @@ impl Brain {
             workers: Workers::default(),
             leases: HashMap::new(),
             suspects: VecDeque::new(),
+            doubts: BTreeMap::new(),
             deaths: HashMap::new(),
             orphans: BTreeMap::new(),
             next_lease: 0,
+            now: Duration::ZERO,
             listened: Duration::ZERO,
             earlier: committed.evaluations,
             requested: BTreeSet::new(),
@@ -159,7 +168,7 @@ impl Brain {
 
     /// Whether there is work that nobody has; it may still be nothing that a certain worker is given.
     pub fn has_ready(&self) -> bool {
-        !self.suspects.is_empty() || self.open.values().any(|shard| shard.ready_evaluations() > 0)
+        !self.suspects.is_empty() || self.has_doubts() || self.open.values().any(|shard| shard.ready_evaluations() > 0)
     }
 
     /// Whether there is nothing but blocks that somebody is at, which somebody else may be given too as time passes.
@@ -168,6 +177,7 @@ impl Brain {
     }
 
     /// Sorts a report into what is new and what was known. Merges nothing: that is for [`Brain::apply`], once it is durable.
+    /// Samples that only this worker may be unable to read are left to others, and nothing of them is to be made durable.
     /// `again` says that the report was sent before, and no answer came.
     pub fn check(
         &mut self,
@@ -178,6 +188,7 @@ impl Brain {
         now: Duration,
     ) -> Result<Checked, ReportError> {
         self.workers.seen(worker, now);
+        self.now = self.now.max(now);
         // Leases of an earlier incarnation are unknown here, but their results are as good as any.
         let never = key.epoch == self.epoch && key.lease.0 >= self.next_lease;
         if key.epoch > self.epoch {
@@ -218,7 +229,14 @@ impl Brain {
             let refusal =
                 ReportError::Invalid { sample: failure.sample.0, round: 0, reason: "there is no such sample" };
             match self.shard(failure.sample, refusal)? {
-                Some(shard) if shard.is_unfinished(failure.sample) => checked.record.failures.push(failure),
+                Some(shard) if shard.is_unfinished(failure.sample) => {
+                    if failure.stage == UNREAD && !self.is_unreadable(worker, key, failure.sample) {
+                        self.postpone(worker, key, failure.sample);
+                        checked.postponed.push(failure);
+                    } else {
+                        checked.record.failures.push(failure);
+                    }
+                }
                 _ => checked.duplicates += 1,
             }
         }
@@ -250,12 +268,14 @@ impl Brain {
             let shard = self.shard_of(result.id.sample);
             if let Some(held) = self.open.get_mut(&shard).and_then(|s| s.apply(result, worker, before)) {
                 evaluations += held.evaluations;
+                self.dispel(held.unit.sample);
                 self.settle(held, key);
             }
         }
         for failure in record.failures {
-            let shard = self.shard_of(failure.sample);
+            let (sample, shard) = (failure.sample, self.shard_of(failure.sample));
             let held = self.open.get_mut(&shard).map(|shard| shard.quarantine(failure)).unwrap_or_default();
+            self.dispel(sample);
             held.into_iter().for_each(|held| self.settle(held, key));
         }
         if let Some(worker) = worker {

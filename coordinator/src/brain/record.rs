@@ -26,7 +26,7 @@ pub struct UnitResult {
 pub struct SampleFailure {
     /// The sample.
     pub sample: SampleId,
-    /// Where it failed: read, decode, encode or evaluate.
+    /// Where it failed: read, decode, preprocess, encode or evaluate; or [`UNREAD`](super::UNREAD).
     pub stage: String,
     /// Why.
     pub error: String,
@@ -97,6 +97,8 @@ pub struct Checked {
     pub record: Record,
     /// Results that were known already.
     pub duplicates: u32,
+    /// Samples that the worker could not read, and others are to look at first.
+    pub postponed: Vec<SampleFailure>,
 }
 
 /// What a done shard contributed to the job's totals.

@@ -26,7 +26,11 @@ pub struct Heartbeat {
 pub(super) struct Worker {
     host: String,
     device: String,
+    /// What the engines of its process have in common; empty where it is one of its own.
+    process: String,
     last_seen: Duration,
+    /// When it last asked for work, or else joined.
+    pub(super) asked: Duration,
     /// When it last reported something, or got something to do.
     pub(super) progress: Duration,
     pub(super) rate: f64,
@@ -60,6 +64,16 @@ impl Workers {
     /// Notes that a worker is alive; `false` where it is not known.
     pub(super) fn seen(&mut self, worker: &str, now: Duration) -> bool {
         self.known.get_mut(worker).map(|known| known.last_seen = now).is_some()
+    }
+
+    /// Notes that a worker asks for work; `false` where it is not known.
+    pub(super) fn asks(&mut self, worker: &str, now: Duration) -> bool {
+        self.known.get_mut(worker).map(|known| known.asked = now).is_some() && self.seen(worker, now)
+    }
+
+    /// The process a worker is an engine of.
+    pub(super) fn process<'a>(&'a self, worker: &'a str) -> &'a str {
+        self.known.get(worker).map(|known| known.process.as_str()).filter(|p| !p.is_empty()).unwrap_or(worker)
     }
 
     /// Notes the rate a worker says it has, and gives it as it is taken: 0, which is unknown, where it can't be one.
@@ -109,10 +123,18 @@ impl Workers {
 impl Brain {
     /// A worker introduces itself, or does so again.
     pub fn join(&mut self, worker: &str, host: &str, device: &str, now: Duration) {
-        let known = self.workers.known.entry(worker.to_owned()).or_default();
+        let new = || Worker { asked: now, ..Worker::default() };
+        let known = self.workers.known.entry(worker.to_owned()).or_insert_with(new);
         known.host = host.to_owned();
         known.device = device.to_owned();
         known.last_seen = now;
+    }
+
+    /// A worker is an engine of a process, whose engines see the same storage.
+    pub fn is_of(&mut self, worker: &str, process: &str) {
+        if let Some(known) = self.workers.known.get_mut(worker) {
+            process.clone_into(&mut known.process);
+        }
     }
 
     /// Notes that a worker is alive. Of the leases it is at, those nobody needs any more; `None` when it must join (again).
@@ -143,6 +165,7 @@ impl Brain {
     /// still, and could not hear them.
     pub fn expire(&mut self, now: Duration) -> (Vec<String>, Vec<SampleFailure>) {
         let time_to_live = self.policy.time_to_live;
+        self.now = self.now.max(now);
         if now.saturating_sub(std::mem::replace(&mut self.listened, now)) > time_to_live / 2 {
             self.workers.known.values_mut().for_each(|worker| worker.last_seen = now);
         }

@@ -2,15 +2,11 @@
 
 use elbo_common::checksum::Checksum;
 use elbo_common::ids::ShardId;
-use elbo_common::layout;
-use elbo_common::store::Store;
-use elbo_common::verify::Marks;
 use object_store::path::Path;
 use prost::Message;
-use slatedb::config::DbReaderOptions;
-use slatedb::{DbReader, DbReaderMode, KeyValue};
+use slatedb::KeyValue;
 
-use super::{DONE, LedgerError, STORE_RETRIES, broken, failure, parse_shard};
+use super::{DONE, LedgerError, broken, parse_shard};
 use crate::brain::ShardTotals;
 
 #[derive(Clone, PartialEq, Message)]
@@ -72,25 +68,4 @@ impl Mark {
 pub(super) fn done_entry(entry: &KeyValue) -> Result<(ShardId, Mark), LedgerError> {
     let shard = parse_shard(&entry.key, DONE).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
     Ok((shard, Mark::decode(&entry.key, &entry.value)?))
-}
-
-/// What the files of an output's committed shards hash to, read without disturbing whoever works on it; none where there is no
-/// ledger.
-pub async fn marks(out: &Store) -> Result<Option<Marks>, LedgerError> {
-    let directory = out.location().below(layout::LEDGER);
-    if out.list(layout::LEDGER).await.is_ok_and(|files| files.is_empty()) {
-        return Ok(None);
-    }
-    let options = DbReaderOptions { object_store_max_retries: Some(STORE_RETRIES), ..DbReaderOptions::default() };
-    let failed = |source| failure("reading", &directory, source);
-    let reader =
-        DbReader::open(layout::LEDGER, out.inner(), DbReaderMode::FollowLatest, options).await.map_err(failed)?;
-    let mut found = reader.scan_prefix(DONE, ..).await.map_err(failed)?;
-    let mut marks = Marks::new();
-    while let Some(entry) = found.next().await.map_err(failed)? {
-        let (shard, mark) = done_entry(&entry)?;
-        marks.insert(shard, mark.files);
-    }
-    reader.close().await.map_err(failed)?;
-    Ok(Some(marks))
 }

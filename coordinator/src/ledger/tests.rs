@@ -87,6 +87,27 @@ async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_comm
     assert!(third.begun().await.unwrap().is_empty());
 }
 
+#[tokio::test]
+async fn what_is_given_up_of_open_shards_is_read_beside_a_coordinator_that_goes_on() {
+    let out = store();
+    assert!(given_up(&out).await.unwrap().is_empty());
+    let ledger = Ledger::open(&out).await.unwrap();
+    for sample in [1, 5, 21, 35] {
+        ledger.append(&record(sample), 10, Waste::default()).await.unwrap();
+    }
+    ledger.commit(ShardId(2), ShardTotals::default(), Waste::default()).await.unwrap();
+    let found = |failures: Vec<SampleFailure>| failures.into_iter().map(|failure| failure.sample.0).collect::<Vec<_>>();
+    assert_eq!(found(given_up(&out).await.unwrap()), [2, 6, 36]);
+    ledger.append(&record(7), 10, Waste::default()).await.unwrap();
+    ledger.hold().await.unwrap();
+    // Failures before another try are void.
+    let second = Ledger::open(&out).await.unwrap();
+    second.retry([ShardId(0)]).await.unwrap();
+    second.append(&record(3), 10, Waste::default()).await.unwrap();
+    assert_eq!(found(given_up(&out).await.unwrap()), [4, 36]);
+    second.hold().await.unwrap();
+}
+
 /// What a race's ledger keeps: single errors, since sums lose the pairs. They are smaller too, as rounds are short.
 #[test]
 fn the_single_errors_of_a_race_take_less_than_sums_would() {

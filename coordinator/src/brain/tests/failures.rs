@@ -1,4 +1,4 @@
-//! Blocks that fail, and blocks that kill their workers.
+//! Blocks that fail, blocks that kill their workers, and samples that can't be read.
 
 use super::*;
 
@@ -169,4 +169,153 @@ fn whoever_is_at_something_that_may_be_deadly_has_nothing_else_in_hand() {
     let again = brain.grant("new", 0.0, at).unwrap();
     assert!(is_suspect(&brain, &again));
     assert_eq!(again.units, suspects.units);
+}
+
+/// A report that says that this worker could not read a sample.
+fn could_not_read(brain: &mut Brain, worker: &str, lease: LeaseId, sample: SampleId, now: u64) -> Checked {
+    let failure = SampleFailure { sample, stage: UNREAD.into(), error: "no such file".into() };
+    let report = Record { results: vec![], failures: vec![failure] };
+    let checked = brain.check(worker, key(1, lease.0), report, false, Duration::from_secs(now)).unwrap();
+    brain.apply(checked.record.clone(), Some((worker, key(1, lease.0))));
+    checked
+}
+
+fn join(brain: &mut Brain, worker: &str, process: &str, now: u64) {
+    brain.join(worker, "host", "cpu", Duration::from_secs(now));
+    brain.is_of(worker, process);
+}
+
+/// A job of one sample, whose units the first worker has in hand and can't read.
+fn unread(others: &[(&str, &str)]) -> (Brain, Grant) {
+    let mut brain = brain(1, 1);
+    open(&mut brain, ShardId(0), 1, vec![]);
+    join(&mut brain, "a/0", "a", 0);
+    others.iter().for_each(|(worker, process)| join(&mut brain, worker, process, 0));
+    let grant = brain.grant("a/0", 1e9, Duration::ZERO).unwrap();
+    let checked = could_not_read(&mut brain, "a/0", grant.lease, SampleId(0), 1);
+    assert_eq!((checked.postponed.len(), checked.record), (1, Record::default()), "nobody is blamed");
+    assert!(brain.leases.is_empty() && brain.has_ready());
+    (brain, grant)
+}
+
+#[test]
+fn what_one_worker_could_not_read_another_looks_at_and_may_be_able_to() {
+    let (mut brain, before) = unread(&[("a/1", "a"), ("b/0", "b")]);
+    // An engine of the same process sees the same mount: it is no second witness, nor is the first one again.
+    for engine in ["a/0", "a/1"] {
+        assert_eq!(brain.grant(engine, 1e9, Duration::from_secs(2)), None);
+    }
+    let again = brain.grant("b/0", 1e9, Duration::from_secs(2)).unwrap();
+    assert_eq!((again.attempt, &again.units), (0, &before.units));
+    report_all(&mut brain, "b/0", &again);
+    assert!(brain.doubts.is_empty());
+    assert_eq!(brain.totals().quarantined, 0);
+    // What comes after is for anyone again.
+    assert!(brain.grant("a/0", 1e9, Duration::from_secs(3)).is_some());
+}
+
+#[test]
+fn what_two_processes_could_not_read_is_given_up() {
+    let (mut brain, _) = unread(&[("a/1", "a"), ("b/0", "b")]);
+    let again = brain.grant("b/0", 1e9, Duration::from_secs(2)).unwrap();
+    let checked = could_not_read(&mut brain, "b/0", again.lease, SampleId(0), 2);
+    assert_eq!((checked.postponed.len(), checked.record.failures.len()), (0, 1));
+    assert_eq!((brain.totals().quarantined, brain.finished_shards()), (1, vec![ShardId(0)]));
+    assert!(brain.doubts.is_empty());
+}
+
+#[test]
+fn who_is_alone_looks_again_before_anything_is_given_up() {
+    let (mut brain, first) = unread(&[("a/1", "a")]);
+    // The same report once more is no second look.
+    assert_eq!(could_not_read(&mut brain, "a/0", first.lease, SampleId(0), 2).postponed.len(), 1);
+    let again = brain.grant("a/1", 1e9, Duration::from_secs(2)).unwrap();
+    assert_eq!(again.units, first.units);
+    assert!(could_not_read(&mut brain, "a/1", again.lease, SampleId(0), 3).postponed.is_empty());
+    assert_eq!(brain.totals().quarantined, 1);
+}
+
+#[test]
+fn a_worker_that_leaves_gives_back_what_it_was_to_look_at() {
+    let (mut brain, first) = unread(&[("b/0", "b")]);
+    let again = brain.grant("b/0", 1e9, Duration::from_secs(2)).unwrap();
+    brain.leave("b/0");
+    join(&mut brain, "c/0", "c", 3);
+    assert_eq!(brain.grant("a/0", 1e9, Duration::from_secs(3)), None, "there is somebody else again");
+    let last = brain.grant("c/0", 1e9, Duration::from_secs(3)).unwrap();
+    assert_eq!((&last.units, &again.units), (&first.units, &first.units));
+}
+
+#[test]
+fn many_samples_that_could_not_be_read_are_looked_at_together() {
+    let mut brain = brain(4, 1);
+    open(&mut brain, ShardId(0), 4, vec![]);
+    join(&mut brain, "a", "", 0);
+    join(&mut brain, "b", "", 0);
+    let mut units = 0;
+    while let Some(grant) = brain.grant("a", 1e9, Duration::ZERO) {
+        units += grant.units.len();
+        let samples: BTreeSet<_> = grant.units.iter().map(|unit| unit.id.sample).collect();
+        for sample in samples {
+            could_not_read(&mut brain, "a", grant.lease, sample, 0);
+        }
+    }
+    let again = brain.grant("b", 1e9, Duration::from_secs(1)).unwrap();
+    assert_eq!((again.units.len(), again.samples.len()), (units, 4));
+}
+
+#[test]
+fn nobody_is_waited_for_who_never_asks_for_work() {
+    // The other one has joined and sends signs of life, and that is all.
+    let beat = |brain: &mut Brain, now| {
+        assert!(brain.heartbeat("silent", Heartbeat::default(), Duration::from_secs(now)).is_some());
+        wait(brain, now, now)
+    };
+    let patience = LeasePolicy::default().patience().as_secs();
+    for stage in ["evaluate", UNREAD] {
+        let mut brain = brain(1, 1);
+        open(&mut brain, ShardId(0), 1, vec![]);
+        join(&mut brain, "silent", "", 0);
+        join(&mut brain, "a", "", 0);
+        let grant = brain.grant("a", 1e9, Duration::ZERO).unwrap();
+        let fail = |brain: &mut Brain, lease: LeaseId, now| match stage {
+            UNREAD => drop(could_not_read(brain, "a", lease, SampleId(0), now)),
+            _ => {
+                let failures = brain.fail("a", key(1, lease.0), "out of memory");
+                brain.apply(Record { results: vec![], failures }, None);
+            }
+        };
+        fail(&mut brain, grant.lease, 0);
+        for now in (0..=patience).step_by(5) {
+            beat(&mut brain, now);
+            assert_eq!(brain.grant("a", 1e9, Duration::from_secs(now)), None, "{stage}: it may still ask");
+        }
+        beat(&mut brain, patience + 1);
+        let again = brain.grant("a", 1e9, Duration::from_secs(patience + 1)).unwrap();
+        assert_eq!(again.units, grant.units, "{stage}");
+        fail(&mut brain, again.lease, patience + 2);
+        assert_eq!(brain.finished_shards(), [ShardId(0)], "{stage}");
+    }
+}
+
+#[test]
+fn what_others_ask_for_and_never_take_is_for_anyone_after_a_while() {
+    let mut brain = brain(1, 1);
+    open(&mut brain, ShardId(0), 1, vec![]);
+    join(&mut brain, "a", "", 0);
+    let grant = brain.grant("a", 1e9, Duration::ZERO).unwrap();
+    could_not_read(&mut brain, "a", grant.lease, SampleId(0), 0);
+    // Workers without the mount come again and again, take what is left to others, and leave.
+    let patience = LeasePolicy::default().patience().as_secs();
+    for now in 1..=patience {
+        let name = format!("blind{now}");
+        join(&mut brain, &name, "", now);
+        assert!(brain.grant(&name, 1e9, Duration::from_secs(now)).is_some());
+        assert_eq!(brain.grant("a", 1e9, Duration::from_secs(now)), None);
+        brain.leave(&name);
+    }
+    join(&mut brain, "blind", "", patience + 1);
+    let again = brain.grant("a", 1e9, Duration::from_secs(patience + 1)).unwrap();
+    could_not_read(&mut brain, "a", again.lease, SampleId(0), patience + 1);
+    assert_eq!(brain.totals().quarantined, 1);
 }

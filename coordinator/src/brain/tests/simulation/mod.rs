@@ -1,6 +1,7 @@
 //! Whole clusters on virtual time, from a seed: coordinators and workers crash, stand still, are cut off, come twice; messages
 //! are lost, delayed, repeated and overtake each other; clocks disagree; storage dawdles, and puts arrive when whoever sent them is
-//! long dead. Jobs have pilots, are started over with `--fresh` and retried with `--retry-quarantined`. After every step the rules must hold:
+//! long dead; some workers can't read the images. Jobs have pilots, are started over with `--fresh` and retried with
+//! `--retry-quarantined`. After every step the rules must hold:
 //!
 //! - what a worker was told is safe is durable, for good;
 //! - no result counts twice, and what was acknowledged is not granted again;
@@ -52,6 +53,8 @@ enum Event {
 enum Nature {
     Sound,
     Unreadable,
+    /// Nobody can read it, which takes two to be believed.
+    Missing,
     /// It fails the block it is in.
     Poison,
     /// It kills the worker.
@@ -193,7 +196,9 @@ impl Simulation {
             Event::Spawn => {
                 let slow = if self.dice.roll(4) == 0 { 10 } else { 1 };
                 let rate = (400 + self.dice.roll(3_000) as u64) / slow;
-                self.workers.push(Worker::new(format!("w{}", self.workers.len()), rate));
+                let mut worker = Worker::new(format!("w{}", self.workers.len()), rate);
+                worker.blind = self.faults && self.dice.roll(8) == 0;
+                self.workers.push(worker);
                 self.later(1, Event::Beat(self.workers.len() - 1));
             }
             Event::Steward(at) if self.coordinators[at].alive => self.steward(at),
@@ -335,7 +340,7 @@ fn explore(seed: u64, conditional: bool) {
     // What a pilot learns depends on what it could read.
     let first = if has_pilot { PILOT_SAMPLES } else { 0 };
     let mut odd = BTreeMap::new();
-    for nature in [Nature::Unreadable, Nature::Poison, Nature::Deadly] {
+    for nature in [Nature::Unreadable, Nature::Missing, Nature::Poison, Nature::Deadly] {
         if dice.roll(4) == 0 {
             odd.insert(SampleId(first + dice.roll((samples - first) as usize) as u64), nature);
         }

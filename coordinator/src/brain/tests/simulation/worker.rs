@@ -47,6 +47,8 @@ pub(super) struct Worker {
     pub(super) stopped_until: u64,
     /// The job it works on.
     job: Option<u64>,
+    /// Its mount is missing: it can read no image, blames none, and leaves.
+    pub(super) blind: bool,
     /// Evaluations per second.
     rate: u64,
     finished: u64,
@@ -69,6 +71,7 @@ impl Worker {
             cut_until: 0,
             stopped_until: 0,
             job: None,
+            blind: false,
             rate,
             finished: 0,
             held: BTreeMap::new(),
@@ -173,6 +176,11 @@ impl Simulation {
         let worker = &mut self.workers[at];
         worker.computing = false;
         let Some((key, unit)) = worker.queue.pop_front() else { return };
+        if worker.blind {
+            self.drain(at);
+            let delay = self.dice.roll(5_000) as u64;
+            return self.later(delay, Event::Spawn);
+        }
         match self.nature.of(unit.id.sample) {
             Nature::Sound => {
                 worker.finished += 1;
@@ -180,10 +188,12 @@ impl Simulation {
                 let result = self.nature.evaluate(place, &unit);
                 worker.findings.push((key, result));
             }
-            Nature::Unreadable => {
+            nature @ (Nature::Unreadable | Nature::Missing) => {
                 let sample = unit.id.sample;
-                worker.queue.retain(|(_, other)| other.id.sample != sample);
-                let failure = SampleFailure { sample, stage: "decode".into(), error: "cut off".into() };
+                // Of each block, it is found out anew.
+                worker.queue.retain(|(of, other)| *of != key || other.id.sample != sample);
+                let stage = if nature == Nature::Missing { UNREAD } else { "decode" };
+                let failure = SampleFailure { sample, stage: stage.into(), error: "cut off".into() };
                 worker.failures.push((key, failure));
             }
             Nature::Poison => {
