@@ -87,10 +87,16 @@ pub enum JobError {
     NothingToCalibrate,
     /// Confidence could not be written.
     #[error(transparent)]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(Box<CalibrateError>),
     /// The ledger can't be opened.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+}
+
+impl From<CalibrateError> for JobError {
+    fn from(error: CalibrateError) -> Self {
+        Self::Calibrate(Box::new(error))
+    }
 }
 
 fn describe_unknown(labels: &[(String, u64, String)]) -> String {

@@ -54,7 +54,7 @@ pub enum LedgerError {
         /// Where it lies.
         directory: String,
         /// What is wrong, and with which file.
-        source: slatedb::Error,
+        source: Box<slatedb::Error>,
     },
     /// The storage or the database failed.
     #[error("{action} the ledger: {source}; check the output's storage, then run the same command again to resume")]
@@ -196,7 +196,7 @@ fn done_key(shard: ShardId) -> String {
 fn failure(action: &'static str, directory: &str, source: slatedb::Error) -> LedgerError {
     match source.kind() {
         ErrorKind::Closed(CloseReason::Fenced) => LedgerError::Fenced,
-        ErrorKind::Data => LedgerError::Damaged { directory: directory.to_owned(), source },
+        ErrorKind::Data => LedgerError::Damaged { directory: directory.to_owned(), source: Box::new(source) },
         _ => LedgerError::Database { action, source },
     }
 }

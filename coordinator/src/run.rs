@@ -76,7 +76,7 @@ pub enum RunError {
     Kept(#[from] KeptError),
     /// Confidence could not be written.
     #[error(transparent)]
-    Calibrate(#[from] CalibrateError),
+    Calibrate(Box<CalibrateError>),
     /// The job could not be described to workers.
     #[error("describing the job: {0}")]
     Json(#[from] serde_json::Error),
@@ -105,6 +105,12 @@ pub enum RunError {
     /// A background task ended by a panic, which is a defect.
     #[error("the coordinator's {0} ended unexpectedly: run the same command again to resume, and report this")]
     Task(&'static str),
+}
+
+impl From<CalibrateError> for RunError {
+    fn from(error: CalibrateError) -> Self {
+        Self::Calibrate(Box::new(error))
+    }
 }
 
 /// How many samples may be quarantined before the job is ended.

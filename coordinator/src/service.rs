@@ -312,7 +312,7 @@ impl v1::coordinator_server::Coordinator for Service {
         };
         let record = intake::record(epoch, results, failures).map_err(refused)?;
         let checked = shared.brain().check(&worker, key, record, again, shared.now());
-        let Checked { record, duplicates, postponed } = match checked {
+        let Checked { record, duplicates, postponed, .. } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
                 // A report that outlived a coordinator: the steward opens the shard now.

@@ -89,9 +89,9 @@ mod tests {
         let url = |text: &str| Url::parse(text).unwrap();
         let (outside, cdn) = (url("https://host.example/a.png"), url("https://cdn.example/a.png"));
         let (inside, metadata) = (url("http://10.0.0.5/a.png"), url("http://169.254.169.254/latest/meta-data"));
-        assert!(is_followed(&[outside.clone()], &cdn));
-        assert!(!is_followed(&[outside.clone()], &metadata) && !is_followed(&[outside.clone(), cdn], &inside));
-        assert!(is_followed(&[inside.clone()], &inside) && is_followed(&[inside], &outside));
+        assert!(is_followed(std::slice::from_ref(&outside), &cdn));
+        assert!(!is_followed(std::slice::from_ref(&outside), &metadata) && !is_followed(&[outside.clone(), cdn], &inside));
+        assert!(is_followed(std::slice::from_ref(&inside), &inside) && is_followed(&[inside], &outside));
         assert!(!is_followed(&vec![outside.clone(); FOLLOWED + 1], &outside));
     }
 

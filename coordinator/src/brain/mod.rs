@@ -220,7 +220,7 @@ impl Brain {
                     }
                 }
                 // Its shard was committed and opened again since, to try once more: it begins anew.
-                Verdict::Ahead if key.epoch < self.epoch => checked.duplicates += 1,
+                Verdict::Ahead if key.epoch < self.epoch => checked.void.push(result.id),
                 Verdict::Ahead => return Err(refusal("the sample has not come to this round")),
                 Verdict::Invalid(reason) => return Err(refusal(reason)),
             }

@@ -97,6 +97,8 @@ pub struct Checked {
     pub record: Record,
     /// Results that were known already.
     pub duplicates: u32,
+    /// Units of an earlier try of their samples, which begin anew: their results are of no use any more.
+    pub void: Vec<UnitId>,
     /// Samples that the worker could not read, and others are to look at first.
     pub postponed: Vec<SampleFailure>,
 }

@@ -95,7 +95,7 @@ async fn what_is_given_up_of_open_shards_is_read_beside_a_coordinator_that_goes_
     for sample in [1, 5, 21, 35] {
         ledger.append(&record(sample), 10, Waste::default()).await.unwrap();
     }
-    ledger.commit(ShardId(2), ShardTotals::default(), Waste::default()).await.unwrap();
+    ledger.commit(ShardId(2), Mark::default(), Waste::default()).await.unwrap();
     let found = |failures: Vec<SampleFailure>| failures.into_iter().map(|failure| failure.sample.0).collect::<Vec<_>>();
     assert_eq!(found(given_up(&out).await.unwrap()), [2, 6, 36]);
     ledger.append(&record(7), 10, Waste::default()).await.unwrap();

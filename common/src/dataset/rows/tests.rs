@@ -241,7 +241,7 @@ async fn runs_of_rows_are_read_whole_or_by_pages() {
 #[tokio::test]
 async fn an_image_that_many_rows_hold_is_decoded_and_kept_once() {
     // A megabyte that nothing compresses, 1,000 times: 1 GB of rows.
-    let one: Vec<u8> = (0..1 << 15u32).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect();
+    let one: Vec<u8> = (0..1u32 << 15).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect();
     let batch: ArrayRef = Arc::new(BinaryArray::from_iter_values(std::iter::repeat_n(&one, 100)));
     let batch = RecordBatch::try_from_iter_with_nullable([("image", batch, true)]).unwrap();
     for dictionary in [true, false] {

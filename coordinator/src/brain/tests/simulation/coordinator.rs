@@ -416,7 +416,9 @@ impl Simulation {
             Request::Report(key, record, again) => match brain.check(&name, key, record.clone(), again, clock) {
                 Ok(checked) if checked.record == Record::default() => {
                     if !self.outputs[place].is_fenced(brain.epoch()) {
-                        self.outputs[place].acknowledge(&record);
+                        let is_of_use = |result: &UnitResult| !checked.void.contains(&result.id);
+                        let results = record.results.into_iter().filter(is_of_use).collect();
+                        self.outputs[place].acknowledge(&Record { results, failures: record.failures });
                     }
                     Reply::Acknowledged
                 }
