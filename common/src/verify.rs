@@ -187,11 +187,20 @@ impl Found {
         shard: ShardId,
         samples: &[Sample],
     ) -> Result<Self, OutputError> {
-        let predictions = damage(checked(output, layout::predictions(shard), samples, expected).await)?;
-        let quarantine = damage(output.quarantine_at(layout::quarantine(shard)).await)?;
         let own = samples.iter().map(|sample| sample.id).collect();
-        let files = file::problems(output, out, expected, shard, &own).await?;
-        Ok(Self { predictions, quarantine: quarantine.map(Option::unwrap_or_default), files })
+        let mut files = file::problems(output, out, expected, shard, &own).await?;
+        let path = layout::predictions(shard);
+        let predictions = match files.remove(&path) {
+            Some(problem) => Err(problem),
+            None => damage(checked(output, path, samples, expected).await)?,
+        };
+        let path = layout::quarantine(shard);
+        let quarantine = match files.remove(&path) {
+            Some(problem) => Err(problem),
+            None => damage(output.quarantine_at(path).await)?,
+        };
+        let (quarantine, files) = (quarantine.map(Option::unwrap_or_default), files.into_values().collect());
+        Ok(Self { predictions, quarantine, files })
     }
 }
 

@@ -196,7 +196,10 @@ fn done_key(shard: ShardId) -> String {
 fn failure(action: &'static str, directory: &str, source: slatedb::Error) -> LedgerError {
     match source.kind() {
         ErrorKind::Closed(CloseReason::Fenced) => LedgerError::Fenced,
-        ErrorKind::Data => LedgerError::Damaged { directory: directory.to_owned(), source: Box::new(source) },
+        // A manifest that makes no sense is an internal error to the database.
+        ErrorKind::Data | ErrorKind::Internal if action != "writing" => {
+            LedgerError::Damaged { directory: directory.to_owned(), source: Box::new(source) }
+        }
         _ => LedgerError::Database { action, source },
     }
 }

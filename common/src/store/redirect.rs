@@ -90,7 +90,9 @@ mod tests {
         let (outside, cdn) = (url("https://host.example/a.png"), url("https://cdn.example/a.png"));
         let (inside, metadata) = (url("http://10.0.0.5/a.png"), url("http://169.254.169.254/latest/meta-data"));
         assert!(is_followed(std::slice::from_ref(&outside), &cdn));
-        assert!(!is_followed(std::slice::from_ref(&outside), &metadata) && !is_followed(&[outside.clone(), cdn], &inside));
+        assert!(
+            !is_followed(std::slice::from_ref(&outside), &metadata) && !is_followed(&[outside.clone(), cdn], &inside)
+        );
         assert!(is_followed(std::slice::from_ref(&inside), &inside) && is_followed(&[inside], &outside));
         assert!(!is_followed(&vec![outside.clone(); FOLLOWED + 1], &outside));
     }

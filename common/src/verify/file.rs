@@ -1,6 +1,6 @@
 //! One file of a shard: is it whole, is it this job's, and does it speak of the shard's own samples?
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures::TryStreamExt;
 use object_store::path::Path;
@@ -35,32 +35,36 @@ impl OfSample for Audited {
     }
 }
 
-/// What is wrong with the files of a shard, apart from the rows of predictions and quarantine.
+/// What is wrong with the files of a shard as a whole, by path, and with the rows of those that say nothing of whole samples.
+/// A file that is damaged is not decoded: nothing of it can be trusted, the decoder's own soundness neither.
 pub(super) async fn problems(
     output: &Output,
     out: &Store,
     expected: &Expected,
     shard: ShardId,
     samples: &BTreeSet<SampleId>,
-) -> Result<Vec<String>, OutputError> {
-    let mut problems = Vec::new();
+) -> Result<BTreeMap<Path, String>, OutputError> {
+    let mut problems = BTreeMap::new();
     let committed = expected.marks.as_ref().and_then(|marks| marks.get(&shard)).filter(|files| !files.is_empty());
     let (predictions, quarantine) = (layout::predictions(shard), layout::quarantine(shard));
     let (errors, audit) = (layout::errors(shard), layout::audit(shard));
     for path in [&predictions, &quarantine, &errors, &audit] {
         let checksums = committed.map(|files| files.iter().filter(|file| file.path == *path).collect::<Vec<_>>());
-        problems.extend(whole(out, path, expected, checksums.as_deref()).await?);
+        let problem = whole(out, path, expected, checksums.as_deref()).await?;
+        problems.extend(problem.map(|problem| (path.clone(), problem)));
     }
     for (wanted, path, flag) in [(expected.errors, &errors, "--write-errors"), (expected.audit, &audit, "--audit")] {
-        if wanted && out.look(path).await? == Seen::Nothing {
-            problems.push(format!("{path} does not exist, though the job has {flag}"));
+        if wanted && !problems.contains_key(path) && out.look(path).await? == Seen::Nothing {
+            problems.insert(path.clone(), format!("{path} does not exist, though the job has {flag}"));
         }
     }
-    if expected.errors {
-        problems.extend(strangers::<ErrorRow>(output, &errors, samples).await?);
+    if expected.errors && !problems.contains_key(&errors) {
+        let problem = strangers::<ErrorRow>(output, &errors, samples).await?;
+        problems.extend(problem.map(|problem| (errors, problem)));
     }
-    if expected.audit {
-        problems.extend(strangers::<Audited>(output, &audit, samples).await?);
+    if expected.audit && !problems.contains_key(&audit) {
+        let problem = strangers::<Audited>(output, &audit, samples).await?;
+        problems.extend(problem.map(|problem| (audit, problem)));
     }
     Ok(problems)
 }
