@@ -22,6 +22,9 @@ use crate::pilot::{Expedition, Plan};
 use crate::session::{self, Identified};
 use crate::{print, progress, stop};
 
+/// How long embedded workers may take to finish what their devices are at, once their coordinator has ended.
+const DEVICES_FINISH: Duration = Duration::from_secs(2);
+
 /// A job that is done.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Done {
@@ -183,8 +186,9 @@ impl Shift<'_> {
                 }
             }
         };
-        // However it ended, nobody is left whom embedded workers could ask or report to: they would try for a minute.
-        workers.abort_all();
+        // However it ended, nobody is left whom embedded workers could ask or report to. They would try for a minute.
+        stop.cancel();
+        let _ = tokio::time::timeout(DEVICES_FINISH, async { while workers.join_next().await.is_some() {} }).await;
         done?.ok_or_else(|| failure.unwrap_or_else(|| Interrupted.into()))
     }
 
