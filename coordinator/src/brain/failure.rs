@@ -36,7 +36,7 @@ pub(super) struct Blame {
 pub(super) struct Suspects {
     pub(super) units: Vec<UnitId>,
     pub(super) blame: Blame,
-    failed_on: String,
+    pub(super) failed_on: String,
 }
 
 impl Brain {

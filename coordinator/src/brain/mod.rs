@@ -14,6 +14,7 @@ mod failure;
 mod job;
 mod lease;
 mod record;
+mod room;
 mod sample;
 mod shard;
 mod worker;

@@ -1,6 +1,7 @@
 //! The brain without a network or a clock: by single events, and in whole simulated clusters.
 
 mod backups;
+mod blocks;
 mod events;
 mod failures;
 mod simulation;
