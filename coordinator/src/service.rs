@@ -319,6 +319,10 @@ impl v1::coordinator_server::Coordinator for Service {
                 reports("early");
                 return Err(Status::unavailable(error.to_string()));
             }
+            Err(error @ ReportError::Unclaimed(_)) => {
+                reports("early");
+                return Err(Status::not_found(error.to_string()));
+            }
             Err(error) => return Err(refused(error.to_string())),
         };
         let accepted = (record.results.len() + record.failures.len()) as u32;

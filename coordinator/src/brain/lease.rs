@@ -164,6 +164,7 @@ impl Brain {
         let open = self.open.get_mut(&shard)?;
         let block: Vec<Unit> = units.iter().filter_map(|&id| open.lease(id, key)).collect();
         let samples = open.samples_of(&block);
+        open.note_grant(key, worker, block.iter().map(|unit| unit.id));
         self.hold(key, worker, &block, blame, now);
         Some(Grant { lease, attempt: blame.failures, units: block, samples })
     }

@@ -7,6 +7,7 @@ use elbo_common::ids::{LeaseKey, SampleId};
 use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
+use super::grants::{Grants, Proof};
 use super::lease::{HeldUnit, Holders};
 use super::record::Verdict;
 use super::room::{self, Room};
@@ -35,6 +36,8 @@ pub struct Shard {
     /// Ready units of samples whose latents a worker has at hand; no queue is empty.
     by_worker: BTreeMap<String, VecDeque<Ready>>,
     ready_evaluations: u64,
+    /// Who was given which of its units.
+    grants: Grants,
     pub(super) totals: ShardTotals,
 }
 
@@ -60,6 +63,7 @@ impl Shard {
             fresh: VecDeque::new(),
             unqueued: 0,
             by_worker: BTreeMap::new(),
+            grants: Grants::default(),
             ready_evaluations: states.iter().map(|s| s.first_evaluations(job)).sum(),
             totals: ShardTotals::default(),
             manifest,
@@ -255,6 +259,38 @@ impl Shard {
         ids.sort_unstable();
         ids.dedup();
         ids.into_iter().filter_map(|id| self.index(id)).map(|i| self.manifest[i].clone()).collect()
+    }
+
+    /// Remembers what a worker was given under a lease.
+    pub(super) fn note_grant(&mut self, key: LeaseKey, worker: &str, units: impl IntoIterator<Item = UnitId>) {
+        self.grants.note(key, worker, units);
+        if self.grants.has_grown() {
+            // A part of what the shard itself takes.
+            let most = 64 * self.states.len() + (self.job.shard_bytes() / 64) as usize;
+            let (states, first) = (&self.states, self.first);
+            let state = |unit: &UnitId| states.get(unit.sample.0.checked_sub(first)? as usize);
+            self.grants.forget(
+                most,
+                |unit| state(unit).is_some_and(|state| !state.is_finished()),
+                |key, unit| state(unit).is_some_and(|state| state.holders(*unit).iter().any(|holder| holder == key)),
+            );
+        }
+    }
+
+    /// Whether a worker was given a unit under a lease.
+    pub(super) fn gave_unit(&self, key: LeaseKey, worker: &str, unit: UnitId) -> Proof {
+        self.grants.unit(key, worker, unit)
+    }
+
+    /// Whether a worker was given a sample under a lease.
+    pub(super) fn gave_sample(&self, key: LeaseKey, worker: &str, sample: SampleId) -> Proof {
+        self.grants.sample(key, worker, sample)
+    }
+
+    /// How many units of its leases are remembered.
+    #[cfg(test)]
+    pub(super) fn remembered(&self) -> usize {
+        self.grants.len()
     }
 
     pub(super) fn check(&mut self, result: &UnitResult) -> Verdict {

@@ -5,6 +5,7 @@ mod blocks;
 mod events;
 mod failures;
 mod simulation;
+mod trust;
 
 use super::*;
 use elbo_common::audit::Audit;
