@@ -15,6 +15,11 @@ pub const SLOTS_PER_UNIT: usize = 64;
 /// Prompts in a unit. With 64 slots a unit is at most 4,096 evaluations, seconds on a GPU.
 pub const PROMPTS_PER_UNIT: usize = 64;
 
+/// Slots, and prompts, that a job can have: a unit names its run of either in 16 bits.
+pub const MOST: usize = u16::MAX as usize * 64;
+
+const _: () = assert!(SLOTS_PER_UNIT == 64 && PROMPTS_PER_UNIT == 64);
+
 /// Names a unit within a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UnitId {
@@ -126,6 +131,14 @@ mod tests {
             assert_eq!(cut.ids(SampleId(7), Round(1)).count(), cut.units());
             assert!(seen.iter().all(|&n| n == 1), "{slots} x {prompts}");
         }
+    }
+
+    #[test]
+    fn the_last_of_the_most_prompts_is_in_the_last_unit() {
+        let cut = Cut::new(1, MOST);
+        assert_eq!(cut.units(), usize::from(u16::MAX));
+        let last = cut.ids(SampleId(0), Round(0)).last().map(|unit| cut.prompt_range(unit));
+        assert_eq!(last, Some(MOST - 64..MOST));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What is borne from a peer that is broken or means harm, before anything of it comes to the brain.
 
-use elbo_proto::v1;
+use elbo_proto::{shortened, v1};
 use tonic::Status;
 
 use crate::brain::{Record, UNREAD};
@@ -8,9 +8,6 @@ use crate::ledger::{failure_from_wire, from_wire};
 
 /// Longest name of a worker, host or device.
 const NAME_BYTES: usize = 256;
-
-/// Longest account of an error that is kept.
-const ERROR_BYTES: usize = 4096;
 
 /// Where a sample can fail.
 const STAGES: [&str; 6] = ["read", UNREAD, "decode", "preprocess", "encode", "evaluate"];
@@ -68,15 +65,6 @@ pub fn record(epoch: u64, results: Vec<v1::UnitResult>, failures: Vec<v1::Sample
     })
 }
 
-/// An account of an error, cut where it is too long.
-pub fn shortened(mut text: String) -> String {
-    if text.len() > ERROR_BYTES {
-        text.truncate(text.floor_char_boundary(ERROR_BYTES));
-        text.push('…');
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,7 +97,6 @@ mod tests {
         assert!(failed("decode", "broken".into()).is_ok());
         assert!(failed("nowhere", String::new()).is_err());
         let cut = failed("decode", "x".repeat(5000)).unwrap();
-        assert!(cut.failures[0].error.len() <= ERROR_BYTES + '…'.len_utf8());
-        assert!(shortened("ä".repeat(4096)).len() < 4200);
+        assert!(cut.failures[0].error.len() <= elbo_proto::ERROR_BYTES + '…'.len_utf8());
     }
 }

@@ -24,7 +24,7 @@ use elbo_common::checksum::Checksum;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
 use elbo_common::layout;
 use elbo_common::store::{Location, Store, StoreError};
-use elbo_proto::v1;
+use elbo_proto::{bytes_of, v1};
 use prost::Message;
 use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, KeyValue, WriteBatch};
@@ -108,6 +108,28 @@ struct StoredRecord {
     failures: Vec<v1::SampleFailure>,
 }
 
+/// A shard's part of a record, in entries of bounded size.
+#[derive(Debug, Default)]
+struct Parts(Vec<Part>);
+
+#[derive(Debug, Default)]
+struct Part {
+    record: StoredRecord,
+    bytes: usize,
+}
+
+impl Parts {
+    /// The entry for something of so many bytes: the last one, or another where that is full.
+    fn with_room(&mut self, bytes: usize) -> &mut StoredRecord {
+        if self.0.last().is_none_or(|last| last.bytes + bytes > RECORD_BYTES) {
+            self.0.push(Part::default());
+        }
+        let last = self.0.len() - 1;
+        self.0[last].bytes += bytes;
+        &mut self.0[last].record
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Message)]
 struct StoredWaste {
     #[prost(uint64, tag = "1")]
@@ -115,6 +137,9 @@ struct StoredWaste {
     #[prost(uint64, tag = "2")]
     duplicated: u64,
 }
+
+/// Bytes of a record's entry at most: what has more is stored in several.
+const RECORD_BYTES: usize = 1 << 20;
 
 /// How often an operation is repeated on a failing store before the ledger gives up: for a minute or two, not for ever.
 const STORE_RETRIES: u32 = 40;
@@ -348,20 +373,24 @@ impl Ledger {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a record durable: when this returns, no crash loses it. A record that speaks of several shards is split. With it
-    /// goes what has come to nothing so far.
+    /// Makes a record durable: when this returns, no crash loses it. A record that speaks of several shards is split, and so is
+    /// a large one; all of it is one atomic write. With it goes what has come to nothing so far.
     pub async fn append(&self, record: &Record, shard_size: u32, waste: Waste) -> Result<(), LedgerError> {
-        let mut parts: BTreeMap<ShardId, StoredRecord> = BTreeMap::new();
+        let mut parts: BTreeMap<ShardId, Parts> = BTreeMap::new();
         for result in &record.results {
-            parts.entry(result.id.sample.shard(shard_size)).or_default().results.push(to_wire(result.clone()));
+            let parts = parts.entry(result.id.sample.shard(shard_size)).or_default();
+            let result = to_wire(result.clone());
+            parts.with_room(bytes_of(&result)).results.push(result);
         }
         for failure in &record.failures {
-            parts.entry(failure.sample.shard(shard_size)).or_default().failures.push(failure_to_wire(failure.clone()));
+            let parts = parts.entry(failure.sample.shard(shard_size)).or_default();
+            let failure = failure_to_wire(failure.clone());
+            parts.with_room(bytes_of(&failure)).failures.push(failure);
         }
         let mut batch = WriteBatch::new();
-        for (shard, part) in parts {
+        for (shard, part) in parts.into_iter().flat_map(|(shard, parts)| parts.0.into_iter().map(move |p| (shard, p))) {
             let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
-            batch.put(result_key(shard, self.epoch, sequence), part.encode_to_vec());
+            batch.put(result_key(shard, self.epoch, sequence), part.record.encode_to_vec());
             self.known_records().entry(shard).or_default().push((self.epoch, sequence));
         }
         if batch.is_empty() {

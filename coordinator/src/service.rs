@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use elbo_common::ids::{Epoch, LeaseId, LeaseKey};
 use elbo_common::manifest::{Part, Sample};
 use elbo_common::record::JobRecord;
-use elbo_proto::{PROTOCOL, v1};
+use elbo_proto::{FULL_MESSAGE_BYTES, PROTOCOL, check_size, shortened, v1};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -189,7 +189,8 @@ pub(crate) fn to_sample(s: Sample) -> v1::Sample {
     }
 }
 
-fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
+/// A grant as it is sent.
+pub(crate) fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
     let samples = grant.samples.into_iter().map(to_sample).collect();
     let units = grant
         .units
@@ -227,7 +228,6 @@ impl v1::coordinator_server::Coordinator for Service {
         let job = short(&shared.record.fingerprint).to_owned();
         let reply = |epoch: Epoch| v1::JoinReply {
             epoch: epoch.0,
-            job_json: shared.job_json.clone(),
             heartbeat_ms: shared.heartbeat.as_millis() as u32,
             job: job.clone(),
             witnesses: shared.witnesses.get().cloned().unwrap_or_default(),
@@ -247,6 +247,18 @@ impl v1::coordinator_server::Coordinator for Service {
         }
         shared.announce(&mut brain);
         Ok(Response::new(reply(brain.epoch())))
+    }
+
+    async fn describe(&self, request: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeReply>, Status> {
+        let v1::DescribeRequest { job: asked, offset } = request.into_inner();
+        let job = short(&self.shared.record.fingerprint).to_owned();
+        if asked != job {
+            return Ok(Response::new(v1::DescribeReply { job, ..v1::DescribeReply::default() }));
+        }
+        let whole = self.shared.job_json.as_bytes();
+        let start = usize::try_from(offset).unwrap_or(usize::MAX).min(whole.len());
+        let end = whole.len().min(start.saturating_add(FULL_MESSAGE_BYTES));
+        Ok(Response::new(v1::DescribeReply { job, part: whole[start..end].to_vec(), total: whole.len() as u64 }))
     }
 
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseReply>, Status> {
@@ -283,7 +295,9 @@ impl v1::coordinator_server::Coordinator for Service {
                     audit::granted(&worker, &block);
                     drop(brain);
                     tracing::debug!(worker, lease = block.lease, units = block.units.len(), "leased");
-                    return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Block(block)) }));
+                    let reply = v1::LeaseReply { outcome: Some(Outcome::Block(block)) };
+                    check_size("a block", &reply).map_err(|error| Status::failed_precondition(error.to_string()))?;
+                    return Ok(Response::new(reply));
                 }
             }
             tokio::select! {
@@ -324,6 +338,10 @@ impl v1::coordinator_server::Coordinator for Service {
                 reports("early");
                 return Err(Status::unavailable(error.to_string()));
             }
+            Err(error @ ReportError::Unclaimed(_)) => {
+                reports("early");
+                return Err(Status::not_found(error.to_string()));
+            }
             Err(error) => return Err(refused(error.to_string())),
         };
         for SampleFailure { sample, error, .. } in &postponed {
@@ -363,8 +381,8 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
         let v1::ReleaseRequest { worker, epoch, leases, error, leaving, reason } = request.into_inner();
-        let error = intake::shortened(error);
-        let reason = intake::shortened(reason);
+        let error = shortened(error);
+        let reason = shortened(reason);
         let shared = &self.shared;
         let returned = |how| shared.telemetry.leases_returned.get_or_create(&[("how", how)]).inc();
         let mut given_up: Vec<SampleFailure> = Vec::new();

@@ -1,8 +1,10 @@
 //! The gRPC contract between a coordinator and its workers, generated from `proto/elbo/v1/elbo.proto`.
 
 mod ids;
+mod size;
 
 pub use ids::OutOfRange;
+pub use size::{ERROR_BYTES, FULL_MESSAGE_BYTES, MAX_MESSAGE_BYTES, TooLarge, bytes_of, check_size, shortened};
 
 /// Version 1 of the contract.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
@@ -14,7 +16,4 @@ pub mod v1 {
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/elbo.binpb"));
 
 /// Workers and coordinators with different values refuse each other.
-pub const PROTOCOL: u32 = 6;
-
-/// Largest message either side accepts, in bytes: a block of 4,096 evaluations with all its errors is below 100 kB.
-pub const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
+pub const PROTOCOL: u32 = 7;

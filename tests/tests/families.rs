@@ -152,6 +152,39 @@ fn a_contrastive_model_scores_all_classes_in_one_look() {
     assert!(refused.contains("sees an image once"), "{refused}");
 }
 
+/// The job's description alone is larger than a message may be, and so are the results of all images.
+#[test]
+fn a_hundred_thousand_prompts_take_no_message_that_is_too_large() {
+    const CLASSES: usize = 100_000;
+    let (digits, dir) = (some_images(2), TempDir::new().unwrap());
+    let file = dir.path().join("classes.csv");
+    // What is beyond a text's end is cut off for the model, but is part of the job.
+    let rest = "of a kind that takes many words to tell from all the others ".repeat(6);
+    let rows: String = (0..CLASSES).map(|i| format!("number {i} {rest},class {i},{i}\n")).collect();
+    std::fs::write(&file, format!("prompt,classname,classidx\n{rows}")).unwrap();
+    assert!(rows.len() > elbo_proto::MAX_MESSAGE_BYTES);
+    let out = TempDir::new().unwrap();
+    let mut command = elbo();
+    command.arg("label").arg("--images").arg(digits.path()).arg("--model").arg(clip()).arg("--out").arg(out.path());
+    run_ok(command.arg("--classes").arg(&file).args(["--progress", "none", "--batch", "256"]));
+    let rows = predictions(out.path());
+    let model = ContrastiveModel::load(&clip(), &LoadOptions::default()).unwrap();
+    let images: Vec<_> = rows.iter().map(|row| digits.path().join(&row.key)).collect();
+    let some: String = (0..50).map(|i| 1_999 * i).map(|i| format!("number {i} {rest},class {i},{i}\n")).collect();
+    let some = Classes::parse(&format!("prompt,classname,classidx\n{some}"), &[]).unwrap();
+    assert_eq!(rows.len(), 20);
+    for (row, expected) in rows.iter().zip(distances(&model, &images, &some)) {
+        let scores = &row.labelled().unwrap().scores;
+        assert_eq!((row.evaluations as usize, scores.len()), (CLASSES, CLASSES));
+        for (i, expected) in expected.iter().enumerate() {
+            let score = scores.iter().find(|score| score.class.0 as usize == 1_999 * i).unwrap();
+            assert!(score.n == 1 && (score.mean_error - expected).abs() < 1e-5, "{score:?} and {expected}");
+        }
+    }
+    let verified = json(elbo().args(["verify", "--json"]).arg(out.path()));
+    assert_eq!((verified["ok"].as_bool(), verified["quarantined"].as_u64()), (Some(true), Some(0)), "{verified}");
+}
+
 #[test]
 fn a_shortlist_decides_who_the_diffusion_model_is_asked_about() {
     let digits = some_images(1);

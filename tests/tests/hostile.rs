@@ -272,6 +272,36 @@ async fn lies(caller: &Caller, block: &v1::Block) {
     }
 }
 
+/// Well-formed reports of what somebody else was given, and of what nobody was.
+async fn forgeries(caller: &Caller, own: &v1::Block, alices: &v1::Block) {
+    let refused = |report| async move {
+        let refused = caller.report(report).await.map(|_| ()).unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+        refused.message().to_owned()
+    };
+    let forged = report("mallory", alices);
+    assert!(refused(forged.clone()).await.contains("granted to another worker"));
+    let under_own = v1::ReportRequest { lease: own.lease, ..forged.clone() };
+    assert!(refused(under_own.clone()).await.contains("granted without"));
+    let failure = v1::SampleFailure { sample: alices.samples[0].id, stage: "decode".into(), error: "broken".into() };
+    let own_samples: Vec<_> = own.samples.iter().map(|sample| sample.id).collect();
+    assert!(!own_samples.contains(&failure.sample), "this says nothing");
+    for lie in [&forged, &under_own] {
+        let (results, failures) = (Vec::new(), vec![failure.clone()]);
+        refused(v1::ReportRequest { results, failures, ..lie.clone() }).await;
+    }
+    // To say when joining that it is one's own helps nothing.
+    let held = vec![v1::HeldBlock {
+        epoch: alices.epoch,
+        lease: alices.lease,
+        units: alices.units.iter().filter_map(|unit| unit.id).collect(),
+    }];
+    let (protocol, worker) = (elbo_proto::PROTOCOL, "mallory".into());
+    let join = v1::JoinRequest { protocol, worker, held, ..v1::JoinRequest::default() };
+    caller.client().join(caller.request(join)).await.unwrap();
+    assert!(refused(forged).await.contains("granted to another worker"));
+}
+
 fn leases(status: &serde_json::Value, worker: &str) -> u64 {
     let workers = status["workers"].as_array().unwrap();
     workers.iter().find(|w| w["worker"] == worker).map_or(0, |w| w["leases"].as_u64().unwrap())
@@ -296,6 +326,7 @@ async fn whatever_comes_to_the_port_is_refused_and_the_job_ends_with_the_same_by
     let held = alice.lease("alice", 100.0).await;
     let block = mallory.lease("mallory", f64::NAN).await;
     lies(&mallory, &block).await;
+    forgeries(&mallory, &block, &held).await;
     assert_eq!(status()["evaluations"], 0);
 
     // What is alice's, mallory can't hand back nor blame.

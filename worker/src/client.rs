@@ -9,7 +9,7 @@ use std::time::Duration;
 use elbo_common::ids::LeaseKey;
 use elbo_net::{ClientTls, TlsError, TlsProblem, tls};
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
-use elbo_proto::{MAX_MESSAGE_BYTES, PROTOCOL, v1};
+use elbo_proto::{MAX_MESSAGE_BYTES, PROTOCOL, TooLarge, check_size, shortened, v1};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -50,6 +50,19 @@ pub enum ClientError {
         /// The last error.
         reason: String,
     },
+    /// A message is too large to be sent.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// A message was too large for whoever got it.
+    #[error(
+        "a message between this worker and the coordinator at {address} takes more than the {MAX_MESSAGE_BYTES} bytes that either accepts ({reason}): run the same version of elbo on both, and report this if they are"
+    )]
+    Oversized {
+        /// Where.
+        address: String,
+        /// What was said of it.
+        reason: String,
+    },
     /// The coordinator said no.
     #[error("the coordinator at {address} refused: {reason}")]
     Refused {
@@ -71,6 +84,12 @@ pub enum CallError {
     Rejected(String),
     /// No more calls.
     Fatal(ClientError),
+}
+
+impl From<TooLarge> for CallError {
+    fn from(error: TooLarge) -> Self {
+        Self::Fatal(error.into())
+    }
 }
 
 /// Adds the bearer token to every call.
@@ -230,6 +249,11 @@ impl Client {
                     metrics().left(&self.worker);
                     return Err(CallError::Rejoin);
                 }
+                // It would be as large the next time.
+                Code::OutOfRange => {
+                    let address = self.address.clone();
+                    return Err(CallError::Fatal(ClientError::Oversized { address, reason }));
+                }
                 Code::InvalidArgument => return Err(CallError::Rejected(status.message().to_owned())),
                 Code::FailedPrecondition | Code::Unauthenticated | Code::PermissionDenied | Code::Unimplemented => {
                     let (address, reason) = (self.address.clone(), status.message().to_owned());
@@ -267,7 +291,7 @@ impl Client {
         self.call(|mut c| async move { c.status(v1::StatusRequest {}).await }).await
     }
 
-    /// Introduces the worker, with the blocks it has in hand, and gets the job, which is the same every time.
+    /// Introduces the worker, with the blocks it has in hand, and learns which job it is for, the same every time.
     pub async fn join(&self, host: &str, device: &str, held: Vec<v1::HeldBlock>) -> Result<v1::JoinReply, CallError> {
         let request = v1::JoinRequest {
             protocol: PROTOCOL,
@@ -279,6 +303,7 @@ impl Client {
             job: self.job.get().cloned().unwrap_or_default(),
             process: self.process.clone(),
         };
+        check_size("the list of blocks in hand", &request)?;
         let joined = self
             .call(|mut c| {
                 let request = request.clone();
@@ -295,6 +320,28 @@ impl Client {
         joined
     }
 
+    /// The identity of the job it has joined, as JSON, fetched part by part.
+    pub async fn describe(&self) -> Result<Vec<u8>, CallError> {
+        let mut whole = Vec::new();
+        loop {
+            let job = self.job.get().cloned().unwrap_or_default();
+            let request = v1::DescribeRequest { job, offset: whole.len() as u64 };
+            let reply = self
+                .call(|mut c| {
+                    let request = request.clone();
+                    async move { c.describe(request).await }
+                })
+                .await?;
+            if reply.job != request.job {
+                return Err(CallError::OtherJob);
+            }
+            whole.extend_from_slice(&reply.part);
+            if whole.len() as u64 >= reply.total || reply.part.is_empty() {
+                return Ok(whole);
+            }
+        }
+    }
+
     /// Asks for a block, telling which leases are held already.
     pub async fn lease(
         &self,
@@ -303,6 +350,7 @@ impl Client {
     ) -> Result<v1::LeaseReply, CallError> {
         let worker = self.worker.clone();
         let request = v1::LeaseRequest { worker, evaluations_per_second, wait_ms: 10_000, held };
+        check_size("the list of leases in hand", &request)?;
         metrics().asks_for_work();
         self.call(|mut c| {
             let request = request.clone();
@@ -313,6 +361,7 @@ impl Client {
 
     /// Delivers results; answered when they are durable. Notes in the report whether it was sent without an answer.
     pub async fn report(&self, report: &mut v1::ReportRequest) -> Result<v1::ReportReply, CallError> {
+        check_size("a report", &*report)?;
         let (before, attempts) = (report.again, AtomicU32::new(0));
         let answer = self
             .call(|mut c| {
@@ -330,6 +379,7 @@ impl Client {
     /// Says that the worker is alive, and what it is at.
     pub async fn heartbeat(&self, sign: v1::HeartbeatRequest) -> Result<v1::HeartbeatReply, CallError> {
         let request = v1::HeartbeatRequest { worker: self.worker.clone(), ..sign };
+        check_size("a sign of life", &request)?;
         metrics().beats(&request);
         self.call(|mut c| {
             let request = request.clone();
@@ -344,7 +394,7 @@ impl Client {
             worker: self.worker.clone(),
             epoch: key.epoch.0,
             leases: vec![key.lease.0],
-            error: error.to_owned(),
+            error: shortened(error.to_owned()),
             ..v1::ReleaseRequest::default()
         };
         self.call(|mut c| {
@@ -357,7 +407,7 @@ impl Client {
     /// Leaves for good, in one short attempt: a coordinator that is gone needs no goodbye. The `reason` is empty where the worker
     /// was asked to, or the job is done.
     pub async fn leave(&self, reason: &str) {
-        let (worker, reason) = (self.worker.clone(), reason.to_owned());
+        let (worker, reason) = (self.worker.clone(), shortened(reason.to_owned()));
         let request = v1::ReleaseRequest { worker, leaving: true, reason, ..v1::ReleaseRequest::default() };
         metrics().left(&self.worker);
         let mut client = self.stub();

@@ -101,7 +101,8 @@ struct Block {
     unwanted: Arc<AtomicBool>,
     failed: AtomicBool,
     batches_left: AtomicU64,
-    events: mpsc::UnboundedSender<BlockEvent>,
+    /// Where it is full, the lanes wait.
+    events: mpsc::Sender<BlockEvent>,
 }
 
 #[derive(Debug)]
@@ -184,13 +185,13 @@ impl Engine {
         answer.await.map_err(|_| EngineStopped)
     }
 
-    /// Gives a block to the lanes; blocks while their queue is full. What is said of it goes to `events`; what is left of it is
-    /// passed over once it is `unwanted`.
+    /// Gives a block to the lanes; blocks while their queue is full. What is said of it goes to `events`, for which the lanes
+    /// wait; what is left of it is passed over once it is `unwanted`.
     pub fn submit(
         &self,
         units: Vec<UnitWork>,
         conditions: Vec<Arc<Conditions>>,
-        events: mpsc::UnboundedSender<BlockEvent>,
+        events: mpsc::Sender<BlockEvent>,
         unwanted: Arc<AtomicBool>,
     ) -> Result<(), EngineStopped> {
         let progress = units
@@ -214,7 +215,7 @@ impl Engine {
         });
         let sender = self.batches.as_ref().ok_or(EngineStopped)?;
         if batches.is_empty() {
-            let _ = block.events.send(BlockEvent::End);
+            let _ = block.events.blocking_send(BlockEvent::End);
         }
         self.queued.fetch_add(batches.len() as u64, Ordering::Relaxed);
         for evaluations in batches {
@@ -358,14 +359,14 @@ impl Lane {
                         let lost = error.is_out_of_memory()
                             || self.problem.stages.iter().any(|stage| gpu::is_lost(stage.device()));
                         let event = if lost { BlockEvent::Lost } else { BlockEvent::Failed };
-                        let _ = block.events.send(event(error.to_string()));
+                        let _ = block.events.blocking_send(event(error.to_string()));
                     }
                 }
             }
         }
         self.queued.fetch_sub(1, Ordering::Relaxed);
         if block.batches_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let _ = block.events.send(BlockEvent::End);
+            let _ = block.events.blocking_send(BlockEvent::End);
         }
     }
 
@@ -409,7 +410,7 @@ impl Block {
                 true => (Vec::new(), errors),
                 false => (errors.chunks(unit.slots.len().max(1)).map(Sums::of).collect(), Vec::new()),
             };
-            let _ = self.events.send(BlockEvent::Unit(UnitErrors { unit, sums, errors }));
+            let _ = self.events.blocking_send(BlockEvent::Unit(UnitErrors { unit, sums, errors }));
         }
     }
 }

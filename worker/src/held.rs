@@ -8,10 +8,12 @@ use elbo_common::ids::{LeaseKey, SampleId};
 use elbo_common::unit::UnitId;
 use elbo_proto::v1;
 
+use crate::report::Finding;
+
 #[derive(Debug)]
 struct Block {
-    /// Units that are not acknowledged.
-    units: BTreeSet<UnitId>,
+    /// Units that are not acknowledged, and whether something was found of them that is to be reported.
+    units: BTreeMap<UnitId, bool>,
     unwanted: Arc<AtomicBool>,
 }
 
@@ -28,8 +30,34 @@ impl Held {
     pub fn add(&self, block: &v1::Block) -> Arc<AtomicBool> {
         let named = block.units.iter().filter_map(|unit| unit.id?.try_into().ok());
         let unwanted = Arc::new(AtomicBool::new(false));
-        self.lock().insert(block.key(), Block { units: named.collect(), unwanted: Arc::clone(&unwanted) });
+        let units = named.map(|unit| (unit, false)).collect();
+        self.lock().insert(block.key(), Block { units, unwanted: Arc::clone(&unwanted) });
         unwanted
+    }
+
+    /// Something was found that will be reported: how many units it is of.
+    pub(crate) fn found(&self, key: LeaseKey, finding: &Finding) -> usize {
+        let mut held = self.lock();
+        let Some(block) = held.get_mut(&key) else { return 0 };
+        match finding {
+            Finding::Unit(result) => {
+                let unit = result.id.and_then(|id| UnitId::try_from(id).ok());
+                let known = unit.and_then(|unit| block.units.get_mut(&unit));
+                known.map_or(0, |found| {
+                    *found = true;
+                    1
+                })
+            }
+            Finding::Bad(failure) => {
+                let sample = SampleId(failure.sample);
+                let mut count = 0;
+                for (_, found) in block.units.iter_mut().filter(|(unit, _)| unit.sample == sample) {
+                    *found = true;
+                    count += 1;
+                }
+                count
+            }
+        }
     }
 
     /// Results of a block were acknowledged, and samples of it given up; a block without more is out of hand.
@@ -40,15 +68,21 @@ impl Held {
             block.units.remove(&id);
         }
         let bad: BTreeSet<_> = report.failures.iter().map(|failure| SampleId(failure.sample)).collect();
-        block.units.retain(|unit| !bad.contains(&unit.sample));
+        block.units.retain(|unit, _| !bad.contains(&unit.sample));
         if block.units.is_empty() {
             held.remove(&key);
         }
     }
 
-    /// A block is handed back, or given up.
+    /// A block is handed back, or given up. What was found of it is still to be reported, so as far as that it stays in hand: a
+    /// coordinator that was started again takes only what the worker says it holds.
     pub fn remove(&self, key: LeaseKey) {
-        self.lock().remove(&key);
+        let mut held = self.lock();
+        let Some(block) = held.get_mut(&key) else { return };
+        block.units.retain(|_, found| *found);
+        if block.units.is_empty() {
+            held.remove(&key);
+        }
     }
 
     /// Nobody needs these blocks' results any more.
@@ -74,7 +108,7 @@ impl Held {
         let block = |(key, block): (&LeaseKey, &Block)| v1::HeldBlock {
             epoch: key.epoch.0,
             lease: key.lease.0,
-            units: block.units.iter().map(|unit| (*unit).into()).collect(),
+            units: block.units.keys().map(|unit| (*unit).into()).collect(),
         };
         self.lock().iter().map(block).collect()
     }
@@ -100,6 +134,29 @@ mod tests {
         assert!(unwanted.load(Ordering::Relaxed));
         let bad = v1::SampleFailure { sample: 1, ..v1::SampleFailure::default() };
         held.acknowledge(block.key(), &v1::ReportRequest { failures: vec![bad], ..v1::ReportRequest::default() });
+        assert!(held.is_empty());
+    }
+
+    #[test]
+    fn what_was_found_of_a_block_that_is_given_up_stays_in_hand_until_it_is_acknowledged() {
+        let id = |sample, slots| v1::UnitId { sample, round: 0, slots, prompts: 0 };
+        let unit = |sample, slots| v1::Unit { id: Some(id(sample, slots)), ..v1::Unit::default() };
+        let units = vec![unit(1, 0), unit(1, 1), unit(2, 0), unit(3, 0)];
+        let block = v1::Block { lease: 3, epoch: 1, units, ..v1::Block::default() };
+        let held = Held::default();
+        held.add(&block);
+        let result = v1::UnitResult { id: Some(id(2, 0)), ..v1::UnitResult::default() };
+        let failure = v1::SampleFailure { sample: 1, ..v1::SampleFailure::default() };
+        assert_eq!(held.found(block.key(), &Finding::Unit(result.clone())), 1);
+        assert_eq!(held.found(block.key(), &Finding::Bad(failure.clone())), 2);
+        held.remove(block.key());
+        let left = vec![id(1, 0), id(1, 1), id(2, 0)];
+        assert_eq!(held.blocks(), [v1::HeldBlock { epoch: 1, lease: 3, units: left }]);
+        let (results, failures) = (vec![result], vec![failure]);
+        held.acknowledge(block.key(), &v1::ReportRequest { results, failures, ..v1::ReportRequest::default() });
+        assert!(held.is_empty());
+        held.add(&block);
+        held.remove(block.key());
         assert!(held.is_empty());
     }
 }

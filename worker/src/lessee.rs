@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_common::ids::LeaseKey;
-use elbo_proto::v1;
+use elbo_proto::{FULL_MESSAGE_BYTES, MAX_MESSAGE_BYTES, v1};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -15,11 +15,17 @@ use crate::client::{CallError, Client};
 use crate::engine::BlockEvent;
 use crate::held::Held;
 use crate::prepare::{BlockError, Preparer};
-use crate::report::{Finding, Told};
+use crate::report::{BACKLOG, Finding, Findings};
 use crate::worker::{WorkerError, no_answer};
 
 /// Blocks an engine has in hand: one being computed, one being prepared.
 const BLOCKS: usize = 2;
+
+/// What lanes may say of a block before somebody listens.
+const EVENTS: usize = 1024;
+
+// A unit takes less among the blocks in hand, which go with every join, than in its block, or than its result in the backlog.
+const _: () = assert!(BLOCKS * FULL_MESSAGE_BYTES + BACKLOG < MAX_MESSAGE_BYTES / 8 * 7);
 
 /// Measured evaluations per second, smoothed over leases.
 #[derive(Debug, Default)]
@@ -42,7 +48,7 @@ impl Rate {
 pub(crate) struct Lessee {
     client: Client,
     preparer: Arc<Preparer>,
-    findings: mpsc::UnboundedSender<Told>,
+    findings: Findings,
     held: Held,
     rate: Rate,
 }
@@ -60,12 +66,7 @@ pub(crate) struct Terms<'a> {
 }
 
 impl Lessee {
-    pub(crate) fn new(
-        client: Client,
-        preparer: Arc<Preparer>,
-        findings: mpsc::UnboundedSender<Told>,
-        held: Held,
-    ) -> Self {
+    pub(crate) fn new(client: Client, preparer: Arc<Preparer>, findings: Findings, held: Held) -> Self {
         Self { client, preparer, findings, held, rate: Rate::default() }
     }
 
@@ -144,15 +145,10 @@ impl Lessee {
         ended
     }
 
-    /// Hands something to the reporter.
-    fn find(&self, key: LeaseKey, finding: Finding) {
-        self.tell(Some((key, finding)));
-    }
-
-    fn tell(&self, told: Told) {
-        if self.findings.send(told).is_err() {
-            tracing::debug!("the reporter has stopped");
-        }
+    /// Hands something to the reporter, once that has room.
+    async fn find(&self, key: LeaseKey, finding: Finding) {
+        let units = self.held.found(key, &finding);
+        self.findings.find(key, finding, units).await;
     }
 
     /// Prepares and computes one block.
@@ -174,13 +170,13 @@ impl Lessee {
         };
         for bad in prepared.bad {
             tracing::warn!(epoch = key.epoch.0, lease = key.lease.0, sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
-            self.find(key, Finding::Bad(bad));
+            self.find(key, bad.into()).await;
         }
         // The turn ends when all batches are queued: the next block's then follow without a gap.
         let own_turn = turn.lock().await;
         let started = Instant::now();
         let evaluations: u64 = prepared.units.iter().map(|u| u.unit.evaluations()).sum();
-        let (events, mut inbox) = mpsc::unbounded_channel();
+        let (events, mut inbox) = mpsc::channel(EVENTS);
         let (engine, flag) = (Arc::clone(&self.preparer.engine), Arc::clone(&unwanted));
         let submitting = async {
             let submit = move || engine.submit(prepared.units, prepared.conditions, events, flag);
@@ -192,7 +188,7 @@ impl Lessee {
             let (mut failure, mut lost) = (None, None);
             while let Some(event) = inbox.recv().await {
                 match event {
-                    BlockEvent::Unit(unit) => self.find(key, Finding::Unit(unit)),
+                    BlockEvent::Unit(unit) => self.find(key, unit.into()).await,
                     BlockEvent::Failed(error) => failure = Some(error),
                     BlockEvent::Lost(error) => lost = Some(error),
                     BlockEvent::End => break,
@@ -219,7 +215,7 @@ impl Lessee {
         }
         if !self.preparer.engine.is_busy() {
             // Somebody may be waiting for the last results.
-            self.tell(None);
+            self.findings.flush();
         }
         Ok(())
     }

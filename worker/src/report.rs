@@ -1,4 +1,7 @@
 //! Delivering results: what is not acknowledged is kept and sent again, to a restarted coordinator too.
+//!
+//! What is kept is bounded: while the coordinator takes nothing, whoever computes waits. So are the reports, whatever has come
+//! together meanwhile.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use elbo_common::ids::LeaseKey;
-use elbo_proto::v1;
-use tokio::sync::mpsc;
+use elbo_proto::{FULL_MESSAGE_BYTES, bytes_of, shortened, v1};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::client::{CallError, Client, ClientError};
 use crate::engine::UnitErrors;
@@ -17,18 +20,124 @@ use crate::prepare::BadSample;
 /// Results are gathered this long before they are sent: a crash loses no more than this and what is being computed.
 const GATHER: Duration = Duration::from_millis(500);
 
+/// Bytes of findings that may wait to be acknowledged: several full reports, so that a device goes on while one is under way.
+pub(crate) const BACKLOG: usize = 4 * FULL_MESSAGE_BYTES;
+
+/// Bytes that a unit takes among the blocks in hand, at most.
+const HELD_UNIT: usize = 32;
+
+/// How often in a row a coordinator that has just been joined may not know the worker, or its lease, before a report is dropped:
+/// one that comes and goes does not do that so often.
+const REJOINS: u32 = 20;
+
 /// Something to report.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Finding {
     /// A unit is finished.
-    Unit(UnitErrors),
+    Unit(v1::UnitResult),
     /// A sample is beyond help.
-    Bad(BadSample),
+    Bad(v1::SampleFailure),
 }
 
-/// What a reporter is told: something found under a lease, or that nothing more will come for a while, so that what there is
-/// should be sent now.
-pub type Told = Option<(LeaseKey, Finding)>;
+impl Finding {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Unit(result) => bytes_of(result),
+            Self::Bad(failure) => bytes_of(failure),
+        }
+    }
+}
+
+impl From<UnitErrors> for Finding {
+    fn from(finished: UnitErrors) -> Self {
+        let UnitErrors { unit, sums, errors } = finished;
+        Self::Unit(v1::UnitResult {
+            id: Some(unit.id.into()),
+            prompts: unit.prompts.iter().map(|p| p.0).collect(),
+            slots: unit.slots.len() as u32,
+            sum: sums.iter().map(|s| s.sum).collect(),
+            sum_sq: sums.iter().map(|s| s.sum_sq).collect(),
+            errors,
+        })
+    }
+}
+
+impl From<BadSample> for Finding {
+    fn from(bad: BadSample) -> Self {
+        let BadSample { sample, stage, error } = bad;
+        Self::Bad(v1::SampleFailure { sample: sample.0, stage: stage.to_owned(), error: shortened(error) })
+    }
+}
+
+/// A finding with its place in the backlog, which is free again once it is dropped.
+#[derive(Debug)]
+struct Found {
+    key: LeaseKey,
+    finding: Finding,
+    bytes: usize,
+    place: Option<OwnedSemaphorePermit>,
+}
+
+/// Where findings go.
+#[derive(Debug)]
+pub struct Findings {
+    /// A finding, or that nothing more will come for a while, so that what there is should be sent now.
+    sender: mpsc::UnboundedSender<Option<Found>>,
+    room: Arc<Semaphore>,
+}
+
+/// Where they come out.
+#[derive(Debug)]
+pub struct Inbox(mpsc::UnboundedReceiver<Option<Found>>);
+
+/// The way from those who compute to the reporter, with room for `bytes` that are not acknowledged.
+pub fn backlog(bytes: usize) -> (Findings, Inbox) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    (Findings { sender, room: Arc::new(Semaphore::new(bytes)) }, Inbox(receiver))
+}
+
+impl Findings {
+    /// Hands over what was found of so many units under a lease; waits until there is room for it.
+    pub async fn find(&self, key: LeaseKey, finding: Finding, units: usize) {
+        let bytes = finding.bytes();
+        let room = (bytes + units * HELD_UNIT).min(BACKLOG) as u32;
+        // Nobody closes it.
+        let place = Arc::clone(&self.room).acquire_many_owned(room).await.ok();
+        self.send(Some(Found { key, finding, bytes, place }));
+    }
+
+    /// Has what there is sent now.
+    pub fn flush(&self) {
+        self.send(None);
+    }
+
+    fn send(&self, told: Option<Found>) {
+        if self.sender.send(told).is_err() {
+            tracing::debug!("the reporter has stopped");
+        }
+    }
+}
+
+impl Inbox {
+    /// What is to be reported next: what comes in a short while, until it fills a message; `None` once no more will come.
+    async fn next(&mut self) -> Option<Vec<Found>> {
+        let first = loop {
+            if let Some(first) = self.0.recv().await? {
+                break first;
+            }
+        };
+        let mut bytes = first.bytes;
+        let mut gathered = vec![first];
+        let deadline = tokio::time::Instant::now() + GATHER;
+        while bytes < FULL_MESSAGE_BYTES
+            && let Ok(Some(Some(next))) = tokio::time::timeout_at(deadline, self.0.recv()).await
+        {
+            bytes += next.bytes;
+            gathered.push(next);
+        }
+        Some(gathered)
+    }
+}
 
 /// Sends findings as they come until the channel closes and all is acknowledged.
 ///
@@ -42,25 +151,28 @@ pub struct Reporter {
     /// Its device, likewise.
     pub device: String,
     /// Findings.
-    pub findings: mpsc::UnboundedReceiver<Told>,
+    pub findings: Inbox,
     /// Evaluations acknowledged so far.
     pub acknowledged: Arc<AtomicU64>,
     /// The blocks in hand.
     pub held: Held,
 }
 
+/// What is to be delivered of one lease.
+#[derive(Debug)]
+struct Report {
+    request: v1::ReportRequest,
+    /// Its findings' places in the backlog.
+    places: Option<OwnedSemaphorePermit>,
+}
+
 impl Reporter {
     /// Runs until every finding is acknowledged and no more will come.
     pub async fn run(mut self) -> Result<(), ClientError> {
-        while let Some(first) = self.findings.recv().await {
-            let Some(first) = first else { continue };
-            let mut gathered = vec![first];
-            let deadline = tokio::time::Instant::now() + GATHER;
-            while let Ok(Some(Some(next))) = tokio::time::timeout_at(deadline, self.findings.recv()).await {
-                gathered.push(next);
-            }
-            for (key, report) in by_lease(&self.client.worker, gathered) {
-                self.deliver(key, report).await?;
+        while let Some(gathered) = self.findings.next().await {
+            for (key, Report { request, places }) in by_lease(&self.client.worker, gathered) {
+                self.deliver(key, request).await?;
+                drop(places);
             }
         }
         Ok(())
@@ -68,6 +180,15 @@ impl Reporter {
 
     async fn deliver(&self, key: LeaseKey, mut report: v1::ReportRequest) -> Result<(), ClientError> {
         let evaluations: u64 = report.results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
+        let dropped = |reason: &str| {
+            tracing::error!(
+                epoch = key.epoch.0,
+                lease = key.lease.0,
+                reason,
+                "the coordinator refused a report: it is dropped"
+            );
+        };
+        let mut rejoins = 0;
         loop {
             match self.client.report(&mut report).await {
                 Ok(reply) => {
@@ -80,23 +201,22 @@ impl Reporter {
                     );
                     break;
                 }
+                Err(CallError::Rejoin) if rejoins == REJOINS => {
+                    dropped("it does not know the worker or its lease, however often it is joined");
+                    break;
+                }
                 Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device, self.held.blocks()).await {
                     Err(CallError::Fatal(error)) => return Err(error),
                     Err(CallError::OtherJob) => {
                         tracing::warn!("the coordinator has another job: what was found for the one before is dropped");
                         break;
                     }
-                    _ => continue,
+                    _ => rejoins += 1,
                 },
                 // Only a join is answered so.
                 Err(CallError::OtherJob) => break,
                 Err(CallError::Rejected(reason)) => {
-                    tracing::error!(
-                        epoch = key.epoch.0,
-                        lease = key.lease.0,
-                        reason,
-                        "the coordinator refused a report: it is dropped"
-                    );
+                    dropped(&reason);
                     break;
                 }
                 Err(CallError::Fatal(error)) => return Err(error),
@@ -108,33 +228,111 @@ impl Reporter {
     }
 }
 
-fn by_lease(worker: &str, findings: Vec<(LeaseKey, Finding)>) -> BTreeMap<LeaseKey, v1::ReportRequest> {
+fn by_lease(worker: &str, findings: Vec<Found>) -> BTreeMap<LeaseKey, Report> {
     let mut reports = BTreeMap::new();
-    for (key, finding) in findings {
-        let report = reports.entry(key).or_insert_with(|| v1::ReportRequest {
-            worker: worker.to_owned(),
-            epoch: key.epoch.0,
-            lease: key.lease.0,
-            ..v1::ReportRequest::default()
+    for Found { key, finding, bytes: _, place } in findings {
+        let report = reports.entry(key).or_insert_with(|| Report {
+            request: v1::ReportRequest {
+                worker: worker.to_owned(),
+                epoch: key.epoch.0,
+                lease: key.lease.0,
+                ..v1::ReportRequest::default()
+            },
+            places: None,
         });
         match finding {
-            Finding::Unit(unit) => report.results.push(unit_result(unit)),
-            Finding::Bad(BadSample { sample, stage, error }) => {
-                report.failures.push(v1::SampleFailure { sample: sample.0, stage: stage.to_owned(), error });
-            }
+            Finding::Unit(result) => report.request.results.push(result),
+            Finding::Bad(failure) => report.request.failures.push(failure),
+        }
+        match (&mut report.places, place) {
+            (Some(places), Some(place)) => places.merge(place),
+            (places @ None, place) => *places = place,
+            (Some(_), None) => {}
         }
     }
     reports
 }
 
-fn unit_result(finished: UnitErrors) -> v1::UnitResult {
-    let UnitErrors { unit, sums, errors } = finished;
-    v1::UnitResult {
-        id: Some(unit.id.into()),
-        prompts: unit.prompts.iter().map(|p| p.0).collect(),
-        slots: unit.slots.len() as u32,
-        sum: sums.iter().map(|s| s.sum).collect(),
-        sum_sq: sums.iter().map(|s| s.sum_sq).collect(),
-        errors,
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use elbo_common::ids::{Epoch, LeaseId};
+    use elbo_proto::MAX_MESSAGE_BYTES;
+
+    fn key(lease: u64) -> LeaseKey {
+        LeaseKey { epoch: Epoch(1), lease: LeaseId(lease) }
+    }
+
+    /// What a unit of 21,841 classes on one slot gives.
+    fn unit(sample: u64, prompts: u32) -> Finding {
+        let first = 64 * prompts;
+        Finding::Unit(v1::UnitResult {
+            id: Some(v1::UnitId { sample, prompts, ..v1::UnitId::default() }),
+            prompts: (first..21_841.min(first + 64)).collect(),
+            slots: 1,
+            sum: vec![0.5; 64],
+            sum_sq: vec![0.25; 64],
+            errors: Vec::new(),
+        })
+    }
+
+    /// The reporter takes nothing for as long as its coordinator's storage stalls; then all comes at once.
+    #[tokio::test]
+    async fn after_a_stall_reports_are_no_larger_than_ever_and_nothing_is_lost() {
+        const UNITS: u64 = 342;
+        const SAMPLES: u64 = 200;
+        let (findings, mut inbox) = backlog(BACKLOG);
+        let computing = tokio::spawn(async move {
+            for sample in 0..SAMPLES {
+                for prompts in 0..UNITS {
+                    findings.find(key(sample / 100), unit(sample, prompts as u32), 1).await;
+                }
+            }
+        });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(!computing.is_finished(), "who computes waits for who reports");
+        let waiting = inbox.0.len();
+        assert!(waiting * (64 * 16) < BACKLOG, "{waiting} units");
+        let (mut units, mut largest) = (0, 0);
+        while let Some(gathered) = inbox.next().await {
+            for Report { request, places } in by_lease("w", gathered).into_values() {
+                units += request.results.len() as u64;
+                largest = largest.max(bytes_of(&request));
+                drop(places);
+            }
+        }
+        assert_eq!(units, UNITS * SAMPLES);
+        assert!((FULL_MESSAGE_BYTES / 2..2 * FULL_MESSAGE_BYTES).contains(&largest), "{largest}");
+        assert!(2 * FULL_MESSAGE_BYTES < MAX_MESSAGE_BYTES && computing.await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_reporter_that_is_gone_keeps_nobody_waiting() {
+        let (findings, inbox) = backlog(4_000);
+        findings.find(key(1), unit(0, 0), 1).await;
+        findings.find(key(1), unit(0, 1), 1).await;
+        drop(inbox);
+        let many = async {
+            for sample in 0..100 {
+                findings.find(key(1), unit(sample, 0), 1).await;
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(60), many).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_failure_with_a_long_account_is_reported_shortened_and_what_is_flushed_goes_at_once() {
+        let (findings, mut inbox) = backlog(BACKLOG);
+        let bad = BadSample { sample: elbo_common::ids::SampleId(7), stage: "read", error: "x".repeat(1 << 20) };
+        findings.find(key(2), bad.into(), 1_500).await;
+        findings.flush();
+        findings.find(key(3), unit(0, 0), 1).await;
+        let gathered = inbox.next().await.unwrap_or_default();
+        assert_eq!(gathered.len(), 1, "what comes after is not waited for");
+        let reports = by_lease("w", gathered);
+        let report = &reports[&key(2)];
+        assert!(bytes_of(&report.request) < 5_000);
+        let places = report.places.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        assert!(places > 1_500 * HELD_UNIT, "the units in hand for it count too: {places}");
     }
 }

@@ -15,7 +15,7 @@ use elbo_common::model_source::{JobModels, ModelSource};
 use elbo_kernels::gpu;
 use elbo_net::ClientTls;
 use elbo_proto::v1;
-use tokio::sync::{OnceCell, mpsc};
+use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -30,7 +30,7 @@ use crate::lessee::{Lessee, Terms};
 use crate::prepare::{BlockError, Preparer, image_of};
 use crate::problem::ProblemError;
 use crate::pulse::Pulse;
-use crate::report::Reporter;
+use crate::report::{BACKLOG, Reporter, backlog};
 use crate::stage::Stage;
 
 /// Lanes of a GPU: while it computes one's batch, another makes the next one's noise, and a third may wait for an image's latent.
@@ -108,6 +108,7 @@ pub struct Options {
 /// What engines on one device share of a job.
 #[derive(Debug, Default)]
 struct Loaded {
+    identity: OnceCell<Arc<JobIdentity>>,
     problem: OnceCell<Arc<Problem>>,
     batch: OnceCell<usize>,
 }
@@ -138,7 +139,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
     let mut shared: HashMap<Device, Arc<Shared>> = HashMap::new();
     for &device in &options.engines {
         let problem = options.problem.as_ref().filter(|(on, _)| *on == device).map(|(_, problem)| Arc::clone(problem));
-        let loaded = Arc::new(Loaded { problem: OnceCell::new_with(problem), batch: OnceCell::new() });
+        let loaded = Arc::new(Loaded { problem: OnceCell::new_with(problem), ..Loaded::default() });
         shared.entry(device).or_insert_with(|| Arc::new(Shared { current: Mutex::new((None, loaded)) }));
     }
     let options = Arc::new(options);
@@ -241,20 +242,20 @@ impl Member {
         stop: &CancellationToken,
     ) -> Result<(), WorkerError> {
         let (problem, engine) = tokio::select! {
-            started = self.start(joined) => started?,
+            started = self.start(client, joined) => started?,
             () = stop.cancelled() => return Ok(()),
         };
         pulse.start(Arc::clone(&engine));
         let preparer = Arc::new(Preparer {
             engine: Arc::clone(&engine),
             cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
-            access: access(joined, &self.seen)?,
+            access: self.access(client, joined).await?,
             reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64).within(&self.memory),
             memory: self.memory.pictures.clone(),
             problem,
             prepared: Arc::clone(&pulse.prepared),
         });
-        let (findings, inbox) = mpsc::unbounded_channel();
+        let (findings, inbox) = backlog(BACKLOG);
         let host = &self.options.host;
         let reporter = Reporter {
             client: client.clone(),
@@ -281,15 +282,28 @@ impl Member {
         Ok(reported?)
     }
 
+    /// Access to the job's images.
+    async fn access(&self, client: &Client, joined: &v1::JoinReply) -> Result<Access, WorkerError> {
+        let loaded = self.shared.of_job(&joined.job);
+        let identity = loaded.identity.get_or_try_init(|| describe(client)).await?;
+        let witnesses = joined.witnesses.iter().map(image_of).collect();
+        Ok(Access::new(identity.spec.images.clone(), witnesses, Arc::clone(&self.seen)))
+    }
+
     /// The job's model, loaded by the first engine that needs it, and this engine.
-    async fn start(&self, joined: &v1::JoinReply) -> Result<(Arc<Problem>, Arc<Engine>), WorkerError> {
+    async fn start(&self, client: &Client, joined: &v1::JoinReply) -> Result<(Arc<Problem>, Arc<Engine>), WorkerError> {
         let options = &self.options;
         let loaded = self.shared.of_job(&joined.job);
-        let problem = loaded.problem.get_or_try_init(|| load(joined, options.model.as_deref(), self.device)).await?;
+        let identity = || loaded.identity.get_or_try_init(|| describe(client));
+        let problem = async { load(identity().await?, options.model.as_deref(), self.device).await };
+        let problem = loaded.problem.get_or_try_init(|| problem).await?;
         let lanes = if self.device.is_gpu() { GPU_LANES } else { options.threads.get() };
         let batch = match options.batch {
             Some(batch) => batch.get(),
-            None => *loaded.batch.get_or_try_init(|| find_batch(problem, joined, lanes)).await?,
+            None => {
+                let found = async { find_batch(problem, identity().await?, lanes).await };
+                *loaded.batch.get_or_try_init(|| found).await?
+            }
         };
         let problem = Arc::clone(problem);
         let engine = Arc::new(Engine::start(Arc::clone(&problem), lanes, batch)?);
@@ -303,16 +317,15 @@ impl Member {
     }
 }
 
-/// Access to the job's images.
-fn access(joined: &v1::JoinReply, seen: &Arc<Seen>) -> Result<Access, WorkerError> {
-    let identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
-    let witnesses = joined.witnesses.iter().map(image_of).collect();
-    Ok(Access::new(identity.spec.images, witnesses, Arc::clone(seen)))
+/// What the job is.
+async fn describe(client: &Client) -> Result<Arc<JobIdentity>, WorkerError> {
+    let description = client.describe().await.map_err(no_answer)?;
+    blocking(move || Ok(Arc::new(serde_json::from_slice(&description)?))).await
 }
 
 /// Loads the job's model.
-async fn load(joined: &v1::JoinReply, model: Option<&str>, device: Device) -> Result<Arc<Problem>, WorkerError> {
-    let mut identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
+async fn load(identity: &JobIdentity, model: Option<&str>, device: Device) -> Result<Arc<Problem>, WorkerError> {
+    let mut identity = identity.clone();
     if let Some(model) = model {
         model.clone_into(&mut identity.spec.model);
     }
@@ -323,9 +336,8 @@ async fn load(joined: &v1::JoinReply, model: Option<&str>, device: Device) -> Re
 }
 
 /// The batch size for a job's model.
-async fn find_batch(problem: &Arc<Problem>, joined: &v1::JoinReply, lanes: usize) -> Result<usize, WorkerError> {
-    let identity: JobIdentity = serde_json::from_str(&joined.job_json).map_err(ProblemError::from)?;
-    let problem = Arc::clone(problem);
+async fn find_batch(problem: &Arc<Problem>, identity: &Arc<JobIdentity>, lanes: usize) -> Result<usize, WorkerError> {
+    let (problem, identity) = (Arc::clone(problem), Arc::clone(identity));
     blocking(move || Ok(batch::find(&problem, &identity, lanes)?)).await
 }
 

@@ -103,6 +103,12 @@ impl Course {
                 (density.slots(timesteps, *max_slots), Elimination::Race(Race { risk: *risk }))
             }
         };
+        let prompts = contenders.map_or(0, Contenders::prompt_count);
+        for (count, what) in [(slots.len(), "timesteps times --trials"), (prompts, "prompts")] {
+            if count > crate::unit::MOST {
+                return Err(PolicyError::TooMany { count, what });
+            }
+        }
         Ok(Self { slots, shortlist, elimination, audit: None })
     }
 

@@ -150,6 +150,14 @@ pub enum PolicyError {
         "--max-slots {0} is out of range: a class leaves after two slots at the earliest, so use at least 2, and at most {MOST_SLOTS}"
     )]
     MaxSlots(u32),
+    /// More slots or prompts than units can name.
+    #[error("{count} {what} are more than a job can have: use at most {}", crate::unit::MOST)]
+    TooMany {
+        /// How many.
+        count: usize,
+        /// What there are too many of.
+        what: &'static str,
+    },
     /// Groups that nobody asks about.
     #[error(
         "--hierarchy is for --policy race, which asks about groups first: leave it out, or whatever asks for another policy, --shortlist and --candidates"
@@ -391,5 +399,17 @@ mod tests {
         assert!(
             course(&policy, 50, Some(&Contenders::prompts(10))).unwrap_err().to_string().contains("use at most 50")
         );
+    }
+
+    #[test]
+    fn more_slots_or_prompts_than_units_can_name_are_refused() {
+        let most = crate::unit::MOST;
+        let once = Policy::exhaustive(&[1], 1).unwrap();
+        assert!(course(&once, 1000, Some(&Contenders::prompts(most))).is_ok());
+        let error = course(&once, 1000, Some(&Contenders::prompts(most + 1))).unwrap_err().to_string();
+        assert_eq!(error, "4194241 prompts are more than a job can have: use at most 4194240");
+        let often = Policy::exhaustive(&[1000], 5_000).unwrap();
+        let error = course(&often, 1000, None).unwrap_err().to_string();
+        assert!(error.starts_with("5000000 timesteps times --trials are more"), "{error}");
     }
 }

@@ -1,5 +1,7 @@
 //! Blocks that workers hold though this coordinator has not leased them to them, or no longer: they were leased by a
 //! coordinator before it, or taken from a worker that was thought dead. The worker goes on with what nobody else has.
+//!
+//! What an earlier coordinator has granted is not known, so the worker is believed. What this one has granted it knows.
 
 use std::time::Duration;
 
@@ -7,6 +9,7 @@ use elbo_common::ids::{LeaseKey, ShardId};
 use elbo_common::unit::UnitId;
 
 use super::failure::Blame;
+use super::grants::Proof;
 use super::{Brain, Shard};
 
 /// Units a worker holds of a shard that is not open yet.
@@ -21,20 +24,27 @@ impl Brain {
     /// Takes a block that a worker has in hand for leased to it, as far as nobody else has it. Of shards that are not open
     /// that is done when they are.
     pub fn adopt(&mut self, worker: &str, key: LeaseKey, units: &[UnitId], now: Duration) {
-        if !self.knows(worker) || self.leases.contains_key(&key) {
+        if !self.knows(worker) {
             return;
         }
         let known = units.iter().filter(|unit| unit.sample.0 < self.job.samples());
         // A block is of one shard.
         let Some(shard) = known.clone().map(|unit| self.shard_of(unit.sample)).next() else { return };
-        let units: Vec<_> = known.copied().filter(|unit| self.shard_of(unit.sample) == shard).collect();
+        let mut units: Vec<_> = known.copied().filter(|unit| self.shard_of(unit.sample) == shard).collect();
+        if key.epoch == self.epoch {
+            let given = |open: &Shard, unit: &UnitId| open.gave_unit(key, worker, *unit) == Proof::Given;
+            units.retain(|unit| self.open.get(&shard).is_some_and(|open| given(open, unit)));
+            if units.is_empty() {
+                return;
+            }
+        }
         let orphan = Orphan { worker: worker.to_owned(), key, units };
         if self.open.contains_key(&shard) {
             self.place(shard, orphan, now);
         } else if !self.is_begun(shard) {
             self.requested.insert(shard);
             let waiting = self.orphans.entry(shard).or_default();
-            waiting.retain(|other| other.key != key);
+            waiting.retain(|other| other.key != key || other.worker != orphan.worker);
             waiting.push(orphan);
         }
     }
@@ -51,6 +61,11 @@ impl Brain {
     fn place(&mut self, shard: ShardId, orphan: Orphan, now: Duration) {
         let Orphan { worker, key, units } = orphan;
         let Some(open) = self.open.get_mut(&shard) else { return };
+        // Results of all of it are expected, also of what others have or is known by now.
+        open.note_grant(key, &worker, units.iter().copied());
+        if self.leases.contains_key(&key) {
+            return;
+        }
         let free = units.into_iter().filter(|unit| open.is_wanted(*unit)).collect::<Vec<_>>();
         let block: Vec<_> = free.into_iter().filter_map(|unit| Shard::lease(open, unit, key)).collect();
         if !block.is_empty() {

@@ -40,9 +40,9 @@ pub(super) struct Blame {
 pub(super) struct Suspects {
     pub(super) units: Vec<UnitId>,
     pub(super) blame: Blame,
-    failed_on: String,
+    pub(super) failed_on: String,
     /// Since when they are left to others.
-    since: Duration,
+    pub(super) since: Duration,
 }
 
 impl Brain {

@@ -7,7 +7,8 @@ use elbo_common::ids::{LeaseId, LeaseKey};
 use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
-use super::failure::Blame;
+use super::failure::{Blame, Suspects};
+use super::room::Room;
 use super::{Brain, JobShape, Shard};
 
 /// How leases are sized and when they end.
@@ -23,6 +24,8 @@ pub struct LeasePolicy {
     pub window: usize,
     /// Bytes that the samples of open shards may take; two shards are open whatever they take.
     pub memory: u64,
+    /// Bytes of a block's message, beside its first sample.
+    pub block_bytes: usize,
 }
 
 impl Default for LeasePolicy {
@@ -33,6 +36,7 @@ impl Default for LeasePolicy {
             first_block: 256,
             window: 256,
             memory: 448 << 20,
+            block_bytes: elbo_proto::FULL_MESSAGE_BYTES,
         }
     }
 }
@@ -146,14 +150,21 @@ impl Brain {
             return None;
         }
         let rate = self.workers.set_rate(worker, rate);
-        let (units, blame) = if let Some(suspects) = self.take_suspects(worker) {
-            (suspects.units, suspects.blame)
+        let (units, blame) = if let Some(Suspects { units, blame, failed_on, since }) = self.take_suspects(worker) {
+            let (units, rest) = self.that_fit(units);
+            if !rest.is_empty() {
+                self.suspects.push_front(Suspects { units: rest, blame, failed_on, since });
+            }
+            (units, blame)
         } else if let Some(units) = self.take_doubts(worker, rate) {
+            let (units, rest) = self.that_fit(units);
+            self.leave_doubtful(rest);
             (units, Blame::UNREAD)
         } else if let Some(units) = self.take_ready(worker, rate) {
             (units, Blame::default())
         } else {
-            self.take_backup(worker, rate, now)?
+            let (units, blame) = self.take_backup(worker, rate, now)?;
+            (self.that_fit(units).0, blame)
         };
         let lease = LeaseId(self.next_lease);
         self.next_lease += 1;
@@ -161,8 +172,21 @@ impl Brain {
         let open = self.open.get_mut(&shard)?;
         let block: Vec<Unit> = units.iter().filter_map(|&id| open.lease(id, key)).collect();
         let samples = open.samples_of(&block);
+        open.note_grant(key, worker, block.iter().map(|unit| unit.id));
         self.hold(key, worker, &block, blame, now);
         Some(Grant { lease, attempt: blame.failures, units: block, samples })
+    }
+
+    /// Units of one shard in two parts: the first ones, as many as go into a block, and the rest.
+    fn that_fit(&self, mut units: Vec<UnitId>) -> (Vec<UnitId>, Vec<UnitId>) {
+        let mut room = Room::new(self.policy.block_bytes);
+        let fits = |unit: &&UnitId| {
+            let shard = self.open.get(&self.shard_of(unit.sample));
+            shard.is_some_and(|shard| shard.has_room(&mut room, **unit))
+        };
+        let fitting = units.iter().take_while(fits).count();
+        let rest = units.split_off(fitting.max(1).min(units.len()));
+        (units, rest)
     }
 
     /// Notes that a worker holds a lease on some units.
@@ -183,7 +207,7 @@ impl Brain {
                 None => self.open.values_mut().find(|s| s.ready_evaluations() > 0)?,
             };
             // A queue may hold nothing but units that were settled meanwhile: then it is empty now, and the next is tried.
-            let units = shard.take(worker, target);
+            let units = shard.take(worker, target, Room::new(self.policy.block_bytes));
             if !units.is_empty() {
                 return Some(units);
             }

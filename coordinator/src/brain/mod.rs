@@ -11,9 +11,11 @@ mod active;
 mod adopt;
 mod backup;
 mod failure;
+mod grants;
 mod job;
 mod lease;
 mod record;
+mod room;
 mod sample;
 mod shard;
 mod unread;
@@ -37,6 +39,7 @@ pub use worker::{Heartbeat, WorkerView};
 
 use adopt::Orphan;
 use failure::Suspects;
+use grants::Proof;
 use lease::Lease;
 use record::Verdict;
 use unread::Doubt;
@@ -176,9 +179,10 @@ impl Brain {
         !self.leases.is_empty() && !self.has_ready()
     }
 
-    /// Sorts a report into what is new and what was known. Merges nothing: that is for [`Brain::apply`], once it is durable.
-    /// Samples that only this worker may be unable to read are left to others, and nothing of them is to be made durable.
-    /// `again` says that the report was sent before, and no answer came.
+    /// Sorts a report into what is new and what was known. What is new must be of units and samples that the worker was given
+    /// under the lease. Merges nothing: that is for [`Brain::apply`], once it is durable. Samples that only this worker may be
+    /// unable to read are left to others, and nothing of them is to be made durable. `again` says that the report was sent
+    /// before, and no answer came.
     pub fn check(
         &mut self,
         worker: &str,
@@ -189,7 +193,7 @@ impl Brain {
     ) -> Result<Checked, ReportError> {
         self.workers.seen(worker, now);
         self.now = self.now.max(now);
-        // Leases of an earlier incarnation are unknown here, but their results are as good as any.
+        // Leases of an earlier incarnation are known from the workers that named them when they joined.
         let never = key.epoch == self.epoch && key.lease.0 >= self.next_lease;
         if key.epoch > self.epoch {
             return Err(ReportError::Replaced(key));
@@ -201,12 +205,17 @@ impl Brain {
         for result in report.results {
             let sample = result.id.sample;
             let refusal = |reason| ReportError::Invalid { sample: sample.0, round: result.id.round.0, reason };
-            let verdict = match self.shard(sample, refusal("there is no such sample"))? {
-                None => Verdict::Known { before: None },
-                Some(shard) => shard.check(&result),
+            let (verdict, proof) = match self.shard(sample, refusal("there is no such sample"))? {
+                None => (Verdict::Known { before: None }, Proof::Given),
+                Some(shard) => (shard.check(&result), shard.gave_unit(key, worker, result.id)),
             };
             match verdict {
-                Verdict::New => checked.record.results.push(result),
+                Verdict::New => {
+                    self.require(proof, key, sample)?;
+                    checked.record.results.push(result);
+                }
+                // It changes nothing, whoever has computed it.
+                Verdict::Known { .. } if proof == Proof::None => checked.duplicates += 1,
                 Verdict::Known { before } => {
                     checked.duplicates += 1;
                     // What it says of itself may not have been compared with the unit, which may be gone.
@@ -230,6 +239,8 @@ impl Brain {
                 ReportError::Invalid { sample: failure.sample.0, round: 0, reason: "there is no such sample" };
             match self.shard(failure.sample, refusal)? {
                 Some(shard) if shard.is_unfinished(failure.sample) => {
+                    let proof = shard.gave_sample(key, worker, failure.sample);
+                    self.require(proof, key, failure.sample)?;
                     if failure.stage == UNREAD && !self.is_unreadable(worker, key, failure.sample) {
                         self.postpone(worker, key, failure.sample);
                         checked.postponed.push(failure);
@@ -242,6 +253,16 @@ impl Brain {
         }
         self.waste = waste;
         Ok(checked)
+    }
+
+    /// Refuses what a worker was not given under the lease it names.
+    fn require(&self, proof: Proof, key: LeaseKey, sample: SampleId) -> Result<(), ReportError> {
+        match proof {
+            Proof::Given => Ok(()),
+            Proof::Other => Err(ReportError::NotOfLease { key, sample }),
+            Proof::None if key.epoch < self.epoch => Err(ReportError::Unclaimed(key)),
+            Proof::None => Err(ReportError::NotHeld(key)),
+        }
     }
 
     /// The open shard of a sample, `None` when all its results are known; `no_such_sample` where there is none.

@@ -53,6 +53,22 @@ pub enum ReportError {
     /// A later coordinator has granted the lease: this one is being replaced.
     #[error("lease {0} is of a later coordinator than this one")]
     Replaced(LeaseKey),
+    /// The lease was granted to another worker.
+    #[error("lease {0} was granted to another worker")]
+    NotHeld(LeaseKey),
+    /// The worker has the lease of an earlier coordinator, and this one has not heard of that.
+    #[error(
+        "lease {0} is of an earlier coordinator, and the worker has not said that it holds it: join again with what is in hand"
+    )]
+    Unclaimed(LeaseKey),
+    /// The lease was granted without that.
+    #[error("lease {key} was granted without what is reported of sample {sample}")]
+    NotOfLease {
+        /// The lease.
+        key: LeaseKey,
+        /// The sample.
+        sample: SampleId,
+    },
     /// A result contradicts the job.
     #[error("the result of sample {sample}, round {round} was refused: {reason}")]
     Invalid {

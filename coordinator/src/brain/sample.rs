@@ -8,7 +8,7 @@ use elbo_common::unit::{Cut, Unit, UnitId};
 use super::active::Active;
 use super::lease::{HeldUnit, Holders};
 use super::record::Verdict;
-use super::{JobShape, SampleFailure, UnitResult};
+use super::{JobShape, SampleFailure, UnitResult, room};
 
 /// One evaluation's error, kept with `--write-errors`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -154,6 +154,12 @@ impl SampleState {
     /// The evaluations a unit of the current round costs.
     pub(super) fn unit_evaluations(&self, job: &JobShape, id: UnitId) -> u64 {
         self.round(job).map_or(0, |(_, cut)| cut.evaluations(id))
+    }
+
+    /// Bytes that a unit of the current round takes in a block, at most.
+    pub(super) fn unit_bytes(&self, job: &JobShape, id: UnitId) -> usize {
+        let prompts = self.round(job).map_or(0, |(_, cut)| cut.prompt_range(id).len());
+        room::of_unit(prompts, job.prompts_of(self.captions as usize))
     }
 
     /// Evaluations that were planned for the sample and not needed in the end.

@@ -7,8 +7,10 @@ use elbo_common::ids::{LeaseKey, SampleId};
 use elbo_common::manifest::Sample;
 use elbo_common::unit::{Unit, UnitId};
 
+use super::grants::{Grants, Proof};
 use super::lease::{HeldUnit, Holders};
 use super::record::Verdict;
+use super::room::{self, Room};
 use super::sample::{Finished, SampleState};
 use super::{JobShape, Record, SampleFailure, ShardTotals, UnitResult};
 
@@ -34,11 +36,24 @@ pub struct Shard {
     /// Ready units of samples whose latents a worker has at hand; no queue is empty.
     by_worker: BTreeMap<String, VecDeque<Ready>>,
     ready_evaluations: u64,
+    /// Who was given which of its units.
+    grants: Grants,
     pub(super) totals: ShardTotals,
 }
 
+/// Whose queue a unit was taken from.
+#[derive(Clone, Copy, Debug)]
+enum Queue {
+    Fresh,
+    /// The beginning of the worker's own.
+    Own,
+    /// The end of another worker's.
+    Others,
+}
+
 impl Shard {
-    /// A shard of these samples, with what the ledger remembers of it. Those `kept` are done, after so many evaluations.
+    /// A shard of these samples, with what the ledger remembers of it. Those `kept` are done, after so many evaluations. Samples
+    /// that no worker can be sent are given up.
     pub fn restore(job: &Arc<JobShape>, manifest: Vec<Sample>, kept: &[(SampleId, u64)], records: Vec<Record>) -> Self {
         let states: Vec<_> = manifest.iter().map(|s| SampleState::new(job, s)).collect();
         let mut shard = Self {
@@ -48,6 +63,7 @@ impl Shard {
             fresh: VecDeque::new(),
             unqueued: 0,
             by_worker: BTreeMap::new(),
+            grants: Grants::default(),
             ready_evaluations: states.iter().map(|s| s.first_evaluations(job)).sum(),
             totals: ShardTotals::default(),
             manifest,
@@ -55,6 +71,10 @@ impl Shard {
         };
         for (sample, evaluations) in kept {
             shard.keep(*sample, *evaluations);
+        }
+        let too_large: Vec<_> = shard.manifest.iter().filter_map(too_large).collect();
+        for failure in too_large {
+            shard.quarantine(failure);
         }
         for record in records {
             for result in record.results {
@@ -99,16 +119,20 @@ impl Shard {
         self.by_worker.contains_key(worker)
     }
 
-    /// Takes ready units worth about `target` evaluations, at least one: first those whose latents the worker has, then
-    /// fresh ones, then those others have latents of, since affinity never makes anyone wait.
-    pub(super) fn take(&mut self, worker: &str, target: u64) -> Vec<UnitId> {
+    /// Takes ready units worth about `target` evaluations, at least one and no more than there is room for: first those whose
+    /// latents the worker has, then fresh ones, then those others have latents of, since affinity never makes anyone wait.
+    pub(super) fn take(&mut self, worker: &str, target: u64, mut room: Room) -> Vec<UnitId> {
         let mut taken = Vec::new();
         let (mut evaluations, mut robbed) = (0, None);
         while evaluations < target {
-            let own = self.pop_of(worker, VecDeque::pop_front).or_else(|| self.pop_fresh());
-            let Some(ready) = own.or_else(|| self.steal(&mut robbed)) else { break };
+            let Some((ready, queue)) = self.pop(worker, &mut robbed) else { break };
+            let wanted = self.is_wanted(ready.unit);
+            if wanted && !self.has_room(&mut room, ready.unit) {
+                self.put_back(ready, worker, robbed.as_deref(), queue);
+                break;
+            }
             self.ready_evaluations = self.ready_evaluations.saturating_sub(ready.evaluations);
-            if self.is_wanted(ready.unit) {
+            if wanted {
                 evaluations += ready.evaluations;
                 taken.push(ready.unit);
             }
@@ -117,6 +141,34 @@ impl Shard {
         // A unit that was adopted while it waited, and handed back, is queued twice.
         taken.dedup();
         taken
+    }
+
+    /// Whether a unit goes into a block too.
+    pub(super) fn has_room(&self, room: &mut Room, id: UnitId) -> bool {
+        self.index(id.sample).is_some_and(|index| {
+            let unit = self.states[index].unit_bytes(&self.job, id);
+            room.takes(id.sample, unit, || room::of_sample(&self.manifest[index]))
+        })
+    }
+
+    /// The next ready unit for a worker.
+    fn pop(&mut self, worker: &str, robbed: &mut Option<String>) -> Option<(Ready, Queue)> {
+        if let Some(ready) = self.pop_of(worker, VecDeque::pop_front) {
+            return Some((ready, Queue::Own));
+        }
+        if let Some(ready) = self.pop_fresh() {
+            return Some((ready, Queue::Fresh));
+        }
+        Some((self.steal(robbed)?, Queue::Others))
+    }
+
+    /// Puts a unit back where it was taken from.
+    fn put_back(&mut self, ready: Ready, worker: &str, robbed: Option<&str>, queue: Queue) {
+        match (queue, robbed) {
+            (Queue::Own, _) => self.by_worker.entry(worker.to_owned()).or_default().push_front(ready),
+            (Queue::Others, Some(owner)) => self.by_worker.entry(owner.to_owned()).or_default().push_back(ready),
+            (Queue::Fresh | Queue::Others, _) => self.fresh.push_front(ready),
+        }
     }
 
     fn pop_of(&mut self, worker: &str, pop: fn(&mut VecDeque<Ready>) -> Option<Ready>) -> Option<Ready> {
@@ -209,6 +261,38 @@ impl Shard {
         ids.into_iter().filter_map(|id| self.index(id)).map(|i| self.manifest[i].clone()).collect()
     }
 
+    /// Remembers what a worker was given under a lease.
+    pub(super) fn note_grant(&mut self, key: LeaseKey, worker: &str, units: impl IntoIterator<Item = UnitId>) {
+        self.grants.note(key, worker, units);
+        if self.grants.has_grown() {
+            // A part of what the shard itself takes.
+            let most = 64 * self.states.len() + (self.job.shard_bytes() / 64) as usize;
+            let (states, first) = (&self.states, self.first);
+            let state = |unit: &UnitId| states.get(unit.sample.0.checked_sub(first)? as usize);
+            self.grants.forget(
+                most,
+                |unit| state(unit).is_some_and(|state| !state.is_finished()),
+                |key, unit| state(unit).is_some_and(|state| state.holders(*unit).iter().any(|holder| holder == key)),
+            );
+        }
+    }
+
+    /// Whether a worker was given a unit under a lease.
+    pub(super) fn gave_unit(&self, key: LeaseKey, worker: &str, unit: UnitId) -> Proof {
+        self.grants.unit(key, worker, unit)
+    }
+
+    /// Whether a worker was given a sample under a lease.
+    pub(super) fn gave_sample(&self, key: LeaseKey, worker: &str, sample: SampleId) -> Proof {
+        self.grants.sample(key, worker, sample)
+    }
+
+    /// How many units of its leases are remembered.
+    #[cfg(test)]
+    pub(super) fn remembered(&self) -> usize {
+        self.grants.len()
+    }
+
     pub(super) fn check(&mut self, result: &UnitResult) -> Verdict {
         match self.index(result.id.sample) {
             Some(index) => self.states[index].check(&self.job, result),
@@ -271,4 +355,16 @@ impl Shard {
         let outcomes = self.states.into_iter().filter_map(SampleState::into_finished).collect();
         (self.manifest, outcomes)
     }
+}
+
+/// Why no worker can be sent a sample, where that is so.
+fn too_large(sample: &Sample) -> Option<SampleFailure> {
+    let (bytes, most) = (room::of_sample(sample), room::LARGEST_SAMPLE);
+    (bytes > most).then(|| SampleFailure {
+        sample: sample.id,
+        stage: "read".into(),
+        error: format!(
+            "its key, location and captions take {bytes} bytes on the way to a worker, and a sample may take {most}: give it fewer or shorter captions"
+        ),
+    })
 }

@@ -119,6 +119,15 @@ impl Brain {
         (!taken.is_empty()).then_some(taken)
     }
 
+    /// Gives back what was taken and found no room in the block.
+    pub(super) fn leave_doubtful(&mut self, units: Vec<UnitId>) {
+        for unit in units {
+            if let Some(doubt) = self.doubts.get_mut(&unit.sample) {
+                doubt.waiting.insert(unit);
+            }
+        }
+    }
+
     fn is_other_process_there(&self, process: &str) -> bool {
         self.is_somebody_there(|other| self.workers.process(other) != process)
     }

@@ -35,6 +35,35 @@ async fn records_survive_a_coordinator_that_never_closed_its_ledger() {
 }
 
 #[tokio::test]
+async fn a_large_record_is_stored_in_entries_of_bounded_size_and_comes_back_whole() {
+    let out = store();
+    let ledger = Ledger::open(&out).await.unwrap();
+    let result = |slots| UnitResult {
+        id: UnitId { sample: SampleId(3), round: Round(0), slots, prompts: 0 },
+        prompts: (0..64).collect(),
+        slots: 64,
+        sum: vec![],
+        sum_sq: vec![],
+        errors: vec![0.5; 4096],
+    };
+    let failure = SampleFailure { sample: SampleId(4), stage: "read".into(), error: "x".repeat(4096) };
+    let large = Record { results: (0..400).map(result).collect(), failures: vec![failure; 500] };
+    ledger.append(&large, 10, Waste::default()).await.unwrap();
+    let mut entries = ledger.db.scan_prefix(result_prefix(ShardId(0)), ..).await.unwrap();
+    let mut sizes = Vec::new();
+    while let Some(entry) = entries.next().await.unwrap() {
+        sizes.push(entry.value.len());
+    }
+    assert!(sizes.len() > 7 && sizes.iter().all(|size| *size <= RECORD_BYTES), "{sizes:?}");
+    let mut whole = Record::default();
+    for part in Ledger::open(&out).await.unwrap().records(ShardId(0), None).await.unwrap() {
+        whole.results.extend(part.results);
+        whole.failures.extend(part.failures);
+    }
+    assert_eq!(whole, large);
+}
+
+#[tokio::test]
 async fn a_committed_shard_leaves_its_totals_and_nothing_else() {
     let out = store();
     let ledger = Ledger::open(&out).await.unwrap();

@@ -49,9 +49,8 @@ fn there_is_no_backup_that_would_not_help() {
     for grant in &grants[1..] {
         report(&mut brain, "slow", grant.lease, &grant.units);
     }
-    while let Some(ready) = brain.take_ready("slow", RATE) {
-        let block: Vec<_> = ready.iter().filter_map(|id| brain.open_shard_of(*id)?.lease(*id, key(1, 0))).collect();
-        report(&mut brain, "slow", LeaseId(0), &block);
+    while let Some(next) = brain.grant("slow", RATE, Duration::ZERO) {
+        report(&mut brain, "slow", next.lease, &next.units);
     }
     assert!(brain.grant("idle", RATE / 100.0, Duration::from_secs(1)).is_none());
     // Unless nothing comes of it at all.

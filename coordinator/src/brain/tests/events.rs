@@ -63,7 +63,7 @@ fn a_sample_that_fails_while_it_is_audited_keeps_its_class() {
     let key = key(1, 1);
     // Through the race, until units are of the audit's slots.
     'race: loop {
-        for id in shard.take("w", u64::MAX) {
+        for id in shard.take("w", u64::MAX, room::Room::new(usize::MAX)) {
             let unit = shard.lease(id, key).unwrap();
             if unit.id.sample == audited && unit.slots.start >= before {
                 break 'race;

@@ -127,8 +127,8 @@ fn what_is_left_of_a_failed_block_is_not_blamed_for_what_was_taken_out_of_it() {
     let sample = grant.units[0].id.sample;
     assert!(grant.units.iter().all(|unit| unit.id.sample == sample) && grant.units.len() > 1);
     let done = Record { results: vec![evaluate(&grant.units[0])], failures: vec![] };
-    let checked = brain.check("b", key(1, 0), done, false, Duration::ZERO).unwrap();
-    brain.apply(checked.record, Some(("b", key(1, 0))));
+    let checked = brain.check("b", key(1, 1), done, false, Duration::ZERO).unwrap();
+    brain.apply(checked.record, Some(("b", key(1, 1))));
     // Whether it failed of that unit or of another is not known: it gets another try.
     assert!(brain.fail("a", key(1, grant.lease.0), "out of memory").is_empty());
     let (given_up, again) = fail_next(&mut brain, "b");

@@ -1,9 +1,11 @@
 //! The brain without a network or a clock: by single events, and in whole simulated clusters.
 
 mod backups;
+mod blocks;
 mod events;
 mod failures;
 mod simulation;
+mod trust;
 
 use super::*;
 use elbo_common::audit::Audit;

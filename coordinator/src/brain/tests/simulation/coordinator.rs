@@ -424,6 +424,7 @@ impl Simulation {
                 }
                 Ok(checked) => return self.persist(at, checked.record, Some(Sender { worker, request, key })),
                 Err(ReportError::NotOpen(_) | ReportError::Replaced(_)) => Reply::Unavailable,
+                Err(ReportError::Unclaimed(_)) => Reply::Rejoin,
                 Err(error) => panic!("an honest report was refused: {error}"),
             },
             Request::Fail(key) => {

@@ -102,7 +102,20 @@ impl Worker {
     }
 
     fn drop_block(&mut self, key: LeaseKey) {
-        self.held.remove(&key);
+        // What was found of it is still to be reported.
+        let found: Vec<_> = self.findings.iter().filter(|(of, _)| *of == key).map(|(_, result)| result.id).collect();
+        let bad: Vec<_> = self.failures.iter().filter(|(of, _)| *of == key).map(|(_, bad)| bad.sample).collect();
+        let reported = self.report.as_ref().filter(|(of, _)| *of == key).map(|(_, record)| record);
+        let is_reported = |unit: &UnitId| {
+            reported.is_some_and(|record| {
+                record.results.iter().any(|result| result.id == *unit)
+                    || record.failures.iter().any(|failure| failure.sample == unit.sample)
+            })
+        };
+        if let Some(units) = self.held.get_mut(&key) {
+            units.retain(|unit| found.contains(unit) || bad.contains(&unit.sample) || is_reported(unit));
+        }
+        self.held.retain(|_, units| !units.is_empty());
         self.queue.retain(|(of, _)| *of != key);
     }
 }
