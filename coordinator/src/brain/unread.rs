@@ -78,7 +78,9 @@ impl Brain {
     pub(super) fn keep_waiting(&mut self, units: Vec<UnitId>) {
         for unit in units {
             match self.doubts.get_mut(&unit.sample) {
-                Some(doubt) => drop(doubt.waiting.insert(unit)),
+                Some(doubt) => {
+                    doubt.waiting.insert(unit);
+                }
                 None => self.make_ready(unit),
             }
         }
