@@ -157,6 +157,8 @@ impl Job {
         if options.fresh {
             clear(&out, &ledger).await?;
         }
+        let tables = layout::TABLES.map(|(directory, _)| directory);
+        out.sweep(&[&tables[..], &["", layout::MANIFEST]].concat());
         // What was there before may be another coordinator's work by now.
         let (record, manifest) = match known(&out, &identity).await? {
             Some(record) => {

@@ -76,6 +76,24 @@ pub(super) fn create(path: &FsPath) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Removes the files that writes below `root` left beside their destinations when they were cut short: `name#1`. Whoever
+/// is still writing one fails.
+pub(super) fn sweep(root: &FsPath, directories: &[&str]) {
+    for directory in directories {
+        let entries = std::fs::read_dir(root.join(directory)).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| is_staged(&entry.file_name().to_string_lossy())) {
+            // It is in nobody's way if it stays.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Whether a file's name is one that [`LocalFileSystem`] writes to before it renames.
+fn is_staged(name: &str) -> bool {
+    let number = name.rsplit_once('#').map(|(_, number)| number);
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 /// A directory.
 #[derive(Debug)]
 pub(super) struct Directory {
@@ -274,6 +292,19 @@ mod tests {
         assert_eq!(won.iter().filter(|won| **won).count(), 1);
         let winner = won.iter().position(|won| *won).unwrap().to_string();
         assert_eq!(text(&Directory::open(directory.path()).unwrap(), &path).await, winner);
+    }
+
+    #[test]
+    fn what_a_write_left_that_was_cut_short_is_swept_and_nothing_else() {
+        let directory = TempDir::new().unwrap();
+        let names = ["shard-00001.parquet", "shard-00001.parquet#1", "notes#a", "x#"];
+        std::fs::create_dir(directory.path().join("predictions")).unwrap();
+        names.iter().for_each(|name| std::fs::write(directory.path().join("predictions").join(name), name).unwrap());
+        sweep(directory.path(), &["predictions", "nowhere"]);
+        let left = std::fs::read_dir(directory.path().join("predictions")).unwrap();
+        let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(left, ["notes#a", "shard-00001.parquet", "x#"]);
     }
 
     #[test]

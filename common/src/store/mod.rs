@@ -185,6 +185,13 @@ impl Store {
         retry::run("listing", &self.location.below(prefix), list).await
     }
 
+    /// Removes what writes to directories left behind that were cut short, as by a power cut.
+    pub fn sweep(&self, directories: &[&str]) {
+        if let Some(root) = self.location.local() {
+            local::sweep(root, directories);
+        }
+    }
+
     /// Deletes an object, if it is there.
     pub async fn delete(&self, path: &Path) -> Result<(), StoreError> {
         let delete = || async { self.inner.delete(path).await };
