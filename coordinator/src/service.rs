@@ -311,12 +311,13 @@ impl v1::coordinator_server::Coordinator for Service {
     }
 
     async fn report(&self, request: Request<v1::ReportRequest>) -> Result<Response<v1::ReportReply>, Status> {
-        let v1::ReportRequest { worker, epoch, lease, results, failures, again } = request.into_inner();
+        let v1::ReportRequest { worker, epoch, lease, results, failures, again, job } = request.into_inner();
         let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
         let shared = &self.shared;
         let reports = |outcome| shared.telemetry.reports.get_or_create(&[("outcome", outcome)]).inc();
         // Who is not known joins first: its results are as good as any, once it says who it is.
-        if !shared.brain().knows(&worker) {
+        let is_of_another_job = !job.is_empty() && job != short(&shared.record.fingerprint);
+        if is_of_another_job || !shared.brain().knows(&worker) {
             return Err(rejoin());
         }
         let refused = |reason: String| {

@@ -366,7 +366,8 @@ impl Client {
         let answer = self
             .call(|mut c| {
                 let again = before || attempts.fetch_add(1, Ordering::Relaxed) > 0;
-                let request = v1::ReportRequest { again, ..report.clone() };
+                let job = self.job.get().cloned().unwrap_or_default();
+                let request = v1::ReportRequest { again, job, ..report.clone() };
                 async move { c.report(request).await }
             })
             .await;

@@ -76,7 +76,9 @@ async fn whole(
     expected: &Expected,
     committed: Option<&[&Checksum]>,
 ) -> Result<Option<String>, OutputError> {
-    let missing = || committed.is_some_and(|files| !files.is_empty()).then(|| format!("{path} is missing"));
+    // Of predictions that are missing, so are all rows, which says it better.
+    let is_told = committed.is_some_and(|files| !files.is_empty()) && !path.as_ref().starts_with(layout::PREDICTIONS);
+    let missing = || is_told.then(|| format!("{path} is missing"));
     let file = match ParquetFile::find(out, path.clone()).await {
         Ok((file, _)) => file,
         Err(StoreError::Object { source: object_store::Error::NotFound { .. }, .. }) => return Ok(missing()),

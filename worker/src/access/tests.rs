@@ -94,33 +94,6 @@ async fn without_its_mount_a_worker_says_so_and_blames_nothing() {
 }
 
 #[tokio::test]
-async fn what_is_kept_in_memory_of_a_table_says_nothing_of_its_storage() {
-    use arrow_array::{ArrayRef, BinaryArray, RecordBatch};
-    use parquet::arrow::ArrowWriter;
-    use parquet::file::properties::WriterProperties;
-    let root = TempDir::new().unwrap();
-    let path = root.path().join("images.parquet");
-    let cells: ArrayRef = Arc::new(BinaryArray::from_vec(vec![&b"a"[..], b"b"]));
-    let batch = RecordBatch::try_from_iter([("image", cells)]).unwrap();
-    // A row group each, of which one is read at a time.
-    let properties = WriterProperties::builder().set_max_row_group_row_count(Some(1)).build();
-    let file = std::fs::File::create(&path).unwrap();
-    let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(properties)).unwrap();
-    writer.write(&batch).unwrap();
-    writer.close().unwrap();
-    let location = path.to_string_lossy().into_owned();
-    let cell = |row| Some(Part::Cell { row, column: "image".into() });
-    let image = |row| Image { location: location.clone(), part: cell(row), size: 0, etag: None };
-    let images = vec![image(0), image(1)];
-    let access = Access::new(location, images.clone(), Arc::default());
-    let reader = Reader::new();
-    assert_eq!(&access.read(&reader, &images[0]).await.unwrap().unwrap()[..], b"a");
-    std::fs::remove_file(&path).unwrap();
-    assert!(access.read(&reader, &images[0]).await.unwrap().is_ok(), "it is kept");
-    assert!(access.read(&reader, &images[1]).await.is_err());
-}
-
-#[tokio::test]
 async fn an_image_that_has_changed_is_blamed_at_once() {
     let (_root, images, access) = images(&["a"]);
     let changed = Image { size: 7, ..images[0].clone() };

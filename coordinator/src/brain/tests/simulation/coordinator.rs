@@ -413,7 +413,9 @@ impl Simulation {
                 let beat = Heartbeat { held, ..Heartbeat::default() };
                 brain.heartbeat(&name, beat, clock).map_or(Reply::Rejoin, Reply::Unwanted)
             }
-            Request::Report(key, record, again) => match brain.check(&name, key, record.clone(), again, clock) {
+            // Who is not known joins first, and perhaps another job.
+            Request::Report(of, ..) if of != Some(job) || !brain.knows(&name) => Reply::Rejoin,
+            Request::Report(_, key, record, again) => match brain.check(&name, key, record.clone(), again, clock) {
                 Ok(checked) if checked.record == Record::default() => {
                     if !self.outputs[place].is_fenced(brain.epoch()) {
                         let is_of_use = |result: &UnitResult| !checked.void.contains(&result.id);

@@ -419,11 +419,8 @@ fn in_every_simulated_cluster_the_job_ends_as_it_would_undisturbed() {
 /// Puts that don't depend on what they replace break the rules: what the simulations say means something.
 #[test]
 fn unconditional_puts_are_found_out() {
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| {}));
-    let is_found_out = (0..400).any(|seed| std::panic::catch_unwind(|| explore(seed, false)).is_err());
-    std::panic::set_hook(hook);
-    assert!(is_found_out);
+    // The first one that is says what it has found, as if it were a failure.
+    assert!((0..400).any(|seed| std::panic::catch_unwind(|| explore(seed, false)).is_err()));
 }
 
 /// The policy applied to all errors by the book, as an independent check of what undisturbed runs give.

@@ -8,7 +8,8 @@ pub(super) enum Request {
     Join(Option<u64>, Vec<(LeaseKey, Vec<UnitId>)>),
     Lease(Vec<LeaseKey>),
     Heartbeat(Vec<LeaseKey>),
-    Report(LeaseKey, Record, bool),
+    /// Of which job it is, and whether it was sent before.
+    Report(Option<u64>, LeaseKey, Record, bool),
     Fail(LeaseKey),
     Leave,
 }
@@ -124,6 +125,10 @@ impl Simulation {
     /// A worker looks around: a heartbeat, and whatever it has to ask or to tell.
     pub(super) fn beat(&mut self, at: usize) {
         self.later(700, Event::Beat(at));
+        if self.workers[at].job.is_none() {
+            // Before anything else it must know what the job is.
+            return self.ask(at, Kind::Join, Request::Join(None, Vec::new()));
+        }
         let held = self.workers[at].leases();
         self.ask(at, Kind::Heartbeat, Request::Heartbeat(held));
         self.act(at);
@@ -155,8 +160,9 @@ impl Simulation {
     }
 
     fn send_report(&mut self, at: usize, again: bool) {
+        let job = self.workers[at].job;
         if let Some((key, record)) = self.workers[at].report.clone() {
-            self.ask(at, Kind::Report, Request::Report(key, record, again));
+            self.ask(at, Kind::Report, Request::Report(job, key, record, again));
         }
     }
 
