@@ -92,6 +92,11 @@ impl Shared {
         self.brain.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a worker has joined another job than this; who does not say has joined this one.
+    fn is_other_job(&self, job: &str) -> bool {
+        !job.is_empty() && job != short(&self.record.fingerprint)
+    }
+
     /// Time since the coordinator started: the brain's clock.
     pub(crate) fn now(&self) -> Duration {
         self.started.elapsed()
@@ -263,8 +268,11 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseReply>, Status> {
         use v1::lease_reply::Outcome;
-        let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held } = request.into_inner();
+        let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held, job } = request.into_inner();
         let shared = &self.shared;
+        if shared.is_other_job(&job) {
+            return Err(rejoin());
+        }
         {
             let mut brain = shared.brain();
             let held: Vec<_> = held.iter().map(LeaseKey::from).collect();
@@ -316,8 +324,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = &self.shared;
         let reports = |outcome| shared.telemetry.reports.get_or_create(&[("outcome", outcome)]).inc();
         // Who is not known joins first: its results are as good as any, once it says who it is.
-        let is_of_another_job = !job.is_empty() && job != short(&shared.record.fingerprint);
-        if is_of_another_job || !shared.brain().knows(&worker) {
+        if shared.is_other_job(&job) || !shared.brain().knows(&worker) {
             return Err(rejoin());
         }
         let refused = |reason: String| {
@@ -367,6 +374,9 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
         let beat = request.into_inner();
+        if self.shared.is_other_job(&beat.job) {
+            return Err(rejoin());
+        }
         let mut brain = self.shared.brain();
         let sign = Heartbeat {
             // No more than the job has, so that a sum of many workers' counts stays one.

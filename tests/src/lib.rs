@@ -192,10 +192,24 @@ impl Process {
         Self(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starting elbo"))
     }
 
-    /// `kill -9`.
+    /// `kill -9`, of a process that is alive: else a test of kills tests nothing.
     pub fn kill(&mut self) {
+        assert!(self.is_running(), "the process has ended before it could be killed");
+        self.end();
+    }
+
+    /// Ends a process that may have ended already.
+    pub fn end(&mut self) {
         self.0.kill().expect("killing");
         self.0.wait().expect("waiting");
+    }
+
+    /// `kill -9` after a while; whether there was something to be killed.
+    pub fn kill_after(&mut self, delay: Duration) -> bool {
+        std::thread::sleep(delay);
+        let is_alive = self.is_running();
+        self.end();
+        is_alive
     }
 
     /// Sends a signal by name, like `TERM`.

@@ -145,8 +145,8 @@ impl<'a> Cluster<'a> {
         let at = self.dice.roll(WORKERS);
         let until = Instant::now() + self.dice.millis(500, 7_000);
         match trouble {
-            Trouble::KillWorker => {
-                self.members[at].process.kill();
+            Trouble::KillWorker if self.members[at].process.is_running() => {
+                self.members[at].process.end();
                 self.restart_worker(at);
             }
             Trouble::StopWorker if self.members[at].well_again.is_none() => {
@@ -164,8 +164,8 @@ impl<'a> Cluster<'a> {
                 self.members[at].link.set(if trouble == Trouble::CutLink { State::Cut } else { State::Frozen });
                 self.members[at].well_again = Some(until);
             }
-            Trouble::KillCoordinator => {
-                self.coordinator.kill();
+            Trouble::KillCoordinator if self.coordinator.is_running() => {
+                self.coordinator.end();
                 std::thread::sleep(self.dice.millis(0, 1_500));
                 self.coordinator = self.start_coordinator();
                 self.stopped_until = None;
@@ -227,7 +227,7 @@ impl<'a> Cluster<'a> {
         }
         assert_eq!(self.coordinator.wait(PATIENCE), Some(0), "after {:?}", self.happened);
         for member in &mut self.members {
-            member.process.kill();
+            member.process.end();
         }
         self.check_replaced();
     }

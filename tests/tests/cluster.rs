@@ -123,7 +123,7 @@ fn a_second_coordinator_takes_over_and_the_first_says_so() {
     let output = first.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("another coordinator has taken over"), "{}", stderr(&output));
-    worker.kill();
+    worker.end();
     let _worker = second.worker();
     assert_eq!(second_coordinator.wait(PATIENCE), Some(0));
     assert!(results(&cluster.out()) == cluster.expected());

@@ -299,7 +299,7 @@ fn starting_over_beside_a_living_coordinator_leaves_one_job() {
     run_ok(other(&out).arg("--fresh"));
     assert_eq!(coordinator.wait(PATIENCE), Some(1), "it must notice that it was replaced");
     assert!(std::fs::read_to_string(&log).unwrap().contains("another coordinator has taken over"));
-    worker.kill();
+    worker.end();
     assert!(results(&out) == results(&calm), "the jobs are mixed");
     assert!(verified(&out, true).ok, "{:?}", verified(&out, true).problems);
 }

@@ -291,6 +291,11 @@ impl Client {
         self.call(|mut c| async move { c.status(v1::StatusRequest {}).await }).await
     }
 
+    /// The job it has joined; none yet where that is empty.
+    fn job(&self) -> String {
+        self.job.get().cloned().unwrap_or_default()
+    }
+
     /// Introduces the worker, with the blocks it has in hand, and learns which job it is for, the same every time.
     pub async fn join(&self, host: &str, device: &str, held: Vec<v1::HeldBlock>) -> Result<v1::JoinReply, CallError> {
         let request = v1::JoinRequest {
@@ -300,7 +305,7 @@ impl Client {
             device: device.to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             held,
-            job: self.job.get().cloned().unwrap_or_default(),
+            job: self.job(),
             process: self.process.clone(),
         };
         check_size("the list of blocks in hand", &request)?;
@@ -324,8 +329,7 @@ impl Client {
     pub async fn describe(&self) -> Result<Vec<u8>, CallError> {
         let mut whole = Vec::new();
         loop {
-            let job = self.job.get().cloned().unwrap_or_default();
-            let request = v1::DescribeRequest { job, offset: whole.len() as u64 };
+            let request = v1::DescribeRequest { job: self.job(), offset: whole.len() as u64 };
             let reply = self
                 .call(|mut c| {
                     let request = request.clone();
@@ -349,7 +353,7 @@ impl Client {
         held: Vec<v1::HeldLease>,
     ) -> Result<v1::LeaseReply, CallError> {
         let worker = self.worker.clone();
-        let request = v1::LeaseRequest { worker, evaluations_per_second, wait_ms: 10_000, held };
+        let request = v1::LeaseRequest { worker, evaluations_per_second, wait_ms: 10_000, held, job: self.job() };
         check_size("the list of leases in hand", &request)?;
         metrics().asks_for_work();
         self.call(|mut c| {
@@ -366,8 +370,7 @@ impl Client {
         let answer = self
             .call(|mut c| {
                 let again = before || attempts.fetch_add(1, Ordering::Relaxed) > 0;
-                let job = self.job.get().cloned().unwrap_or_default();
-                let request = v1::ReportRequest { again, job, ..report.clone() };
+                let request = v1::ReportRequest { again, job: self.job(), ..report.clone() };
                 async move { c.report(request).await }
             })
             .await;
@@ -379,7 +382,7 @@ impl Client {
 
     /// Says that the worker is alive, and what it is at.
     pub async fn heartbeat(&self, sign: v1::HeartbeatRequest) -> Result<v1::HeartbeatReply, CallError> {
-        let request = v1::HeartbeatRequest { worker: self.worker.clone(), ..sign };
+        let request = v1::HeartbeatRequest { worker: self.worker.clone(), job: self.job(), ..sign };
         check_size("a sign of life", &request)?;
         metrics().beats(&request);
         self.call(|mut c| {

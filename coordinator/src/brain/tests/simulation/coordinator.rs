@@ -395,7 +395,8 @@ impl Simulation {
                 held.iter().for_each(|(key, units)| brain.adopt(&name, *key, units, clock));
                 Reply::Joined(job)
             }
-            Request::Lease(held) => {
+            Request::Lease(of, _) | Request::Heartbeat(of, _) if of != Some(job) => Reply::Rejoin,
+            Request::Lease(_, held) => {
                 brain.keep_only(&name, &held);
                 match brain.grant(&name, rate, clock) {
                     Some(grant) => {
@@ -409,7 +410,7 @@ impl Simulation {
                     None => Reply::Rejoin,
                 }
             }
-            Request::Heartbeat(held) => {
+            Request::Heartbeat(_, held) => {
                 let beat = Heartbeat { held, ..Heartbeat::default() };
                 brain.heartbeat(&name, beat, clock).map_or(Reply::Rejoin, Reply::Unwanted)
             }

@@ -132,6 +132,12 @@ impl Durable {
         for shard in again.iter().chain(self.records.keys()) {
             self.retried.insert(*shard, Epoch(self.epoch));
         }
+        // Results of a sample that was given up were of no use, and nobody kept them.
+        let records = || self.records.values().flatten().map(|(_, record)| record);
+        let given_up: BTreeSet<_> =
+            records().flat_map(|record| &record.failures).map(|failure| failure.sample).collect();
+        let recorded: BTreeSet<_> = records().flat_map(|record| &record.results).map(|result| result.id).collect();
+        self.acknowledged.retain(|unit| !given_up.contains(&unit.sample) || recorded.contains(unit));
         for shard in again {
             self.done.remove(&shard);
             // Of what is evaluated again, nothing is known any more.

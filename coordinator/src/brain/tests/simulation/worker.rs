@@ -6,8 +6,8 @@ use super::*;
 pub(super) enum Request {
     /// With the job that it has been working on.
     Join(Option<u64>, Vec<(LeaseKey, Vec<UnitId>)>),
-    Lease(Vec<LeaseKey>),
-    Heartbeat(Vec<LeaseKey>),
+    Lease(Option<u64>, Vec<LeaseKey>),
+    Heartbeat(Option<u64>, Vec<LeaseKey>),
     /// Of which job it is, and whether it was sent before.
     Report(Option<u64>, LeaseKey, Record, bool),
     Fail(LeaseKey),
@@ -129,8 +129,8 @@ impl Simulation {
             // Before anything else it must know what the job is.
             return self.ask(at, Kind::Join, Request::Join(None, Vec::new()));
         }
-        let held = self.workers[at].leases();
-        self.ask(at, Kind::Heartbeat, Request::Heartbeat(held));
+        let (job, held) = (self.workers[at].job, self.workers[at].leases());
+        self.ask(at, Kind::Heartbeat, Request::Heartbeat(job, held));
         self.act(at);
     }
 
@@ -153,8 +153,8 @@ impl Simulation {
         let worker = &mut self.workers[at];
         let blocks: BTreeSet<_> = worker.queue.iter().map(|(key, _)| *key).collect();
         if blocks.len() < 2 {
-            let held = worker.leases();
-            self.ask(at, Kind::Lease, Request::Lease(held));
+            let (job, held) = (worker.job, worker.leases());
+            self.ask(at, Kind::Lease, Request::Lease(job, held));
         }
         self.compute(at);
     }
