@@ -82,14 +82,18 @@ async fn is_whole(out: &Store, mark: &Mark) -> Result<bool, StoreError> {
     Ok(true)
 }
 
-/// Deletes what a discarded job has written since into shards that this job does not have, where every reader of the
-/// directories would see it.
-pub(crate) async fn clear_late(out: &Store, shards: u32, discarded: &BTreeSet<String>) -> Result<(), StoreError> {
+/// Deletes what discarded jobs have written since, where every reader of the directories would see it: files that are not
+/// known to be this job's and say that they are of one of those.
+pub(crate) async fn clear_late(
+    out: &Store,
+    done: &BTreeMap<ShardId, Mark>,
+    discarded: &BTreeSet<String>,
+) -> Result<(), StoreError> {
     if discarded.is_empty() {
         return Ok(());
     }
-    for (directory, of) in layout::TABLES {
-        let own: BTreeSet<_> = (0..shards).map(|shard| of(ShardId(shard))).collect();
+    let own: BTreeSet<&Path> = done.values().flat_map(|mark| &mark.files).map(|file| &file.path).collect();
+    for (directory, _) in layout::TABLES {
         for path in out.list(directory).await?.into_iter().filter(|path| !own.contains(path)) {
             let Some(bytes) = out.read(&path).await? else { continue };
             if note_of(&bytes, FINGERPRINT).is_some_and(|fingerprint| discarded.contains(&fingerprint)) {

@@ -139,7 +139,9 @@ impl Trial<'_> {
         if self.get(&single).await? != "first" {
             return Ok(Verdict::Unfit("what was written is not what is read afterwards".into()));
         }
-        for _ in 0..RACES {
+        // A file system makes and renames files atomically or not at all, and every put to it is flushed, which takes time.
+        let races = if self.store.location().local().is_some() { 1 } else { RACES };
+        for _ in 0..races {
             let race = self.race().await?;
             if !matches!(race, Verdict::Fit) {
                 return Ok(race);
