@@ -34,6 +34,9 @@ pub type OfShard = fn(ShardId) -> Path;
 pub const TABLES: [(&str, OfShard); 4] =
     [(PREDICTIONS, predictions), (ERRORS, errors), (AUDIT, audit), (QUARANTINE, quarantine)];
 
+/// The directories of a job's own files.
+pub const WRITTEN: [&str; 5] = [PREDICTIONS, ERRORS, AUDIT, QUARANTINE, MANIFEST];
+
 /// The predictions of a shard.
 pub fn predictions(shard: ShardId) -> Path {
     shard_file(PREDICTIONS, shard)

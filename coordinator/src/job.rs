@@ -157,8 +157,7 @@ impl Job {
         if options.fresh {
             clear(&out, &ledger).await?;
         }
-        let tables = layout::TABLES.map(|(directory, _)| directory);
-        out.sweep(&[&tables[..], &["", layout::MANIFEST]].concat());
+        out.sweep(&[&layout::WRITTEN[..], &[""]].concat());
         // What was there before may be another coordinator's work by now.
         let (record, manifest) = match known(&out, &identity).await? {
             Some(record) => {
@@ -280,14 +279,15 @@ async fn begin(
     if let Some(fingerprint) = repair::stranger(out, &known).await? {
         return Err(JobError::Stranger { location: out.location().to_string(), fingerprint });
     }
-    match ledger.fingerprint().await? {
-        Some(found) if found != record.fingerprint => return Err(other_ledger(out)),
-        Some(_) => {}
-        None => ledger.begin(&record.fingerprint, BTreeMap::new()).await?,
+    let of_ledger = ledger.fingerprint().await?;
+    if of_ledger.is_some_and(|found| found != record.fingerprint) {
+        return Err(other_ledger(out));
     }
     let writer = Writer { out, ledger };
     writer.write(files).await?;
     writer.write(vec![record.file(out)?]).await?;
+    // Last, so that a job that could not begin keeps no other one out.
+    ledger.begin(&record.fingerprint, BTreeMap::new()).await?;
     let manifest = Manifest::open(out, &record.manifest, shard_size).await?;
     Ok((record, manifest))
 }
@@ -483,7 +483,7 @@ async fn clear(out: &Store, ledger: &Ledger) -> Result<(), JobError> {
     ledger.discard(left).await?;
     out.delete(&Path::from(layout::JOB)).await?;
     out.delete(&Path::from("report.html")).await?;
-    for directory in [layout::PREDICTIONS, layout::ERRORS, layout::AUDIT, layout::QUARANTINE, layout::MANIFEST] {
+    for directory in layout::WRITTEN {
         out.delete_all(directory).await?;
     }
     // The pilot's ledger keeps others out of the pilot.

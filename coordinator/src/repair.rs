@@ -142,7 +142,6 @@ async fn mark_of(
     shard: ShardId,
     samples: &[Sample],
 ) -> Result<Option<Mark>, StoreError> {
-    let spec = &record.identity.spec;
     let mut files = BTreeMap::new();
     for (_, of) in layout::TABLES {
         let path = of(shard);
@@ -153,43 +152,41 @@ async fn mark_of(
             files.insert(path, bytes);
         }
     }
-    let own: BTreeSet<_> = samples.iter().map(|sample| sample.id).collect();
-    let Some(Ok(rows)) = files.get(&layout::predictions(shard)).cloned().map(predictions::decode_predictions) else {
-        return Ok(None);
-    };
-    let keys = samples.iter().map(|sample| (sample.id, &sample.key));
-    if !rows.iter().map(|row| (row.sample, &row.key)).eq(keys) {
-        return Ok(None);
-    }
-    let quarantined = rows.iter().filter(|row| row.error().is_some()).count() as u64;
-    let (mut evaluations, mut is_whole) = (rows.iter().map(|row| u64::from(row.evaluations)).sum::<u64>(), true);
-    let mut check = |path: &Path, wanted: bool, samples: &dyn Fn(Bytes) -> Result<Vec<SampleId>, TableError>| {
-        is_whole &= match files.get(path).cloned().map(samples) {
-            Some(samples) => samples.is_ok_and(|samples| samples.iter().all(|sample| own.contains(sample))),
-            None => !wanted,
-        };
-    };
-    check(&layout::errors(shard), spec.write_errors, &|bytes| {
-        Ok(predictions::decode_errors(bytes)?.into_iter().map(|row| row.sample).collect())
-    });
-    check(&layout::quarantine(shard), quarantined > 0, &|bytes| {
-        let rows = predictions::decode_quarantine(bytes)?;
-        // As many as in the predictions.
-        let of = rows.into_iter().map(|row| row.sample).collect::<Vec<_>>();
-        Ok(if of.len() as u64 == quarantined { of } else { vec![SampleId(u64::MAX)] })
-    });
-    check(&layout::audit(shard), spec.audit.is_some(), &|bytes| {
-        Ok(audit::decode(bytes)?.into_iter().map(|row| row.sample).collect())
-    });
-    if !is_whole {
-        return Ok(None);
-    }
-    if let Some(audited) = files.get(&layout::audit(shard)).cloned().and_then(|bytes| audit::decode(bytes).ok()) {
-        evaluations += audited.iter().map(|row| u64::from(row.reference_evaluations)).sum::<u64>();
-    }
+    let Some((quarantined, evaluations)) = count(&files, record, shard, samples) else { return Ok(None) };
     let planned: u64 = samples.iter().map(|sample| shape.planned_of(sample.candidates.len())).sum();
     let spared = planned.saturating_sub(evaluations);
-    let totals = ShardTotals { samples: rows.len() as u64, quarantined, evaluations, spared };
+    let totals = ShardTotals { samples: samples.len() as u64, quarantined, evaluations, spared };
     let files = files.iter().map(|(path, bytes)| Checksum::of(path, bytes)).collect();
     Ok(Some(Mark { totals, files }))
+}
+
+/// How many of a shard's samples its files have as quarantined, and the evaluations they rest on; `None` where a file is missing
+/// or damaged, or they don't agree.
+fn count(files: &BTreeMap<Path, Bytes>, job: &JobRecord, shard: ShardId, samples: &[Sample]) -> Option<(u64, u64)> {
+    let spec = &job.identity.spec;
+    let rows = decoded(files.get(&layout::predictions(shard)), true, predictions::decode_predictions)?;
+    let keys = samples.iter().map(|sample| (sample.id, &sample.key));
+    if !rows.iter().map(|row| (row.sample, &row.key)).eq(keys) {
+        return None;
+    }
+    let given_up: BTreeSet<_> = rows.iter().filter(|row| row.error().is_some()).map(|row| row.sample).collect();
+    let quarantine =
+        decoded(files.get(&layout::quarantine(shard)), !given_up.is_empty(), predictions::decode_quarantine)?;
+    let errors = decoded(files.get(&layout::errors(shard)), spec.write_errors, predictions::decode_errors)?;
+    let audited = decoded(files.get(&layout::audit(shard)), spec.audit.is_some(), audit::decode)?;
+    let own: BTreeSet<SampleId> = samples.iter().map(|sample| sample.id).collect();
+    let agree = quarantine.iter().map(|row| row.sample).eq(given_up.iter().copied())
+        && errors.iter().all(|row| own.contains(&row.sample))
+        && audited.iter().all(|row| own.contains(&row.sample));
+    let of_rows = rows.iter().map(|row| u64::from(row.evaluations));
+    let of_audits = audited.iter().map(|row| u64::from(row.reference_evaluations));
+    agree.then(|| (given_up.len() as u64, of_rows.chain(of_audits).sum()))
+}
+
+/// The rows of a file, of which there may be none unless it is `wanted`; `None` where it is missing or damaged.
+fn decoded<R>(file: Option<&Bytes>, wanted: bool, decode: fn(Bytes) -> Result<Vec<R>, TableError>) -> Option<Vec<R>> {
+    match file {
+        Some(bytes) => decode(bytes.clone()).ok(),
+        None => (!wanted).then(Vec::new),
+    }
 }

@@ -59,7 +59,7 @@ impl Writer<'_> {
     }
 
     /// What files are before the ledger is written to.
-    pub(crate) async fn look(&self, paths: impl Iterator<Item = &Path>) -> Result<Vec<Seen>, WriteError> {
+    async fn look(&self, paths: impl Iterator<Item = &Path>) -> Result<Vec<Seen>, WriteError> {
         Ok(try_join_all(paths.map(|path| self.out.look(path))).await?)
     }
 

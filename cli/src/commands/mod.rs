@@ -22,7 +22,7 @@ pub(crate) async fn run(command: Command) -> anyhow::Result<()> {
         Command::Worker(args) => worker::run(args).await,
         Command::Status(args) => status::run(args).await,
         Command::Report(args) => output::report(args).await,
-        Command::Verify(args) => output::check(args).await,
+        Command::Verify(args) => output::verify(args).await,
         Command::Export(args) => export::run(args).await,
         Command::Plan(args) => plan::run(*args).await,
         Command::Inspect(args) => inspect::run(args).await,

@@ -10,7 +10,7 @@ use elbo_common::output::Output;
 use elbo_common::record::{JobRecord, JobState};
 use elbo_common::report::{Report, ReportBuilder};
 use elbo_common::store::Store;
-use elbo_common::verify::{Expected, verify};
+use elbo_common::verify::{self, Expected};
 use elbo_coordinator::brain::SampleFailure;
 use elbo_coordinator::commit::account;
 use elbo_coordinator::ledger;
@@ -90,7 +90,7 @@ async fn add_unwritten(report: &mut ReportBuilder, store: &Store, record: &JobRe
 }
 
 /// `elbo verify`.
-pub(crate) async fn check(args: OutputArgs) -> anyhow::Result<()> {
+pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
     let (store, record) = open(&args.out).await?;
     let manifest = Manifest::open(&store, &record.manifest, record.identity.spec.shard_size).await?;
     let marks = match ledger::marks(&store).await {
@@ -100,7 +100,7 @@ pub(crate) async fn check(args: OutputArgs) -> anyhow::Result<()> {
             None
         }
     };
-    let verification = verify(&store, &manifest, &Expected::of(&record, marks)).await?;
+    let verification = verify::verify(&store, &manifest, &Expected::of(&record, marks)).await?;
     let printed = if args.json { print::json(&verification) } else { print::text(&verification) };
     printed?;
     if verification.ok { Ok(()) } else { anyhow::bail!("{} is not complete and consistent", store.location()) }

@@ -158,7 +158,7 @@ impl Brain {
             (units, blame)
         } else if let Some(units) = self.take_doubts(worker, rate) {
             let (units, rest) = self.that_fit(units);
-            self.leave_doubtful(rest);
+            self.keep_waiting(rest);
             (units, Blame::UNREAD)
         } else if let Some(units) = self.take_ready(worker, rate) {
             (units, Blame::default())

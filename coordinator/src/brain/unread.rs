@@ -74,7 +74,7 @@ impl Brain {
         }
     }
 
-    /// Units that came back from a worker that was to look at them.
+    /// Units that came back from a worker that was to look at them, or found no room in its block.
     pub(super) fn keep_waiting(&mut self, units: Vec<UnitId>) {
         for unit in units {
             match self.doubts.get_mut(&unit.sample) {
@@ -119,15 +119,6 @@ impl Brain {
             }
         }
         (!taken.is_empty()).then_some(taken)
-    }
-
-    /// Gives back what was taken and found no room in the block.
-    pub(super) fn leave_doubtful(&mut self, units: Vec<UnitId>) {
-        for unit in units {
-            if let Some(doubt) = self.doubts.get_mut(&unit.sample) {
-                doubt.waiting.insert(unit);
-            }
-        }
     }
 
     fn is_other_process_there(&self, process: &str) -> bool {
