@@ -192,8 +192,8 @@ impl Job {
             return Err(JobError::NoSuchShard(*shard, self.manifest.shards().saturating_sub(1)));
         }
         let is_done = self.record.state == JobState::Done;
+        repair::clear_late(self.writer()).await?;
         let mut marks = self.ledger.done().await?;
-        repair::clear_late(&self.out, &marks, &self.ledger.discarded().await?).await?;
         let damaged = repair::damaged(&self.out, &marks, is_done).await?;
         for shard in &damaged {
             tracing::warn!(%shard, "files of the shard are missing or damaged: it is computed again");

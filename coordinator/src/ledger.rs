@@ -185,11 +185,15 @@ fn parse_result_key(key: &[u8]) -> Option<(Epoch, u64)> {
 /// a minute or two, where the defaults would leave it for half an hour. Files that no manifest speaks of yet are safe at any
 /// age: nothing newer than the newest file of the manifest, or than a compaction in progress, is collected.
 fn settings(location: &Location) -> Settings {
+    let is_local = matches!(location, Location::Local(_));
     let (minute, half) = (Duration::from_secs(60), Duration::from_secs(30));
     let collect = |interval, min_age| {
         Some(GarbageCollectorDirectoryOptions { interval: Some(interval), min_age, dry_run: false })
     };
     Settings {
+        // A write that waits to be durable waits for its turn: on a disk that costs the latency of every round, on an object
+        // store puts cost money.
+        flush_interval: Some(Duration::from_millis(if is_local { 10 } else { 100 })),
         l0_sst_size_bytes: 16 << 20,
         // Writers wait when the store takes no more, rather than fill the memory.
         max_unflushed_bytes: 64 << 20,
@@ -206,7 +210,7 @@ fn settings(location: &Location) -> Settings {
             manifest_options: collect(5 * minute, 60 * minute),
             compactions_options: collect(5 * minute, 60 * minute),
             // Local files know no conditional overwrite; without it nothing would ever be deleted.
-            boundary_files_enabled: !matches!(location, Location::Local(_)),
+            boundary_files_enabled: !is_local,
             ..GarbageCollectorOptions::default()
         }),
         ..Settings::default()

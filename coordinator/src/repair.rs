@@ -18,6 +18,7 @@ use object_store::path::Path;
 use crate::brain::{JobShape, ShardTotals};
 use crate::job::JobError;
 use crate::ledger::Mark;
+use crate::writer::{WriteError, Writer};
 
 /// Shards that are looked at side by side.
 const SHARDS: usize = 4;
@@ -83,24 +84,31 @@ async fn is_whole(out: &Store, mark: &Mark) -> Result<bool, StoreError> {
 }
 
 /// Deletes what discarded jobs have written since, where every reader of the directories would see it: files that are not
-/// known to be this job's and say that they are of one of those.
-pub(crate) async fn clear_late(
-    out: &Store,
-    done: &BTreeMap<ShardId, Mark>,
-    discarded: &BTreeSet<String>,
-) -> Result<(), StoreError> {
+/// known to be this job's and say that they are of one of those. A put that found nothing at a path can't be told from late
+/// ones of this job but by what it says, so this is done when a job is taken up and again when it ends.
+pub(crate) async fn clear_late(Writer { out, ledger }: Writer<'_>) -> Result<(), WriteError> {
+    let discarded = ledger.discarded().await?;
     if discarded.is_empty() {
         return Ok(());
     }
+    let done = ledger.done().await?;
     let own: BTreeSet<&Path> = done.values().flat_map(|mark| &mark.files).map(|file| &file.path).collect();
+    let mut late = Vec::new();
     for (directory, _) in layout::TABLES {
         for path in out.list(directory).await?.into_iter().filter(|path| !own.contains(path)) {
             let Some(bytes) = out.read(&path).await? else { continue };
             if note_of(&bytes, FINGERPRINT).is_some_and(|fingerprint| discarded.contains(&fingerprint)) {
-                tracing::warn!(%path, "deleted: it is of a job that --fresh has discarded");
-                out.delete(&path).await?;
+                late.push(path);
             }
         }
+    }
+    if !late.is_empty() {
+        // Whoever has taken over may have started over with the same settings: its files say the same.
+        ledger.hold().await?;
+    }
+    for path in late {
+        tracing::warn!(%path, "deleted: it is of a job that --fresh has discarded");
+        out.delete(&path).await?;
     }
     Ok(())
 }

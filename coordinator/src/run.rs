@@ -31,6 +31,7 @@ use crate::job::{self, Job};
 use crate::ledger::{LedgerError, Mark};
 use crate::operations::JobOperations;
 use crate::progress::Progress;
+use crate::repair;
 use crate::server::serve;
 use crate::service::{Shared, to_sample};
 use crate::status;
@@ -459,6 +460,8 @@ impl Coordinator {
             let brain = self.shared.brain();
             brain.totals().of_job(brain.waste())
         };
+        // Once more, for what has arrived while this job ran.
+        repair::clear_late(self.writer()).await?;
         let mut record = self.shared.record.clone();
         calibrate::calibrate(self.writer(), &self.manifest, &mut record).await?;
         record.state = JobState::Done;

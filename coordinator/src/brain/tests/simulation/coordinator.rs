@@ -86,6 +86,7 @@ impl Coordinator {
             ..LeasePolicy::default()
         };
         let epoch = durable.open();
+        durable.clear_late();
         if retry {
             durable.retry();
         }

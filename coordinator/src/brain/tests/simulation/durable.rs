@@ -126,6 +126,11 @@ impl Durable {
         }
     }
 
+    /// Deletes what discarded jobs have written where this one writes nothing.
+    pub(super) fn clear_late(&mut self) {
+        self.objects.retain(|name, object| !matches!(name, Name::Quarantine(_)) || object.content.job() == self.job);
+    }
+
     /// Gives quarantined samples another try.
     pub(super) fn retry(&mut self) {
         let again: Vec<_> = self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(id, _)| *id).collect();

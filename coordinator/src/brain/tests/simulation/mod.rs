@@ -160,7 +160,8 @@ impl Simulation {
         if place == PILOT { PILOT_SAMPLES.min(self.samples) } else { self.samples }
     }
 
-    /// Runs to the job's end, and until all puts have arrived.
+    /// Runs to the job's end, and until all puts have arrived; then somebody runs the command once more, who finds nothing to
+    /// do but what it clears away.
     fn run(&mut self) {
         self.run_to_end();
         while let Some((_, event)) = self.queue.pop_first() {
@@ -168,6 +169,7 @@ impl Simulation {
                 self.stored(at, stored);
             }
         }
+        self.outputs[MAIN].clear_late();
     }
 
     fn run_to_end(&mut self) {
