@@ -198,6 +198,7 @@ impl Coordinator {
         let Job { out, record, manifest, course, ledger, done, retried } = job;
         let shape = job::shape(&record, &manifest, &course);
         let brain = Brain::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
+        let brain = brain.with_retried(retried.clone());
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
         shared.publish();

@@ -334,7 +334,7 @@ impl v1::coordinator_server::Coordinator for Service {
         };
         let record = intake::record(epoch, results, failures).map_err(refused)?;
         let checked = shared.brain().check(&worker, key, record, again, shared.now());
-        let Checked { record, duplicates, postponed, .. } = match checked {
+        let Checked { record, duplicates, postponed, outdated, .. } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
                 // A report that outlived a coordinator: the steward opens the shard now.
@@ -355,11 +355,14 @@ impl v1::coordinator_server::Coordinator for Service {
         for SampleFailure { sample, error, .. } in &postponed {
             tracing::warn!(worker, %sample, error, "a worker could not read an image: it is blamed once another can't either");
         }
-        let accepted = (record.results.len() + record.failures.len() + postponed.len()) as u32;
+        for SampleFailure { sample, error, .. } in &outdated {
+            tracing::info!(worker, %sample, error, "failed before it was given another try: it is tried again");
+        }
+        let accepted = (record.results.len() + record.failures.len() + postponed.len() + outdated.len()) as u32;
         let units = audit::units(&record);
         persist(shared, record, Some((&worker, key))).await?;
-        if !postponed.is_empty() {
-            // They are for anyone but the worker that could not read them.
+        if !postponed.is_empty() || !outdated.is_empty() {
+            // They are for others to look at.
             shared.work.notify_waiters();
         }
         audit::acknowledged(&worker, epoch, lease, units);

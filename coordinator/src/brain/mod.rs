@@ -77,6 +77,8 @@ pub struct Brain {
     earlier: u64,
     /// Shards that reports speak of though they are not open.
     requested: BTreeSet<ShardId>,
+    /// Shards whose quarantined samples were given another try, and since when: failures under older leases are void.
+    retried: BTreeMap<ShardId, Epoch>,
     waste: Waste,
 }
 
@@ -111,8 +113,14 @@ impl Brain {
             listened: Duration::ZERO,
             earlier: committed.evaluations,
             requested: BTreeSet::new(),
+            retried: BTreeMap::new(),
             waste,
         }
+    }
+
+    /// The same, where the quarantined samples of some shards have been given another try since these epochs.
+    pub fn with_retried(self, retried: BTreeMap<ShardId, Epoch>) -> Self {
+        Self { retried, ..self }
     }
 
     /// The job.
@@ -241,7 +249,11 @@ impl Brain {
                 Some(shard) if shard.is_unfinished(failure.sample) => {
                     let proof = shard.gave_sample(key, worker, failure.sample);
                     self.require(proof, key, failure.sample)?;
-                    if failure.stage == UNREAD && !self.is_unreadable(worker, key, failure.sample) {
+                    if self.is_before_retry(key, failure.sample) {
+                        let free = self.take_back(worker, key, failure.sample);
+                        self.keep_waiting(free);
+                        checked.outdated.push(failure);
+                    } else if failure.stage == UNREAD && !self.is_unreadable(worker, key, failure.sample) {
                         self.postpone(worker, key, failure.sample);
                         checked.postponed.push(failure);
                     } else {
@@ -253,6 +265,11 @@ impl Brain {
         }
         self.waste = waste;
         Ok(checked)
+    }
+
+    /// Whether a lease is older than the try that a sample was given since.
+    fn is_before_retry(&self, key: LeaseKey, sample: SampleId) -> bool {
+        self.retried.get(&self.shard_of(sample)).is_some_and(|since| key.epoch < *since)
     }
 
     /// Refuses what a worker was not given under the lease it names.

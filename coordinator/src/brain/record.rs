@@ -117,6 +117,8 @@ pub struct Checked {
     pub void: Vec<UnitId>,
     /// Samples that the worker could not read, and others are to look at first.
     pub postponed: Vec<SampleFailure>,
+    /// Failures from before their samples were given another try.
+    pub outdated: Vec<SampleFailure>,
 }
 
 /// What a done shard contributed to the job's totals.

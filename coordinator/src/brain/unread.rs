@@ -47,8 +47,20 @@ impl Brain {
         is_later && (self.has_waited(doubt.since) || !self.is_other_process_there(process))
     }
 
-    /// Leaves a sample that this worker could not read to others: takes its units out of the lease.
+    /// Leaves a sample that this worker could not read to others.
     pub(super) fn postpone(&mut self, worker: &str, key: LeaseKey, sample: SampleId) {
+        let free = self.take_back(worker, key, sample);
+        let first = || Doubt {
+            process: self.workers.process(worker).to_owned(),
+            since: self.now,
+            before: self.next_lease,
+            waiting: BTreeSet::new(),
+        };
+        self.doubts.entry(sample).or_insert_with(first).waiting.extend(free);
+    }
+
+    /// Takes a sample's units out of a worker's lease; those nobody else computes.
+    pub(super) fn take_back(&mut self, worker: &str, key: LeaseKey, sample: SampleId) -> Vec<UnitId> {
         let lease = self.leases.get(&key).filter(|lease| lease.worker == worker);
         let units = lease.map(|lease| lease.units.iter().filter(|unit| unit.sample == sample).copied().collect());
         let units: Vec<_> = units.unwrap_or_default();
@@ -57,14 +69,7 @@ impl Brain {
             // Its worker is through with it, as with one that is done.
             self.drop_unit(key, *unit, evaluations, true);
         }
-        let free = self.unlease(&units, key);
-        let first = || Doubt {
-            process: self.workers.process(worker).to_owned(),
-            since: self.now,
-            before: self.next_lease,
-            waiting: BTreeSet::new(),
-        };
-        self.doubts.entry(sample).or_insert_with(first).waiting.extend(free);
+        self.unlease(&units, key)
     }
 
     /// A sample was read after all, or has ended: what is left of it is for anyone.

@@ -319,3 +319,35 @@ fn what_others_ask_for_and_never_take_is_for_anyone_after_a_while() {
     could_not_read(&mut brain, "a", again.lease, SampleId(0), patience + 1);
     assert_eq!(brain.totals().quarantined, 1);
 }
+
+#[test]
+fn a_failure_from_before_another_try_gives_nothing_up() {
+    // The image was cut off; it has been replaced, and its samples retried, while a worker had the failure in hand.
+    let mut old = brain(1, 1);
+    open(&mut old, ShardId(0), 1, vec![]);
+    join(&mut old, "a/0", "a", 0);
+    let held: Vec<_> = old.grant("a/0", 1e9, Duration::ZERO).unwrap().units.iter().map(|unit| unit.id).collect();
+    for (since, is_void) in [(Some(Epoch(3)), true), (Some(Epoch(1)), false), (None, false)] {
+        let mut brain = brain(1, 3).with_retried(since.map(|since| (ShardId(0), since)).into_iter().collect());
+        open(&mut brain, ShardId(0), 1, vec![]);
+        join(&mut brain, "a/0", "a", 0);
+        brain.adopt("a/0", key(1, 0), &held, Duration::ZERO);
+        assert_eq!(brain.grant("a/0", 1e9, Duration::ZERO), None, "it has everything");
+        let mut fails = |of: LeaseKey| {
+            let failure = SampleFailure { sample: SampleId(0), stage: "decode".into(), error: "cut off".into() };
+            let report = Record { results: vec![], failures: vec![failure] };
+            let checked = brain.check("a/0", of, report, false, Duration::from_secs(1)).unwrap();
+            brain.apply(checked.record.clone(), Some(("a/0", of)));
+            let again = brain.grant("a/0", 1e9, Duration::from_secs(2));
+            (checked.outdated.len(), checked.record.failures.len(), again, brain.totals().quarantined)
+        };
+        let (outdated, failures, again, quarantined) = fails(key(1, 0));
+        assert_eq!((outdated, failures, quarantined), if is_void { (1, 0, 0) } else { (0, 1, 1) });
+        assert_eq!(again.is_some(), is_void);
+        if let Some(again) = again {
+            assert!(again.units.iter().map(|unit| unit.id).eq(held.iter().copied()));
+            // What fails now does count.
+            assert_eq!(fails(key(3, again.lease.0)), (0, 1, None, 1));
+        }
+    }
+}

@@ -91,6 +91,7 @@ impl Coordinator {
             durable.retry();
         }
         let brain = Brain::new(durable.kind.shape(samples), epoch, policy, durable.done.clone(), durable.waste);
+        let brain = brain.with_retried(durable.retried.clone());
         let job = durable.job;
         Self { brain, alive: true, stopped_until: 0, place, job, born, pace, opening: None, finishing: false }
     }
