@@ -37,7 +37,7 @@ impl Plan {
     pub(crate) async fn new(job: Identified, images: Option<u64>, out: &str, run: &RunArgs) -> anyhow::Result<Self> {
         let Some(images) = images else { return Ok(Self::Job(Box::new(job))) };
         let identity = pilot::identity(&job.identity, &job.models.model, images).map_err(as_usage)?;
-        let pilot = Identified { identity, models: job.models.clone(), origins: job.origins.clone() };
+        let pilot = Identified { identity, ..job.clone() };
         let expedition = Self::Pilot(Box::new(Expedition { pilot, then: job.clone(), out: out.to_owned() }));
         if run.fresh {
             return Ok(expedition);
@@ -114,7 +114,8 @@ impl Expedition {
         let learned = pilot::learn(&errors, &then.identity, &model, &store).await?;
         print::note(&learned);
         let identity = pilot::with_timesteps(then.identity, learned.timesteps());
-        Ok(Job::open(identity, &model, store, JobOptions { origins: then.origins, ..JobOptions::default() }).await?)
+        let options = JobOptions { origins: then.origins, strict: then.strict, ..JobOptions::default() };
+        Ok(Job::open(identity, &model, store, options).await?)
     }
 }
 

@@ -79,6 +79,8 @@ pub(crate) struct Identified {
     pub(crate) models: JobModels,
     /// Origins that lists from the network may name. They are no part of the identity: they change no result.
     pub(crate) origins: Vec<Origin>,
+    /// Whether nothing may be passed over.
+    pub(crate) strict: bool,
 }
 
 /// Finds or fetches the model of a job, completes its specification and hashes its files.
@@ -91,7 +93,7 @@ pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     }
     let directories = models.clone();
     let identity = tokio::task::spawn_blocking(move || JobIdentity::new(spec, &directories)).await??;
-    Ok(Identified { identity, models, origins: flags.list_origins.clone() })
+    Ok(Identified { identity, models, origins: flags.list_origins.clone(), strict: flags.strict })
 }
 
 /// The directory of a model, fetched if need be.
@@ -107,6 +109,7 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
         retry_quarantined: run.retry_quarantined,
         recompute: run.recompute.clone(),
         origins: job.origins,
+        strict: job.strict,
     };
     let opening = Job::open(job.identity, &job.models.model, store.clone(), options);
     let opened = tokio::select! {

@@ -9,6 +9,7 @@
 //! A [`file_list`] names its images itself. Whatever is found goes through the [`Collector`], one sample at a time, so that
 //! a listing needs no more memory for a million images than for a thousand.
 
+mod account;
 mod collector;
 mod file_list;
 mod label;
@@ -23,6 +24,7 @@ use std::path::PathBuf;
 
 use futures::{StreamExt, TryStreamExt};
 
+pub use self::account::{Account, PassedOver, Reason};
 use self::collector::Collector;
 pub use self::collector::{Found, SampleSink};
 pub use self::label::{LabelError, LabelSource, UnknownLabels};
@@ -39,7 +41,8 @@ use crate::table::TableError;
 const CONTAINERS: usize = 16;
 
 /// Extensions of the files that are taken for images, in lowercase.
-pub const EXTENSIONS: [&str; 10] = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"];
+pub const EXTENSIONS: [&str; 12] =
+    ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"];
 
 /// A dataset that can't be listed.
 #[derive(Debug, thiserror::Error)]
@@ -68,15 +71,26 @@ pub enum DatasetError {
     },
     /// No file of the source is an image.
     #[error(
-        "listing the images: no image in {source_name}, where {others} other files were seen; images are files ending in \
-         {}, or lie in .tar or .parquet files",
+        "listing the images: no image in {source_name}{}; images are files ending in {}, or lie in .tar or .parquet files",
+        seen(.passed_over),
         EXTENSIONS.map(|e| format!(".{e}")).join(" ")
     )]
     NoImages {
         /// The source.
         source_name: String,
-        /// How many files that are no images were seen.
-        others: u64,
+        /// What was seen there.
+        passed_over: Account,
+    },
+    /// The files of the source hold no image.
+    #[error(
+        "listing the images: there is no image in {source_name}{}: nothing would be labelled; name a source with images",
+        seen(.passed_over)
+    )]
+    Empty {
+        /// The source.
+        source_name: String,
+        /// What was seen there.
+        passed_over: Account,
     },
     /// A directory or file of the source can't be read.
     #[error("listing the images: reading {path}: {source}; make it readable, or move it out of the dataset")]
@@ -193,6 +207,20 @@ pub enum DatasetError {
     Label(#[from] LabelError),
 }
 
+/// What was seen where no image was.
+fn seen(passed_over: &Account) -> String {
+    if passed_over.is_empty() { String::new() } else { format!(" (passed over, {passed_over})") }
+}
+
+/// What a listing has found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// How many samples there are.
+    pub samples: u64,
+    /// What was seen and is no sample.
+    pub passed_over: Account,
+}
+
 /// What a listing takes in beside the images.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ListOptions<'a> {
@@ -238,12 +266,21 @@ pub fn is_list(source: &str) -> bool {
     [".csv", ".txt"].iter().any(|extension| name.ends_with(extension))
 }
 
-/// Lists the images of `source` into `sink` and tells how many there are.
+/// Lists the images of `source` into `sink` and tells how many there are, and what was passed over.
 ///
 /// Those below a directory or a prefix URL come sorted by key; those of several files or patterns in the order these are
-/// named; those in a tar shard, a Parquet file or a list in its own order. In a directory, hidden files and directories
-/// (whose names start with a dot) are skipped and symbolic links are followed.
-pub async fn list(source: &str, options: &ListOptions<'_>, sink: &mut dyn SampleSink) -> Result<u64, DatasetError> {
+/// named; those in a tar shard, a Parquet file or a list in its own order. Hidden files and directories (whose names start
+/// with a dot, or that operating systems leave behind) are passed over, and in a directory symbolic links are followed.
+pub async fn list(source: &str, options: &ListOptions<'_>, sink: &mut dyn SampleSink) -> Result<Listed, DatasetError> {
+    let listed = list_all(source, options, sink).await?;
+    if listed.samples == 0 && options.limit != Some(0) {
+        let source_name = Location::parse(source).map_or_else(|_| source.to_owned(), |location| location.to_string());
+        return Err(DatasetError::Empty { source_name, passed_over: listed.passed_over });
+    }
+    Ok(listed)
+}
+
+async fn list_all(source: &str, options: &ListOptions<'_>, sink: &mut dyn SampleSink) -> Result<Listed, DatasetError> {
     let mut collector = Collector::new(options, sink)?;
     let reader = Reader::new();
     if is_list(source) {
@@ -277,7 +314,8 @@ pub async fn list(source: &str, options: &ListOptions<'_>, sink: &mut dyn Sample
             }
         })
         .buffered(CONTAINERS);
-    while let Some(found) = looked_into.try_next().await? {
+    while let Some(Contents { found, passed_over }) = looked_into.try_next().await? {
+        collector.pass_over(passed_over);
         for sample in found {
             if !collector.add(sample)? {
                 return collector.finish();
@@ -286,6 +324,13 @@ pub async fn list(source: &str, options: &ListOptions<'_>, sink: &mut dyn Sample
     }
     drop(looked_into);
     collector.finish()
+}
+
+/// What a tar or Parquet file holds.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Contents {
+    found: Vec<Found>,
+    passed_over: Account,
 }
 
 /// Walks all targets; `false` once one came out of order and must be `sort`ed.

@@ -20,7 +20,7 @@ use parquet::errors::ParquetError;
 use serde::{Deserialize, Serialize};
 
 use crate::class::Classes;
-use crate::dataset::{DatasetError, SampleSink};
+use crate::dataset::{Account, DatasetError, SampleSink};
 use crate::ids::{SampleId, ShardId};
 use crate::layout;
 use crate::parquet_file::ParquetFile;
@@ -184,8 +184,8 @@ impl ManifestWriter {
         self.end_shard()?;
         self.end_part()?;
         let digest = self.root.finalize().to_hex().to_string();
-        let record =
-            ManifestRecord { samples: self.samples, digest, captions: self.captions, labelled: Some(self.labelled) };
+        let (labelled, passed_over) = (Some(self.labelled), Account::default());
+        let record = ManifestRecord { samples: self.samples, digest, captions: self.captions, labelled, passed_over };
         Ok(((0..).map(layout::manifest).zip(self.parts).collect(), record))
     }
 }

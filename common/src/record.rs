@@ -7,6 +7,7 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::calibration::Confidence;
+use crate::dataset::Account;
 use crate::fingerprint::JobIdentity;
 use crate::layout;
 use crate::store::{Store, StoreError};
@@ -36,6 +37,9 @@ pub struct ManifestRecord {
     /// Samples with a label; none where an older version listed them, which did not count.
     #[serde(default)]
     pub labelled: Option<u64>,
+    /// What the listing saw and did not take.
+    #[serde(default, skip_serializing_if = "Account::is_empty")]
+    pub passed_over: Account,
 }
 
 /// Versions of what wrote the output.
@@ -134,6 +138,7 @@ impl JobRecord {
 mod tests {
     use super::*;
     use crate::class::Classes;
+    use crate::dataset::Reason;
     use crate::ensemble::PromptEnsemble;
     use crate::job::{JobSpec, ModelDtype};
     use crate::loss::Loss;
@@ -177,11 +182,19 @@ mod tests {
             lora_files: vec![],
             noise_file: None,
         };
+        let mut passed_over = Account::default();
+        passed_over.note(Reason::Extension("avif".into()), "a.avif");
         let record = JobRecord {
             state: JobState::Unfinished,
             fingerprint: identity.fingerprint("m"),
             identity,
-            manifest: ManifestRecord { samples: 3, digest: "m".into(), captions: [(0, 3)].into(), labelled: Some(3) },
+            manifest: ManifestRecord {
+                samples: 3,
+                digest: "m".into(),
+                captions: [(0, 3)].into(),
+                labelled: Some(3),
+                passed_over,
+            },
             versions: Versions { elbo: "1".into(), protocol: 1 },
             totals: None,
             timings: None,

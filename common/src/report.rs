@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::audit::{AuditBuilder, AuditReport, Audited};
 use crate::calibration::Confidence;
 use crate::class::Classes;
+use crate::dataset::Account;
 use crate::ensemble::PromptEnsemble;
 use crate::ids::ClassIndex;
 use crate::manifest::Sample;
@@ -46,6 +47,9 @@ pub struct Report {
     /// Those of them that are in no file yet, since their shards are not finished.
     #[serde(skip_serializing_if = "is_zero")]
     pub quarantined_unwritten: u64,
+    /// What the listing saw and did not take.
+    #[serde(skip_serializing_if = "Account::is_empty")]
+    pub passed_over: Account,
     /// Accuracy over the samples with a prediction and a label that is a class; none where there are none.
     pub accuracy: Option<Accuracy>,
     /// Evaluations the predictions rest on.
@@ -224,6 +228,7 @@ impl ReportBuilder {
             uncertain: self.uncertain,
             quarantined: self.quarantined,
             quarantined_unwritten: self.unwritten,
+            passed_over: Account::default(),
             accuracy,
             evaluations: self.evaluations,
             evaluations_recomputed: totals.map_or(0, |totals| totals.evaluations_recomputed),
@@ -310,6 +315,9 @@ impl fmt::Display for Report {
             write!(f, "{} uncertain, ", self.uncertain)?;
         }
         writeln!(f, "{} quarantined", self.quarantined)?;
+        for passed in self.passed_over.passed_over() {
+            writeln!(f, "passed over, {passed}")?;
+        }
         self.cost(f)?;
         if self.prompt_ensemble == PromptEnsemble::Mean {
             writeln!(f, "a class scored the mean of its prompts (--prompt-ensemble mean)")?;

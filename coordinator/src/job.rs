@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, Origin, SampleSink, UnknownLabels};
+use elbo_common::dataset::{self, Account, DatasetError, LabelSource, ListOptions, Origin, SampleSink, UnknownLabels};
 use elbo_common::ensemble::Contenders;
 use elbo_common::fingerprint::JobIdentity;
 use elbo_common::ids::{Epoch, SampleId, ShardId};
@@ -48,6 +48,9 @@ pub enum JobError {
     /// A shard that is to be computed again does not exist.
     #[error("there is no shard {0} to be computed again: the job's shards are 0 to {1}")]
     NoSuchShard(ShardId, u32),
+    /// Something is no sample, and everything was to be.
+    #[error("--strict: the listing of the images passed something over:\n  {}\ntake it out of the dataset, or leave out --strict", .0.passed_over().map(|passed| passed.to_string()).collect::<Vec<_>>().join("\n  "))]
+    PassedOver(Account),
     /// The manifest can't be read, or is not the one that was listed.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -118,6 +121,8 @@ pub struct JobOptions {
     pub recompute: Vec<ShardId>,
     /// Origins that lists from the network may name besides their own, for a job that is new.
     pub origins: Vec<Origin>,
+    /// Refuse a listing that passes over anything.
+    pub strict: bool,
 }
 
 /// A job that is ready to run.
@@ -150,8 +155,14 @@ impl Job {
         let course = course_of(&identity, model)?;
         preflight::check(&out).await?;
         // A job that is refused lists nothing, and fences nobody.
-        let is_known = !options.fresh && known(&out, &identity).await?.is_some();
-        let listed = if is_known { None } else { Some(list_all(&identity, &options.origins).await?) };
+        let found = if options.fresh { None } else { known(&out, &identity).await? };
+        let listed = match &found {
+            Some(record) => {
+                check_account(&record.manifest, options.strict)?;
+                None
+            }
+            None => Some(list_all(&identity, &options).await?),
+        };
         // From here on any other coordinator of this output is fenced.
         let ledger = Ledger::open(&out).await?;
         if options.fresh {
@@ -168,12 +179,17 @@ impl Job {
             None => {
                 let listed = match listed {
                     Some(listed) => listed,
-                    None => list_all(&identity, &options.origins).await?,
+                    None => list_all(&identity, &options).await?,
                 };
                 begin(&out, &ledger, identity, listed).await?
             }
         };
         let mut job = Self { out, record, manifest, course, ledger, done: BTreeMap::new(), retried: BTreeMap::new() };
+        if job.record.identity.spec.subset.is_none() {
+            for passed in job.record.manifest.passed_over.passed_over() {
+                tracing::warn!("passed over by the listing of the images, {passed}");
+            }
+        }
         job.repair(options.recompute).await?;
         if options.retry_quarantined {
             job.retry_quarantined().await?;
@@ -338,10 +354,21 @@ pub(crate) fn shape(record: &JobRecord, manifest: &Manifest, course: &Course) ->
 type Listed = (Vec<(Path, Bytes)>, ManifestRecord);
 
 /// Lists a job's images, of which enough must be known for what it asks.
-async fn list_all(identity: &JobIdentity, origins: &[Origin]) -> Result<Listed, JobError> {
-    let (files, listed) = list(identity, origins).await?.finish()?;
+async fn list_all(identity: &JobIdentity, options: &JobOptions) -> Result<Listed, JobError> {
+    let (manifest, passed_over) = list(identity, &options.origins).await?;
+    let (files, listed) = manifest.finish()?;
+    let listed = ManifestRecord { passed_over, ..listed };
+    check_account(&listed, options.strict)?;
     check_confidence(&identity.spec, &listed)?;
     Ok((files, listed))
+}
+
+/// Whether nothing was passed over, where nothing may be.
+fn check_account(listed: &ManifestRecord, strict: bool) -> Result<(), JobError> {
+    if strict && !listed.passed_over.is_empty() {
+        return Err(JobError::PassedOver(listed.passed_over.clone()));
+    }
+    Ok(())
 }
 
 /// Whether it can be told how sure predictions are, where the job wants to know.
@@ -356,18 +383,18 @@ pub fn course_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Cour
 }
 
 /// Lists a job's images; labels must be classes.
-async fn list(identity: &JobIdentity, origins: &[Origin]) -> Result<ManifestWriter, JobError> {
+async fn list(identity: &JobIdentity, origins: &[Origin]) -> Result<(ManifestWriter, Account), JobError> {
     let spec = &identity.spec;
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
     let mut listing = Listing::new(spec);
     let options = ListOptions { origins, ..list_options(spec, label_from.as_ref()) };
-    dataset::list(&spec.images, &options, &mut listing).await?;
+    let listed = dataset::list(&spec.images, &options, &mut listing).await?;
     let Listing { mut manifest, chosen, unknown, .. } = listing;
     for sample in chosen.into_iter().flat_map(Chosen::in_order) {
         manifest.take(sample)?;
     }
     let unknown = unknown.into_sorted();
-    if unknown.is_empty() { Ok(manifest) } else { Err(JobError::UnknownLabels(unknown)) }
+    if unknown.is_empty() { Ok((manifest, listed.passed_over)) } else { Err(JobError::UnknownLabels(unknown)) }
 }
 
 /// How a job's images are listed.

@@ -54,7 +54,8 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
             report.add_audited(&row);
         }
     }
-    Ok(report.finish(record.totals, record.timings, record.confidence.clone()))
+    let report = report.finish(record.totals, record.timings, record.confidence.clone());
+    Ok(Report { passed_over: record.manifest.passed_over.clone(), ..report })
 }
 
 /// Adds the quarantined samples of shards that are not finished: the ledger alone knows them. The rest of the report is as good

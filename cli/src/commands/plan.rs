@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use elbo_common::dataset::{self, DatasetError, LabelSource, ListOptions, SampleSink};
+use elbo_common::dataset::{self, Account, DatasetError, LabelSource, ListOptions, SampleSink};
 use elbo_common::ensemble::{Contenders, PromptEnsemble};
 use elbo_common::manifest::Sample;
 use elbo_common::model_source::{ModelSource, Wanted};
 use elbo_common::policy::pilot::Pilot;
 use elbo_common::policy::{Course, Policy, RoundCost};
 use elbo_common::schedule::NoiseSchedule;
+use elbo_coordinator::JobError;
 use elbo_coordinator::pilot::PilotError;
 use indicatif::HumanCount;
 use serde::Serialize;
@@ -26,6 +27,9 @@ const USUAL_TIMESTEPS: u32 = 1000;
 #[derive(Debug, Serialize)]
 struct Plan {
     samples: Option<u64>,
+    /// What the listing saw and did not take.
+    #[serde(skip_serializing_if = "Account::is_empty")]
+    passed_over: Account,
     /// Of the image with the most captions, where images bring their own; prompts and rounds likewise.
     classes: usize,
     prompts: usize,
@@ -62,8 +66,8 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let classes = flags.read_classes(&takes)?;
     let of_job = flags.contenders(&classes, flags.read_hierarchy(&takes, &classes)?.as_ref());
     let course = flags.to_course(&takes, timesteps, of_job.as_ref())?;
-    let captions = match &flags.images {
-        None => None,
+    let (captions, passed_over) = match &flags.images {
+        None => (None, Account::default()),
         Some(images) => {
             let label_from = flags.label_from.as_deref().map(LabelSource::from);
             let options = ListOptions {
@@ -75,8 +79,11 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
                 origins: &flags.list_origins,
             };
             let mut counts = CaptionCounts::default();
-            dataset::list(images, &options, &mut counts).await?;
-            Some(counts.0)
+            let listed = dataset::list(images, &options, &mut counts).await?;
+            if flags.strict && !listed.passed_over.is_empty() {
+                return Err(JobError::PassedOver(listed.passed_over).into());
+            }
+            (Some(counts.0), listed.passed_over)
         }
     };
     let contenders = |captions| of_job.clone().unwrap_or_else(|| Contenders::prompts(captions));
@@ -85,6 +92,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     let largest = contenders(most);
     let plan = Plan {
         samples: captions.as_ref().map(|counts| counts.values().sum()),
+        passed_over,
         classes: if of_job.is_some() { classes.names.len() } else { most },
         prompts: largest.of_all_classes().count(),
         prompt_ensemble: flags.ensemble(),
@@ -143,6 +151,9 @@ fn text(plan: &Plan, rate: Option<f64>) -> anyhow::Result<String> {
     match plan.samples {
         Some(samples) => writeln!(text, "images               {:>14}", count(samples))?,
         None => writeln!(text, "images               {:>14}", "not given")?,
+    }
+    for passed in plan.passed_over.passed_over() {
+        writeln!(text, "passed over, {passed}")?;
     }
     writeln!(text, "classes              {:>14}", count(plan.classes as u64))?;
     writeln!(text, "prompts              {:>14}", count(plan.prompts as u64))?;

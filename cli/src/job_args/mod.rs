@@ -86,6 +86,10 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_LIST_ORIGINS", value_delimiter = ',', value_name = "ORIGIN,ORIGIN")]
     #[serde(alias = "list-origins", deserialize_with = "many_from_str")]
     pub(crate) list_origins: Vec<Origin>,
+    /// Fail, before anything is computed, where the listing passes over anything: files with unknown extensions, hidden ones,
+    /// labels without images, and whatever else is no sample
+    #[arg(long, env = "ELBO_STRICT")]
+    pub(crate) strict: bool,
     /// How a class's prompts make its score: max (its best prompt counts) or mean (--keep then counts classes) [default: max]
     #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
     #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
@@ -309,6 +313,7 @@ impl JobArgs {
             noise: self.noise.or(file.noise),
             noise_scope: self.noise_scope.or(file.noise_scope),
             top_k: self.top_k.or(file.top_k),
+            strict: self.strict || file.strict,
             write_errors: self.write_errors || file.write_errors,
             label_from: self.label_from.or(file.label_from),
             limit: self.limit.or(file.limit),

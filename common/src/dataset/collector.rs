@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::label::Labels;
-use super::{DatasetError, ListOptions, caption_of};
+use super::{Account, DatasetError, ListOptions, Listed, Reason, caption_of};
 use crate::ids::SampleId;
 use crate::manifest::{Part, Sample};
 
@@ -56,6 +56,7 @@ pub(super) struct Collector<'a> {
     first_key: String,
     /// 16 bytes a sample, where keys may come in any order: hashes of all of them.
     keys: Option<HashSet<u128>>,
+    passed_over: Account,
     sink: &'a mut dyn SampleSink,
 }
 
@@ -67,6 +68,7 @@ impl<'a> Collector<'a> {
             taken: 0,
             first_key: String::new(),
             keys: None,
+            passed_over: Account::default(),
             sink,
         })
     }
@@ -87,7 +89,23 @@ impl<'a> Collector<'a> {
         if let Some(keys) = &mut self.keys {
             keys.clear();
         }
+        self.passed_over.clear();
         self.sink.clear();
+    }
+
+    /// Notes what is no sample.
+    pub(super) fn pass_over(&mut self, what: Account) {
+        self.passed_over.merge(what);
+    }
+
+    /// Notes that something is no sample.
+    pub(super) fn note(&mut self, reason: Reason, example: &str) {
+        self.passed_over.note(reason, example);
+    }
+
+    /// What was passed over so far.
+    pub(super) fn take_account(&mut self) -> Account {
+        std::mem::take(&mut self.passed_over)
     }
 
     /// Takes an image; whether more are wanted.
@@ -118,13 +136,13 @@ impl<'a> Collector<'a> {
         Ok(!self.is_full())
     }
 
-    /// How many samples there are.
-    pub(super) fn finish(self) -> Result<u64, DatasetError> {
+    /// What there is.
+    pub(super) fn finish(self) -> Result<Listed, DatasetError> {
         if let Some(labels) = &self.labels
             && !self.is_full()
         {
             labels.check_used(&self.first_key)?;
         }
-        Ok(self.taken)
+        Ok(Listed { samples: self.taken, passed_over: self.passed_over })
     }
 }

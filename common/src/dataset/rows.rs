@@ -4,9 +4,9 @@
 //! Columns with labels, captions, keys and paths are read to list a file; image bytes are not.
 
 mod cell;
+mod label;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type};
 use arrow_array::{Array, ArrayRef, RecordBatch, StructArray};
 use arrow_schema::{DataType, Field, Schema};
 use futures::{StreamExt, TryStreamExt};
@@ -17,19 +17,20 @@ use parquet::file::metadata::RowGroupMetaData;
 
 use super::file_list::{ASKED, Base, PATH_COLUMNS, find};
 use super::walk::File;
-use super::{DatasetError, Found, ListOptions, Origin, Reader, caption_of, check_captions};
+use super::{Contents, DatasetError, Found, ListOptions, Origin, Reader, Reason, caption_of, check_captions};
 use crate::manifest::Part;
 use crate::parquet_file::{ParquetFile, store_error};
 use crate::store::Location;
 
 pub(super) use self::cell::{CellError, Cells};
+use self::label::{LabelColumn, text};
 
-/// Names of the column with the labels, the first that is there counts.
-const LABEL_COLUMNS: [&str; 3] = ["label", "cls", "class"];
 /// Names that a column of images usually has, in this order.
 const IMAGE_COLUMNS: [&str; 6] = ["image", "img", "jpg", "png", "webp", "bytes"];
 /// Rows whose labels and captions are decoded at a time: long ones that repeat are small in the file, and large here.
 const BATCH_ROWS: usize = 128;
+/// Rows whose images are decoded at a time, to see which have one.
+const BATCH_IMAGES: usize = 16;
 /// The largest column chunk of images that has to be read whole.
 const LARGEST_CHUNK: i64 = 256 << 20;
 
@@ -64,41 +65,55 @@ impl Images {
     }
 }
 
+impl Images {
+    /// The columns of bytes and of paths that tell where the images of a row group are: one of them, or both where some rows
+    /// have bytes and others a path alone, as far as statistics tell.
+    fn in_group(&self, group: &RowGroupMetaData) -> (Option<String>, Option<String>) {
+        let rows = group.num_rows().max(0) as u64;
+        let (Some(bytes), Some(paths)) = (self.bytes(), self.paths()) else { return (self.bytes(), self.paths()) };
+        match (nulls(group, &bytes), nulls(group, &paths)) {
+            (Some(none), _) if none == rows => (None, Some(paths)),
+            (Some(0), _) => (Some(bytes), None),
+            (_, Some(none)) if none == rows => (Some(bytes), None),
+            _ => (Some(bytes), Some(paths)),
+        }
+    }
+}
+
 /// What is read of a file.
 #[derive(Debug)]
 struct Layout {
     images: Images,
     key: Option<String>,
-    label: Option<String>,
-    /// The names of classes by number, as Hugging Face notes them.
-    class_names: Vec<String>,
+    label: Option<LabelColumn>,
+    /// A column that is called like labels and can't hold them.
+    unusable: Option<String>,
     candidates: Vec<String>,
 }
 
-/// The samples of a file.
-pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Vec<Found>, DatasetError> {
+/// What a file holds.
+pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Contents, DatasetError> {
     let (store, path) = reader.locate_file(&file.location).await?;
     let (parquet, _) = ParquetFile::find(&store, path).await?;
     let metadata = parquet.outside_metadata().await.map_err(|e| unreadable(file, e))?;
     let layout = Layout::of(&metadata, options).map_err(|problem| file.wrong(problem))?;
-    let mut found = Vec::new();
+    let Contents { mut found, mut passed_over } = Contents::default();
     for (index, group) in metadata.metadata().row_groups().iter().enumerate() {
-        let by_path = match layout.images.bytes() {
-            Some(bytes) => layout.images.paths().filter(|_| is_all_null(group, &bytes)),
-            None => layout.images.paths(),
-        };
-        if by_path.is_none() {
+        let images = layout.images.in_group(group);
+        if images.0.is_some() {
             check_chunk(&metadata, index, &layout).map_err(|problem| file.wrong(problem))?;
         }
-        let columns = layout.read_columns(by_path.as_deref());
-        let rows = Rows { file, layout: &layout, options, by_path: by_path.as_deref(), first: found.len() as u64 };
+        let columns = layout.read_columns(&images);
+        let is_mixed = images.0.is_some() && images.1.is_some();
+        let rows = Rows { file, layout: &layout, images, first: found.len() as u64 };
         if columns.is_empty() {
             found.extend((0..group.num_rows().max(0) as u64).map(|row| rows.unlabelled(row)));
             continue;
         }
         let mask = ProjectionMask::columns(metadata.parquet_schema(), columns.iter().map(String::as_str));
         let batches = ParquetRecordBatchStreamBuilder::new_with_metadata(parquet.clone(), metadata.clone());
-        let batches = batches.with_row_groups(vec![index]).with_projection(mask).with_batch_size(BATCH_ROWS).build();
+        let batches = batches.with_row_groups(vec![index]).with_projection(mask);
+        let batches = batches.with_batch_size(if is_mixed { BATCH_IMAGES } else { BATCH_ROWS }).build();
         let mut batches = batches.map_err(|e| unreadable(file, e))?;
         let mut in_group = 0;
         while let Some(batch) = batches.try_next().await.map_err(|e| unreadable(file, e))? {
@@ -107,10 +122,12 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
         }
     }
     if found.iter().any(|sample| sample.part.is_none()) {
-        locate_all(reader, file, found, options.origins).await
-    } else {
-        Ok(found)
+        found = locate_all(reader, file, found, options.origins).await?;
     }
+    if let Some(column) = layout.unusable {
+        passed_over.add(Reason::LabelColumn(column), found.len() as u64, [file.key.clone()]);
+    }
+    Ok(Contents { found, passed_over })
 }
 
 /// Finds the files of rows that name them, beside rows that hold their images.
@@ -142,11 +159,10 @@ fn unreadable(file: &File, error: ParquetError) -> DatasetError {
     }
 }
 
-/// Whether a column has no value at all in a row group, by its statistics.
-fn is_all_null(group: &RowGroupMetaData, column: &str) -> bool {
+/// How many rows of a row group have no value in a column, by its statistics.
+fn nulls(group: &RowGroupMetaData, column: &str) -> Option<u64> {
     let chunk = group.columns().iter().find(|chunk| chunk.column_path().string() == column);
-    let nulls = chunk.and_then(|chunk| chunk.statistics()?.null_count_opt());
-    nulls.is_some_and(|nulls| nulls == group.num_rows().max(0) as u64)
+    chunk.and_then(|chunk| chunk.statistics()?.null_count_opt())
 }
 
 /// Refuses images that a worker could get only by reading gigabytes.
@@ -169,27 +185,22 @@ impl Layout {
         let schema = metadata.schema();
         let images = images_of(schema, options.image_column)?;
         let has = |name: &str| schema.field_with_name(name).is_ok_and(|field| is_text(field.data_type()));
-        let label = match options.label_column() {
-            Some(name) if has(name) => Some(name.to_owned()),
-            Some(name) => return Err(format!("has no column '{name}' of labels: {}", describe(schema))),
-            None if options.takes_labels() => {
-                LABEL_COLUMNS.iter().find(|name| has(name)).map(|name| (*name).to_owned())
-            }
-            None => None,
-        };
+        let (label, unusable) = LabelColumn::of(metadata, options)?;
         let candidates: Vec<_> =
             options.candidates.iter().flat_map(|names| names.split(',')).map(|name| name.trim().to_owned()).collect();
         if let Some(missing) = candidates.iter().find(|name| schema.field_with_name(name).is_err()) {
             return Err(format!("has no column '{missing}', which --candidates names: {}", describe(schema)));
         }
-        let class_names = label.as_deref().map(|label| class_names(metadata, label)).unwrap_or_default();
         let key = (images.bytes().is_some() && has("key")).then(|| "key".to_owned());
-        Ok(Self { images, key, label, class_names, candidates })
+        Ok(Self { images, key, label, unusable, candidates })
     }
 
     /// The columns that are read to list the file.
-    fn read_columns(&self, by_path: Option<&str>) -> Vec<String> {
-        let named = [self.key.as_deref(), self.label.as_deref(), by_path];
+    fn read_columns(&self, (bytes, paths): &(Option<String>, Option<String>)) -> Vec<String> {
+        let label = self.label.as_ref().map(|label| label.name.as_str());
+        // Bytes alone are not looked at.
+        let bytes = bytes.as_deref().filter(|_| paths.is_some());
+        let named = [self.key.as_deref(), label, paths.as_deref(), bytes];
         let named = named.into_iter().flatten().map(str::to_owned);
         named.chain(self.candidates.iter().cloned()).collect()
     }
@@ -277,21 +288,12 @@ fn brief(kind: &DataType) -> String {
     }
 }
 
-/// The names of a column's classes, where Hugging Face datasets noted them.
-fn class_names(metadata: &ArrowReaderMetadata, label: &str) -> Vec<String> {
-    let pairs = metadata.metadata().file_metadata().key_value_metadata();
-    let noted = pairs.and_then(|pairs| pairs.iter().find(|pair| pair.key == "huggingface")?.value.as_deref());
-    let noted: serde_json::Value = noted.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
-    let names = noted["info"]["features"][label]["names"].as_array();
-    names.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect()
-}
-
 /// The rows of a row group.
 struct Rows<'a> {
     file: &'a File,
     layout: &'a Layout,
-    options: &'a ListOptions<'a>,
-    by_path: Option<&'a str>,
+    /// The columns of bytes and of paths.
+    images: (Option<String>, Option<String>),
     /// The number of the group's first row.
     first: u64,
 }
@@ -312,8 +314,9 @@ impl Rows<'_> {
 
     fn of_batch(&self, batch: &RecordBatch, in_group: u64) -> Result<Vec<Found>, DatasetError> {
         let column = |name: &str| column_of(batch, name);
-        let (key, label) = (self.layout.key.as_deref().and_then(column), self.layout.label.as_deref().and_then(column));
-        let paths = self.by_path.and_then(column);
+        let key = self.layout.key.as_deref().and_then(column);
+        let label = self.layout.label.as_ref().and_then(|label| Some((label, column(&label.name)?)));
+        let (bytes, paths) = (self.images.0.as_deref().and_then(column), self.images.1.as_deref().and_then(column));
         let candidates: Vec<_> = self.layout.candidates.iter().filter_map(|name| column(name)).collect();
         let row = |i: usize| {
             let mut found = self.unlabelled(in_group + i as u64);
@@ -322,7 +325,8 @@ impl Rows<'_> {
             if let Some(key) = key.as_ref().and_then(|key| text(key, i)) {
                 found.key = key;
             }
-            if let Some(paths) = &paths {
+            let has_bytes = bytes.as_ref().is_some_and(|bytes| !bytes.is_null(i));
+            if let Some(paths) = paths.as_ref().filter(|_| !has_bytes) {
                 let path = text(paths, i).filter(|path| !path.is_empty());
                 found.key = path.ok_or_else(|| wrong("it has neither an image nor a path to one".into()))?;
                 found.part = None;
@@ -331,8 +335,8 @@ impl Rows<'_> {
                 found.candidates = captions(&candidates, i);
                 check_captions(&found.candidates).map_err(wrong)?;
             }
-            let label = label.as_ref().and_then(|label| text(label, i)).filter(|label| !label.is_empty());
-            let label = label.map(|label| self.named(label));
+            let label =
+                label.as_ref().map(|(kind, column)| kind.label(column, i)).transpose().map_err(wrong)?.flatten();
             let label = label.map(|label| caption_of(&found.candidates, label)).transpose();
             found.label = label.map_err(|label| {
                 wrong(format!("its label '{label}' is none of its captions, nor the position of one"))
@@ -340,13 +344,6 @@ impl Rows<'_> {
             Ok(found)
         };
         (0..batch.num_rows()).map(row).collect()
-    }
-
-    /// A class number by its name, where the job knows the name: both sides may count differently.
-    fn named(&self, label: String) -> String {
-        let name = label.parse::<usize>().ok().and_then(|number| self.layout.class_names.get(number));
-        let known = |name: &&String| self.options.classes.is_none_or(|classes| classes.with_label(name).is_some());
-        name.filter(known).cloned().unwrap_or(label)
     }
 }
 
@@ -358,30 +355,6 @@ fn column_of(batch: &RecordBatch, name: &str) -> Option<ArrayRef> {
     let (outer, inner) = name.split_once('.')?;
     let outer: &StructArray = batch.column_by_name(outer)?.as_struct_opt()?;
     outer.column_by_name(inner).cloned()
-}
-
-/// A string or whole number as text.
-fn text(array: &ArrayRef, row: usize) -> Option<String> {
-    if array.is_null(row) {
-        return None;
-    }
-    macro_rules! number {
-        ($kind:ty) => {
-            array.as_primitive::<$kind>().value(row).to_string()
-        };
-    }
-    Some(match array.data_type() {
-        DataType::Utf8 => array.as_string::<i32>().value(row).to_owned(),
-        DataType::Int8 => number!(Int8Type),
-        DataType::Int16 => number!(Int16Type),
-        DataType::Int32 => number!(Int32Type),
-        DataType::Int64 => number!(Int64Type),
-        DataType::UInt8 => number!(UInt8Type),
-        DataType::UInt16 => number!(UInt16Type),
-        DataType::UInt32 => number!(UInt32Type),
-        DataType::UInt64 => number!(UInt64Type),
-        _ => return None,
-    })
 }
 
 /// A row's captions: a list in one column, or one in each of several, of which the last may be empty.

@@ -38,8 +38,8 @@ async fn list_dir(
 
 async fn list_all(source: &str, options: &ListOptions<'_>) -> Result<Vec<Sample>, DatasetError> {
     let mut samples = Vec::new();
-    let count = list(source, options, &mut samples).await?;
-    assert_eq!(count, samples.len() as u64);
+    let listed = list(source, options, &mut samples).await?;
+    assert_eq!(listed.samples, samples.len() as u64);
     Ok(samples)
 }
 
@@ -57,6 +57,32 @@ async fn images_are_listed_recursively_and_sorted_by_key() {
     assert_eq!(samples[1].size, 9);
     assert!(samples.iter().all(|s| s.etag.is_some() && s.label.is_none()));
     assert_eq!(&read_object(&samples[1].location).await.unwrap()[..], b"cat/0.png");
+}
+
+#[tokio::test]
+async fn what_a_directory_holds_beside_images_is_counted() {
+    let root = dataset(&[
+        "cat/0.png",
+        "cat/1.jfif",
+        "notes.txt",
+        ".git/x.png",
+        "cat/.x.png",
+        "cat/@eaDir/0.png",
+        "__MACOSX/0.png",
+        "0.avif",
+        "cat/1.AVIF",
+        "README",
+    ]);
+    let mut samples = Vec::new();
+    let listed = list(root.path().to_str().unwrap(), &ListOptions::default(), &mut samples).await.unwrap();
+    assert_eq!((listed.samples, keys(&samples)), (2, vec!["cat/0.png", "cat/1.jfif"]));
+    let expected = "hidden, or left by an operating system: 4 (.git, __MACOSX, cat/.x.png, ...); no extension: 1 (README); \
+                    extension .avif: 2 (0.avif, cat/1.AVIF); extension .txt: 1 (notes.txt)";
+    assert_eq!(listed.passed_over.to_string(), expected);
+    // Of a pattern, what it does not mean is not spoken of.
+    let pattern = root.path().join("cat/*.png");
+    let listed = list(pattern.to_str().unwrap(), &ListOptions::default(), &mut samples).await.unwrap();
+    assert_eq!(listed.passed_over.to_string(), "hidden, or left by an operating system: 1 (.x.png)");
 }
 
 #[tokio::test]
@@ -104,9 +130,14 @@ async fn a_label_file_labels_the_keys_it_names() {
 async fn sources_without_images_say_what_was_looked_for() {
     let error = list_all("/no/such/images", &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("/no/such/images does not exist"), "{error}");
-    let root = dataset(&["a.txt", "b.csv"]);
+    let root = dataset(&["a.txt", "b.csv", "train.tar.gz"]);
     let error = list_dir(&root, None, None).await.unwrap_err().to_string();
-    assert!(error.contains("2 other files") && error.contains(".png .jpg"), "{error}");
+    let says = [
+        "extension .csv: 1 (b.csv)",
+        "extension .gz, which must be unpacked to be read: 1 (train.tar.gz)",
+        ".png .jpg",
+    ];
+    assert!(says.iter().all(|text| error.contains(text)), "{error}");
     let file = root.path().join("a.png.gz");
     fs::write(&file, "x").unwrap();
     let error = list_all(file.to_str().unwrap(), &ListOptions::default()).await.unwrap_err().to_string();

@@ -10,7 +10,7 @@ use url::Url;
 
 use super::collector::{Collector, Found};
 use super::pattern::Target;
-use super::{DatasetError, EXTENSIONS, Reader};
+use super::{DatasetError, EXTENSIONS, Reader, Reason};
 use crate::files;
 use crate::store::{Location, Store, StoreError};
 
@@ -63,12 +63,11 @@ pub(super) struct Intake<'a, 'b> {
     /// The kind of file there is, and the first one.
     kind: Option<(Kind, String)>,
     containers: Vec<File>,
-    others: u64,
 }
 
 impl<'a, 'b> Intake<'a, 'b> {
     pub(super) fn new(source_name: String, collector: &'a mut Collector<'b>) -> Self {
-        Self { source_name, collector, kind: None, containers: Vec::new(), others: 0 }
+        Self { source_name, collector, kind: None, containers: Vec::new() }
     }
 
     pub(super) fn expect_duplicates(&mut self) {
@@ -78,7 +77,7 @@ impl<'a, 'b> Intake<'a, 'b> {
     /// Takes a file; whether more are wanted.
     fn add(&mut self, file: File) -> Result<bool, DatasetError> {
         let Some(kind) = Kind::of(&file.key) else {
-            self.others += 1;
+            self.collector.note(extension_of(&file.key), &file.key);
             return Ok(true);
         };
         let (first, example) = self.kind.get_or_insert_with(|| (kind, file.key.clone()));
@@ -99,25 +98,32 @@ impl<'a, 'b> Intake<'a, 'b> {
         self.collector.add(Found { key, location, size, etag, ..Found::default() })
     }
 
-    /// Leaves out what is called like a file of a dataset and is none, and says so.
-    fn pass_over(&mut self, key: &str, path: &FsPath, what: &'static str) {
-        self.others += 1;
-        if Kind::of(key).is_some() {
-            tracing::warn!(path = %path.display(), "passed over: it is {what}, not a regular file");
+    /// Takes a file that may be hidden; whether more are wanted.
+    fn add_unless_hidden(&mut self, file: File) -> Result<bool, DatasetError> {
+        if is_hidden(&file.key) {
+            self.pass_over(Reason::Hidden, &file.key);
+            return Ok(true);
         }
+        self.add(file)
+    }
+
+    /// Leaves something out.
+    fn pass_over(&mut self, reason: Reason, key: &str) {
+        self.collector.note(reason, key);
     }
 
     /// Forgets all files.
     pub(super) fn clear(&mut self) {
         self.collector.clear();
         self.containers.clear();
-        (self.kind, self.others) = (None, 0);
+        self.kind = None;
     }
 
     /// What kind of files there are, and those that are to be looked into.
     pub(super) fn finish(self) -> Result<(Kind, Vec<File>), DatasetError> {
         let Some((kind, _)) = self.kind else {
-            return Err(DatasetError::NoImages { source_name: self.source_name, others: self.others });
+            let passed_over = self.collector.take_account();
+            return Err(DatasetError::NoImages { source_name: self.source_name, passed_over });
         };
         if kind != Kind::Image {
             self.collector.expect_duplicates();
@@ -150,8 +156,18 @@ pub(super) async fn walk(
     }
 }
 
-fn is_hidden(name: &str) -> bool {
-    name.starts_with('.')
+/// Directories that operating systems and storage devices leave among people's files.
+const LEFT_BEHIND: [&str; 4] = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"];
+
+/// Whether a path's last part, or one before, is hidden.
+pub(super) fn is_hidden(path: &str) -> bool {
+    path.split('/').any(|name| name.starts_with('.') || LEFT_BEHIND.contains(&name))
+}
+
+/// That a file has the extension it has.
+pub(super) fn extension_of(path: &str) -> Reason {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    Reason::Extension(name.rsplit_once('.').map_or("", |(_, extension)| extension).to_ascii_lowercase())
 }
 
 /// A directory being walked: its entries that are left, in order, and the real paths of the directories above it.
@@ -159,6 +175,7 @@ struct Directory {
     path: PathBuf,
     key: String,
     entries: std::vec::IntoIter<String>,
+    hidden: Vec<String>,
     real: PathBuf,
 }
 
@@ -169,13 +186,14 @@ impl Directory {
         if above.iter().any(|directory| directory.real == real) {
             return Err(DatasetError::Cycle(path));
         }
-        let mut entries = Vec::new();
+        let (mut entries, mut hidden) = (Vec::new(), Vec::new());
         for entry in std::fs::read_dir(&path).map_err(unreadable)? {
             let entry = entry.map_err(unreadable)?;
             let Some(mut name) = entry.file_name().to_str().map(str::to_owned) else {
                 return Err(DatasetError::Name(entry.path()));
             };
             if is_hidden(&name) {
+                hidden.push(name);
                 continue;
             }
             let kind = entry.file_type().map_err(unreadable)?;
@@ -186,7 +204,8 @@ impl Directory {
             entries.push(name);
         }
         entries.sort_unstable();
-        Ok(Self { path, key, entries: entries.into_iter(), real })
+        hidden.sort_unstable();
+        Ok(Self { path, key, entries: entries.into_iter(), hidden, real })
     }
 }
 
@@ -218,6 +237,12 @@ fn walk_local(
     let key = if name.is_empty() { String::new() } else { format!("{}/", name.trim_end_matches('/')) };
     let mut open = vec![Directory::open(start, key, &[])?];
     while let Some(directory) = open.last_mut() {
+        for name in std::mem::take(&mut directory.hidden) {
+            let key = format!("{}{name}", directory.key);
+            if wanted(&key) {
+                intake.pass_over(Reason::Hidden, &key);
+            }
+        }
         let Some(name) = directory.entries.next() else {
             open.pop();
             continue;
@@ -229,8 +254,8 @@ fn walk_local(
         } else if wanted(&key) {
             // A link to nowhere is listed like any bad image, to be quarantined when it is read.
             let metadata = std::fs::metadata(&path).ok();
-            if let Some(what) = metadata.as_ref().and_then(files::irregular) {
-                intake.pass_over(&key, &path, what);
+            if metadata.as_ref().and_then(files::irregular).is_some() {
+                intake.pass_over(Reason::Irregular, &key);
             } else if !intake.add(local_file(path, key, metadata.as_ref())?)? {
                 break;
             }
@@ -282,7 +307,7 @@ pub(super) async fn walk_remote(
         let mut files: Vec<_> = files.try_collect().await?;
         files.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         for file in files {
-            if !intake.add(file)? {
+            if !intake.add_unless_hidden(file)? {
                 break;
             }
         }
@@ -295,14 +320,14 @@ pub(super) async fn walk_remote(
             return Ok(false);
         }
         last.clone_from(&file.key);
-        if !intake.add(file)? {
+        if !intake.add_unless_hidden(file)? {
             break;
         }
     }
     Ok(true)
 }
 
-/// The objects below a prefix that are wanted, without hidden ones.
+/// The objects below a prefix that are wanted.
 fn objects<'a>(
     store: &'a Store,
     base: &'a Url,
@@ -315,7 +340,7 @@ fn objects<'a>(
     };
     store.inner().list(prefix).map_err(failed).try_filter_map(move |object| {
         let key = object.location.to_string();
-        let taken = !key.split('/').any(is_hidden) && wanted(&key);
+        let taken = wanted(&key);
         let file = || File { location: url_of(base, &key), size: object.size, etag: object.e_tag, key: key.clone() };
         let file = taken.then(file);
         async move { Ok(file) }

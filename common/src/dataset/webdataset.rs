@@ -4,38 +4,35 @@
 //!
 //! | member | means |
 //! |---|---|
-//! | `NAME.jpg`, `.png`, `.webp`, ... | the image; where there are several, one whose whole extension is an image's |
+//! | `NAME.jpg`, `.png`, `.webp`, ... | the image; where there are several, the one whose whole extension is an image's |
 //! | `NAME.cls` | the label: a class's name or number |
 //! | `NAME.json` | an object, whose `label` is the label where there is no `.cls` |
 //! | `NAME.txt` | the label where there is neither |
 
-use std::collections::BTreeMap;
-use std::io::{self, BufReader, Read, Seek, SeekFrom};
-use std::sync::Arc;
+mod group;
+mod ranges;
 
-use bytes::Bytes;
-use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt};
-use serde_json::Value;
+use std::collections::{HashMap, HashSet};
+use std::io::{self, BufReader, Read, Seek};
+
 use tar::Archive;
-use tokio::runtime::Handle;
 
-use super::walk::{File, Kind};
-use super::{DatasetError, Found, ListOptions, Reader, caption_of, check_captions};
+use self::group::{Group, Member, Text};
+use self::ranges::Ranges;
+use super::walk::{File, Kind, extension_of, is_hidden};
+use super::{Contents, DatasetError, ListOptions, Reader, Reason};
 use crate::files;
-use crate::manifest::Part;
-use crate::store::{Location, Store, StoreError, retry};
+use crate::store::{Location, StoreError};
+use crate::text::printable;
+
+/// Extensions of members with labels, where none is named.
+const TEXTS: [&str; 3] = ["cls", "json", "txt"];
 
 /// The largest member with a label or captions that is read.
 const LARGEST_TEXT: u64 = 1 << 20;
 
-/// What is read of a remote shard at once: a header, and with it the small members that follow.
-const FIRST_WINDOW: u64 = 16 << 10;
-/// Where one window follows the other, members are small, and fewer larger requests are better.
-const LARGEST_WINDOW: u64 = 1 << 20;
-
-/// The samples of a shard.
-pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Vec<Found>, DatasetError> {
+/// What a shard holds.
+pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Contents, DatasetError> {
     let wanted = Wanted::new(options);
     let (shard, size) = (file.clone(), file.size);
     let indexing = match Location::parse(&file.location)? {
@@ -74,27 +71,53 @@ impl Wanted {
 
     fn reads(&self, extension: &str) -> bool {
         let named = |name: &Option<String>| name.as_deref() == Some(extension);
-        let usual = ["cls", "json", "txt"].contains(&extension);
+        let usual = TEXTS.contains(&extension);
         named(&self.captions)
             || (self.captions.is_some() && extension == "json")
             || (self.labels && (usual || named(&self.label)))
     }
 }
 
-/// The members of one sample.
-#[derive(Debug, Default)]
-struct Group {
-    name: String,
-    image: Option<(String, u64, u64)>,
-    /// By extension.
-    texts: BTreeMap<String, String>,
+/// What is known of a shard while it is read.
+struct Indexer<'a> {
+    shard: &'a File,
+    wanted: &'a Wanted,
+    contents: Contents,
+    group: Group,
+    /// Hashes of the names of groups that are over: 16 bytes each.
+    closed: HashSet<u128>,
+    /// What hard links may lead to, by the hash of its path: images, and short texts.
+    images: HashMap<u128, (u64, u64)>,
+    texts: HashMap<u128, Vec<u8>>,
+}
+
+/// The largest text that a hard link may lead to.
+const LARGEST_LINKED: usize = 1 << 10;
+
+/// The first bytes of what is often called `.tar` and is none, and what it is compressed with.
+const COMPRESSED: [(&[u8], &str); 4] =
+    [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\x00", "xz"), (b"BZh", "bzip2")];
+
+fn hash(text: &str) -> u128 {
+    let mut hash = [0; 16];
+    blake3::Hasher::new().update(text.as_bytes()).finalize_xof().fill(&mut hash);
+    u128::from_le_bytes(hash)
 }
 
 /// Reads a shard's headers.
-fn index(shard: &File, source: impl Read + Seek, size: u64, wanted: &Wanted) -> Result<Vec<Found>, DatasetError> {
-    let mut archive = Archive::new(source);
+fn index(shard: &File, mut source: impl Read + Seek, size: u64, wanted: &Wanted) -> Result<Contents, DatasetError> {
     let failed = |error: io::Error| unreadable(shard, error);
-    let (mut found, mut group, mut end) = (Vec::new(), Group::default(), 0);
+    let mut magic = Vec::new();
+    source.by_ref().take(6).read_to_end(&mut magic).map_err(failed)?;
+    source.rewind().map_err(failed)?;
+    if let Some((_, program)) = COMPRESSED.iter().find(|(first, _)| magic.starts_with(first)) {
+        return Err(shard.wrong(format!(
+            "is compressed with {program}: decompress it, since members are read by their position in the archive"
+        )));
+    }
+    let mut archive = Archive::new(source);
+    let mut indexer = Indexer::new(shard, wanted);
+    let mut end = 0;
     for entry in archive.entries_with_seek().map_err(failed)? {
         let mut entry = entry.map_err(failed)?;
         let (offset, length) = (entry.raw_file_position(), entry.size());
@@ -103,184 +126,173 @@ fn index(shard: &File, source: impl Read + Seek, size: u64, wanted: &Wanted) -> 
         end = offset.saturating_add(length.next_multiple_of(512));
         if offset.saturating_add(length) > size {
             return Err(shard.wrong(format!(
-                "ends in the middle of its member {path}: it was cut off; fetch it again, or leave it out"
+                "ends in the middle of its member {}: it was cut off; fetch it again, or leave it out",
+                printable(&path)
             )));
         }
         let path = path.trim_start_matches("./").to_owned();
-        let (directory, file) =
-            path.rsplit_once('/').map_or(("", path.as_str()), |(directory, file)| (directory, file));
-        if !entry.header().entry_type().is_file() || file.starts_with('.') || file.is_empty() {
+        let kind = entry.header().entry_type();
+        if kind.is_dir() || path.is_empty() || path.ends_with('/') {
             continue;
         }
-        let (stem, extension) = file.split_once('.').unwrap_or((file, ""));
-        let name = if directory.is_empty() { stem.to_owned() } else { format!("{directory}/{stem}") };
-        if name != group.name {
-            found.extend(std::mem::take(&mut group).finish(shard, wanted)?);
-            group.name = name;
-        }
-        let extension = extension.to_ascii_lowercase();
-        if Kind::of(file) == Some(Kind::Image) {
-            let better = group.image.as_ref().is_none_or(|(other, ..)| is_double(other) && !is_double(file));
-            if better {
-                group.image = Some((path, offset, length));
+        let Some(role) = indexer.role_of(&path) else { continue };
+        if kind.is_hard_link() {
+            let target = entry.link_name_bytes().map(|name| String::from_utf8_lossy(&name).into_owned());
+            indexer.take_link(path, role, &target.unwrap_or_default())?;
+        } else if !kind.is_file() {
+            let reason = if kind.is_symlink() { Reason::Link } else { Reason::Irregular };
+            indexer.contents.passed_over.note(reason, &path);
+        } else if let Role::Text(extension) = role {
+            let mut content = Ok(Vec::new());
+            match &mut content {
+                Ok(bytes) if length <= LARGEST_TEXT => _ = entry.read_to_end(bytes).map_err(failed)?,
+                content => *content = Err(length),
             }
-        } else if wanted.reads(&extension) {
-            if length > LARGEST_TEXT {
-                return Err(
-                    shard.wrong(format!("has a member {path} of {length} bytes, too large for a label or captions"))
-                );
-            }
-            let mut text = String::new();
-            entry.read_to_string(&mut text).map_err(|error| match error.kind() {
-                io::ErrorKind::InvalidData => {
-                    shard.wrong(format!("has a member {path} that is not UTF-8: save it as UTF-8"))
-                }
-                _ => failed(error),
-            })?;
-            group.texts.insert(extension, text);
+            indexer.take_text(path, extension, content)?;
+        } else {
+            indexer.take_image(Member { path, offset, length })?;
         }
     }
-    found.extend(group.finish(shard, wanted)?);
     // Two blocks of zeros end an archive; some programs write only one.
     if end.saturating_add(512) > size {
         return Err(shard.wrong("has no end-of-archive mark: it was cut off; fetch it again, or leave it out"));
     }
-    Ok(found)
+    indexer.finish()
 }
 
-/// Whether a file has an extension before its last one, like a mask's `.seg.png`.
-fn is_double(file: &str) -> bool {
-    file.rsplit('/').next().unwrap_or_default().matches('.').count() > 1
+/// What a member is to a sample.
+enum Role {
+    Image,
+    /// A text that is of interest, by its extension.
+    Text(String),
+}
+
+/// Directory and name up to the first dot of its last part, and what follows that.
+fn stem_of(path: &str) -> (&str, &str) {
+    let file = path.rfind('/').map_or(0, |slash| slash + 1);
+    match path[file..].find('.') {
+        Some(dot) => (&path[..file + dot], &path[file + dot + 1..]),
+        None => (path, ""),
+    }
+}
+
+impl<'a> Indexer<'a> {
+    fn new(shard: &'a File, wanted: &'a Wanted) -> Self {
+        let (images, texts) = (HashMap::new(), HashMap::new());
+        let (contents, group, closed) = (Contents::default(), Group::default(), HashSet::new());
+        Self { shard, wanted, contents, group, closed, images, texts }
+    }
+
+    /// What a member is; `None` where it is passed over.
+    fn role_of(&mut self, path: &str) -> Option<Role> {
+        let passed_over = &mut self.contents.passed_over;
+        if is_hidden(path) {
+            passed_over.note(Reason::Hidden, path);
+            return None;
+        }
+        if Kind::of(path) == Some(Kind::Image) {
+            return Some(Role::Image);
+        }
+        let extension = stem_of(path).1.to_ascii_lowercase();
+        if self.wanted.reads(&extension) {
+            return Some(Role::Text(extension));
+        }
+        // Labels of somebody who asks for none are no surprise.
+        if !TEXTS.contains(&extension.as_str()) {
+            passed_over.note(extension_of(path), path);
+        }
+        None
+    }
+
+    /// Begins another group where a member belongs to none before.
+    fn enter(&mut self, path: &str) -> Result<(), DatasetError> {
+        let name = stem_of(path).0;
+        if name == self.group.name {
+            return Ok(());
+        }
+        self.close()?;
+        if self.closed.contains(&hash(name)) {
+            return Err(self.shard.wrong(format!(
+                "has a member {} apart from others of the sample {}: in WebDataset's layout the members of a sample follow \
+                 each other; write the archive anew, sorted by name (tar --sort=name)",
+                printable(path),
+                printable(name)
+            )));
+        }
+        name.clone_into(&mut self.group.name);
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), DatasetError> {
+        let group = std::mem::take(&mut self.group);
+        if !(group.images.is_empty() && group.texts.is_empty()) {
+            self.closed.insert(hash(&group.name));
+        }
+        let found = group.finish(self.shard, self.wanted, &mut self.contents.passed_over)?;
+        self.contents.found.extend(found);
+        Ok(())
+    }
+
+    fn take_image(&mut self, member: Member) -> Result<(), DatasetError> {
+        self.enter(&member.path)?;
+        self.images.insert(hash(&member.path), (member.offset, member.length));
+        self.group.images.push(member);
+        Ok(())
+    }
+
+    fn take_text(
+        &mut self,
+        path: String,
+        extension: String,
+        content: Result<Vec<u8>, u64>,
+    ) -> Result<(), DatasetError> {
+        self.enter(&path)?;
+        if let Ok(text) = content.as_ref()
+            && text.len() <= LARGEST_LINKED
+        {
+            self.texts.insert(hash(&path), text.clone());
+        }
+        if let Some(first) = self.group.texts.get(&extension) {
+            return Err(self.shard.wrong(format!(
+                "has two members {} and {} of the sample {}: leave one of them out",
+                printable(&first.path),
+                printable(&path),
+                printable(&self.group.name)
+            )));
+        }
+        self.group.texts.insert(extension, Text { path, content });
+        Ok(())
+    }
+
+    /// A hard link is another name of a member before it.
+    fn take_link(&mut self, path: String, role: Role, target: &str) -> Result<(), DatasetError> {
+        let target = hash(target.trim_start_matches("./"));
+        match role {
+            Role::Image => match self.images.get(&target) {
+                Some(&(offset, length)) => return self.take_image(Member { path, offset, length }),
+                None => self.contents.passed_over.note(Reason::Link, &path),
+            },
+            Role::Text(extension) => match self.texts.get(&target).cloned() {
+                Some(text) => return self.take_text(path, extension, Ok(text)),
+                None => self.contents.passed_over.note(Reason::Link, &path),
+            },
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Contents, DatasetError> {
+        self.close()?;
+        Ok(self.contents)
+    }
 }
 
 fn unreadable(shard: &File, error: io::Error) -> DatasetError {
     match error.downcast::<StoreError>() {
         Ok(error) => error.into(),
-        Err(error) => shard.wrong(format!("is no tar archive, or damaged ({error}): fetch it again, or leave it out")),
-    }
-}
-
-impl Group {
-    /// The sample, if there is an image among the members.
-    fn finish(self, shard: &File, wanted: &Wanted) -> Result<Option<Found>, DatasetError> {
-        let Some((path, offset, length)) = &self.image else { return Ok(None) };
-        let wrong = |problem: String| shard.wrong(format!("has a sample {} that can't be used: {problem}", self.name));
-        let json = self.texts.get("json").map(|text| serde_json::from_str::<Value>(text));
-        let json = json.transpose().map_err(|e| wrong(format!("its .json is not JSON ({e})")))?.unwrap_or_default();
-        let candidates = match &wanted.captions {
-            None => Vec::new(),
-            Some(name) => {
-                let captions = match self.texts.get(name) {
-                    Some(text) if name != "json" => {
-                        text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
-                    }
-                    _ => json_captions(&json[name]).ok_or_else(|| {
-                        wrong(format!("it has neither a .{name} nor a list of captions in its .json's field '{name}'"))
-                    })?,
-                };
-                check_captions(&captions).map_err(wrong)?;
-                captions
-            }
-        };
-        let label = if wanted.labels { self.label(wanted, &json) } else { None };
-        let label = label.map(|label| caption_of(&candidates, label)).transpose();
-        let label = label.map_err(|label| wrong(format!("its label '{label}' is none of its captions")))?;
-        Ok(Some(Found {
-            key: format!("{}/{path}", shard.key),
-            location: shard.location.clone(),
-            part: Some(Part::Member { offset: *offset }),
-            size: *length,
-            etag: shard.etag.clone(),
-            label,
-            candidates,
-            pair: None,
-        }))
-    }
-
-    fn label(&self, wanted: &Wanted, json: &Value) -> Option<String> {
-        let text = |extension: &str| {
-            let text = self.texts.get(extension).filter(|_| extension != "json")?.trim();
-            (!text.is_empty()).then(|| text.to_owned())
-        };
-        match &wanted.label {
-            Some(name) => text(name).or_else(|| json_text(&json[name])),
-            None => text("cls").or_else(|| json_text(&json["label"])).or_else(|| text("txt")),
-        }
-    }
-}
-
-fn json_text(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        _ => None,
-    }
-}
-
-fn json_captions(value: &Value) -> Option<Vec<String>> {
-    value.as_array()?.iter().map(|caption| caption.as_str().map(str::to_owned)).collect()
-}
-
-/// A remote file to read and seek in, for a thread that may block.
-struct Ranges {
-    handle: Handle,
-    store: Arc<dyn ObjectStore>,
-    path: Path,
-    /// What it is called in messages.
-    name: String,
-    size: u64,
-    position: u64,
-    /// Bytes at hand, and the position of the first.
-    window: (u64, Bytes),
-    window_size: u64,
-}
-
-impl Ranges {
-    fn new(store: &Store, path: Path, size: u64) -> Self {
-        let (handle, window) = (Handle::current(), (0, Bytes::new()));
-        let (store, name) = (store.inner(), store.location().below(path.as_ref()));
-        Self { handle, store, path, name, size, position: 0, window, window_size: FIRST_WINDOW }
-    }
-
-    /// The bytes at hand from the current position on; none at the end.
-    fn ahead(&mut self) -> io::Result<Bytes> {
-        let (start, bytes) = &self.window;
-        let end = start + bytes.len() as u64;
-        if (*start..end).contains(&self.position) {
-            return Ok(bytes.slice((self.position - start) as usize..));
-        }
-        if self.position >= self.size {
-            return Ok(Bytes::new());
-        }
-        let follows = self.position == end && end > 0;
-        self.window_size = if follows { (2 * self.window_size).min(LARGEST_WINDOW) } else { FIRST_WINDOW };
-        let range = self.position..self.position.saturating_add(self.window_size).min(self.size);
-        let get = || self.store.get_range(&self.path, range.clone());
-        let bytes = self.handle.block_on(retry::run("reading", &self.name, get)).map_err(io::Error::other)?;
-        self.window = (self.position, bytes.clone());
-        Ok(bytes)
-    }
-}
-
-impl Read for Ranges {
-    fn read(&mut self, target: &mut [u8]) -> io::Result<usize> {
-        let ahead = self.ahead()?;
-        let count = ahead.len().min(target.len());
-        target[..count].copy_from_slice(&ahead[..count]);
-        self.position += count as u64;
-        Ok(count)
-    }
-}
-
-impl Seek for Ranges {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(position) => Some(position),
-            SeekFrom::Current(by) => self.position.checked_add_signed(by),
-            SeekFrom::End(by) => self.size.checked_add_signed(by),
-        };
-        self.position = position.ok_or_else(|| io::Error::other("the archive speaks of a place outside of it"))?;
-        Ok(self.position)
+        Err(error) => shard.wrong(format!(
+            "is no tar archive, or damaged ({}): fetch it again, or leave it out",
+            printable(&error.to_string())
+        )),
     }
 }
 

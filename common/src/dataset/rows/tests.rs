@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use arrow_array::builder::{ListBuilder, StringBuilder};
-use arrow_array::{BinaryArray, Int64Array, LargeBinaryArray, StringArray};
+use arrow_array::{BinaryArray, BooleanArray, Float32Array, Float64Array, Int64Array, LargeBinaryArray, StringArray};
 use parquet::arrow::ArrowWriter;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
@@ -290,4 +290,101 @@ async fn a_run_ends_when_it_holds_enough_and_the_next_one_goes_on() {
         let cell = cells.read(&store, &path, None, row, "image", &memory).await.unwrap();
         assert!(cell == large(row), "{row}");
     }
+}
+
+/// What Hugging Face notes of a column of classes.
+fn with_classes(names: &str) -> WriterProperties {
+    let noted = format!(r#"{{"info": {{"features": {{"label": {{"names": {names}, "_type": "ClassLabel"}}}}}}}}"#);
+    WriterProperties::builder().set_key_value_metadata(Some(vec![KeyValue::new("huggingface".into(), noted)])).build()
+}
+
+fn labels(samples: &[Sample]) -> Vec<Option<&str>> {
+    samples.iter().map(|sample| sample.label.as_deref()).collect()
+}
+
+#[tokio::test]
+async fn a_column_of_classes_is_read_by_name_or_by_number_and_never_by_both() {
+    let column = |values: Vec<Option<i64>>| -> ArrayRef { Arc::new(Int64Array::from(values)) };
+    let known = |text: &str| Classes::parse(text, &[]).unwrap();
+    let list = |classes: &'static str, values: Vec<Option<i64>>| async move {
+        let dataset = Dataset::with(
+            vec![("image", bytes(values.len() as u64)), ("label", column(values))],
+            with_classes(r#"["cat", "dog", "owl"]"#),
+        );
+        let classes = known(classes);
+        dataset.list(&ListOptions { classes: Some(&classes), ..ListOptions::default() }).await
+    };
+    // The job knows only some of the names: the others are told, as names.
+    let samples = list("dog\ncat", vec![Some(0), Some(2), Some(1), Some(-1), None]).await.unwrap();
+    assert_eq!(labels(&samples), [Some("cat"), Some("owl"), Some("dog"), None, None]);
+    let samples = list("a\nb\nc", vec![Some(0), Some(2), Some(1)]).await.unwrap();
+    assert_eq!(labels(&samples), [Some("0"), Some("2"), Some("1")]);
+    let error = list("dog\ncat", vec![Some(7)]).await.unwrap_err().to_string();
+    assert!(error.contains("row 0") && error.contains("label 7 is none of the 3 classes"), "{error}");
+    // Elsewhere -1 is a number like others.
+    let dataset = Dataset::new(vec![("image", bytes(1)), ("label", column(vec![Some(-1)]))]);
+    assert_eq!(labels(&dataset.list(&ListOptions::default()).await.unwrap()), [Some("-1")]);
+}
+
+#[tokio::test]
+async fn labels_are_whole_numbers_or_names_and_whatever_else_is_said() {
+    let floats: ArrayRef = Arc::new(Float64Array::from(vec![Some(3.0), None, Some(f64::NAN), Some(-1.0)]));
+    let dataset = Dataset::new(vec![("image", bytes(4)), ("label", floats)]);
+    assert_eq!(labels(&dataset.list(&ListOptions::default()).await.unwrap()), [Some("3"), None, None, Some("-1")]);
+    let half: ArrayRef = Arc::new(Float32Array::from(vec![0.5]));
+    let error = Dataset::new(vec![("image", bytes(1)), ("label", half)]).error(&ListOptions::default()).await;
+    assert!(error.contains("row 0") && error.contains("0.5 is no whole number"), "{error}");
+
+    let truths: ArrayRef = Arc::new(BooleanArray::from(vec![true, false]));
+    let dataset = Dataset::new(vec![("image", bytes(2)), ("label", Arc::clone(&truths))]);
+    let mut samples = Vec::new();
+    let listed = list_source(dataset.0.path().to_str().unwrap(), &ListOptions::default(), &mut samples).await.unwrap();
+    assert_eq!(labels(&samples), [None, None]);
+    assert_eq!(
+        listed.passed_over.to_string(),
+        "row whose label can't be one (column label: boolean): 2 (train.parquet, ...)"
+    );
+    let named = LabelSource::from("column:label");
+    let error = dataset.error(&ListOptions { label_from: Some(&named), ..ListOptions::default() }).await;
+    assert!(error.contains("a column 'label' of type boolean, which can't be labels"), "{error}");
+    // The next column that can hold labels does.
+    let dataset = Dataset::new(vec![("image", bytes(2)), ("label", truths), ("cls", strings(&[Some("a"), None]))]);
+    assert_eq!(labels(&dataset.list(&ListOptions::default()).await.unwrap()), [Some("a"), None]);
+}
+
+#[tokio::test]
+async fn of_each_row_it_is_decided_whether_it_has_an_image_or_a_path() {
+    let images = || {
+        structs(
+            vec![Some(image(0)), None, Some(image(2)), None],
+            &[Some("not there.png"), Some("1.png"), None, Some("sub/3.png")],
+        )
+    };
+    for statistics in [EnabledStatistics::None, EnabledStatistics::Chunk] {
+        let properties = WriterProperties::builder().set_statistics_enabled(statistics).build();
+        let dataset = Dataset::with(
+            vec![("image", images()), ("label", Arc::new(Int64Array::from_iter_values(0..4)))],
+            properties,
+        );
+        std::fs::create_dir(dataset.0.path().join("sub")).unwrap();
+        for (name, row) in [("1.png", 1), ("sub/3.png", 3)] {
+            std::fs::write(dataset.0.path().join(name), image(row)).unwrap();
+        }
+        let mut samples = Vec::new();
+        let source = dataset.0.path().join("train.parquet");
+        list_source(source.to_str().unwrap(), &ListOptions::default(), &mut samples).await.unwrap();
+        let keys: Vec<_> = samples.iter().map(|sample| sample.key.as_str()).collect();
+        assert_eq!(keys, ["train.parquet/000000", "1.png", "train.parquet/000002", "sub/3.png"]);
+        let reader = Reader::new();
+        for (row, sample) in (0..).zip(&samples) {
+            assert_eq!(reader.read(&sample.into()).await.unwrap(), image(row));
+            assert_eq!(sample.label, Some(row.to_string()));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_without_rows_is_an_error() {
+    let error = Dataset::new(vec![("image", bytes(0))]).error(&ListOptions::default()).await;
+    assert!(error.contains("there is no image in"), "{error}");
 }

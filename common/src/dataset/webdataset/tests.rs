@@ -1,13 +1,16 @@
-use std::io::Cursor;
-use std::sync::Mutex;
+use std::io::{Cursor, SeekFrom};
+use std::sync::{Arc, Mutex};
 
+use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
+use object_store::path::Path;
 use tar::{Builder, EntryType, Header};
 use tempfile::TempDir;
 
 use super::super::{LabelSource, list as list_source};
 use super::*;
 use crate::manifest::Sample;
+use crate::store::Store;
 
 /// A tar archive of these members.
 fn archive(members: &[(&str, &[u8])]) -> Vec<u8> {
@@ -39,11 +42,17 @@ fn usual() -> Vec<u8> {
 }
 
 async fn list_shard(bytes: &[u8], options: &ListOptions<'_>) -> Result<Vec<Sample>, DatasetError> {
+    Ok(account_of(bytes, options).await?.0)
+}
+
+/// The samples, and what was passed over.
+async fn account_of(bytes: &[u8], options: &ListOptions<'_>) -> Result<(Vec<Sample>, String), DatasetError> {
     let root = TempDir::new().unwrap();
     let path = root.path().join("shard-0.tar");
     std::fs::write(&path, bytes).unwrap();
     let mut samples = Vec::new();
-    list_source(path.to_str().unwrap(), options, &mut samples).await?;
+    let listed = list_source(path.to_str().unwrap(), options, &mut samples).await?;
+    assert_eq!(listed.samples, samples.len() as u64);
     let reader = Reader::new();
     for sample in &samples {
         // What is listed is what is read.
@@ -51,7 +60,7 @@ async fn list_shard(bytes: &[u8], options: &ListOptions<'_>) -> Result<Vec<Sampl
         assert_eq!(image.len() as u64, sample.size);
         assert!(["first image", "second", "third"].map(str::as_bytes).contains(&&image[..]) || sample.size > 100);
     }
-    Ok(samples)
+    Ok((samples, listed.passed_over.to_string()))
 }
 
 #[tokio::test]
@@ -138,22 +147,135 @@ async fn what_is_no_archive_or_tells_lies_is_refused() {
     header.set_size(u64::MAX / 2);
     header.set_cksum();
     lie[..512].copy_from_slice(header.as_bytes());
-    let two = archive(&[("0.jpg", b"first image"), ("0.jpg", b"second")]);
-    let twice = archive(&[("0.jpg", b"first image"), ("1.txt", b"x"), ("0.jpg", b"second")]);
-    let bad_json = archive(&[("0.jpg", b"first image"), ("0.json", b"{")]);
     let not_text = archive(&[("0.jpg", b"first image"), ("0.cls", b"\xff\xfe")]);
     for (bytes, message) in [
         (&b"<html>no archive</html>".repeat(100)[..], "no tar archive"),
         (&lie, "cut off"),
-        (&twice, "two images named shard-0.tar/0.jpg"),
-        (&bad_json, "its .json is not JSON"),
-        (&not_text, "0.cls that is not UTF-8"),
+        (&not_text, "its member 0.cls is not UTF-8"),
     ] {
         let error = list_shard(bytes, &ListOptions::default()).await.unwrap_err().to_string();
         assert!(error.contains(message), "{message}: {error}");
     }
-    // Within one sample the first of two members counts.
-    assert_eq!(list_shard(&two, &ListOptions::default()).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn no_image_or_label_of_a_sample_is_lost_in_silence() {
+    let image = b"first image";
+    type Members = &'static [(&'static str, &'static [u8])];
+    let cases: [(Members, &str); 9] = [
+        // Names with dots are one sample.
+        (
+            &[("IMG.01.05_1.png", b"first image"), ("IMG.01.05_2.png", b"first image")],
+            "IMG.01.05_1.png and IMG.01.05_2.png are two images",
+        ),
+        (
+            &[("a.input.png", b"first image"), ("a.target.jpg", b"first image")],
+            "a.input.png and a.target.jpg are two images",
+        ),
+        (&[("a.jpg", b"first image"), ("a.JPEG", b"first image")], "a.jpg and a.JPEG are two images"),
+        (
+            &[("a.jpg", b"first image"), ("b.jpg", b"first image"), ("a.cls", b"1"), ("b.cls", b"2")],
+            "a member a.cls apart from others",
+        ),
+        (&[("0.jpg", b"first image"), ("1.txt", b"x"), ("0.jpg", b"first image")], "a member 0.jpg apart from others"),
+        (&[("0.jpg", b"first image"), ("0.jpg", b"first image")], "its member 0.jpg is there twice"),
+        (&[("0.jpg", b"first image"), ("0.cls", b"1"), ("0.cls", b"2")], "two members 0.cls and 0.cls of the sample 0"),
+        (&[("0.jpg", b"first image"), ("0.cls", b"1"), ("0.CLS", b"2")], "two members 0.cls and 0.CLS of the sample 0"),
+        (&[("notes.md", b"x"), ("0.cls", b"1")], "no image in"),
+    ];
+    for (members, message) in cases {
+        let error = list_shard(&archive(members), &ListOptions::default()).await.unwrap_err().to_string();
+        assert!(error.contains(message) && error.contains("shard-0.tar"), "{message}: {error}");
+    }
+    // Who asks for no labels does not stumble over them.
+    let none = LabelSource::None;
+    let without = ListOptions { label_from: Some(&none), ..ListOptions::default() };
+    let (samples, passed_over) = account_of(&archive(cases[3].0), &without).await.unwrap();
+    assert_eq!((samples.len(), passed_over.as_str()), (2, ""));
+}
+
+#[tokio::test]
+async fn what_is_passed_over_is_counted() {
+    let members: [(&str, &[u8]); 14] = [
+        (".ipynb_checkpoints/0.jpg", b"junk"),
+        ("__MACOSX/0.jpg", b"junk"),
+        ("@eaDir/0.jpg/x.jpg", b"junk"),
+        ("._0.jpg", b"junk"),
+        ("0.jfif", b"first image"),
+        ("0.cls", b"1"),
+        ("1.avif", b"unknown"),
+        ("1.cls", b"1"),
+        ("2.JPE", b"second"),
+        ("2.json", b"{\"label\": "),
+        ("3.jpg", b"third"),
+        ("3.png", b"mask"),
+        ("3.json", b"{\"score\": NaN, \"low\": -Infinity, \"label\": 7}"),
+        ("LICENSE", b"free"),
+    ];
+    let (samples, passed_over) = account_of(&archive(&members), &ListOptions::default()).await.unwrap();
+    let seen: Vec<_> = samples.iter().map(|s| (s.key.as_str(), s.label.as_deref())).collect();
+    assert_eq!(
+        seen,
+        [("shard-0.tar/0.jfif", Some("1")), ("shard-0.tar/2.JPE", None), ("shard-0.tar/3.jpg", Some("7"))]
+    );
+    assert_eq!(
+        passed_over,
+        "hidden, or left by an operating system: 4 (.ipynb_checkpoints/0.jpg, __MACOSX/0.jpg, @eaDir/0.jpg/x.jpg, ...); \
+         no extension: 1 (LICENSE); extension .avif: 1 (1.avif); further image of a sample: 1 (3.png); \
+         label or captions without an image: 1 (1.cls); label that can't be read: 1 (2.json)"
+    );
+    // A .json of which nothing is wanted may be anything.
+    let broken: [(&str, &[u8]); 3] = [("0.jpg", b"first image"), ("0.cls", b"1"), ("0.json", b"{")];
+    let (samples, passed_over) = account_of(&archive(&broken), &ListOptions::default()).await.unwrap();
+    assert_eq!((samples[0].label.as_deref(), passed_over.as_str()), (Some("1"), ""));
+    let captions = ListOptions { candidates: Some("json"), ..ListOptions::default() };
+    let error = list_shard(&archive(&broken), &captions).await.unwrap_err().to_string();
+    assert!(error.contains("its member 0.json is not JSON"), "{error}");
+}
+
+#[tokio::test]
+async fn a_hard_link_is_the_member_it_leads_to() {
+    let mut builder = Builder::new(Vec::new());
+    let mut member = |kind: EntryType, name: &str, content: &[u8], target: &str| {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(content.len() as u64);
+        if target.is_empty() {
+            header.set_cksum();
+            builder.append_data(&mut header, name, content).unwrap();
+        } else {
+            builder.append_link(&mut header, name, target).unwrap();
+        }
+    };
+    member(EntryType::Regular, "./a.jpg", b"first image", "");
+    member(EntryType::Regular, "./a.cls", b"4", "");
+    member(EntryType::Link, "./b.jpg", b"", "./a.jpg");
+    member(EntryType::Link, "./b.cls", b"", "./a.cls");
+    member(EntryType::Symlink, "./c.jpg", b"", "a.jpg");
+    member(EntryType::Link, "./d.jpg", b"", "./gone.jpg");
+    let (samples, passed_over) = account_of(&builder.into_inner().unwrap(), &ListOptions::default()).await.unwrap();
+    let seen: Vec<_> = samples.iter().map(|s| (s.key.as_str(), s.size, s.label.as_deref())).collect();
+    assert_eq!(seen, [("shard-0.tar/a.jpg", 11, Some("4")), ("shard-0.tar/b.jpg", 11, Some("4"))]);
+    assert_eq!(passed_over, "link to no earlier member: 2 (c.jpg, d.jpg)");
+}
+
+#[tokio::test]
+async fn nothing_to_do_and_what_is_compressed_are_errors_without_a_byte_of_data() {
+    let gzip = [b"\x1f\x8b\x08\x00\x00".to_vec(), vec![0x1b; 2000]].concat();
+    let control = {
+        let mut bytes = b"\x1b[31mnot a tar".to_vec();
+        bytes.resize(2048, 7);
+        bytes
+    };
+    for (bytes, message) in [
+        (archive(&[]), "there is no image in"),
+        (gzip, "shard-0.tar is compressed with gzip: decompress it"),
+        (control, "is no tar archive, or damaged"),
+    ] {
+        let error = list_shard(&bytes, &ListOptions::default()).await.unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+        assert!(!error.chars().any(char::is_control), "{error:?}");
+    }
 }
 
 #[tokio::test]
@@ -208,7 +330,7 @@ fn images_are_not_read_to_list_a_shard() {
     let (size, read) = (file.size, Mutex::new(0));
     let wanted = Wanted::new(&ListOptions::default());
     let found = index(&file, Counted(Cursor::new(bytes), &read), size, &wanted).unwrap();
-    assert_eq!(found.len(), 20);
+    assert_eq!(found.found.len(), 20);
     assert!(*read.lock().unwrap() < size / 50, "{} of {size}", read.lock().unwrap());
 }
 
