@@ -160,7 +160,6 @@ async fn what_is_no_archive_or_tells_lies_is_refused() {
 
 #[tokio::test]
 async fn no_image_or_label_of_a_sample_is_lost_in_silence() {
-    let image = b"first image";
     type Members = &'static [(&'static str, &'static [u8])];
     let cases: [(Members, &str); 9] = [
         // Names with dots are one sample.
