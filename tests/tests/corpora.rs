@@ -12,6 +12,7 @@ use elbo_tests::{
     PATIENCE, Process, classes, elbo, job_flags, json, make_pipe, predictions, python, results, root, run, run_ok,
     some_images, sorted, stderr, with,
 };
+use serde_json::json;
 use tempfile::TempDir;
 
 /// The usual job, with labels from the corpus and noise that does not depend on keys.
@@ -193,6 +194,49 @@ fn bad_images_are_quarantined_and_tried_again_when_they_are_mended() {
     let fresh = outs.path().join("fresh");
     run_ok(&mut job(&fresh));
     assert_eq!(predictions(&fresh), after);
+}
+
+/// What is no image is said wherever somebody looks, and may be forbidden.
+#[test]
+fn what_is_passed_over_is_said_by_every_command() {
+    let (digits, outs) = (some_images(1), TempDir::new().unwrap());
+    for (name, content) in [("one/new.avif", "x"), ("two/.DS_Store", "x"), ("labels.csv", "key,label")] {
+        std::fs::write(digits.path().join(name), content).unwrap();
+    }
+    let (images, out) = (text(digits.path().into()), outs.path().join("out"));
+    let said = |text: &str| {
+        ["extension .avif: 1 (one/new.avif)", "extension .csv: 1 (labels.csv)", "system: 1 (two/.DS_Store)"]
+            .iter()
+            .all(|reason| text.contains(reason))
+    };
+    let strict = run(elbo().arg("label").args(flags(&images, &out)).arg("--strict"));
+    assert_eq!(strict.status.code(), Some(1));
+    assert!(said(&stderr(&strict)) && stderr(&strict).contains("leave out --strict"), "{}", stderr(&strict));
+    assert!(!out.join("job.json").exists());
+
+    let labelled = run_ok(elbo().arg("label").args(flags(&images, &out)));
+    assert!(said(&stderr(&labelled)), "{}", stderr(&labelled));
+    let passed_over = [
+        json!({"reason": "hidden", "count": 1, "examples": ["two/.DS_Store"]}),
+        json!({"reason": "extension", "detail": "avif", "count": 1, "examples": ["one/new.avif"]}),
+        json!({"reason": "extension", "detail": "csv", "count": 1, "examples": ["labels.csv"]}),
+    ];
+    let job: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("job.json")).unwrap()).unwrap();
+    assert_eq!(job["manifest"]["passed_over"], json!(passed_over));
+    assert_eq!(json(elbo().args(["report", "--json"]).arg(&out))["passed_over"], json!(passed_over));
+    assert!(said(&String::from_utf8(run_ok(elbo().arg("report").arg(&out)).stdout).unwrap()));
+    // What was listed is known: the same command with --strict is refused as well.
+    let again = run(elbo().arg("label").args(flags(&images, &out)).arg("--strict"));
+    assert!(again.status.code() == Some(1) && said(&stderr(&again)), "{}", stderr(&again));
+
+    let plan = || {
+        let mut plan = elbo();
+        plan.args(["plan", "--images", &images, "--keep", "1", "--samples", "2", "--classes"]).arg(classes());
+        plan
+    };
+    assert_eq!(json(plan().arg("--json"))["passed_over"], json!(passed_over));
+    assert!(said(&String::from_utf8(run_ok(&mut plan()).stdout).unwrap()));
+    assert!(said(&stderr(&run(plan().arg("--strict")))));
 }
 
 #[test]

@@ -18,8 +18,8 @@ pub enum Reason {
     Hidden,
     /// Its extension is none of an image's; empty where it has none.
     Extension(String),
-    /// It is a device, a socket or a pipe.
-    Irregular,
+    /// It is a device, a socket or a pipe: which.
+    Irregular(String),
     /// A link in an archive that leads to no member before it.
     Link,
     /// A sample has a better image: `a.seg.png` beside `a.png`, or the second of `a.jpg` and `a.png`.
@@ -45,7 +45,7 @@ impl fmt::Display for Reason {
                 write!(f, "extension .{packed}, which must be unpacked to be read")
             }
             Self::Extension(extension) => write!(f, "extension .{}", printable(extension)),
-            Self::Irregular => f.write_str("not a regular file"),
+            Self::Irregular(what) => write!(f, "{what}, not a regular file"),
             Self::Link => f.write_str("link to no earlier member"),
             Self::AnotherImage => f.write_str("further image of a sample"),
             Self::WithoutImage => f.write_str("label or captions without an image"),

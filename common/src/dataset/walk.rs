@@ -254,8 +254,8 @@ fn walk_local(
         } else if wanted(&key) {
             // A link to nowhere is listed like any bad image, to be quarantined when it is read.
             let metadata = std::fs::metadata(&path).ok();
-            if metadata.as_ref().and_then(files::irregular).is_some() {
-                intake.pass_over(Reason::Irregular, &key);
+            if let Some(what) = metadata.as_ref().and_then(files::irregular) {
+                intake.pass_over(Reason::Irregular(what.to_owned()), &key);
             } else if !intake.add(local_file(path, key, metadata.as_ref())?)? {
                 break;
             }

@@ -140,7 +140,7 @@ fn index(shard: &File, mut source: impl Read + Seek, size: u64, wanted: &Wanted)
             let target = entry.link_name_bytes().map(|name| String::from_utf8_lossy(&name).into_owned());
             indexer.take_link(path, role, &target.unwrap_or_default())?;
         } else if !kind.is_file() {
-            let reason = if kind.is_symlink() { Reason::Link } else { Reason::Irregular };
+            let reason = if kind.is_symlink() { Reason::Link } else { Reason::Irregular("a device or pipe".into()) };
             indexer.contents.passed_over.note(reason, &path);
         } else if let Role::Text(extension) = role {
             let mut content = Ok(Vec::new());
