@@ -20,6 +20,8 @@ mod rows;
 mod walk;
 mod webdataset;
 
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use futures::{StreamExt, TryStreamExt};
@@ -34,8 +36,10 @@ pub use self::pattern::canonical;
 pub use self::reader::{Image, ReadError, Reader, read_object};
 use self::walk::{Intake, Kind};
 use crate::class::Classes;
+use crate::hand_table::HandError;
 use crate::store::{Location, StoreError};
 use crate::table::TableError;
+use crate::text::{excerpt, normal};
 
 /// Tar and Parquet files looked into at a time.
 const CONTAINERS: usize = 16;
@@ -49,19 +53,19 @@ pub const EXTENSIONS: [&str; 12] =
 pub enum DatasetError {
     /// There is nothing at the source.
     #[error(
-        "listing the images: {0} does not exist; give an existing directory, a prefix URL like s3://bucket/images, or a .csv \
-         or .txt list of images"
+        "listing the images: {0} does not exist; give an existing directory, a prefix URL like s3://bucket/images, or a .csv, \
+         .tsv or .txt list of images"
     )]
     Missing(String),
     /// The source is one file.
     #[error(
-        "listing the images: {0} is a file; give the directory that holds the images, or a .csv or .txt list of them"
+        "listing the images: {0} is a file; give the directory that holds the images, or a .csv, .tsv or .txt list of them"
     )]
     IsFile(String),
     /// The source is something that is not read to its end.
     #[error(
-        "listing the images: {path} is {what}, which is not read as images: give a directory, a regular file, or a .csv or \
-         .txt list of images"
+        "listing the images: {path} is {what}, which is not read as images: give a directory, a regular file, or a .csv, \
+         .tsv or .txt list of images"
     )]
     Irregular {
         /// Where.
@@ -106,6 +110,9 @@ pub enum DatasetError {
     /// A directory contains itself by way of a symbolic link.
     #[error("listing the images: {0} links to a directory that contains it; remove the link")]
     Cycle(PathBuf),
+    /// A list of images can't be read.
+    #[error("listing the images: {0}")]
+    Given(#[from] HandError),
     /// A list of images can't be used as a whole.
     #[error("listing the images: the list {list} {problem}")]
     List {
@@ -166,7 +173,7 @@ pub enum DatasetError {
     /// The server does not list.
     #[error(
         "listing the images: {url} can't be listed ({reason}): name the files, as in 'https://host/shard-{{000..099}}.tar', \
-         or give a .txt or .csv list of images"
+         or give a .txt, .csv or .tsv list of images"
     )]
     Unlistable {
         /// The directory.
@@ -177,7 +184,7 @@ pub enum DatasetError {
     /// Images that bring no captions.
     #[error(
         "listing the images: {source_name} holds image files, which bring no '{candidates}' along: with --candidates give \
-         --images a .csv list, .parquet files or .tar shards"
+         --images a .csv or .tsv list, .parquet files or .tar shards"
     )]
     NoCaptions {
         /// The source.
@@ -255,7 +262,7 @@ impl<'a> ListOptions<'a> {
     }
 }
 
-/// Whether a source is a list of images: a `.csv` or `.txt` file.
+/// Whether a source is a list of images: a `.csv`, `.tsv` or `.txt` file.
 pub fn is_list(source: &str) -> bool {
     let Ok(location) = Location::parse(source) else { return false };
     let name = match &location {
@@ -263,7 +270,7 @@ pub fn is_list(source: &str) -> bool {
         Location::Local(path) => path.to_string_lossy().to_ascii_lowercase(),
         Location::Remote(url) => url.path().to_ascii_lowercase(),
     };
-    [".csv", ".txt"].iter().any(|extension| name.ends_with(extension))
+    [".csv", ".tsv", ".txt"].iter().any(|extension| name.ends_with(extension))
 }
 
 /// Lists the images of `source` into `sink` and tells how many there are, and what was passed over.
@@ -363,12 +370,18 @@ fn check_captions(captions: &[String]) -> Result<(), String> {
     if captions.is_empty() {
         return Err("there is no caption: give every image at least one, or leave the image out".into());
     }
+    let mut first: HashMap<Cow<'_, str>, usize> = HashMap::new();
     for (i, caption) in captions.iter().enumerate() {
         if caption.trim().is_empty() {
             return Err(format!("caption {i} is empty: positions count from 0 without gaps"));
         }
-        if captions[..i].contains(caption) {
-            return Err(format!("the caption '{caption}' is there twice: captions of one image must differ"));
+        // Blanks around it, and the Unicode form, say nothing to a text encoder.
+        let at = *first.entry(normal(caption.trim())).or_insert(i);
+        if at != i {
+            return Err(format!(
+                "the caption '{}' is there twice, at the positions {at} and {i}: captions of one image must differ",
+                excerpt(caption)
+            ));
         }
     }
     Ok(())

@@ -191,6 +191,23 @@ impl Contenders {
         prompts.windows(2).any(|pair| self.class_of(pair[0]) != self.class_of(pair[1]))
     }
 
+    /// Whether two prompts are of different classes or groups, of which none is in the other, so that they may be compared.
+    pub fn may_be_compared(&self, one: PromptIndex, other: PromptIndex) -> bool {
+        self.are_rivals(&[one, other]) && !self.is_below(one, other) && !self.is_below(other, one)
+    }
+
+    /// Whether a prompt is of something in the group of another.
+    fn is_below(&self, member: PromptIndex, group: PromptIndex) -> bool {
+        let mut level = vec![group];
+        while self.have_groups(&level) {
+            level = self.opened(&level);
+            if level.contains(&member) {
+                return true;
+            }
+        }
+        false
+    }
+
     /// How many contenders there are.
     pub fn len(&self) -> usize {
         self.count
@@ -326,6 +343,8 @@ mod tests {
             assert!(
                 !contenders.are_rivals(&[4, 5].map(PromptIndex)) && contenders.are_rivals(&[3, 4].map(PromptIndex))
             );
+            let compared = |a, b| contenders.may_be_compared(PromptIndex(a), PromptIndex(b));
+            assert!(compared(0, 2) && compared(3, 4) && !compared(0, 1) && !compared(1, 4) && !compared(5, 2));
             let together = contenders.of_prompt(PromptIndex(4)) == contenders.of_prompt(PromptIndex(5));
             assert_eq!(together, ensemble == PromptEnsemble::Mean);
             assert_eq!((contenders.prompt_count(), contenders.len()), (6, of_classes.len()));

@@ -17,6 +17,7 @@ pub mod ensemble;
 pub mod export;
 pub mod files;
 pub mod fingerprint;
+pub mod hand_table;
 pub mod ids;
 pub mod interval;
 pub mod job;

@@ -1,4 +1,8 @@
-//! Text from outside on its way to a terminal.
+//! Text from outside: on its way to a terminal, and where it is compared.
+
+use std::borrow::Cow;
+
+use unicode_normalization::{UnicodeNormalization, is_nfc};
 
 /// Marks for what is not shown.
 const MARK: char = '\u{fffd}';
@@ -11,6 +15,22 @@ pub fn printable(text: &str) -> String {
 /// The same of a text that has several lines.
 pub fn printable_lines(text: &str) -> String {
     text.chars().map(|c| if c != '\n' && is_hostile(c) { MARK } else { c }).collect()
+}
+
+/// A text in Unicode's normal form C, in which names and keys are compared: macOS writes é as two characters in file names,
+/// and everybody else as one.
+pub fn normal(text: &str) -> Cow<'_, str> {
+    if text.is_ascii() || is_nfc(text) { Cow::Borrowed(text) } else { Cow::Owned(text.nfc().collect()) }
+}
+
+/// The start of a text, in as many characters as a message has room for, without those that a terminal would obey.
+pub fn excerpt(text: &str) -> String {
+    const LONGEST: usize = 60;
+    let mut shown: String = text.chars().take(LONGEST).collect();
+    if shown.len() < text.len() {
+        shown.push('…');
+    }
+    printable(&shown)
 }
 
 /// Control characters, and those that turn the direction of writing.
@@ -26,5 +46,13 @@ mod tests {
     fn what_a_terminal_would_obey_is_marked() {
         assert_eq!(printable("a\u{1b}[2Jb\r\n\u{9b}c\u{202e}d é"), "a\u{fffd}[2Jb\u{fffd}\u{fffd}\u{fffd}c\u{fffd}d é");
         assert_eq!(printable_lines("a\n\tb\u{7}"), "a\n\u{fffd}b\u{fffd}");
+    }
+
+    #[test]
+    fn names_compare_in_one_normal_form_and_show_their_start() {
+        assert_eq!(normal("U\u{308}bung_e\u{301}"), "Übung_é");
+        assert!(matches!(normal("Übung"), Cow::Borrowed("Übung")));
+        assert_eq!(excerpt("é\u{7}"), "é\u{fffd}");
+        assert_eq!(excerpt(&"ab".repeat(50)), format!("{}…", "ab".repeat(30)));
     }
 }

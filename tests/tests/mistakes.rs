@@ -121,6 +121,30 @@ fn wrong_class_files_are_refused_with_the_line() {
 }
 
 #[test]
+fn classes_that_cannot_be_told_apart_are_refused_before_anything_is_computed() {
+    let outs = TempDir::new().unwrap();
+    let file = outs.path().join("classes.csv");
+    let case = Case { classes: file.clone(), flags: vec!["--limit", "1", "--samples", "1"], ..Case::new(&outs) };
+    std::fs::write(&file, "label;note\nzero;x\n").unwrap();
+    case.fails(1, &["classes.csv: it has no column 'classname'", "names label, note"]);
+    let names = Case { classes: outs.path().join("classes.txt"), flags: case.flags.clone(), ..Case::new(&outs) };
+    std::fs::write(&names.classes, "missile\nsunglasses\nmissile\n").unwrap();
+    names.fails(1, &["classes.txt, line 3", "class 2 is called 'missile', as is class 0"]);
+    let long = "digit ".repeat(76);
+    std::fs::write(&file, format!("prompt,classname\n{long}zero,zero\n{long}one,one\n")).unwrap();
+    case.fails(1, &["of class 'zero' and", "of class 'one' are the same tokens", "the first 75 tokens"]);
+    std::fs::write(&file, "prompt,classname\nThe Digit,zero\nthe digit,one\n").unwrap();
+    case.fails(1, &["'The Digit' of class 'zero' and", "'the digit' of class 'one'", "differ in their words"]);
+    assert!(!case.out.exists(), "a job that can't run must leave nothing behind");
+    // What still differs is computed, with a warning.
+    std::fs::write(&file, format!("prompt,classname\nzero {long},zero\none {long},one\n")).unwrap();
+    let output =
+        run(&mut Case { flags: vec!["--limit", "1", "--policy", "exhaustive", "--samples", "1"], ..case }.command());
+    let message = stderr(&output);
+    assert!(output.status.success() && message.contains("2 of the prompts are longer than the 75 tokens"), "{message}");
+}
+
+#[test]
 fn an_output_that_cannot_be_written_is_named() {
     let outs = TempDir::new().unwrap();
     let file = outs.path().join("file");

@@ -2,8 +2,8 @@
 //! before.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use elbo_common::budget::Budget;
@@ -11,8 +11,10 @@ use elbo_common::class::{Classes, Prompt};
 use elbo_common::dataset::{Image, ReadError, Reader};
 use elbo_common::ids::{PromptIndex, Round, SampleId};
 use elbo_common::manifest::Part;
+use elbo_common::text::excerpt;
 use elbo_common::unit::{Unit, UnitId};
 use elbo_kernels::gpu;
+use elbo_net::Seldom;
 use elbo_proto::v1;
 use futures::StreamExt;
 
@@ -20,7 +22,7 @@ use crate::access::{Access, Unread};
 use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
 use crate::latent::{Key, Latent, LatentCache};
 use crate::metrics::metrics;
-use crate::models::{Conditions, ModelError};
+use crate::models::{Conditions, ModelError, check_distinct, cut_off};
 use crate::picture::{Picture, picture};
 use crate::stage::Stage;
 
@@ -107,12 +109,14 @@ struct BlockConditions {
     conditions: Vec<Arc<Conditions>>,
     /// Where each sample's prompts start, and how many it has.
     of_sample: HashMap<SampleId, (u32, usize)>,
+    /// Samples whose captions can't be told apart, and which.
+    same: HashMap<SampleId, String>,
 }
 
 impl Preparer {
     /// Reads, decodes and encodes what a block needs.
     pub async fn prepare(&self, block: v1::Block) -> Result<Prepared, BlockError> {
-        let BlockConditions { conditions, of_sample } = self.conditions(&block.samples).await?;
+        let BlockConditions { conditions, of_sample, mut same } = self.conditions(&block.samples).await?;
         let units = block.units.into_iter().map(|u| self.unit(u, &of_sample)).collect::<Option<Vec<_>>>();
         let units = units.ok_or(BlockError::Foreign)?;
         let stages = self.stages_of(&units);
@@ -123,7 +127,13 @@ impl Preparer {
             let noise_key = if sample.noise_key.is_empty() { &sample.key } else { &sample.noise_key };
             keys.insert(SampleId(sample.id), Arc::from(noise_key.as_str()));
             let stages = stages.get(&SampleId(sample.id)).cloned().unwrap_or_default();
-            self.latents(sample, stages)
+            let same = same.remove(&SampleId(sample.id));
+            async {
+                match same {
+                    Some(error) => Ok(Err(BadSample { sample: SampleId(sample.id), stage: "encode", error })),
+                    None => self.latents(sample, stages).await,
+                }
+            }
         }))
         // One that comes slowly holds up no other.
         .buffer_unordered(AHEAD);
@@ -165,7 +175,7 @@ impl Preparer {
         if let Some(conditions) = of_job {
             let prompts = (0, conditions.last().map_or(0, |conditions| conditions.len()));
             let of_sample = samples.iter().map(|sample| (SampleId(sample.id), prompts)).collect();
-            return Ok(BlockConditions { conditions, of_sample });
+            return Ok(BlockConditions { conditions, of_sample, same: HashMap::new() });
         }
         let (captions, of_sample) = gather_captions(samples);
         if captions.is_empty() {
@@ -174,10 +184,12 @@ impl Preparer {
         let problem = Arc::clone(&self.problem);
         let encoding = tokio::task::spawn_blocking(move || {
             let encode = |stage: &Stage| Ok(Arc::new(stage.conditions_of(&captions)?));
-            problem.stages.iter().map(encode).collect::<Result<Vec<_>, ModelError>>()
+            let conditions = problem.stages.iter().map(encode).collect::<Result<Vec<_>, ModelError>>()?;
+            let same = same_captions(&problem.stages, &captions, &of_sample)?;
+            Ok(BlockConditions { conditions, of_sample, same })
         });
-        let conditions = encoding.await.map_err(|_| ModelError::Input("the text encoder crashed".into())).flatten();
-        Ok(BlockConditions { conditions: conditions.map_err(BlockError::Captions)?, of_sample })
+        let encoded = encoding.await.map_err(|_| ModelError::Input("the text encoder crashed".into())).flatten();
+        encoded.map_err(BlockError::Captions)
     }
 
     /// A unit of the contract as one of ours; `None` where it is not of this job.
@@ -245,6 +257,31 @@ impl Preparer {
         }
         Ok(Ok(latents))
     }
+}
+
+/// The samples of which two captions are the same to one of the models; and says which captions are not read to their end.
+fn same_captions(
+    stages: &[Stage],
+    captions: &[Prompt],
+    of_sample: &HashMap<SampleId, (u32, usize)>,
+) -> Result<HashMap<SampleId, String>, ModelError> {
+    static CUT_OFF: LazyLock<Seldom> = LazyLock::new(Seldom::default);
+    let texts: Vec<String> = captions.iter().map(|caption| caption.text.clone()).collect();
+    let mut same = HashMap::new();
+    for stage in stages {
+        let Some(readings) = stage.readings(&texts)? else { continue };
+        if let Some(warning) = cut_off("captions of a block", &texts, &readings).filter(|_| CUT_OFF.is_due()) {
+            tracing::warn!("{warning}");
+        }
+        for (sample, (start, count)) in of_sample {
+            let own = *start as usize..*start as usize + count;
+            let shown = |at: usize| format!("caption {at} '{}'", excerpt(&texts[own.start + at]));
+            if let Err(error) = check_distinct(&readings[own.clone()], |_, _| true, shown) {
+                same.insert(*sample, error.to_string());
+            }
+        }
+    }
+    Ok(same)
 }
 
 /// Where a sample's image lies.

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use elbo_common::class::Prompt;
 use elbo_common::fingerprint::{HashError, JobIdentity};
+use elbo_common::ids::PromptIndex;
 use elbo_common::job::JobSpec;
 use elbo_common::model_files::is_contrastive;
 use elbo_common::model_source::{JobModels, SourceError};
@@ -11,10 +13,13 @@ use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
 use elbo_common::policy::{Course, PolicyError};
 use elbo_common::schedule::{NoiseSchedule, ScheduleError};
 use elbo_common::score::{ScoreError, Scorer};
+use elbo_common::text::excerpt;
 
 use crate::device::{Device, DeviceError};
 use crate::engine::Problem;
-use crate::models::{ContrastiveModel, DiffusionModel, Family, LoadOptions, Lora, ModelError};
+use crate::models::{
+    ContrastiveModel, DiffusionModel, Family, LoadOptions, Lora, ModelError, Reading, check_distinct, cut_off,
+};
 use crate::stage::{Diffusion, Model, Stage};
 
 /// A job this worker can't work on.
@@ -121,6 +126,7 @@ fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -
     let model = ContrastiveModel::load(directory, &LoadOptions::new(device.clone(), spec.dtype))?;
     let mut stage = Stage { model: Model::Contrastive(Box::new(model)), conditions: None };
     if spec.candidates.is_none() {
+        check_prompts(spec, &spec.classes.prompts, |texts| stage.readings(texts))?;
         stage.conditions = Some(Arc::new(stage.conditions_of(&spec.classes.prompts)?));
     }
     Ok(stage)
@@ -166,7 +172,9 @@ fn diffusion(
         Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
         Some(_) => None,
         None => {
-            let conditions = model.conditions(&spec.prompts())?;
+            let prompts = spec.prompts();
+            check_prompts(spec, &prompts, |texts| model.readings(texts))?;
+            let conditions = model.conditions(&prompts)?;
             model.drop_text_encoders();
             Some(Arc::new(conditions))
         }
@@ -175,6 +183,27 @@ fn diffusion(
         model: Model::Diffusion(Box::new(Diffusion { model, scorer, noise, times, turn: Mutex::default() })),
         conditions,
     })
+}
+
+/// Refuses prompts of two classes that are the same to the model, and says which it does not read to their end.
+fn check_prompts(
+    spec: &JobSpec,
+    prompts: &[Prompt],
+    read: impl Fn(&[String]) -> Result<Option<Vec<Reading>>, ModelError>,
+) -> Result<(), ModelError> {
+    let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
+    let (Some(readings), Some(contenders)) = (read(&texts)?, spec.contenders()) else { return Ok(()) };
+    let index = |at: usize| PromptIndex(at as u32);
+    let shown = |at: usize| {
+        let name = spec.classes.names.get(&prompts[at].class);
+        let of = name.map_or_else(|| "a group".to_owned(), |name| format!("class '{}'", excerpt(name)));
+        format!("the prompt '{}' of {of}", excerpt(&texts[at]))
+    };
+    check_distinct(&readings, |a, b| contenders.may_be_compared(index(a), index(b)), shown)?;
+    if let Some(warning) = cut_off("prompts", &texts, &readings) {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
 }
 
 /// How a job's model is loaded.

@@ -10,7 +10,7 @@ use elbo_common::policy::Slot;
 use elbo_common::score::{Point, Scorer};
 
 use crate::latent::Latent;
-use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, TextRows, TimeCache};
+use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, Reading, TextRows, TimeCache};
 use elbo_images::Preprocessing;
 use elbo_kernels::{Deviation, Download, MeanErrors, mean_errors, upload};
 
@@ -106,6 +106,14 @@ impl Stage {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.latent_shape().iter().product(),
             Model::Contrastive(model) => model.width(),
+        }
+    }
+
+    /// What the model reads of texts; nothing where it reads none.
+    pub fn readings(&self, texts: &[String]) -> Result<Option<Vec<Reading>>, ModelError> {
+        match &self.model {
+            Model::Diffusion(diffusion) => diffusion.model.readings(texts),
+            Model::Contrastive(model) => model.readings(texts).map(Some),
         }
     }
 

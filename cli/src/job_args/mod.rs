@@ -51,11 +51,11 @@ pub(crate) enum NoiseScopeName {
 pub(crate) struct JobArgs {
     /// Images: a directory or URL prefix (s3://, gs://, az://, https://) with images, WebDataset .tar shards or .parquet files
     /// below it; a pattern of these, like 's3://bucket/shard-{000..099}.tar' or 'photos/**/*.jpg'; or a list: a .txt file with
-    /// a path or URL per line, or a .csv file with a column path (or key, image, file_name, filename, url)
+    /// a path or URL per line, or a .csv or .tsv file with a column path (or key, image, file_name, filename, url)
     #[arg(long, env = "ELBO_IMAGES", value_name = "SRC")]
     pub(crate) images: Option<String>,
-    /// Classes: one per line, or CSV with the columns prompt,classname,classidx; for class-conditional models classidx is
-    /// the model's label [default there: all of its classes]
+    /// Classes: one per line, a JSON list of names, or CSV with the columns prompt,classname,classidx (separated by commas,
+    /// semicolons or tabs); for class-conditional models classidx is the model's label [default there: all of its classes]
     #[arg(long, env = "ELBO_CLASSES", value_name = "FILE")]
     pub(crate) classes: Option<PathBuf>,
     /// For class-conditional models, which of their classes stand for which of yours: CSV with the columns

@@ -67,7 +67,7 @@ impl JobArgs {
             (Some(_), Some(_), Some(_)) => Err(usage("--classes and --class-map exclude each other: give one of them")),
             (Some(labels), None, Some(path)) => Ok(Classes::read_map(path, labels)?),
             (Some(labels), Some(path), None) => {
-                Ok(Classes::read(path, &self.template).map_err(template)?.for_labels(labels)?)
+                Classes::read_for_labels(path, &self.template, labels).map_err(template)
             }
             (Some(labels), None, None) => Ok(Classes::of_model(labels)),
         }

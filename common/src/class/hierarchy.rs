@@ -2,12 +2,14 @@
 //! left (hierarchical pruning, Shanbhag et al. 2024).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Classes, DEFAULT_TEMPLATE};
+use crate::hand_table::{HandError, HandRow, HandText};
 use crate::ids::ClassIndex;
+use crate::text::{excerpt, normal};
 
 /// Levels of groups; WordNet has some twenty.
 const DEEPEST: usize = 100;
@@ -36,24 +38,9 @@ pub struct Group {
 /// A hierarchy that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum HierarchyError {
-    /// The file could not be read.
-    #[error("reading the hierarchy {path}: {source}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// A row is wrong.
-    #[error(
-        "the hierarchy, line {line}: {problem}; write CSV with the columns class,parent, or one name per line, indented below what it is in"
-    )]
-    Row {
-        /// 1-based line.
-        line: u64,
-        /// What is wrong.
-        problem: String,
-    },
+    /// The file can't be read, or a row of it is wrong.
+    #[error("{0}; write CSV with the columns class,parent, or one name per line, indented below what it is in")]
+    File(#[from] HandError),
     /// A name without anything below that is no class, while there are classes that are missing.
     #[error("the hierarchy: '{name}' is not a class of the job and has none below it{}, while '{class}' is missing: write classes like the class file does", more(*.others))]
     Unknown {
@@ -72,6 +59,19 @@ pub enum HierarchyError {
         "the hierarchy: '{0}' is {DEEPEST} levels deep, and each level takes every image a round: leave levels out"
     )]
     Deep(String),
+    /// Two things that may be compared have one prompt.
+    #[error(
+        "the hierarchy: the group '{group}' and {other} have one prompt, '{prompt}', so that they can't be told apart: rename \
+         one of them, or give the class another prompt"
+    )]
+    SamePrompt {
+        /// A group.
+        group: String,
+        /// A group or class that is not in it.
+        other: String,
+        /// Their prompt.
+        prompt: String,
+    },
     /// There is nothing to ask about first.
     #[error("the hierarchy puts no two classes into a group: leave it out, or give each group at least two")]
     Flat,
@@ -99,20 +99,76 @@ impl TryFrom<Vec<Group>> for Hierarchy {
 impl Hierarchy {
     /// Reads a hierarchy above some classes. The groups' prompts follow from their names by `templates`, which may be empty.
     pub fn read(path: &Path, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
-        let text = crate::files::read_given_to_string(path)
-            .map_err(|source| HierarchyError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, classes, templates)
+        Self::of_text(&HandText::read(HIERARCHY, path)?, classes, templates)
     }
 
-    /// Reads the text of a hierarchy: CSV with the columns `class` and `parent`, or names below each other, indented.
+    /// Reads the text of a hierarchy: a table with the columns `class` and `parent`, or names below each other, indented.
     pub fn parse(text: &str, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
-        let text = text.trim_start_matches('\u{feff}');
-        let columns: Vec<_> = text.lines().next().unwrap_or_default().split(',').map(str::trim).collect();
-        let links = match columns.contains(&"class") && columns.contains(&"parent") {
-            true => csv_links(text)?,
-            false => outline_links(text)?,
+        Self::of_text(&HandText::new(HIERARCHY, "in memory", text.into())?, classes, templates)
+    }
+
+    fn of_text(text: &HandText, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
+        let links = match table_links(text)? {
+            Some(links) => links,
+            None if text.is_called_a_table() => {
+                let shown = text.shown_header();
+                return Err(text
+                    .wrong(format!("its first line must name the columns class,parent, and names {shown}"))
+                    .into());
+            }
+            None => outline_links(text)?,
         };
-        Builder::new(&links, classes).build(templates)
+        let hierarchy = Builder::new(&links, classes).build(templates)?;
+        hierarchy.check_prompts(classes)?;
+        Ok(hierarchy)
+    }
+
+    /// Refuses a group with a prompt of something that is not in it: in a round they may be compared.
+    fn check_prompts(&self, classes: &Classes) -> Result<(), HierarchyError> {
+        let of_text = |text: &str| normal(text.trim()).into_owned();
+        let mut classes_with: HashMap<String, Vec<ClassIndex>> = HashMap::new();
+        for prompt in &classes.prompts {
+            classes_with.entry(of_text(&prompt.text)).or_default().push(prompt.class);
+        }
+        let mut groups_with: HashMap<String, Vec<usize>> = HashMap::new();
+        for (at, group) in self.0.iter().enumerate() {
+            for text in &group.prompts {
+                let same =
+                    |other| HierarchyError::SamePrompt { group: excerpt(&group.name), other, prompt: excerpt(text) };
+                let key = of_text(text);
+                let outside = |class: &&ClassIndex| !self.holds_class(at, **class);
+                if let Some(class) = classes_with.get(&key).into_iter().flatten().find(outside) {
+                    return Err(same(format!("the class '{}'", excerpt(classes.name(*class)))));
+                }
+                let groups = groups_with.entry(key).or_default();
+                // A group follows those that it is in.
+                if let Some(other) = groups.iter().find(|other| **other != at && !self.holds_group(**other, at)) {
+                    return Err(same(format!("the group '{}'", excerpt(&self.0[*other].name))));
+                }
+                groups.push(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a group, by position, is another or in it.
+    fn holds_group(&self, group: usize, member: usize) -> bool {
+        self.within(group).contains(&member)
+    }
+
+    fn holds_class(&self, group: usize, class: ClassIndex) -> bool {
+        self.within(group).into_iter().any(|group| self.0[group].classes.contains(&class))
+    }
+
+    /// A group and all that are in it, by position.
+    fn within(&self, group: usize) -> BTreeSet<usize> {
+        let (mut found, mut open) = (BTreeSet::new(), vec![group]);
+        while let Some(group) = open.pop() {
+            if found.insert(group) {
+                open.extend(self.0[group].groups.iter().map(|member| *member as usize));
+            }
+        }
+        found
     }
 
     /// The groups, each after those it is in.
@@ -124,33 +180,36 @@ impl Hierarchy {
 /// A name, and what it is in.
 type Link = (String, Option<String>);
 
-fn csv_links(text: &str) -> Result<Vec<Link>, HierarchyError> {
-    #[derive(Deserialize)]
-    struct Row {
-        class: String,
-        parent: String,
-    }
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(text.as_bytes());
-    let link = |(i, row): (u64, Result<Row, csv::Error>)| match row {
-        Ok(Row { class, parent }) if !class.is_empty() => Ok((class, Some(parent).filter(|p| !p.is_empty()))),
-        Ok(_) => Err(HierarchyError::Row { line: i + 2, problem: "the class has no name".into() }),
-        Err(error) => Err(HierarchyError::Row { line: i + 2, problem: error.to_string() }),
+/// What errors call a hierarchy.
+const HIERARCHY: &str = "the hierarchy";
+
+/// The links of a table; nothing where it is none.
+fn table_links(text: &HandText) -> Result<Option<Vec<Link>>, HandError> {
+    let Some(table) = text.table(|header| header.has("class") && header.has("parent"))? else { return Ok(None) };
+    let (class, parent) = (table.required("class", "class,parent")?, table.required("parent", "class,parent")?);
+    let name = |text: &str| normal(text).into_owned();
+    let link = |row| {
+        let row: HandRow = row?;
+        match row.cell(class) {
+            "" => Err(text.wrong_in(row.line, "the class has no name")),
+            class => Ok((name(class), row.filled(Some(parent)).map(name))),
+        }
     };
-    (0..).zip(reader.deserialize::<Row>()).map(link).collect()
+    table.rows().map(link).collect::<Result<_, _>>().map(Some)
 }
 
-fn outline_links(text: &str) -> Result<Vec<Link>, HierarchyError> {
+fn outline_links(text: &HandText) -> Result<Vec<Link>, HandError> {
     let mut above: Vec<(usize, String)> = Vec::new();
     let mut links = Vec::new();
-    for (i, line) in (1u64..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-        let name = line.trim();
+    for (number, line) in text.lines() {
+        let name = normal(line.trim()).into_owned();
         let indent = &line[..line.len() - line.trim_start().len()];
         if indent.contains(' ') && indent.contains('\t') {
-            return Err(HierarchyError::Row { line: i, problem: "it is indented by both spaces and tabs".into() });
+            return Err(text.wrong_in(number, "it is indented by both spaces and tabs"));
         }
         above.retain(|(depth, _)| *depth < indent.len());
-        links.push((name.to_owned(), above.last().map(|(_, name)| name.clone())));
-        above.push((indent.len(), name.to_owned()));
+        links.push((name.clone(), above.last().map(|(_, name)| name.clone())));
+        above.push((indent.len(), name));
     }
     Ok(links)
 }
@@ -345,6 +404,47 @@ mod tests {
         let classes = Classes::parse("dog\npug\ncar", &[]).unwrap();
         let hierarchy = Hierarchy::parse("class,parent\npug,dog\n", &classes, &[]).unwrap();
         assert_eq!(shape(&hierarchy), [("dog", &[][..], vec![0, 1])]);
+    }
+
+    #[test]
+    fn a_hierarchy_is_the_same_however_it_was_saved_and_in_any_unicode_form() {
+        let expected = parse("class,parent\nhusky,dog\npug,dog\n").unwrap();
+        for text in [
+            "\u{feff}Class;Parent\r\nhusky;dog\r\npug;dog\r\n",
+            "\"\",\"class\",\"parent\"\n\"1\",\"husky\",\"dog\"\n\"2\",\"pug\",\"dog\"\n",
+            "parent\tclass\tnote\ndog\thusky\tx\ndog\tpug\t\n",
+            "class,parent\ndog\nhusky,dog\npug,dog\n",
+            "dog\r\n\thusky\r\n\tpug\r\n",
+        ] {
+            assert_eq!(parse(text).unwrap(), expected, "{text:?}");
+        }
+        let classes = Classes::parse("the\u{301}\ncaf\u{e9}\ncar", &[]).unwrap();
+        let hierarchy = Hierarchy::parse("drink\n th\u{e9}\n cafe\u{301}\n", &classes, &[]).unwrap();
+        assert_eq!(shape(&hierarchy), [("drink", &[][..], vec![0, 1])]);
+        let headless = HandText::new(HIERARCHY, "tree.csv", b"husky;dog\npug;dog\n".to_vec()).unwrap();
+        let error = Hierarchy::of_text(&headless, &animals(), &[]).unwrap_err().to_string();
+        assert!(
+            error.contains(
+                "the hierarchy tree.csv: its first line must name the columns class,parent, and names husky, dog"
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_group_with_the_prompt_of_what_is_not_in_it_is_refused() {
+        let classes =
+            Classes::parse("prompt,classname\na photo of a dog,husky\na pug,pug\na car,car\na bus,bus\n", &[]);
+        let classes = classes.unwrap();
+        let of = |text: &str| Hierarchy::parse(text, &classes, &[]);
+        let error = of("class,parent\npug,dog\ncar,dog\n").unwrap_err().to_string();
+        assert!(error.contains("the group 'dog' and the class 'husky' have one prompt, 'a photo of a dog'"), "{error}");
+        // What is in a group is never compared with it.
+        assert!(of("class,parent\nhusky,dog\npug,dog\n").is_ok());
+        let templates = ["{}".to_owned(), "{}s".to_owned()];
+        let twins = "class,parent\nhusky,pet\npug,pet\ncar,pets\nbus,pets\n";
+        let error = Hierarchy::parse(twins, &classes, &templates).unwrap_err().to_string();
+        assert!(error.contains("the group 'pets' and the group 'pet' have one prompt, 'pets'"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Classes and their prompts, read from the file the user gives.
 
+mod file;
 mod hierarchy;
 mod labels;
 
@@ -11,7 +12,10 @@ use serde::{Deserialize, Serialize};
 pub use self::hierarchy::{Group, Hierarchy, HierarchyError};
 pub use self::labels::ModelLabels;
 
+use self::file::ClassReader;
+use crate::hand_table::{HandError, HandText};
 use crate::ids::{ClassIndex, PromptIndex};
+use crate::text::normal;
 
 /// The template of a class file without templates of its own.
 pub const DEFAULT_TEMPLATE: &str = "a photo of a {}";
@@ -54,24 +58,19 @@ mod pairs {
     }
 }
 
-/// A class file that can't be used.
+/// Classes that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ClassError {
-    /// The file could not be read.
-    #[error("reading the class file {path}: {source}")]
+    /// The class file, or the class map, is wrong.
+    #[error(transparent)]
+    File(#[from] HandError),
+    /// A configuration of the model could not be read.
+    #[error("reading {path}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why not.
         source: std::io::Error,
-    },
-    /// A row is wrong.
-    #[error("class file, line {line}: {problem}")]
-    Row {
-        /// 1-based line.
-        line: u64,
-        /// What is wrong and what would be right.
-        problem: String,
     },
     /// A configuration of the model is not the JSON that was expected.
     #[error("reading {path}: {source}")]
@@ -81,125 +80,26 @@ pub enum ClassError {
         /// Why not.
         source: serde_json::Error,
     },
-    /// A class the class-conditional model does not have.
-    #[error(
-        "class file{}: the model has no class {label}: use its labels 0 to {} (or names), or map them with --class-map",
-        .line.map_or(String::new(), |line| format!(", line {line}")),
-        .count.saturating_sub(1)
-    )]
-    NoLabel {
-        /// 1-based line, where it is known.
-        line: Option<u64>,
-        /// As given.
-        label: String,
-        /// How many labels there are.
-        count: u32,
-    },
-    /// The file holds no class.
-    #[error(
-        "the class file holds no class: write one class per line, or CSV with the columns prompt,classname,classidx"
-    )]
-    Empty,
     /// A template without a place for the class name.
     #[error("the template '{0}' has no {{}}: put {{}} where the class name belongs")]
     Template(String),
 }
 
-#[derive(Deserialize)]
-struct Row {
-    prompt: Option<String>,
-    classname: String,
-    classidx: Option<String>,
-}
+/// What errors call a class file.
+const CLASS_FILE: &str = "the class file";
 
 impl Classes {
-    /// Reads a class file: CSV with a header naming `classname` (and `prompt`, `classidx`), else one class per line.
+    /// Reads a class file: a table whose header names `classname` (and `prompt`, `classidx`), a JSON list of names, or one
+    /// class per line. Classes that can't be told apart, by their names or prompts, are refused.
     pub fn read(path: &std::path::Path, templates: &[String]) -> Result<Self, ClassError> {
-        let text = crate::files::read_given_to_string(path)
-            .map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text, templates)
+        let text = HandText::read(CLASS_FILE, path)?;
+        Ok(ClassReader::new(&text, true).read(templates)?.classes)
     }
 
     /// Reads the text of a class file. `templates` may be empty: rows without a prompt then use [`DEFAULT_TEMPLATE`].
     pub fn parse(text: &str, templates: &[String]) -> Result<Self, ClassError> {
-        if let Some(bad) = templates.iter().find(|t| !t.contains("{}")) {
-            return Err(ClassError::Template(bad.clone()));
-        }
-        let text = text.trim_start_matches('\u{feff}');
-        let header = text.lines().next().unwrap_or_default();
-        let is_csv = header.split(',').any(|column| column.trim() == "classname");
-        let mut classes = Self::default();
-        if is_csv {
-            classes.read_csv(text, templates)?;
-        } else {
-            for (i, name) in text.lines().map(str::trim).filter(|l| !l.is_empty()).enumerate() {
-                classes.push(i as u64 + 1, ClassIndex(i as i32), name, None, templates)?;
-            }
-        }
-        if classes.prompts.is_empty() { Err(ClassError::Empty) } else { Ok(classes) }
-    }
-
-    fn read_csv(&mut self, text: &str, templates: &[String]) -> Result<(), ClassError> {
-        let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).flexible(true).from_reader(text.as_bytes());
-        for (position, row) in (0i32..).zip(reader.deserialize::<Row>()) {
-            let row = row.map_err(|e| ClassError::Row {
-                line: e.position().map_or(0, csv::Position::line),
-                problem: format!("{e}; the columns are prompt,classname,classidx"),
-            })?;
-            let line = position as u64 + 2;
-            let index = match row.classidx.as_deref() {
-                None | Some("") => position,
-                Some(text) => text.parse().map_err(|_| ClassError::Row {
-                    line,
-                    problem: format!("classidx '{text}' is not a whole number"),
-                })?,
-            };
-            let prompt = row.prompt.as_deref().filter(|p| !p.is_empty());
-            self.push(line, ClassIndex(index), &row.classname, prompt, templates)?;
-        }
-        Ok(())
-    }
-
-    fn push(
-        &mut self,
-        line: u64,
-        index: ClassIndex,
-        name: &str,
-        prompt: Option<&str>,
-        templates: &[String],
-    ) -> Result<(), ClassError> {
-        self.name_class(line, index, name)?;
-        if templates.is_empty() {
-            let text = prompt.map_or_else(|| DEFAULT_TEMPLATE.replace("{}", name), str::to_owned);
-            self.prompts.push(Prompt { text, class: index, label: None });
-        } else {
-            // Templates speak about class names, so they replace the file's own prompts.
-            for template in templates {
-                let prompt = Prompt { text: template.replace("{}", name), class: index, label: None };
-                if !self.prompts.contains(&prompt) {
-                    self.prompts.push(prompt);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes a class' name, which must not differ from an earlier row's.
-    fn name_class(&mut self, line: u64, index: ClassIndex, name: &str) -> Result<(), ClassError> {
-        if name.is_empty() {
-            return Err(ClassError::Row { line, problem: "the class name is empty".into() });
-        }
-        match self.names.get(&index) {
-            Some(other) if other != name => {
-                let problem =
-                    format!("class {index} is '{name}' here and '{other}' above: give each class its own classidx");
-                Err(ClassError::Row { line, problem })
-            }
-            _ => {
-                self.names.insert(index, name.to_owned());
-                Ok(())
-            }
-        }
+        let text = HandText::new(CLASS_FILE, "in memory", text.into())?;
+        Ok(ClassReader::new(&text, true).read(templates)?.classes)
     }
 
     /// The classes of a sample with captions of its own: a caption is a class, and its index its position.
@@ -222,9 +122,16 @@ impl Classes {
         self.names.get(&class).map_or("", String::as_str)
     }
 
-    /// The classes a label means: those named so, or the one whose index it is where none is named so.
+    /// The class a label means: the one named so, in whichever Unicode form, or the one whose index it is where none is named
+    /// so.
     pub fn with_label(&self, label: &str) -> Option<ClassIndex> {
-        let named = self.names.iter().find(|(_, name)| *name == label).map(|(index, _)| *index);
+        let those =
+            |same: &dyn Fn(&str) -> bool| self.names.iter().find(|(_, name)| same(name)).map(|(index, _)| *index);
+        let normalised = || {
+            let label = (!label.is_ascii()).then(|| normal(label))?;
+            those(&|name| !name.is_ascii() && normal(name) == label)
+        };
+        let named = those(&|name| name == label).or_else(normalised);
         named.or_else(|| label.parse().ok().map(ClassIndex).filter(|index| self.names.contains_key(index)))
     }
 }
@@ -252,6 +159,16 @@ mod tests {
         assert_eq!(classes.with_label("cat"), Some(ClassIndex(7)));
         assert_eq!(classes.with_label("2"), Some(ClassIndex(2)));
         assert_eq!(classes.with_label("bird"), None);
+    }
+
+    #[test]
+    fn a_label_means_the_class_of_its_name_in_any_unicode_form() {
+        let classes = Classes::parse("caf\u{e9}\ntea\nthe\u{301}", &[]).unwrap();
+        assert_eq!(classes.with_label("cafe\u{301}"), Some(ClassIndex(0)));
+        assert_eq!(classes.with_label("th\u{e9}"), Some(ClassIndex(2)));
+        let captions = Classes::of_captions(&["tea".to_owned(), "cafe\u{301}".to_owned()]);
+        assert_eq!(captions.with_label("caf\u{e9}"), Some(ClassIndex(1)));
+        assert_eq!(classes.with_label("cafe"), None);
     }
 
     #[test]

@@ -1,16 +1,19 @@
-//! The images a list names: a text file with one path or URL per line, or CSV with a column of them.
+//! The images a list names: a text file with one path or URL per line, or a table with a column of them.
 
 use std::collections::HashMap;
 use std::path::{Path as FsPath, PathBuf};
 
 use futures::{StreamExt, TryStreamExt};
+use unicode_normalization::UnicodeNormalization;
 use url::Url;
 
 use super::collector::Collector;
 use super::walk::{local_etag, url_of};
 use super::{DatasetError, Found, ListOptions, Origin, Reader, caption_of, check_captions, origin, read_object};
 use crate::files;
-use crate::store::{Location, StoreError};
+use crate::hand_table::{HandTable, HandText, Header};
+use crate::store::{Location, StoreError, is_url};
+use crate::text::normal;
 
 /// Names of the column with the paths, the first that is there counts.
 pub(super) const PATH_COLUMNS: [&str; 6] = ["path", "key", "image", "file_name", "filename", "url"];
@@ -30,7 +33,7 @@ struct Entry {
     pair: Option<String>,
 }
 
-/// Which columns of a CSV list are what.
+/// Which columns of a table are what.
 struct Columns {
     path: usize,
     label: Option<usize>,
@@ -47,14 +50,14 @@ pub(super) async fn list(
     collector: &mut Collector<'_>,
 ) -> Result<(), DatasetError> {
     let list = List { name: location.to_string(), base: Base::of(location) };
-    let text = read(location).await.map_err(|problem| list.wrong(problem))?;
-    let text = text.trim_start_matches('\u{feff}');
-    let entries = match list.name.to_ascii_lowercase().ends_with(".txt") {
+    let text =
+        HandText::new("the list", list.name.as_str(), read(location).await.map_err(|problem| list.wrong(problem))?)?;
+    let entries = match text.is_called(".txt") {
         true if options.candidates.is_some() => {
-            return Err(list.wrong("has no columns, and --candidates names one: give a .csv list"));
+            return Err(list.wrong("has no columns, and --candidates names one: give a .csv or .tsv list"));
         }
-        true => plain(text),
-        false => list.csv(text, options)?,
+        true => plain(&text),
+        false => list.table(&text, options)?,
     };
     if entries.is_empty() {
         return Err(list.wrong("names no image: write one path or URL per line"));
@@ -91,22 +94,20 @@ pub(super) async fn list(
     Ok(())
 }
 
-async fn read(location: &Location) -> Result<String, String> {
-    let bytes = match location {
-        Location::Local(path) => files::read_given(path).map_err(|e| format!("can't be read: {e}"))?,
+async fn read(location: &Location) -> Result<Vec<u8>, String> {
+    match location {
+        Location::Local(path) => files::read_given(path).map_err(|e| format!("can't be read: {e}")),
         // By its full URL: what is shown of a location leaves credentials out.
-        Location::Remote(url) => read_object(url.as_str()).await.map_err(|e| format!("can't be read: {e}"))?.to_vec(),
-    };
-    String::from_utf8(bytes).map_err(|_| "is not UTF-8: save it as UTF-8".to_owned())
+        Location::Remote(url) => match read_object(url.as_str()).await {
+            Ok(bytes) => Ok(bytes.to_vec()),
+            Err(error) => Err(format!("can't be read: {error}")),
+        },
+    }
 }
 
 /// One image per line that is not empty.
-fn plain(text: &str) -> Vec<Entry> {
-    let lines = (1..).zip(text.lines().map(str::trim));
-    lines
-        .filter(|(_, l)| !l.is_empty())
-        .map(|(line, l)| Entry { line, key: l.to_owned(), ..Entry::default() })
-        .collect()
+fn plain(text: &HandText) -> Vec<Entry> {
+    text.lines().map(|(line, key)| Entry { line, key: key.trim().to_owned(), ..Entry::default() }).collect()
 }
 
 /// Sees whether an image is there: where, of what size, and with which tag.
@@ -114,7 +115,14 @@ pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<
     Ok(match image {
         Location::Local(path) => {
             let metadata = std::fs::metadata(&path).map_err(|e| match e.kind() {
-                std::io::ErrorKind::NotFound => format!("there is no {}", path.display()),
+                std::io::ErrorKind::NotFound => match other_form(&path) {
+                    Some(form) => format!(
+                        "there is no {}, but a file whose name is the same in another Unicode form ({form}): write the name \
+                         in that form, or rename the file",
+                        path.display()
+                    ),
+                    None => format!("there is no {}", path.display()),
+                },
                 _ => format!("{} can't be read: {e}", path.display()),
             })?;
             if let Some(what) = files::irregular(&metadata) {
@@ -139,6 +147,13 @@ pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<
             (location, object.size, object.e_tag)
         }
     })
+}
+
+/// The Unicode form in which there is a file of a name that is not there as it is written.
+fn other_form(path: &FsPath) -> Option<&'static str> {
+    let text = path.to_str()?;
+    let forms = [("NFC", text.nfc().collect::<String>()), ("NFD", text.nfd().collect())];
+    forms.into_iter().find(|(_, other)| *other != text && FsPath::new(other).exists()).map(|(form, _)| form)
 }
 
 /// What relative paths are relative to: where the list lies.
@@ -166,10 +181,8 @@ impl Base {
     /// who wrote it should not choose what is read of this machine and of its network.
     pub(super) fn locate(&self, key: &str, origins: &[Origin]) -> Result<Location, String> {
         let parsed = |text: &str| Location::parse(text).map_err(|error| error.to_string());
-        // A one-letter scheme is a drive letter, not a URL.
-        let is_url = Url::parse(key).is_ok_and(|url| url.scheme().len() > 1);
         let found = match self {
-            _ if is_url || FsPath::new(key).is_absolute() => parsed(key)?,
+            _ if is_url(key) || FsPath::new(key).is_absolute() => parsed(key)?,
             Self::Directory(directory) => return parsed(&directory.join(key).to_string_lossy()),
             Self::Prefix(prefix) => {
                 let (above, key) = upwards(prefix, key);
@@ -217,54 +230,67 @@ impl List {
         DatasetError::Line { list: self.name.clone(), line, problem: problem.into() }
     }
 
-    fn csv(&self, text: &str, options: &ListOptions<'_>) -> Result<Vec<Entry>, DatasetError> {
-        let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(text.as_bytes());
-        let unreadable = |e: csv::Error| self.wrong(format!("is not CSV: {e}"));
-        let header: Vec<_> = reader.headers().map_err(unreadable)?.iter().map(str::to_owned).collect();
-        let columns = self.columns(&header, options)?;
+    fn table(&self, text: &HandText, options: &ListOptions<'_>) -> Result<Vec<Entry>, DatasetError> {
+        let has_path = |header: &Header| PATH_COLUMNS.iter().any(|name| header.has(name));
+        let table = text.table(has_path)?.ok_or_else(|| {
+            self.wrong(format!(
+                "has no column with the images: its first line must name one of {}; there are {}",
+                PATH_COLUMNS.join(", "),
+                text.shown_header()
+            ))
+        })?;
+        let columns = self.columns(&table, text, options)?;
         let mut entries = Vec::new();
-        for row in reader.records() {
-            let row = row.map_err(unreadable)?;
-            let line = row.position().map_or(0, csv::Position::line);
-            let cell = |column: usize| row.get(column).unwrap_or_default();
-            let filled = |column: Option<usize>| column.map(cell).filter(|text| !text.is_empty()).map(str::to_owned);
-            let candidates = captions(&columns.candidates, cell).map_err(|problem| self.line(line, problem))?;
+        for row in table.whole_rows() {
+            let row = row?;
+            let line = row.line;
+            let filled = |column: Option<usize>| row.filled(column).map(str::to_owned);
+            let candidates = captions(&columns.candidates, |column| row.cell(column));
+            let candidates = candidates.map_err(|problem| self.line(line, problem))?;
             // A label that something else decides may be anything.
-            let label = filled(columns.label).filter(|_| options.takes_labels());
-            let label = label.map(|label| caption_of(&candidates, label)).transpose().map_err(|label| {
+            let label = row.filled(columns.label).filter(|_| options.takes_labels());
+            let label = label.map(|label| caption_of(&candidates, normal(label).into_owned())).transpose();
+            let label = label.map_err(|label| {
                 let problem =
                     format!("the label '{label}' is none of the captions: give the right one, or its position");
                 self.line(line, format!("{problem} counted from 0"))
             })?;
-            let (key, pair) = (cell(columns.path).to_owned(), filled(columns.pair));
+            let (key, pair) = (row.cell(columns.path).to_owned(), filled(columns.pair));
             entries.push(Entry { line, key, label, candidates, pair });
         }
         Ok(entries)
     }
 
-    fn columns(&self, header: &[String], options: &ListOptions<'_>) -> Result<Columns, DatasetError> {
-        let position = |name: &str| header.iter().position(|column| column == name);
-        let path = PATH_COLUMNS.iter().find_map(|name| position(name)).ok_or_else(|| {
-            self.wrong(format!(
-                "has no column with the images: its first line must name one of {}; there are {}",
-                PATH_COLUMNS.join(", "),
-                header.join(", ")
-            ))
-        })?;
-        let names = options.candidates.map(|names| names.split(',').map(str::trim).collect::<Vec<_>>());
-        let candidates = names.iter().flatten().map(|name| {
-            let missing =
-                || format!("has no column '{name}', which --candidates names; there are {}", header.join(", "));
-            position(name).map(|column| ((*name).to_owned(), column)).ok_or_else(|| self.wrong(missing()))
-        });
-        let candidates = candidates.collect::<Result<Vec<_>, _>>()?;
+    fn columns(
+        &self,
+        table: &HandTable<'_>,
+        text: &HandText,
+        options: &ListOptions<'_>,
+    ) -> Result<Columns, DatasetError> {
+        let named =
+            |name: &str, flag: &str| match table.column(name)? {
+                Some(column) => Ok(column),
+                None => Err(self
+                    .wrong(format!("has no column '{name}', which {flag} names; there are {}", text.shown_header()))),
+            };
+        let first = |names: &[&str]| -> Result<Option<usize>, DatasetError> {
+            for name in names {
+                if let Some(column) = table.column(name)? {
+                    return Ok(Some(column));
+                }
+            }
+            Ok(None)
+        };
+        let path = first(&PATH_COLUMNS)?.ok_or_else(|| self.wrong("has no column with the images"))?;
+        let mut candidates = Vec::new();
+        for name in options.candidates.into_iter().flat_map(|names| names.split(',')).map(str::trim) {
+            candidates.push((name.to_owned(), named(name, "--candidates")?));
+        }
         // Pairs are of images with the same captions.
-        let pair = PAIR_COLUMNS.iter().find_map(|name| position(name)).filter(|_| !candidates.is_empty());
+        let pair = if candidates.is_empty() { None } else { first(&PAIR_COLUMNS)? };
         let label = match options.label_column() {
-            None => position("label"),
-            Some(name) => Some(position(name).ok_or_else(|| {
-                self.wrong(format!("has no column '{name}', which --label-from names; there are {}", header.join(", ")))
-            })?),
+            None => table.column("label")?,
+            Some(name) => Some(named(name, "--label-from")?),
         };
         Ok(Columns { path, label, pair, candidates })
     }

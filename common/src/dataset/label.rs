@@ -1,12 +1,17 @@
 //! Where the label of a sample comes from.
 
-use std::collections::{BTreeMap, HashMap};
+mod file;
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+use self::file::LabelFile;
+pub(super) use self::file::Unmatched;
 use crate::class::Classes;
-use crate::files;
+use crate::hand_table::HandError;
 use crate::manifest::Sample;
+use crate::text::normal;
 
 /// Where labels come from (`--label-from`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +22,7 @@ pub enum LabelSource {
     None,
     /// A column of a Parquet file or list; the extension of a tar's members, or a field of its .json members.
     Column(String),
-    /// A CSV file with the columns `key` and `label`; images it does not name have no label.
+    /// A table with the columns `key` and `label`; images it does not name have no label.
     File(PathBuf),
 }
 
@@ -46,53 +51,33 @@ impl fmt::Display for LabelSource {
 /// Labels that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LabelError {
-    /// The file can't be read.
-    #[error(
-        "reading the label file {path}: {source}; give --label-from a CSV file with the columns key,label, or 'parent'"
-    )]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: csv::Error,
-    },
-    /// A column is missing.
-    #[error(
-        "reading the label file {path}: it has no column '{column}'; its first line must name the columns key,label"
-    )]
-    Column {
-        /// The file.
-        path: PathBuf,
-        /// The column.
-        column: &'static str,
-    },
-    /// One key with two labels.
-    #[error(
-        "reading the label file {path}, line {line}: '{key}' is labelled '{second}' here and '{first}' above; give each key \
-         one label"
-    )]
-    Twice {
-        /// The file.
-        path: PathBuf,
-        /// 1-based line.
-        line: u64,
-        /// The key.
-        key: String,
-        /// Its label above.
-        first: String,
-        /// Its label here.
-        second: String,
-    },
+    /// The file can't be read, or a row of it is wrong.
+    #[error("{0}; --label-from takes a table with the columns key,label, or 'parent'")]
+    File(#[from] HandError),
     /// The file names none of the images.
     #[error(
-        "reading the label file {path}: it names none of the images; a key is a path relative to --images, like \
-         '{example}'"
+        "the label file {path}: it names none of the images; a key is a path relative to --images, like '{example}'"
     )]
     NoMatch {
         /// The file.
         path: PathBuf,
         /// A key of the dataset.
         example: String,
+    },
+    /// One row is about two images.
+    #[error(
+        "the label file {path}, line {line}: its key is that of two images, '{first}' and '{second}', whose names differ only \
+         in their Unicode forms: rename one of them"
+    )]
+    TwoImages {
+        /// The file.
+        path: PathBuf,
+        /// 1-based line.
+        line: u64,
+        /// The image found first.
+        first: String,
+        /// The other one.
+        second: String,
     },
 }
 
@@ -101,7 +86,7 @@ pub enum LabelError {
 pub(super) enum Labels {
     Parent,
     None,
-    File { path: PathBuf, labels: HashMap<String, String>, used: bool },
+    File(Box<LabelFile>),
 }
 
 impl LabelSource {
@@ -111,7 +96,7 @@ impl LabelSource {
             Self::Parent => Some(Labels::Parent),
             Self::None => Some(Labels::None),
             Self::Column(_) => None,
-            Self::File(path) => Some(Labels::File { path: path.clone(), labels: read(path)?, used: false }),
+            Self::File(path) => Some(Labels::File(Box::new(LabelFile::read(path)?))),
         })
     }
 }
@@ -122,53 +107,61 @@ impl Labels {
         match self {
             Self::Parent => {
                 let directory = key.rsplit_once('/')?.0;
-                Some(directory.rsplit_once('/').map_or(directory, |(_, name)| name).to_owned())
+                let name = directory.rsplit_once('/').map_or(directory, |(_, name)| name);
+                Some(normal(name).into_owned())
             }
             Self::None => None,
-            Self::File { labels, used, .. } => {
-                let label = labels.get(key).cloned();
-                *used |= label.is_some();
-                label
-            }
+            Self::File(file) => file.of(key),
         }
     }
 
-    /// Fails where a label file is about other images than these, of which `example` is one.
-    pub(super) fn check_used(&self, example: &str) -> Result<(), LabelError> {
+    /// Rows of the label file that are about none of the images asked for so far.
+    pub(super) fn unmatched_rows(&self) -> Unmatched {
         match self {
-            Self::File { path, used: false, .. } => {
-                Err(LabelError::NoMatch { path: path.clone(), example: example.to_owned() })
-            }
-            _ => Ok(()),
+            Self::File(file) => file.unmatched_rows(),
+            _ => Unmatched::default(),
         }
     }
-}
 
-fn read(path: &std::path::Path) -> Result<HashMap<String, String>, LabelError> {
-    let failed = |source| LabelError::Read { path: path.to_owned(), source };
-    let bytes = files::read_given(path).map_err(|source| failed(source.into()))?;
-    let mut reader = csv::ReaderBuilder::new().trim(csv::Trim::All).from_reader(&bytes[..]);
-    let header = reader.headers().map_err(failed)?.clone();
-    let column = |name: &'static str| {
-        let position = header.iter().position(|column| column.trim_start_matches('\u{feff}') == name);
-        position.ok_or_else(|| LabelError::Column { path: path.to_owned(), column: name })
-    };
-    let (key_column, label_column) = (column("key")?, column("label")?);
-    let mut labels = HashMap::new();
-    for row in reader.records() {
-        let row = row.map_err(failed)?;
-        let key = row.get(key_column).unwrap_or_default().trim_start_matches("./").to_owned();
-        let label = row.get(label_column).unwrap_or_default().to_owned();
-        if label.is_empty() {
-            continue;
+    /// Images that the label file does not name.
+    pub(super) fn unnamed_images(&self) -> Unmatched {
+        match self {
+            Self::File(file) => file.unnamed_images().clone(),
+            _ => Unmatched::default(),
         }
-        if let Some(first) = labels.get(&key).filter(|first| **first != label).cloned() {
-            let line = row.position().map_or(0, csv::Position::line);
-            return Err(LabelError::Twice { path: path.to_owned(), line, key, first, second: label });
-        }
-        labels.insert(key, label);
     }
-    Ok(labels)
+
+    /// Forgets which images there are: the listing starts again.
+    #[cfg_attr(not(test), expect(dead_code, reason = "the collector does not tell yet that a listing starts again"))]
+    pub(super) fn clear(&mut self) {
+        if let Self::File(file) = self {
+            file.clear();
+        }
+    }
+
+    /// Fails where a label file is about other images than these, of which `example` is one, and says what it does not match.
+    pub(super) fn check_used(&self, example: &str) -> Result<(), LabelError> {
+        let Self::File(file) = self else { return Ok(()) };
+        file.check(example)?;
+        let (rows, images) = (self.unmatched_rows(), self.unnamed_images());
+        if rows.count > 0 {
+            tracing::warn!(
+                "the label file {}: {} of its rows match no image, like {}",
+                file.path().display(),
+                rows.count,
+                rows
+            );
+        }
+        if images.count > 0 {
+            tracing::warn!(
+                "the label file {}: {} images have no row in it, and so no label, like {}",
+                file.path().display(),
+                images.count,
+                images
+            );
+        }
+        Ok(())
+    }
 }
 
 /// The labels that are no class, with how many samples have them and the key of one.

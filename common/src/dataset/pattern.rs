@@ -171,6 +171,7 @@ mod tests {
             ("/nowhere/x/**/*.png", "/nowhere/x/", vec!["**/*.png in ''"]),
             ("https://host/a/b%20c.tar", "https://host/a", vec!["b c.tar"]),
             ("/nowhere/a.parquet", "/nowhere", vec!["a.parquet"]),
+            ("/nowhere/a:b/frame:*.png", "/nowhere/a:b/", vec!["frame:*.png in ''"]),
         ] {
             assert_eq!(targets(text), (base.to_owned(), expected.into_iter().map(str::to_owned).collect()), "{text}");
         }
@@ -196,6 +197,7 @@ mod tests {
             ("s3://me:secret@b/{a,b}/*.tar", "s3://b/{a,b}/*.tar"),
             ("s3://me:secret@b/photos?sig=secret", "s3://b/photos"),
             ("/data/{a,b}", "/data/{a,b}"),
+            ("/data/a:b/*.png", "/data/a:b/*.png"),
         ] {
             assert_eq!(canonical(source).unwrap(), written);
         }

@@ -115,8 +115,8 @@ async fn a_label_file_labels_the_keys_it_names() {
     assert_eq!(samples.iter().map(|s| s.label.as_deref()).collect::<Vec<_>>(), [None, Some("cat")]);
 
     for (text, message) in [
-        ("name,label\n0.png,cat\n", "no column 'key'"),
-        ("key,label\n0.png,cat\n0.png,dog\n", "line 3: '0.png' is labelled 'dog' here and 'cat' above"),
+        ("name,label\n0.png,cat\n", "must name the columns key,label, and names name, label"),
+        ("key,label\n0.png,cat\n0.png,dog\n", "line 3: '0.png' is labelled 'dog' here and 'cat' in line 2"),
         ("key,label\nimages/0.png,cat\n", "like '0.png'"),
     ] {
         let error = list_dir(&root, Some(&from(text)), None).await.unwrap_err().to_string();

@@ -371,6 +371,12 @@ mod tests {
             assert_eq!(ModelSource::parse(text).unwrap().to_string(), text);
         }
         assert_eq!(ModelSource::parse("hf://a/b").unwrap().to_string(), "hf://a/b");
+        for text in ["models/sd:v2", "sd:v2", "hf:a/b"] {
+            assert!(
+                matches!(ModelSource::parse(text).unwrap(), ModelSource::Directory(path) if path.ends_with(text)),
+                "{text}"
+            );
+        }
         for text in ["hf://b", "hf://a/b/c", "hf://a/../c", "hf://a/b@", "hf://a/b@../x", "hf:///b", ""] {
             assert!(ModelSource::parse(text).unwrap_err().to_string().contains("hf://owner/name"), "{text}");
         }

@@ -15,23 +15,32 @@ pub enum Location {
     Remote(Url),
 }
 
+/// Whether a text is meant as a URL: a path may have a colon in it, like `frame:0001.png`.
+pub fn is_url(text: &str) -> bool {
+    // What Java writes for `file:///`.
+    text.starts_with("file:/") || text.split_once("://").is_some_and(|(scheme, _)| scheme.len() > 1)
+}
+
 impl Location {
     /// Reads a path or URL as a user types it.
     pub fn parse(text: &str) -> Result<Self, StoreError> {
         let wrong = |reason: String| StoreError::Location { location: text.to_owned(), reason };
+        if text.is_empty() {
+            return Err(wrong("it is empty".into()));
+        }
+        if !is_url(text) {
+            return absolute(FsPath::new(text)).map(Self::Local).map_err(|e| wrong(e.to_string()));
+        }
         match Url::parse(text) {
             Ok(url) if url.scheme() == "file" => {
                 url.to_file_path().map(Self::Local).map_err(|()| wrong("it is not a local path".into()))
             }
-            // A one-letter scheme is a drive letter, not a URL.
-            Ok(url) if url.scheme().len() > 1 => Ok(Self::Remote(url)),
-            _ if text.is_empty() => Err(wrong("it is empty".into())),
+            Ok(url) => Ok(Self::Remote(url)),
             // Taken for a path, it would be made as a directory, password and all.
-            Err(error) if text.contains("://") => Err(StoreError::Location {
+            Err(error) => Err(StoreError::Location {
                 location: text.split_once("://").map_or_else(String::new, |(scheme, _)| format!("{scheme}://…")),
                 reason: format!("it is not a valid URL: {error}"),
             }),
-            _ => absolute(FsPath::new(text)).map(Self::Local).map_err(|e| wrong(e.to_string())),
         }
     }
 
@@ -133,6 +142,22 @@ mod tests {
         std::os::unix::fs::symlink(real.join("far/deep"), real.join("link")).unwrap();
         let through = real.join("link/../x.png");
         assert_eq!(absolute(&through).unwrap(), real.join("far/x.png"));
+    }
+
+    #[test]
+    fn a_colon_alone_makes_no_url() {
+        let here = std::env::current_dir().unwrap();
+        for text in ["frame:0001.png", "im/frame:0001.png", "C:/x", "C://x", "out:v2", "s3:bucket", "2024:a/b"] {
+            let expected = std::path::absolute(here.join(text)).unwrap();
+            assert_eq!(Location::parse(text).unwrap().local(), Some(expected.as_path()), "{text}");
+        }
+        assert_eq!(Location::parse("/im/a:b.png").unwrap(), Location::Local("/im/a:b.png".into()));
+        for text in ["file:///im/a%3Ab.png", "file:/im/a:b.png", "file://localhost/im/a:b.png"] {
+            assert_eq!(Location::parse(text).unwrap(), Location::Local("/im/a:b.png".into()), "{text}");
+        }
+        for text in ["s3://bucket/a:b.png", "https://host:8080/x", "memory:///", "abfss://c@a.net/x"] {
+            assert_eq!(Location::parse(text).unwrap(), Location::Remote(Url::parse(text).unwrap()), "{text}");
+        }
     }
 
     #[test]

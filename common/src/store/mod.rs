@@ -26,7 +26,7 @@ use tokio::sync::watch;
 
 pub use error::{StoreError, describe, refusal};
 pub use local::Fault;
-pub use location::{Location, absolute};
+pub use location::{Location, absolute, is_url};
 pub use redact::redact;
 
 use local::Directory;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::reading::SameTokens;
+
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -124,6 +126,9 @@ pub enum ModelError {
         /// What is wrong.
         message: String,
     },
+    /// Prompts that should differ are the same to the text encoder.
+    #[error(transparent)]
+    SameTokens(#[from] SameTokens),
     /// The text encoder was dropped already.
     #[error("the text encoder was dropped after the prompts had been encoded")]
     NoTextEncoder,

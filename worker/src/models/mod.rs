@@ -26,6 +26,7 @@ mod options;
 mod pass;
 mod patch;
 mod probe;
+mod reading;
 mod t5;
 mod text;
 mod timestep;
@@ -50,6 +51,8 @@ pub use self::network::{Conditions, Network, TextRows};
 pub use self::options::{LoadOptions, Precision, WeightsFrom};
 pub use self::pass::Pass;
 pub use self::probe::Probe;
+pub use self::reading::{Reading, SameTokens};
+pub(crate) use self::reading::{check_distinct, cut_off};
 pub use self::t5::{T5Encoder, T5Tokenizer};
 pub use self::text::{TextEmbeddings, TextEncoders};
 pub use self::timestep::TimeCache;
@@ -149,6 +152,14 @@ impl DiffusionModel {
     /// Embeddings of texts.
     pub fn encode_texts(&self, texts: &[String]) -> Result<TextEmbeddings, ModelError> {
         self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.encode(texts)
+    }
+
+    /// What the text encoders read of texts; nothing in a class-conditional model, which reads none.
+    pub fn readings(&self, texts: &[String]) -> Result<Option<Vec<Reading>>, ModelError> {
+        if matches!(self.network, Network::Dit(_)) {
+            return Ok(None);
+        }
+        self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.readings(texts).map(Some)
     }
 
     /// What the network needs to know of prompts: of their texts, or of their labels in a class-conditional model.

@@ -12,6 +12,7 @@ use super::checkpoint::{ModelError, Params, Weights, read, read_json, unsupporte
 use super::layers::linear_no_bias;
 use super::options::LoadOptions;
 use super::probe::Probe;
+use super::reading::Reading;
 use elbo_kernels::{Activation, Linear, activate};
 
 /// What this needs of the encoder's `config.json`, with transformers' defaults.
@@ -231,10 +232,16 @@ impl T5Tokenizer {
 
     /// The ids of a text: the text truncated to fit, end, then padding; always as many.
     pub fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, ModelError> {
+        Ok(self.read(text)?.into_ids())
+    }
+
+    /// The ids of a text, and how much of it they are.
+    pub(crate) fn read(&self, text: &str) -> std::result::Result<Reading, ModelError> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| ModelError::Input(e.to_string()))?;
-        let mut ids: Vec<u32> = encoding.get_ids().iter().take(self.max_length - 1).copied().collect();
+        let room = self.max_length - 1;
+        let mut ids: Vec<u32> = encoding.get_ids().iter().take(room).copied().collect();
         ids.push(self.eos);
         ids.resize(self.max_length, self.pad);
-        Ok(ids)
+        Ok(Reading::new(ids, encoding.len(), room))
     }
 }

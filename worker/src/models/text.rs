@@ -12,6 +12,7 @@ use super::clip::{ClipOutput, ClipTextModel};
 use super::family::has_t5;
 use super::options::LoadOptions;
 use super::probe::Probe;
+use super::reading::Reading;
 use super::t5::{T5Encoder, T5Tokenizer};
 use super::tokenizer::ClipTokenizer;
 
@@ -104,6 +105,25 @@ impl TextEncoders {
             false => None,
         };
         Ok(Self { family: Encoding::Three { clips, t5, width } })
+    }
+
+    /// What the encoders read of texts, together.
+    pub fn readings(&self, texts: &[String]) -> Result<Vec<Reading>, ModelError> {
+        texts.iter().map(|text| self.reading(text)).collect()
+    }
+
+    fn reading(&self, text: &str) -> Result<Reading, ModelError> {
+        match &self.family {
+            Encoding::Last(clip) => clip.tokenizer.read(text),
+            Encoding::Two(clips) => Ok(clips.0.tokenizer.read(text)?.and(clips.1.tokenizer.read(text)?)),
+            Encoding::Three { clips, t5, .. } => {
+                let both = clips.0.tokenizer.read(text)?.and(clips.1.tokenizer.read(text)?);
+                match t5.as_deref() {
+                    Some((tokenizer, _)) => Ok(both.and(tokenizer.read(text)?)),
+                    None => Ok(both),
+                }
+            }
+        }
     }
 
     /// The embeddings of texts, a few at a time on every core.

@@ -13,6 +13,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
 use super::checkpoint::{ModelError, read, read_json};
+use super::reading::Reading;
 
 /// Words, single digits, contractions and runs of punctuation, as in CLIP's original tokenizer.
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
@@ -73,6 +74,11 @@ impl ClipTokenizer {
 
     /// The ids of a text: start, the text truncated to fit, end, then padding; always `max_length` of them.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        Ok(self.read(text)?.into_ids())
+    }
+
+    /// The ids of a text, and how much of it they are.
+    pub(crate) fn read(&self, text: &str) -> Result<Reading, ModelError> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| broken(Path::new("memory"), e))?;
         let room = self.max_length - 2;
         let mut ids = Vec::with_capacity(self.max_length);
@@ -80,7 +86,7 @@ impl ClipTokenizer {
         ids.extend(encoding.get_ids().iter().take(room));
         ids.push(self.eos);
         ids.resize(self.max_length, self.pad);
-        Ok(ids)
+        Ok(Reading::new(ids, encoding.len(), room))
     }
 }
 

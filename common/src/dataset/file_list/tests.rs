@@ -92,7 +92,11 @@ async fn mistakes_name_the_line() {
         ("path\n0.png\n2.png\n", "line 3: there is no "),
         ("path\n0.png\n../\n", "is a directory"),
         ("path,label\n0.png,a\n,b\n", "line 3: the path is empty"),
-        ("path,label\n0.png\n", "line: 2"),
+        ("path,label\n0.png\n", "l.csv, line 2: it has 1 field, and the header names 2 columns"),
+        ("path,label\r\n0.png,x\r\nmissing.png,y\r\n", "l.csv, line 3: there is no "),
+        ("path;label\n\n0.png;a\n;b\n", "line 4: the path is empty"),
+        ("path,path\n0.png,a\n", "it has two columns 'path'"),
+        ("path\n\"0.png\n1.png\n", "line 2: the quote that opens here is never closed"),
         ("name,label\n0.png,a\n", "one of path, key, image, file_name, filename, url; there are name, label"),
         ("path,label\n", "names no image"),
         ("path\nftp://host/0.png\n", "line 2: reading ftp://host/0.png"),
@@ -112,10 +116,41 @@ async fn mistakes_name_the_line() {
         assert!(error.contains(problem), "{error}");
     }
     assert!(listed.error("l.csv", "path\n0.png\n", Some("c")).await.contains("no column 'c'"));
-    assert!(listed.error("l.txt", "0.png\n", Some("c")).await.contains("give a .csv list"));
+    assert!(listed.error("l.txt", "0.png\n", Some("c")).await.contains("give a .csv or .tsv list"));
     assert!(listed.error("l.txt", "0.png\n2.png\n", None).await.contains("line 2: there is no "));
     let gap = listed.error("l.csv", "path,c0,c1\n0.png,,b\n", Some("c0,c1")).await;
     assert!(gap.contains("line 2: caption 0 is empty"), "{gap}");
+}
+
+#[tokio::test]
+async fn a_list_is_the_same_however_it_was_saved() {
+    let listed = Listed::new(&["im/frame:0001.png", "b.png"]);
+    for (name, text) in [
+        ("l.csv", "path,label\r\nim/frame:0001.png,zero\r\nb.png,one\r\n"),
+        ("l.csv", "\"\";\"File_Name\";\"Label\"\n\"1\";\"im/frame:0001.png\";\"zero\"\n\"2\";\"b.png\";\"one\"\n"),
+        ("l.tsv", "label\tpath\nzero\tim/frame:0001.png\none\tb.png\n"),
+    ] {
+        let samples = listed.list(name, text, ListOptions::default()).await.unwrap();
+        let found: Vec<_> = samples.iter().map(|s| (s.key.as_str(), s.label.as_deref())).collect();
+        assert_eq!(found, [("im/frame:0001.png", Some("zero")), ("b.png", Some("one"))], "{text:?}");
+        assert_eq!(samples[0].location, listed.0.path().join("im/frame:0001.png").to_str().unwrap());
+    }
+    let captions = listed.list("l.tsv", "Path\tCaptions\nb.png\t[\"a\", \"b\"]\n", with_candidates("captions")).await;
+    assert_eq!(captions.unwrap()[0].candidates, ["a", "b"]);
+    let plain = listed.list("l.txt", "im/frame:0001.png\rb.png\r", ListOptions::default()).await.unwrap();
+    assert_eq!(plain.len(), 2);
+}
+
+#[tokio::test]
+async fn a_name_in_another_unicode_form_is_said_to_be_one() {
+    let listed = Listed::new(&["cafe\u{301}.png"]);
+    let error = listed.error("l.csv", "path\ncaf\u{e9}.png\n", None).await;
+    assert!(error.contains("line 2: there is no ") && error.contains("in another Unicode form (NFD)"), "{error}");
+    let accents = "path,c0,c1,label\ncafe\u{301}.png,caf\u{e9},tea,cafe\u{301}\n";
+    let samples = listed.list("l.csv", accents, with_candidates("c0,c1")).await.unwrap();
+    assert_eq!(samples[0].label.as_deref(), Some("caf\u{e9}"));
+    let twice = listed.error("l.csv", "path,c0,c1\ncafe\u{301}.png,caf\u{e9},cafe\u{301}\n", Some("c0,c1")).await;
+    assert!(twice.contains("line 2: the caption") && twice.contains("at the positions 0 and 1"), "{twice}");
 }
 
 #[tokio::test]
@@ -136,8 +171,11 @@ fn paths_are_relative_to_the_list() {
     let at = |list: &str, key: &str| base(list).locate(key, &[Origin::Any]).unwrap();
     assert_eq!(at("/data/l.csv", "./a/b.png"), Location::Local("/data/a/b.png".into()));
     assert_eq!(at("/data/l.csv", "/x.png"), Location::Local("/x.png".into()));
+    assert_eq!(at("/data/l.csv", "im/frame:0001.png"), Location::Local("/data/im/frame:0001.png".into()));
+    assert_eq!(at("/data/l.csv", "frame:0001.png"), Location::Local("/data/frame:0001.png".into()));
     let remote = |url: &str| Location::Remote(Url::parse(url).unwrap());
     assert_eq!(at("/data/l.csv", "s3://b/x.png"), remote("s3://b/x.png"));
+    assert_eq!(at("s3://b/lists/l.csv", "frame:1.png"), remote("s3://b/lists/frame:1.png"));
     assert_eq!(at("s3://b/lists/l.csv", "img/x y.png"), remote("s3://b/lists/img/x%20y.png"));
     assert_eq!(at("s3://b/lists/l.csv", "https://host/x.png"), remote("https://host/x.png"));
     assert_eq!(at("/data/lists/l.csv", "../images/a.png"), Location::Local("/data/images/a.png".into()));
@@ -172,7 +210,13 @@ fn a_list_from_the_network_names_what_is_at_its_own_origin_or_at_one_that_is_all
 
 #[test]
 fn a_list_is_told_by_its_name() {
-    assert!(is_list("images.csv") && is_list("s3://b/l.TXT") && !is_list("images") && !is_list("a.png"));
+    assert!(
+        is_list("images.csv")
+            && is_list("a:b.tsv")
+            && is_list("s3://b/l.TXT")
+            && !is_list("images")
+            && !is_list("a.png")
+    );
     let directory = TempDir::with_suffix(".csv").unwrap();
     assert!(!is_list(directory.path().to_str().unwrap()));
 }

@@ -21,6 +21,7 @@ use self::tokenizer::Tokenizer;
 use self::vision::VisionTower;
 use super::checkpoint::{ModelError, Weights};
 use super::options::LoadOptions;
+use super::reading::Reading;
 use elbo_images::Preprocessing;
 
 /// Texts encoded at a time, which bounds the memory of their hidden states.
@@ -113,7 +114,7 @@ impl ContrastiveModel {
     pub fn encode_texts(&self, texts: &[String]) -> Result<Tensor, ModelError> {
         let mut embeddings = Vec::new();
         for texts in texts.chunks(TEXTS) {
-            let ids: Vec<_> = texts.iter().map(|text| self.tokenizer.encode(text)).collect::<Result<_, _>>()?;
+            let ids: Vec<_> = texts.iter().map(|text| self.tokenize(text)).collect::<Result<_, _>>()?;
             embeddings.push(normalised(&self.text.forward(&ids)?)?);
         }
         match embeddings.is_empty() {
@@ -125,7 +126,12 @@ impl ContrastiveModel {
 
     /// Token ids of a text, padded to the length the text tower takes.
     pub fn tokenize(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        self.tokenizer.encode(text)
+        Ok(self.tokenizer.read(text)?.into_ids())
+    }
+
+    /// What the text tower reads of texts.
+    pub fn readings(&self, texts: &[String]) -> Result<Vec<Reading>, ModelError> {
+        texts.iter().map(|text| self.tokenizer.read(text)).collect()
     }
 }
 

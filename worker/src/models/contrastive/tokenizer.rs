@@ -6,6 +6,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer as Pieces;
 
 use crate::models::checkpoint::{ModelError, read, read_json, unsupported};
+use crate::models::reading::Reading;
 use crate::models::tokenizer::ClipTokenizer;
 
 /// sentencepiece's mark of a word's start.
@@ -29,11 +30,11 @@ impl Tokenizer {
         Ok(Self::Siglip(SiglipTokenizer::open(dir, length)?))
     }
 
-    /// The ids of a text, padded.
-    pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+    /// The ids of a text, padded, and how much of it they are.
+    pub(super) fn read(&self, text: &str) -> Result<Reading, ModelError> {
         match self {
-            Self::Clip(tokenizer) => tokenizer.encode(text),
-            Self::Siglip(tokenizer) => tokenizer.encode(text),
+            Self::Clip(tokenizer) => tokenizer.read(text),
+            Self::Siglip(tokenizer) => tokenizer.read(text),
         }
     }
 }
@@ -76,16 +77,18 @@ impl SiglipTokenizer {
         Ok(Self { pieces, end, padding, length })
     }
 
-    fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+    fn read(&self, text: &str) -> Result<Reading, ModelError> {
         let text = canonical(text);
         let mut ids = Vec::with_capacity(self.length);
+        let (mut tokens, room) = (0, self.length - 1);
         if !text.is_empty() {
             let encoding = self.pieces.encode(text, false).map_err(|e| broken(Path::new("memory"), e))?;
-            ids.extend(encoding.get_ids().iter().take(self.length - 1));
+            tokens = encoding.len();
+            ids.extend(encoding.get_ids().iter().take(room));
         }
         ids.push(self.end);
         ids.resize(self.length, self.padding);
-        Ok(ids)
+        Ok(Reading::new(ids, tokens, room))
     }
 }
 
