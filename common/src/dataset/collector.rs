@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::label::Labels;
+use super::label::{Labels, Unmatched};
 use super::{Account, DatasetError, ListOptions, Listed, Reason, caption_of};
 use crate::ids::SampleId;
 use crate::manifest::{Part, Sample};
@@ -89,6 +89,9 @@ impl<'a> Collector<'a> {
         if let Some(keys) = &mut self.keys {
             keys.clear();
         }
+        if let Some(labels) = &mut self.labels {
+            labels.clear();
+        }
         self.passed_over.clear();
         self.sink.clear();
     }
@@ -137,11 +140,15 @@ impl<'a> Collector<'a> {
     }
 
     /// What there is.
-    pub(super) fn finish(self) -> Result<Listed, DatasetError> {
+    pub(super) fn finish(mut self) -> Result<Listed, DatasetError> {
         if let Some(labels) = &self.labels
             && !self.is_full()
         {
             labels.check_used(&self.first_key)?;
+            let Unmatched { count, examples } = labels.unmatched_rows();
+            if count > 0 {
+                self.passed_over.add(Reason::UnmatchedLabel, count, examples);
+            }
         }
         Ok(Listed { samples: self.taken, passed_over: self.passed_over })
     }

@@ -132,26 +132,17 @@ impl Labels {
     }
 
     /// Forgets which images there are: the listing starts again.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the collector does not tell yet that a listing starts again"))]
     pub(super) fn clear(&mut self) {
         if let Self::File(file) = self {
             file.clear();
         }
     }
 
-    /// Fails where a label file is about other images than these, of which `example` is one, and says what it does not match.
+    /// Fails where a label file is about other images than these, of which `example` is one, and says which have no row.
     pub(super) fn check_used(&self, example: &str) -> Result<(), LabelError> {
         let Self::File(file) = self else { return Ok(()) };
         file.check(example)?;
-        let (rows, images) = (self.unmatched_rows(), self.unnamed_images());
-        if rows.count > 0 {
-            tracing::warn!(
-                "the label file {}: {} of its rows match no image, like {}",
-                file.path().display(),
-                rows.count,
-                rows
-            );
-        }
+        let images = self.unnamed_images();
         if images.count > 0 {
             tracing::warn!(
                 "the label file {}: {} images have no row in it, and so no label, like {}",

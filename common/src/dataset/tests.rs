@@ -127,6 +127,23 @@ async fn a_label_file_labels_the_keys_it_names() {
 }
 
 #[tokio::test]
+async fn rows_of_a_label_file_that_name_no_image_are_counted() {
+    let root = dataset(&["cat/0.png", "cat/1.png"]);
+    let labels = TempDir::new().unwrap();
+    let path = labels.path().join("labels.csv");
+    fs::write(&path, "key,label\ncat/1.png,cat\ngone.png,dog\ncat/0.PNG,owl\n").unwrap();
+    let from = LabelSource::File(path);
+    let of = async |limit| {
+        let options = ListOptions { label_from: Some(&from), limit, ..ListOptions::default() };
+        let mut samples = Vec::new();
+        list(root.path().to_str().unwrap(), &options, &mut samples).await.unwrap().passed_over.to_string()
+    };
+    assert_eq!(of(None).await, "row of the label file that names no image: 2 (gone.png, cat/0.PNG)");
+    // Who takes a part of the images expects no row for each.
+    assert_eq!(of(Some(1)).await, "");
+}
+
+#[tokio::test]
 async fn sources_without_images_say_what_was_looked_for() {
     let error = list_all("/no/such/images", &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("/no/such/images does not exist"), "{error}");
