@@ -31,6 +31,7 @@ mod parquet_file;
 pub mod policy;
 pub mod predictions;
 pub mod preset;
+pub mod python_json;
 pub mod record;
 pub mod recorded;
 pub mod report;
