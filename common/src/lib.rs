@@ -43,3 +43,4 @@ pub mod table;
 pub mod text;
 pub mod unit;
 pub mod verify;
+pub mod weight_files;
