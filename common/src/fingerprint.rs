@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::files;
-use crate::job::{JobSpec, Lora};
+use crate::job::{JobSpec, Lora, adapter_file};
 use crate::model_files;
 use crate::model_source::JobModels;
 
@@ -150,8 +150,8 @@ fn hash_file(path: &Path) -> Result<String, HashError> {
 
 /// Hashes an adapter, and the configuration that decides how strong it is.
 fn hash_lora(lora: &Lora) -> Result<String, HashError> {
-    let path = Path::new(&lora.path);
-    let (hash, config) = (hash_file(path)?, path.with_file_name("adapter_config.json"));
+    let path = adapter_file(Path::new(&lora.path));
+    let (hash, config) = (hash_file(&path)?, path.with_file_name("adapter_config.json"));
     if !config.is_file() {
         return Ok(hash);
     }
@@ -185,6 +185,19 @@ mod tests {
             lora_files: vec![hash.into()],
             noise_file: None,
         }
+    }
+
+    #[test]
+    fn a_directory_counts_as_the_adapter_in_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let of = |path: &Path| hash_lora(&Lora { path: path.to_string_lossy().into_owned(), scale: 1.0 });
+        assert!(of(directory.path()).unwrap_err().to_string().contains("adapter_model.safetensors"));
+        let file = directory.path().join("adapter_model.safetensors");
+        std::fs::write(&file, "weights").unwrap();
+        let plain = of(directory.path()).unwrap();
+        std::fs::write(directory.path().join("adapter_config.json"), "{}").unwrap();
+        assert_eq!(of(directory.path()).unwrap(), of(&file).unwrap());
+        assert_ne!(of(&file).unwrap(), plain);
     }
 
     #[test]

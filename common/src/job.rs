@@ -1,6 +1,7 @@
 //! What a job is: everything that decides its predictions, and nothing that doesn't.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -56,10 +57,23 @@ impl fmt::Display for ModelDtype {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
-    /// The file.
+    /// The file, or the directory with peft's or diffusers' file.
     pub path: String,
     /// How strongly: 1 is as it was trained.
     pub scale: f64,
+}
+
+/// What peft and diffusers call an adapter's file; pickles are named so that they can be refused by name.
+const ADAPTERS: [&str; 4] =
+    ["adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin"];
+
+/// The file of the adapter at `path`, which may be a directory.
+pub fn adapter_file(path: &Path) -> PathBuf {
+    if !path.is_dir() {
+        return path.to_owned();
+    }
+    let found = ADAPTERS.iter().map(|name| path.join(name)).find(|file| file.is_file());
+    found.unwrap_or_else(|| path.join(ADAPTERS[0]))
 }
 
 impl FromStr for Lora {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::de::Error as _;
 
+use crate::weight_files;
+
 /// The file that names a model's components.
 pub const MODEL_INDEX: &str = "model_index.json";
 
@@ -34,7 +36,7 @@ pub fn is_contrastive(root: &Path) -> bool {
 /// Those of a contrastive model's `files` that are read, sorted.
 pub fn needed_contrastive(files: &[String]) -> Vec<String> {
     let names: Vec<&str> = files.iter().filter(|file| !file.contains('/')).map(String::as_str).collect();
-    let weights: Vec<&str> = CONTRASTIVE_STEMS.iter().flat_map(|stem| weights(&names, stem)).collect();
+    let weights: Vec<&str> = CONTRASTIVE_STEMS.iter().flat_map(|stem| weight_files::files(&names, stem)).collect();
     let mut chosen: Vec<String> =
         names.iter().filter(|name| weights.contains(name) || is_text(name)).map(|name| (*name).to_owned()).collect();
     chosen.sort();
@@ -44,11 +46,11 @@ pub fn needed_contrastive(files: &[String]) -> Vec<String> {
 /// Whether a file is a configuration or part of a tokenizer.
 fn is_text(name: &str) -> bool {
     let extension = Path::new(name).extension().unwrap_or_default();
-    ["json", "txt", "model"].iter().any(|e| extension == *e) && !name.contains(".safetensors.index.")
+    ["json", "txt", "model"].iter().any(|e| extension == *e) && !name.contains("safetensors.index.")
 }
 
 /// The names that diffusers and transformers give a component's weights.
-const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+pub(crate) const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 
 /// Components that no evaluation runs.
 const UNUSED: [&str; 3] = ["safety_checker", "feature_extractor", "image_encoder"];
@@ -68,12 +70,12 @@ pub fn components(model_index: &[u8]) -> Result<BTreeSet<String>, serde_json::Er
 }
 
 /// Those of a model's `files` (paths with `/`) that are read, sorted: configurations, tokenizers, and each component's
-/// weights in one variant, plain rather than fp16.
+/// weights in one variant (see [`weight_files`]).
 pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
     let mut chosen: Vec<String> = files.iter().filter(|file| *file == MODEL_INDEX).cloned().collect();
     for component in components.iter().filter(|component| !UNUSED.contains(&component.as_str())) {
         let inside: Vec<&str> = files.iter().filter_map(|file| plain_name(file, component)).collect();
-        let weights: Vec<&str> = STEMS.iter().flat_map(|stem| weights(&inside, stem)).collect();
+        let weights: Vec<&str> = STEMS.iter().flat_map(|stem| weight_files::files(&inside, stem)).collect();
         let names = inside.iter().filter(|name| weights.contains(name) || is_text(name));
         chosen.extend(names.map(|name| format!("{component}/{name}")));
     }
@@ -85,27 +87,6 @@ pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
 fn plain_name<'a>(file: &'a str, component: &str) -> Option<&'a str> {
     let name = file.strip_prefix(component)?.strip_prefix('/')?;
     is_plain_name(name).then_some(name)
-}
-
-/// The files of one variant of a component's weights, in the order of preference that loading has.
-fn weights<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
-    for variant in ["", ".fp16"] {
-        let whole = format!("{stem}{variant}.safetensors");
-        if let Some(name) = names.iter().find(|name| **name == whole) {
-            return vec![name];
-        }
-        let index = format!("{stem}.safetensors.index{variant}.json");
-        if names.contains(&index.as_str()) {
-            // The index, which alone knows the shards' names, may not be here yet.
-            let shard = |name: &&str| {
-                name.ends_with(".safetensors")
-                    && !name.contains("non_ema")
-                    && name.contains(".fp16") != variant.is_empty()
-            };
-            return names.iter().copied().filter(|name| shard(name) || *name == index).collect();
-        }
-    }
-    Vec::new()
 }
 
 /// The needed files of a local model, relative to it; with the path that could not be read otherwise.
@@ -205,5 +186,14 @@ mod tests {
         );
         assert_eq!(chosen(&[index, half, plain, fp16]), [plain, index]);
         assert_eq!(chosen(&[half, plain, fp16]), [fp16, half]);
+    }
+
+    #[test]
+    fn a_variant_is_chosen_where_nothing_else_is_there() {
+        let (fp32, bf16) = ("unet/diffusion_pytorch_model.fp32.safetensors", "text_encoder/model.bf16.safetensors");
+        let found = chosen(&[fp32, bf16, "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/model.bin"]);
+        assert_eq!(found, [bf16, fp32]);
+        let names = ["config.json", "open_clip_model.fp16.safetensors", "x.safetensors"].map(str::to_owned);
+        assert_eq!(needed_contrastive(&names), names[..2]);
     }
 }

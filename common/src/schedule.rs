@@ -1,11 +1,15 @@
 //! The noise schedule: how much of a latent is left at each timestep.
 
+mod config;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use self::config::Config;
 use crate::model_files::is_contrastive;
+use crate::python_json::JsonError;
 
 /// What the network's output means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -17,41 +21,6 @@ pub enum PredictionType {
     VPrediction,
     /// `v = eps - x0` of a straight path from latent to noise (Liu et al., 2023; Esser et al., 2024).
     Flow,
-}
-
-/// `scheduler_config.json` as diffusers writes it; the sampler's class is irrelevant.
-#[derive(Clone, Debug, Deserialize)]
-struct SchedulerConfig {
-    #[serde(rename = "_class_name", default)]
-    class: String,
-    #[serde(default = "default_timesteps")]
-    num_train_timesteps: u32,
-    #[serde(default = "default_beta_start")]
-    beta_start: f32,
-    #[serde(default = "default_beta_end")]
-    beta_end: f32,
-    #[serde(default = "default_beta_schedule")]
-    beta_schedule: String,
-    #[serde(default)]
-    trained_betas: Option<Vec<f32>>,
-    #[serde(default = "default_prediction")]
-    prediction_type: String,
-}
-
-fn default_timesteps() -> u32 {
-    1000
-}
-fn default_beta_start() -> f32 {
-    1e-4
-}
-fn default_beta_end() -> f32 {
-    0.02
-}
-fn default_beta_schedule() -> String {
-    "linear".into()
-}
-fn default_prediction() -> String {
-    "epsilon".into()
 }
 
 /// A scheduler configuration that can't be used.
@@ -67,7 +36,7 @@ pub enum ScheduleError {
     },
     /// Not the JSON expected.
     #[error("scheduler_config.json can't be read: {0}")]
-    Json(#[from] serde_json::Error),
+    Json(#[from] JsonError),
     /// A setting this version does not know.
     #[error("scheduler_config.json: {key} '{value}' is not supported; supported: {supported}")]
     Unsupported {
@@ -76,8 +45,24 @@ pub enum ScheduleError {
         /// Its value.
         value: String,
         /// What would work.
-        supported: &'static str,
+        supported: String,
     },
+    /// Two files disagree on what kind of schedule it is.
+    #[error(
+        "scheduler_config.json is of the class '{configured}', and model_index.json names the scheduler '{indexed}', which is \
+         another kind: make both name the class that the model was trained for"
+    )]
+    Classes {
+        /// The class in `scheduler_config.json`.
+        configured: String,
+        /// The class in `model_index.json`.
+        indexed: String,
+    },
+    /// No class at all.
+    #[error(
+        "neither scheduler_config.json nor model_index.json names the scheduler's class: add \"_class_name\" to the former"
+    )]
+    NoClass,
     /// A shift that is no positive number.
     #[error("--timestep-shift {0} must be a positive number")]
     Shift(f32),
@@ -91,6 +76,8 @@ pub enum ScheduleError {
 pub struct NoiseSchedule {
     process: Process,
     prediction: PredictionType,
+    /// The configuration it was made from, in words.
+    origin: String,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -115,7 +102,7 @@ impl NoiseSchedule {
     pub fn of_model(directory: &Path) -> Result<Self, ScheduleError> {
         let path = directory.join("scheduler/scheduler_config.json");
         let json = crate::files::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
-        Self::from_json(&json)
+        Config::parse(&json)?.of_model(directory)?.schedule()
     }
 
     /// The timesteps of the model in `directory`; a contrastive model has one, at which it says all it has to say.
@@ -123,46 +110,9 @@ impl NoiseSchedule {
         if is_contrastive(directory) { Ok(1) } else { Ok(Self::of_model(directory)?.timesteps()) }
     }
 
-    /// Parses a diffusers `scheduler_config.json`.
+    /// Parses a diffusers `scheduler_config.json`; one without a class is taken for a DDPMScheduler's.
     pub fn from_json(json: &str) -> Result<Self, ScheduleError> {
-        let config: SchedulerConfig = serde_json::from_str(json)?;
-        if config.class.starts_with("FlowMatch") {
-            let process = Process::Flow { timesteps: config.num_train_timesteps, shift: 1.0 };
-            return Ok(Self { process, prediction: PredictionType::Flow });
-        }
-        let prediction = match config.prediction_type.as_str() {
-            "epsilon" => PredictionType::Epsilon,
-            "v_prediction" => PredictionType::VPrediction,
-            _ => {
-                return Err(ScheduleError::Unsupported {
-                    key: "prediction_type",
-                    value: config.prediction_type,
-                    supported: "epsilon, v_prediction",
-                });
-            }
-        };
-        let (n, start, end) = (config.num_train_timesteps, config.beta_start, config.beta_end);
-        let betas = match (config.trained_betas, config.beta_schedule.as_str()) {
-            (Some(betas), _) => betas,
-            (None, "linear") => linspace(start, end, n),
-            (None, "scaled_linear") => linspace(start.sqrt(), end.sqrt(), n).into_iter().map(|b| b * b).collect(),
-            (None, _) => {
-                return Err(ScheduleError::Unsupported {
-                    key: "beta_schedule",
-                    value: config.beta_schedule,
-                    supported: "linear, scaled_linear, trained_betas",
-                });
-            }
-        };
-        let mut product = 1.0f32;
-        let alphas_cumprod = betas
-            .into_iter()
-            .map(|beta| {
-                product *= 1.0 - beta;
-                product
-            })
-            .collect();
-        Ok(Self { process: Process::Diffusion { alphas_cumprod }, prediction })
+        Config::parse(json)?.schedule()
     }
 
     /// The same with flow matching's timesteps shifted towards the noise; other schedules have no such shift.
@@ -189,6 +139,13 @@ impl NoiseSchedule {
             Process::Diffusion { alphas_cumprod } => alphas_cumprod,
             Process::Flow { .. } => &[],
         }
+    }
+
+    /// Whether nothing of a latent is left at some timestep (zero terminal SNR; Lin et al., WACV 2024). What is predicted there
+    /// says nothing of the image: evaluations of noise are the same for all classes or nearly so, and a latent can't be
+    /// had from them.
+    pub fn loses_all_signal(&self) -> bool {
+        self.alphas_cumprod().contains(&0.0)
     }
 
     /// What the network's output means.
@@ -231,9 +188,9 @@ impl fmt::Display for NoiseSchedule {
         match &self.process {
             Process::Diffusion { alphas_cumprod } => {
                 let end = alphas_cumprod.last().copied().unwrap_or(1.0);
-                write!(f, "{} timesteps, signal down to {:.4}", alphas_cumprod.len(), end.sqrt())
+                write!(f, "{} timesteps, signal down to {:.4} ({})", alphas_cumprod.len(), end.sqrt(), self.origin)
             }
-            Process::Flow { timesteps, .. } => write!(f, "{timesteps} timesteps of flow matching"),
+            Process::Flow { timesteps, .. } => write!(f, "{timesteps} timesteps of flow matching ({})", self.origin),
         }
     }
 }
@@ -285,26 +242,9 @@ impl PredictionType {
     }
 }
 
-/// `torch.linspace` in f32: symmetric about the middle.
-fn linspace(start: f32, end: f32, n: u32) -> Vec<f32> {
-    if n == 1 {
-        return vec![start];
-    }
-    let step = (end - start) / (n - 1) as f32;
-    (0..n).map(|i| if i < n / 2 { start + step * i as f32 } else { end - step * (n - 1 - i) as f32 }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn unknown_settings_are_named() {
-        let error = |json| NoiseSchedule::from_json(json).unwrap_err().to_string();
-        assert!(error(r#"{"prediction_type": "sample"}"#).contains("prediction_type 'sample'"));
-        assert!(error(r#"{"beta_schedule": "sigmoid"}"#).contains("beta_schedule 'sigmoid'"));
-        assert!(error("{").contains("scheduler_config.json"));
-    }
 
     #[test]
     fn v_prediction_recovers_the_noise() {

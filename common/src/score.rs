@@ -22,6 +22,12 @@ pub enum ScoreError {
     /// The bound is that of a diffusion process whose variance the network learned.
     #[error("--loss {0} needs a model that predicts noise and learned its variance, like DiT: use --loss l2 or l1")]
     NoVariance(Loss),
+    /// The bound's terms are of means of latents, which predicted noise does not determine without a signal.
+    #[error(
+        "--loss {0} needs some of the image at every timestep, and this schedule's last has none (rescale_betas_zero_snr in \
+         scheduler_config.json): use --loss l2 or l1"
+    )]
+    NoSignal(Loss),
 }
 
 /// Turns a network's outputs into errors.
@@ -45,6 +51,9 @@ impl Scorer {
     ) -> Result<Self, ScoreError> {
         if loss.needs_variance() && (!learned_variance || schedule.prediction() != PredictionType::Epsilon) {
             return Err(ScoreError::NoVariance(loss));
+        }
+        if loss.needs_variance() && schedule.loses_all_signal() {
+            return Err(ScoreError::NoSignal(loss));
         }
         Ok(Self { schedule, loss, channels, learned_variance })
     }
@@ -129,6 +138,16 @@ mod tests {
         let flow = NoiseSchedule::from_json(r#"{"_class_name": "FlowMatchEulerDiscreteScheduler"}"#).unwrap();
         assert!(Scorer::new(flow, Loss::L2Vlb, 4, true).is_err());
         assert!(Scorer::new(schedule, Loss::Vlb, 4, true).is_ok());
+    }
+
+    #[test]
+    fn a_bound_needs_a_signal_at_every_timestep() {
+        let schedule = NoiseSchedule::from_json(r#"{"rescale_betas_zero_snr": true}"#).unwrap();
+        let refused = Scorer::new(schedule.clone(), Loss::Vlb, 1, true).unwrap_err();
+        assert_eq!(refused, ScoreError::NoSignal(Loss::Vlb));
+        // Without the bound nothing is divided: noise is predicted or it is not.
+        let point = Point { latent: &[0.3], noise: &[1.0], noisy: &[1.0], timestep: 999 };
+        assert_eq!(Scorer::new(schedule, Loss::L2, 1, false).unwrap().error(point, &mut [1.5]), 0.25);
     }
 
     #[test]

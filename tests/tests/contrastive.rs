@@ -130,6 +130,60 @@ fn the_end_of_a_text_is_found_as_transformers_finds_it() {
 }
 
 #[test]
+fn a_tokenizers_own_padding_and_truncation_do_not_count() {
+    let (tensors, texts) = reference("siglip");
+    let padding = json!({"strategy": {"Fixed": 77}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "!"});
+    let truncation = json!({"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0});
+    for (key, value) in [("padding", padding), ("truncation", truncation)] {
+        let model = copied("siglip");
+        edit(&model.path().join("tokenizer.json"), |file| file[key] = value);
+        let found = load(model.path()).unwrap().encode_texts(&texts).unwrap();
+        assert_close(key, &found, &tensors["texts"], 1e-5);
+    }
+}
+
+#[test]
+fn a_processor_of_newer_versions_is_read() {
+    let (tensors, _) = reference("clip");
+    let model = copied("clip");
+    let old = model.path().join("preprocessor_config.json");
+    let settings: Value = serde_json::from_slice(&std::fs::read(&old).unwrap()).unwrap();
+    std::fs::remove_file(&old).unwrap();
+    // As CLIPProcessor.save_pretrained of transformers 5 writes it.
+    let whole = model.path().join("processor_config.json");
+    let file = json!({ "image_processor": settings, "processor_class": "CLIPProcessor" });
+    std::fs::write(&whole, file.to_string()).unwrap();
+    let loaded = load(model.path()).unwrap();
+    assert_close("images", &loaded.encode_images(&pixels(&loaded)).unwrap(), &tensors["images"], 1e-5);
+    edit(&whole, |file| file["image_processor"]["resample"] = 1.into());
+    let error = load(model.path()).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("processor_config.json") && error.contains("resample"), "{error}");
+    std::fs::write(&whole, r#"{"processor_class": "CLIPProcessor"}"#).unwrap();
+    assert!(load(model.path()).map(|_| ()).unwrap_err().to_string().contains("preprocessor_config.json"));
+}
+
+#[test]
+fn towers_within_models_and_variants_of_weights_are_found() {
+    for kind in ["clip", "siglip"] {
+        let (tensors, texts) = reference(kind);
+        let model = copied(kind);
+        let old = model.path().join("model.safetensors");
+        let weights = safetensors::load(&old, &Device::Cpu).unwrap();
+        let nested = |key: String| match key.split_once('.') {
+            Some((tower @ ("text_model" | "vision_model"), rest)) => format!("{tower}.{tower}.{rest}"),
+            _ => key,
+        };
+        let weights: HashMap<String, Tensor> = weights.into_iter().map(|(key, value)| (nested(key), value)).collect();
+        safetensors::save(&weights, model.path().join("model.fp32.safetensors")).unwrap();
+        std::fs::remove_file(&old).unwrap();
+        let loaded = load(model.path()).unwrap();
+        assert_close(kind, &loaded.encode_texts(&texts).unwrap(), &tensors["texts"], 1e-5);
+        assert_close(kind, &loaded.encode_images(&pixels(&loaded)).unwrap(), &tensors["images"], 1e-5);
+    }
+}
+
+#[test]
 fn openclip_weights_are_found_beside_a_configuration_of_transformers() {
     let model = copied("open_clip");
     std::fs::write(model.path().join("config.json"), r#"{"model_type": "clip"}"#).unwrap();

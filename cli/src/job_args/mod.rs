@@ -98,7 +98,7 @@ pub(crate) struct JobArgs {
     /// URL like s3://bucket/model
     #[arg(long, env = "ELBO_MODEL", value_name = "SRC")]
     pub(crate) model: Option<String>,
-    /// LoRA in peft's or diffusers' format to merge into the model, with a scale [default: 1] (repeatable)
+    /// LoRA (a file, or peft's directory) to merge into the model, with a scale [default: 1] (repeatable)
     #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) lora: Vec<String>,

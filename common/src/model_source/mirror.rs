@@ -14,9 +14,10 @@ use super::digest::Digest;
 use super::{Body, Listing, RemoteFile, SourceError};
 use crate::model_files::{self, MODEL_INDEX};
 use crate::store::{Location, Store, StoreError};
+use crate::weight_files;
 
 /// What components may consist of: web servers list nothing, so these are asked for one by one.
-const USUAL: [&str; 12] = [
+const USUAL: [&str; 8] = [
     "config.json",
     "scheduler_config.json",
     "tokenizer_config.json",
@@ -25,10 +26,6 @@ const USUAL: [&str; 12] = [
     "vocab.json",
     "merges.txt",
     "spiece.model",
-    "model.safetensors",
-    "model.fp16.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
 ];
 
 /// The list of hashes, if there is one: lines as `sha256sum` writes them, with paths relative to the model.
@@ -82,15 +79,18 @@ impl Mirror {
         let Some(bytes) = self.store.read(&index).await? else { return Ok(Vec::new()) };
         let components = model_files::components(&bytes)
             .map_err(|source| SourceError::Index { model: self.store.location().to_string(), source })?;
-        let usual = components.iter().flat_map(|component| USUAL.map(|name| format!("{component}/{name}")));
+        let weights = || model_files::STEMS.iter().flat_map(|stem| weight_files::usual_names(stem));
+        let usual = components.iter().flat_map(|component| {
+            USUAL.into_iter().map(str::to_owned).chain(weights()).map(move |name| format!("{component}/{name}"))
+        });
         let all: Vec<String> = usual.chain([MODEL_INDEX.to_owned()]).collect();
-        let wanted: BTreeSet<String> = model_files::needed(&all, &components)
-            .into_iter()
-            .chain(
-                // Whether the plain variant is there is known only after asking.
-                all.iter().filter(|path| path.contains(".fp16.")).cloned(),
-            )
-            .collect();
+        let needed = model_files::needed(&all, &components);
+        // Which variant is there is known only after asking: of a component whose weights are needed, all are asked for.
+        let is_variant = |path: &&String| {
+            let directory = |path: &str| path.split_once('/').map(|(component, _)| component.to_owned());
+            path.ends_with(".safetensors") && needed.iter().any(|needed| directory(needed) == directory(path))
+        };
+        let wanted: BTreeSet<String> = needed.iter().chain(all.iter().filter(is_variant)).cloned().collect();
         let mut found = Vec::new();
         for path in wanted {
             match store.head(&Path::from(path.as_str())).await {

@@ -12,6 +12,7 @@ mod loading;
 mod reference;
 mod stages;
 mod text;
+mod variants;
 mod weights;
 
 /// A test per fixture.

@@ -132,7 +132,7 @@ fn check_nonsquare(fixture: &str) {
 
 /// Asserts that the bits are the same; on a GPU, whose libraries may choose another order of sums for another batch, that the
 /// values nearly are.
-fn assert_same(name: &str, found: &Tensor, expected: &Tensor) {
+pub(crate) fn assert_same(name: &str, found: &Tensor, expected: &Tensor) {
     match device().is_cpu() {
         true => assert_eq!(bits(found), bits(expected), "{name}"),
         false => assert_close(name, found, expected, 1e-5),

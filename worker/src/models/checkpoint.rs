@@ -1,6 +1,6 @@
 //! Reading a model directory in diffusers' layout: JSON configurations and safetensors weights.
 //!
-//! A component's weights are one file, several shards with an index, or either in the `fp16` variant. Files are mapped,
+//! A component's weights are one file or several shards with an index, in one of several variants. Files are mapped,
 //! not read, and every tensor is converted when a layer takes it: host memory holds one weight at a time beside the
 //! layers, and a mistake names the file and the key.
 
@@ -12,6 +12,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use elbo_common::files;
 use elbo_common::model_files::is_plain_name;
+use elbo_common::python_json;
+use elbo_common::weight_files::{Stored, stored};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -19,6 +21,7 @@ use super::drawn::drawn;
 pub use super::error::ModelError;
 use super::file::WeightsFile;
 use super::lora::Lora;
+use super::names::{Naming, as_stored};
 use super::options::{LoadOptions, Precision, WeightsFrom};
 
 /// Reads a file, telling a missing one from an unreadable one.
@@ -31,7 +34,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
 
 /// Reads a JSON configuration.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
-    serde_json::from_slice(&read(path)?).map_err(|source| ModelError::Json { path: path.to_owned(), source })
+    python_json::parse(&read(path)?).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
 /// Says that a configuration's setting is not supported.
@@ -43,8 +46,9 @@ pub(crate) fn unsupported(path: &Path, key: &str, value: impl std::fmt::Debug) -
 #[derive(Debug)]
 pub struct Weights {
     files: Vec<WeightsFile>,
-    /// Which file a weight is in.
-    tensors: HashMap<String, usize>,
+    /// Where a weight is.
+    tensors: HashMap<String, Place>,
+    naming: Naming,
     /// The directory's name, by which adapters call the component.
     component: String,
     loras: Vec<Arc<Lora>>,
@@ -53,17 +57,35 @@ pub struct Weights {
     from: WeightsFrom,
 }
 
+/// A file and the name that a weight has in it.
+#[derive(Debug)]
+struct Place {
+    file: usize,
+    stored: String,
+}
+
 #[derive(Deserialize)]
 struct ShardIndex {
     weight_map: BTreeMap<String, String>,
 }
 
 impl Weights {
-    /// Opens the weights `<stem>[.fp16].safetensors` or their shards in `dir`, for layers to take them as `options` say.
+    /// Opens the weights `<stem>[.<variant>].safetensors` or their shards in `dir`, for layers to take them as `options` say.
     pub fn open(dir: &Path, stem: &str, options: &LoadOptions) -> Result<Self, ModelError> {
+        Self::open_named(dir, stem, as_stored, options)
+    }
+
+    /// Like [`Weights::open`] for weights that have had other names.
+    pub(crate) fn open_named(
+        dir: &Path,
+        stem: &str,
+        naming: Naming,
+        options: &LoadOptions,
+    ) -> Result<Self, ModelError> {
         let mut weights = Self {
             files: Vec::new(),
             tensors: HashMap::new(),
+            naming,
             component: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             loras: options.loras.clone(),
             device: options.device.clone(),
@@ -76,7 +98,7 @@ impl Weights {
         match WeightsLayout::find(dir, stem)? {
             WeightsLayout::Whole(path) => {
                 let file = WeightsFile::open(&path)?;
-                weights.tensors = file.keys().map(|key| (key.clone(), 0)).collect();
+                file.keys().for_each(|key| weights.place(key.clone(), 0));
                 weights.files.push(file);
             }
             WeightsLayout::Sharded(index) => weights.add_shards(&index)?,
@@ -112,9 +134,22 @@ impl Weights {
             if self.files[at].shape(&key).is_none() {
                 return Err(ModelError::MissingKey { path: self.files[at].path().to_owned(), key });
             }
-            self.tensors.insert(key, at);
+            self.place(key, at);
         }
         Ok(())
+    }
+
+    /// Notes where a weight is. One that has its usual name goes before one that does not.
+    fn place(&mut self, stored: String, file: usize) {
+        let name = (self.naming)(&stored).into_owned();
+        if name == stored || !self.tensors.contains_key(&name) {
+            self.tensors.insert(name, Place { file, stored });
+        }
+    }
+
+    /// The weights' usual names, in no order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
     }
 
     /// The weights whose names start with `name.`.
@@ -124,23 +159,26 @@ impl Weights {
 
     /// Name, shape and stored type of every weight, in no order.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (&str, &[usize], String)> {
-        self.tensors.iter().filter_map(|(key, &at)| {
-            let file = self.files.get(at)?;
-            Some((key.as_str(), file.shape(key)?, file.stored_type(key)?))
+        self.tensors.iter().filter_map(|(key, Place { file, stored })| {
+            let file = self.files.get(*file)?;
+            Some((key.as_str(), file.shape(stored)?, file.stored_type(stored)?))
         })
     }
 
-    fn file(&self, key: &str) -> Option<&WeightsFile> {
-        self.tensors.get(key).and_then(|&at| self.files.get(at))
+    /// The file a weight is in, and its name there.
+    fn stored(&self, key: &str) -> Option<(&WeightsFile, &str)> {
+        let Place { file, stored } = self.tensors.get(key)?;
+        Some((self.files.get(*file)?, stored))
     }
 
     fn shape(&self, key: &str) -> Option<&[usize]> {
-        self.file(key)?.shape(key)
+        let (file, stored) = self.stored(key)?;
+        file.shape(stored)
     }
 
     /// A weight with every adapter's change to it, as layers hold it.
-    fn take(&self, file: &WeightsFile, key: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
-        let mut weight = file.tensor(key)?.reshape(shape)?;
+    fn take(&self, key: &str, stored: &Tensor, shape: &[usize]) -> Result<Tensor, ModelError> {
+        let mut weight = stored.reshape(shape)?;
         for lora in &self.loras {
             if let Some(change) = lora.change(&self.component, key)? {
                 weight = (weight.to_dtype(DType::F32)? + change.reshape(shape)?)?;
@@ -164,23 +202,36 @@ enum WeightsLayout {
 }
 
 impl WeightsLayout {
-    /// The plain variant first, then fp16, each whole or sharded.
     fn find(dir: &Path, stem: &str) -> Result<Self, ModelError> {
-        for variant in ["", ".fp16"] {
-            let whole = dir.join(format!("{stem}{variant}.safetensors"));
-            if whole.is_file() {
-                return Ok(Self::Whole(whole));
-            }
-            let index = dir.join(format!("{stem}.safetensors.index{variant}.json"));
-            if index.is_file() {
-                return Ok(Self::Sharded(index));
+        let names = file_names(dir);
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        match stored(&names, stem) {
+            Ok(Some(Stored::Whole(name))) => Ok(Self::Whole(dir.join(name))),
+            Ok(Some(Stored::Sharded(name))) => Ok(Self::Sharded(dir.join(name))),
+            Ok(None) => Err(match pickle(dir) {
+                Some(path) => ModelError::Pickle(path),
+                None => ModelError::MissingFile(dir.join(format!("{stem}.safetensors"))),
+            }),
+            Err(found) => {
+                let found = found.into_iter().map(str::to_owned).collect();
+                Err(ModelError::Variants { directory: dir.to_owned(), stem: stem.to_owned(), found })
             }
         }
-        Err(match pickle(dir) {
-            Some(path) => ModelError::Pickle(path),
-            None => ModelError::MissingFile(dir.join(format!("{stem}.safetensors"))),
-        })
     }
+}
+
+/// Whether `dir` has weights called `stem`, in whichever variant.
+pub(crate) fn has_weights(dir: &Path, stem: &str) -> bool {
+    !matches!(WeightsLayout::find(dir, stem), Err(ModelError::MissingFile(_) | ModelError::Pickle(_)))
+}
+
+/// The names of the files in a directory, sorted; none where it can't be read.
+fn file_names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let files = entries.flatten().filter(|entry| entry.path().is_file());
+    let mut names: Vec<String> = files.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
 }
 
 /// Weights in a format that is not read.
@@ -230,30 +281,30 @@ impl Params<'_> {
         if let WeightsFrom::Seed(seed) = self.weights.from {
             return self.weights.held(&drawn(seed, &self.name(name), shape)?);
         }
-        let (file, key) = self.find(name, shapes)?;
-        self.weights.take(file, &key, shape)
+        let (file, stored) = self.find(name, shapes)?;
+        self.weights.take(&self.name(name), &file.tensor(stored)?, shape)
     }
 
     /// The single value `name`, not rounded to the layers' type.
     pub(crate) fn scalar(&self, name: &str) -> Result<f32, ModelError> {
-        let (file, key) = self.find(name, &[&[], &[1]])?;
-        Ok(file.tensor(&key)?.reshape(())?.to_dtype(DType::F32)?.to_scalar()?)
+        let (file, stored) = self.find(name, &[&[], &[1]])?;
+        Ok(file.tensor(stored)?.reshape(())?.to_dtype(DType::F32)?.to_scalar()?)
     }
 
-    /// The file a weight is in, and its full name.
-    fn find(&self, name: &str, shapes: &[&[usize]]) -> Result<(&WeightsFile, String), ModelError> {
+    /// The file a weight is in, and its name there.
+    fn find(&self, name: &str, shapes: &[&[usize]]) -> Result<(&WeightsFile, &str), ModelError> {
         let (weights, key) = (self.weights, self.name(name));
-        let expected = shapes.first().copied().unwrap_or_default();
-        let Some(file) = weights.file(&key) else {
+        let Some((file, stored)) = weights.stored(&key) else {
             let path = weights.files.first().map(|file| file.path().to_owned()).unwrap_or_default();
             return Err(ModelError::MissingKey { path, key });
         };
-        let found = file.shape(&key).unwrap_or_default();
+        let found = file.shape(stored).unwrap_or_default();
         if !shapes.contains(&found) {
-            let (path, expected, found) = (file.path().to_owned(), expected.to_vec(), found.to_vec());
+            let expected = shapes.first().copied().unwrap_or_default().to_vec();
+            let (path, key, found) = (file.path().to_owned(), stored.to_owned(), found.to_vec());
             return Err(ModelError::WrongShape { path, key, expected, found });
         }
-        Ok((file, key))
+        Ok((file, stored))
     }
 
     fn name(&self, name: impl std::fmt::Display) -> String {

@@ -9,11 +9,13 @@ use std::path::Path;
 use candle_core::{D, Tensor};
 use serde::Deserialize;
 
-use super::checkpoint::{ModelError, Weights, read_json, unsupported};
+use super::checkpoint::{ModelError, Weights, unsupported};
 use super::encoder::{EncoderConfig, EncoderLayer, activation};
 use super::layers::{layer_norm, linear_no_bias};
+use super::names;
 use super::options::LoadOptions;
 use super::probe::Probe;
+use super::settings::read_config;
 use elbo_kernels::{LayerNorm, Linear};
 
 /// What this needs of the text encoder's `config.json`, with transformers' defaults.
@@ -75,7 +77,7 @@ impl ClipTextModel {
     /// Loads the encoder in `dir`.
     pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
-        let config: ClipConfig = read_json(&path)?;
+        let config: ClipConfig = read_config(&path)?;
         let (width, heads) = (config.hidden_size, config.num_attention_heads);
         if heads == 0 || !width.is_multiple_of(heads) {
             return Err(unsupported(&path, "num_attention_heads", heads));
@@ -88,7 +90,7 @@ impl ClipTextModel {
             activation: activation(&path, &config.hidden_act)?,
             causal: true,
         };
-        let weights = Weights::open(dir, "model", options)?;
+        let weights = Weights::open_named(dir, "model", names::clip, options)?;
         let p = weights.at("text_model");
         let (embeddings, layers) = (p.at("embeddings"), p.at("encoder.layers"));
         let layer = |i| EncoderLayer::load(&layers.at(i), &layer);

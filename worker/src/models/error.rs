@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use elbo_common::python_json::JsonError;
+
 use super::reading::SameTokens;
 
 /// Why a model could not be loaded or run.
@@ -23,8 +25,8 @@ pub enum ModelError {
     Json {
         /// The file.
         path: PathBuf,
-        /// The cause.
-        source: serde_json::Error,
+        /// The cause, with the key.
+        source: JsonError,
     },
     /// A weights file is damaged.
     #[error("{}: {source}: the file is truncated or damaged; download it again", .path.display())]
@@ -49,6 +51,19 @@ pub enum ModelError {
         .0.display()
     )]
     Pickle(PathBuf),
+    /// There are weights in several variants, none of which is the one to take.
+    #[error(
+        "{} has no {stem}.safetensors, and which of {} is meant can't be told: rename that one to {stem}.safetensors",
+        .directory.display(), .found.join(", ")
+    )]
+    Variants {
+        /// The directory.
+        directory: PathBuf,
+        /// The weights' name without variant and extension.
+        stem: String,
+        /// The variants there are.
+        found: Vec<String>,
+    },
     /// A shard index names a file that is not there.
     #[error("{}: the shard {shard} with {key} is missing: download it again", .index.display())]
     MissingShard {

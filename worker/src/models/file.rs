@@ -95,8 +95,12 @@ fn map(path: &Path) -> Result<Mmap, ModelError> {
 
 /// What a file is that can't be read as safetensors.
 fn damaged(path: &Path, bytes: &[u8], source: SafeTensorError) -> ModelError {
+    /// How a zip archive starts, in which torch saves, and how a bare pickle does.
+    const PICKLES: [&[u8]; 2] = [b"PK\x03\x04", b"\x80\x02"];
     let path = path.to_owned();
-    if bytes.starts_with(b"version https://git-lfs") {
+    if PICKLES.iter().any(|start| bytes.starts_with(start)) {
+        ModelError::Pickle(path)
+    } else if bytes.starts_with(b"version https://git-lfs") {
         let what = "a Git LFS pointer, not the weights: fetch them with `git lfs pull`, or download the model again";
         ModelError::NotWeights { path, what }
     } else if bytes.trim_ascii_start().starts_with(b"<") {

@@ -104,7 +104,7 @@ impl Inspection {
         self.count(&network_dir, "diffusion_pytorch_model", &[""]);
         self.count(&dir.join("vae"), "diffusion_pytorch_model", &["encoder.", "quant_conv."]);
         let network = self.note(Network::load(family, &network_dir, &options));
-        let vae = self.note(VaeEncoder::load(&dir.join("vae"), &options));
+        let vae = self.note(VaeEncoder::of_family(family, &dir.join("vae"), &options));
         if let (Some(network), Some(vae)) = (network, vae) {
             let side = network.sample_size();
             self.native_size = Some(side * vae.factor());
@@ -128,8 +128,15 @@ impl Inspection {
         }
     }
 
+    /// What there is, or else why not: that is said once, however many look at the same file.
     fn note<T, E: std::fmt::Display>(&mut self, result: Result<T, E>) -> Option<T> {
-        result.map_err(|error| self.problems.push(error.to_string())).ok()
+        let told = |error: E| {
+            let problem = error.to_string();
+            if !self.problems.contains(&problem) {
+                self.problems.push(problem);
+            }
+        };
+        result.map_err(told).ok()
     }
 
     /// Counts the parameters of a component's weights whose names start with one of `prefixes`.

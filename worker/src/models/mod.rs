@@ -21,12 +21,14 @@ mod inspect;
 mod layers;
 mod lora;
 mod mmdit;
+mod names;
 mod network;
 mod options;
 mod pass;
 mod patch;
 mod probe;
 mod reading;
+mod settings;
 mod t5;
 mod text;
 mod timestep;
@@ -93,7 +95,7 @@ impl DiffusionModel {
             (Network::Unet(_), Family::Sdxl) => Some(TextEncoders::sdxl(dir, options)?),
             (Network::Unet(_), _) => Some(TextEncoders::stable_diffusion(dir, options)?),
         };
-        let vae = VaeEncoder::load(&dir.join("vae"), options)?;
+        let vae = VaeEncoder::of_family(family, &dir.join("vae"), options)?;
         let config = network_dir.join("config.json");
         if network.in_channels() != vae.latent_channels() {
             return Err(unsupported(&config, "in_channels", network.in_channels()));

@@ -10,9 +10,11 @@ use tokenizers::Tokenizer;
 
 use super::checkpoint::{ModelError, Params, Weights, read, read_json, unsupported};
 use super::layers::linear_no_bias;
+use super::names;
 use super::options::LoadOptions;
 use super::probe::Probe;
 use super::reading::Reading;
+use super::settings::read_config;
 use elbo_kernels::{Activation, Linear, activate};
 
 /// What this needs of the encoder's `config.json`, with transformers' defaults.
@@ -63,17 +65,15 @@ impl T5Encoder {
     /// Loads the encoder in `dir`.
     pub fn load(dir: &Path, options: &LoadOptions) -> std::result::Result<Self, ModelError> {
         let path = dir.join("config.json");
-        let config: T5Config = read_json(&path)?;
+        let config: T5Config = read_config(&path)?;
         if config.feed_forward_proj != "gated-gelu" {
             return Err(unsupported(&path, "feed_forward_proj", &config.feed_forward_proj));
         }
-        let weights = Weights::open(dir, "model", options)?;
-        let shared = weights.at("shared");
-        let tokens = if shared.has("weight") { shared } else { weights.at("encoder.embed_tokens") };
+        let weights = Weights::open_named(dir, "model", names::t5, options)?;
         let blocks = weights.at("encoder.block");
         let bias = blocks.at("0.layer.0.SelfAttention.relative_attention_bias");
         Ok(Self {
-            tokens: tokens.get("weight", &[config.vocab_size, config.d_model])?,
+            tokens: weights.at("shared").get("weight", &[config.vocab_size, config.d_model])?,
             distances: bias.get("weight", &[config.relative_attention_num_buckets, config.num_heads])?,
             blocks: (0..config.num_layers)
                 .map(|i| Block::load(&blocks.at(i), &config))

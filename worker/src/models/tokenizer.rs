@@ -60,6 +60,9 @@ impl ClipTokenizer {
         let file = dir.join("tokenizer.json");
         let tokenizer = if file.is_file() { Tokenizer::from_bytes(read(&file)?) } else { assemble(dir, &special)? };
         let mut tokenizer = tokenizer.map_err(|e| broken(dir, e))?;
+        // The file may bring its own, of whoever saved it.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| broken(dir, e))?;
         // Special tokens are recognised within a text, also padding's: `!` in Stable Diffusion 2.
         let tokens = [&special.bos, &special.eos, &special.pad];
         let tokens = tokens.map(|content| AddedToken::from(content.clone(), true).normalized(true));

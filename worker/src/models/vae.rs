@@ -2,12 +2,15 @@
 //!
 //! A latent is the posterior's mean, not a sample of it: the scores then depend on the image alone.
 
+mod config;
+
 use std::path::Path;
 
-use candle_core::{D, Tensor};
-use serde::Deserialize;
+use candle_core::{D, DType, Device, Tensor};
 
-use super::checkpoint::{ModelError, Params, Weights, read_json, unsupported};
+use self::config::VaeConfig;
+use super::checkpoint::{ModelError, Params, Weights};
+use super::family::Family;
 use super::layers::{conv3x3, group_norm, joined, linear};
 use super::options::LoadOptions;
 use super::probe::Probe;
@@ -15,56 +18,6 @@ use elbo_kernels::{Conv2d, Fused, GroupNorm, Linear, Padding, Rows, self_attenti
 
 /// diffusers' epsilon of every norm in the autoencoder.
 const EPS: f64 = 1e-6;
-
-/// What this needs of the autoencoder's `config.json`, with diffusers' defaults.
-#[derive(Debug, Deserialize)]
-#[serde(default)]
-struct VaeConfig {
-    in_channels: usize,
-    latent_channels: usize,
-    block_out_channels: Vec<usize>,
-    layers_per_block: usize,
-    norm_num_groups: usize,
-    down_block_types: Vec<String>,
-    act_fn: String,
-    scaling_factor: f64,
-    shift_factor: Option<f64>,
-    use_quant_conv: bool,
-    mid_block_add_attention: bool,
-}
-
-impl Default for VaeConfig {
-    fn default() -> Self {
-        Self {
-            in_channels: 3,
-            latent_channels: 4,
-            block_out_channels: vec![64],
-            layers_per_block: 1,
-            norm_num_groups: 32,
-            down_block_types: vec!["DownEncoderBlock2D".to_owned()],
-            act_fn: "silu".to_owned(),
-            scaling_factor: 0.18215,
-            shift_factor: None,
-            use_quant_conv: true,
-            mid_block_add_attention: true,
-        }
-    }
-}
-
-impl VaeConfig {
-    fn check(&self, path: &Path) -> Result<(), ModelError> {
-        if let Some(other) = self.down_block_types.iter().find(|t| *t != "DownEncoderBlock2D") {
-            return Err(unsupported(path, "down_block_types", other));
-        }
-        if self.act_fn != "silu" && self.act_fn != "swish" {
-            return Err(unsupported(path, "act_fn", &self.act_fn));
-        }
-        if self.block_out_channels.len() != self.down_block_types.len() || self.block_out_channels.is_empty() {
-            return Err(unsupported(path, "block_out_channels", &self.block_out_channels));
-        }
-        Ok(())
-    }
-}
 
 /// The autoencoder's encoder.
 #[derive(Debug)]
@@ -76,16 +29,57 @@ pub struct VaeEncoder {
     conv_out: Conv2d,
     quant: Option<Linear>,
     latent_channels: usize,
-    scaling_factor: f64,
-    shift_factor: f64,
+    scaling: Scaling,
+}
+
+/// From the posterior's mean to a latent of about unit variance: `(mean - shift) * scale`, channel by channel or for all.
+#[derive(Debug)]
+enum Scaling {
+    All {
+        shift: f64,
+        scale: f64,
+    },
+    /// `[C]` each.
+    Channels {
+        shift: Tensor,
+        scale: Tensor,
+    },
+}
+
+impl Scaling {
+    fn new(config: &VaeConfig, device: &Device, dtype: DType) -> candle_core::Result<Self> {
+        let scale = config.scaling_factor;
+        let Some((mean, std)) = config.statistics() else {
+            return Ok(Self::All { shift: config.shift_factor.unwrap_or(0.0), scale });
+        };
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, config.latent_channels, device)?.to_dtype(dtype);
+        let scales = std.iter().map(|std| (scale / std) as f32).collect();
+        Ok(Self::Channels { shift: tensor(mean.iter().map(|mean| *mean as f32).collect())?, scale: tensor(scales)? })
+    }
+
+    fn apply(&self, mean: &Tensor) -> candle_core::Result<Tensor> {
+        match self {
+            Self::All { shift, scale } => (mean - *shift)? * *scale,
+            Self::Channels { shift, scale } => mean.broadcast_sub(shift)?.broadcast_mul(scale),
+        }
+    }
 }
 
 impl VaeEncoder {
     /// Loads the encoder of the autoencoder in `dir`.
     pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
+        Self::of_config(&VaeConfig::read(&dir.join("config.json"))?, dir, options)
+    }
+
+    /// Loads the encoder of the autoencoder in `dir`, whose settings must be what the pipeline of a family knows.
+    pub(crate) fn of_family(family: Family, dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
-        let config: VaeConfig = read_json(&path)?;
-        config.check(&path)?;
+        let config = VaeConfig::read(&path)?;
+        config.check_family(family, &path)?;
+        Self::of_config(&config, dir, options)
+    }
+
+    fn of_config(config: &VaeConfig, dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let (p, groups) = (weights.at("encoder"), config.norm_num_groups);
         let channels = &config.block_out_channels;
@@ -119,8 +113,7 @@ impl VaeEncoder {
             conv_out: conv3x3(&p.at("conv_out"), last, moments, 1, Padding::Around)?,
             quant,
             latent_channels: config.latent_channels,
-            scaling_factor: config.scaling_factor,
-            shift_factor: config.shift_factor.unwrap_or(0.0),
+            scaling: Scaling::new(config, &options.device, options.precision.compute)?,
         })
     }
 
@@ -134,7 +127,8 @@ impl VaeEncoder {
         self.latent_channels
     }
 
-    /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1]: `(mean - shift_factor) * scaling_factor`.
+    /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1]: `(mean - shift_factor) * scaling_factor`, or
+    /// `(mean - latents_mean) * scaling_factor / latents_std` where the configuration has statistics.
     pub fn encode(&self, pixels: &Tensor, probe: &mut Probe<'_>) -> Result<Tensor, ModelError> {
         let mut h = self.conv_in.forward(pixels, Fused::default())?;
         probe.see(|| "encoder.conv_in".to_owned(), &h);
@@ -156,7 +150,7 @@ impl VaeEncoder {
         }
         probe.see(|| "quant_conv".to_owned(), &h);
         let mean = h.narrow(D::Minus1, 0, self.latent_channels)?.contiguous()?;
-        Ok(((mean - self.shift_factor)? * self.scaling_factor)?)
+        Ok(self.scaling.apply(&mean)?)
     }
 }
 
@@ -260,5 +254,23 @@ impl Attention {
         let qkv = self.qkv.forward(&self.norm.forward(&sequence, false)?, None)?;
         let h = self_attention(&qkv, 1, false)?;
         self.out.forward(&h, Some(Rows::direct(&sequence)))?.reshape((batch, height, width, channels))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_are_applied_channel_by_channel() {
+        let settings = serde_json::json!({
+            "latents_mean": [1.0, -2.0], "latents_std": [2.0, 0.5], "latent_channels": 2, "scaling_factor": 0.5,
+            "shift_factor": null,
+        });
+        let config: VaeConfig = serde_json::from_value(settings).unwrap();
+        let scaling = Scaling::new(&config, &Device::Cpu, DType::F32).unwrap();
+        let mean = Tensor::new(&[[3.0f32, 1.0], [1.0, -2.0]], &Device::Cpu).unwrap();
+        // As StableDiffusionXLImg2ImgPipeline: (latents - latents_mean) * scaling_factor / latents_std.
+        assert_eq!(scaling.apply(&mean).unwrap().to_vec2::<f32>().unwrap(), [[0.5, 3.0], [0.0, 0.0]]);
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::{open_clip, processor};
-use crate::models::checkpoint::{ModelError, read_json, unsupported};
+use crate::models::checkpoint::{ModelError, has_weights, read_json, unsupported};
 use crate::models::encoder::{EncoderConfig, activation};
 use elbo_images::Preprocessing;
 
@@ -77,7 +77,7 @@ impl Config {
     pub(super) fn weights(&self, dir: &Path) -> &'static str {
         match self.layout {
             Layout::Clip | Layout::Siglip => "model",
-            Layout::OpenClip if dir.join("open_clip_pytorch_model.safetensors").is_file() => "open_clip_pytorch_model",
+            Layout::OpenClip if has_weights(dir, "open_clip_pytorch_model") => "open_clip_pytorch_model",
             Layout::OpenClip => "open_clip_model",
         }
     }
@@ -105,8 +105,7 @@ pub(super) fn layout(dir: &Path) -> Result<Layout, ModelError> {
     }
     let path = dir.join("config.json");
     let open_clip = dir.join(open_clip::FILE).is_file();
-    let weights = ["model.safetensors", "model.fp16.safetensors", "model.safetensors.index.json"];
-    if open_clip && !weights.iter().any(|name| dir.join(name).is_file()) {
+    if open_clip && !has_weights(dir, "model") {
         return Ok(Layout::OpenClip);
     }
     let config: Result<ModelType, _> = read_json(&path);
@@ -200,6 +199,6 @@ fn transformers(dir: &Path, layout: Layout) -> Result<Config, ModelError> {
             (true, end) => Pool::First(end),
         },
     };
-    let preprocessing = processor::read(&dir.join("preprocessor_config.json"), layout, vision.size)?;
+    let preprocessing = processor::read(dir, layout, vision.size)?;
     Config { layout, width, vision, text, preprocessing }.checked(&path)
 }

@@ -20,6 +20,7 @@ use self::text::TextTower;
 use self::tokenizer::Tokenizer;
 use self::vision::VisionTower;
 use super::checkpoint::{ModelError, Weights};
+use super::names;
 use super::options::LoadOptions;
 use super::reading::Reading;
 use elbo_images::Preprocessing;
@@ -46,7 +47,7 @@ impl ContrastiveModel {
     /// Loads the model in `dir`, in the layout of transformers (CLIP, SigLIP) or OpenCLIP, onto a device.
     pub fn load(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let config = Config::read(dir)?;
-        let weights = Weights::open(dir, config.weights(dir), options)?;
+        let weights = Weights::open_named(dir, config.weights(dir), names::towers, options)?;
         let root = weights.at("");
         Ok(Self {
             family: match config.layout {

@@ -1,11 +1,13 @@
-//! transformers' `preprocessor_config.json`.
+//! transformers' `preprocessor_config.json`, which newer versions write into `processor_config.json`.
 
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::config::Layout;
 use crate::models::checkpoint::{ModelError, read_json, unsupported};
+use crate::models::settings::with_defaults;
 use elbo_images::{Filter, Preprocessing};
 
 /// The mean and standard deviation of R, G and B that OpenAI trained CLIP with.
@@ -35,8 +37,19 @@ enum Size {
 }
 
 /// What is done to images of a model that takes them `side` pixels large.
-pub(super) fn read(path: &Path, layout: Layout, side: usize) -> Result<Preprocessing, ModelError> {
-    let file: Processor = read_json(path)?;
+pub(super) fn read(dir: &Path, layout: Layout, side: usize) -> Result<Preprocessing, ModelError> {
+    let (own, whole) = (dir.join("preprocessor_config.json"), dir.join("processor_config.json"));
+    if own.is_file() || !whole.is_file() {
+        return preprocessing(&own, read_json(&own)?, layout, side);
+    }
+    let mut file: Value = read_json(&whole)?;
+    match file.get_mut("image_processor").map(Value::take) {
+        Some(settings) => preprocessing(&whole, with_defaults(&whole, settings)?, layout, side),
+        None => Err(ModelError::MissingFile(own)),
+    }
+}
+
+fn preprocessing(path: &Path, file: Processor, layout: Layout, side: usize) -> Result<Preprocessing, ModelError> {
     for (key, value) in [("do_resize", file.do_resize), ("do_rescale", file.do_rescale)] {
         if value == Some(false) {
             return Err(unsupported(path, key, false));

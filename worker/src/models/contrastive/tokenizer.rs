@@ -67,7 +67,10 @@ impl SiglipTokenizer {
         if length == 0 {
             return Err(broken(dir, "a sequence of 0 ids has no room for text"));
         }
-        let pieces = Pieces::from_bytes(read(&file)?).map_err(|e| broken(dir, e))?;
+        let mut pieces = Pieces::from_bytes(read(&file)?).map_err(|e| broken(dir, e))?;
+        // The file may bring its own, of whoever saved it.
+        pieces.with_padding(None);
+        pieces.with_truncation(None).map_err(|e| broken(dir, e))?;
         let id = |name: &str| {
             let token = special.get(name).or_else(|| config.get(name));
             let token = token.and_then(|token| token.get("content").unwrap_or(token).as_str()).unwrap_or("</s>");

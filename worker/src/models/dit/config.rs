@@ -4,7 +4,8 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::models::checkpoint::{ModelError, read_json, unsupported};
+use crate::models::checkpoint::{ModelError, unsupported};
+use crate::models::settings::{read_config, square};
 
 /// The settings of a DiTTransformer2DModel (older checkpoints: Transformer2DModel), with diffusers' defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -18,6 +19,7 @@ pub(super) struct DitConfig {
     pub(super) out_channels: Option<usize>,
     pub(super) num_layers: usize,
     /// Height and width of the latents the model was trained on.
+    #[serde(deserialize_with = "square")]
     pub(super) sample_size: usize,
     pub(super) patch_size: usize,
     /// Classes, without the null class.
@@ -53,7 +55,7 @@ impl Default for DitConfig {
 impl DitConfig {
     /// Reads and checks a configuration.
     pub(super) fn read(path: &Path) -> Result<Self, ModelError> {
-        let config: Self = read_json(path)?;
+        let config: Self = read_config(path)?;
         if config.class != "DiTTransformer2DModel" && config.class != "Transformer2DModel" {
             return Err(unsupported(path, "_class_name", &config.class));
         }

@@ -1,17 +1,38 @@
 //! How strong an adapter was trained to be: `alpha`, from wherever its format keeps it.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::DType;
+use elbo_common::python_json;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::super::checkpoint::{ModelError, read_json, unsupported};
 use super::super::file::WeightsFile;
+use super::super::settings::with_defaults;
+use super::pattern::Patterns;
 use super::wrong;
 
 /// The entry of diffusers' adapters that holds peft's configurations, their keys prefixed by the component.
 const METADATA: &str = "lora_adapter_metadata";
+
+/// peft's `lora_alpha` where a configuration has none.
+const DEFAULT_ALPHA: f64 = 8.0;
+
+/// Settings that change what is added to a weight, or the weight itself, in ways not implemented. `null` and `false` are no
+/// change.
+const CHANGES: [&str; 10] = [
+    "use_dora",
+    "fan_in_fan_out",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+];
 
 /// What this needs of peft's `adapter_config.json`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -19,12 +40,9 @@ const METADATA: &str = "lora_adapter_metadata";
 pub(super) struct AdapterConfig {
     r: Option<usize>,
     lora_alpha: Option<f64>,
-    use_rslora: bool,
-    alpha_pattern: BTreeMap<String, f64>,
-    rank_pattern: BTreeMap<String, usize>,
-    peft_type: Option<String>,
-    use_dora: bool,
-    fan_in_fan_out: bool,
+    use_rslora: Option<bool>,
+    alpha_pattern: Patterns<f64>,
+    rank_pattern: Patterns<usize>,
 }
 
 impl AdapterConfig {
@@ -34,40 +52,37 @@ impl AdapterConfig {
         if !path.is_file() {
             return Ok(None);
         }
-        let config: Self = read_json(&path)?;
-        config.check(&path)?;
-        Ok(Some(config))
+        check(&path, &read_json(&path)?)?;
+        // Read once more, as patterns count in the file's order, which values do not keep.
+        read_json(&path).map(Some)
     }
 
-    fn check(&self, path: &Path) -> Result<(), ModelError> {
-        if let Some(other) = self.peft_type.as_deref().filter(|t| *t != "LORA") {
-            return Err(unsupported(path, "peft_type", other));
-        }
-        for (key, value) in [("use_dora", self.use_dora), ("fan_in_fan_out", self.fan_in_fan_out)] {
-            if value {
-                return Err(unsupported(path, key, value));
-            }
-        }
-        let patterns = self.alpha_pattern.keys().chain(self.rank_pattern.keys());
-        match patterns.into_iter().find(|pattern| pattern.contains(['*', '+', '?', '|', '(', '[', '^', '$', '\\'])) {
-            Some(pattern) => Err(unsupported(path, "alpha_pattern or rank_pattern", pattern)),
-            None => Ok(()),
-        }
+    fn alpha(&self, module: &str) -> Result<f64, fancy_regex::Error> {
+        Ok(self.alpha_pattern.of(module)?.or(self.lora_alpha).unwrap_or(DEFAULT_ALPHA))
     }
 
-    fn alpha(&self, module: &str) -> Option<f64> {
-        of_module(&self.alpha_pattern, module).or(self.lora_alpha)
-    }
-
-    fn rank(&self, module: &str) -> Option<usize> {
-        of_module(&self.rank_pattern, module).or(self.r)
+    fn rank(&self, module: &str) -> Result<Option<usize>, fancy_regex::Error> {
+        Ok(self.rank_pattern.of(module)?.or(self.r))
     }
 }
 
-/// peft's rule: a pattern is a module's whole name or its last parts.
-fn of_module<T: Copy>(patterns: &BTreeMap<String, T>, module: &str) -> Option<T> {
-    let ends = |pattern: &str| module.strip_suffix(pattern).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-    patterns.iter().find(|(pattern, _)| ends(pattern)).map(|(_, value)| *value)
+/// Refuses settings that are not implemented.
+fn check(path: &Path, settings: &Value) -> Result<(), ModelError> {
+    if let Some(other) = settings.get("peft_type").filter(|kind| !kind.is_null() && *kind != "LORA") {
+        return Err(unsupported(path, "peft_type", other));
+    }
+    for key in CHANGES {
+        let value = settings.get(key).unwrap_or(&Value::Null);
+        if !value.is_null() && *value != Value::Bool(false) {
+            return Err(unsupported(path, key, value));
+        }
+    }
+    // Other ways to start change the base's weights, which are another model's then.
+    match settings.get("init_lora_weights") {
+        None | Some(Value::Null | Value::Bool(_)) => Ok(()),
+        Some(Value::String(name)) if ["gaussian", "eva", "orthogonal"].contains(&name.as_str()) => Ok(()),
+        Some(other) => Err(unsupported(path, "init_lora_weights", other)),
+    }
 }
 
 /// Where an adapter's alphas are.
@@ -89,18 +104,20 @@ impl Alphas<'_> {
         let config = match &self.config {
             Some(config) => Some(config.clone()),
             None => self.embedded(component)?,
-        }
-        .unwrap_or_default();
-        if let Some(other) = config.rank(module).filter(|other| *other != rank) {
+        };
+        let slow = |error: fancy_regex::Error| wrong(self.file.path(), format!("rank and alpha of {module}: {error}"));
+        let expected = config.as_ref().map(|config| config.rank(module)).transpose().map_err(slow)?.flatten();
+        if let Some(other) = expected.filter(|other| *other != rank) {
             let message = format!("{component}.{module} has rank {rank}, and its configuration says {other}");
             return Err(wrong(self.file.path(), message));
         }
         let alpha = match key {
             Some(key) => Some(self.scalar(key)?),
-            None => config.alpha(module),
+            None => config.as_ref().map(|config| config.alpha(module)).transpose().map_err(slow)?,
         };
         let rank = rank as f64;
-        Ok(alpha.unwrap_or(rank) / if config.use_rslora { rank.sqrt() } else { rank })
+        let is_stabilised = config.is_some_and(|config| config.use_rslora == Some(true));
+        Ok(alpha.unwrap_or(rank) / if is_stabilised { rank.sqrt() } else { rank })
     }
 
     fn scalar(&self, key: &str) -> Result<f64, ModelError> {
@@ -114,12 +131,18 @@ impl Alphas<'_> {
     /// The configuration that newer versions of diffusers write into the file's header.
     fn embedded(&self, component: &str) -> Result<Option<AdapterConfig>, ModelError> {
         let Some(text) = self.file.metadata(METADATA) else { return Ok(None) };
-        let failed = |source| ModelError::Json { path: self.file.path().to_owned(), source };
-        let all: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text).map_err(failed)?;
+        let path = self.file.path();
+        let failed = |source| ModelError::Json { path: path.to_owned(), source };
+        let all: serde_json::Map<String, Value> = python_json::parse(text.as_bytes()).map_err(failed)?;
         let prefix = format!("{component}.");
         let own = all.into_iter().filter_map(|(key, value)| Some((key.strip_prefix(&prefix)?.to_owned(), value)));
-        let config: AdapterConfig = serde_json::from_value(own.collect()).map_err(failed)?;
-        config.check(self.file.path())?;
-        Ok(Some(config))
+        let own: serde_json::Map<String, Value> = own.collect();
+        if own.is_empty() {
+            return Ok(None);
+        }
+        let own = Value::Object(own);
+        check(path, &own)?;
+        // diffusers writes and reads patterns sorted by name, as values keep them.
+        with_defaults(path, own).map(Some)
     }
 }

@@ -1,4 +1,6 @@
-//! The names that adapters' weights have had.
+//! The names that adapters' weights have had in diffusers and peft.
+
+use std::borrow::Cow;
 
 /// What a key says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,32 +28,30 @@ pub(super) enum Role {
 const COMPONENTS: [&str; 5] = ["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"];
 
 /// The ends of keys: what peft appends to a module, and what diffusers' own layers were called.
-const ENDINGS: [(&str, Role); 7] = [
+const ENDINGS: [(&str, Role); 5] = [
     (".lora_A.weight", Role::Down),
     (".lora_B.weight", Role::Up),
-    (".lora_A.default.weight", Role::Down),
-    (".lora_B.default.weight", Role::Up),
     (".down.weight", Role::Down),
     (".up.weight", Role::Up),
     (".alpha", Role::Alpha),
 ];
 
+/// How to use an adapter of a kind that is not read, without losing anything of it.
+pub(super) const MERGE: &str = "merge it into the model with diffusers, which keeps alpha, and label with the result: \
+    `pipe.load_lora_weights(ADAPTER); pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(OUT)`";
+
 impl Key {
     /// Reads a key, or says why it can't be.
     pub(super) fn parse(key: &str) -> Result<Self, String> {
-        if ["lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"].iter().any(|p| key.starts_with(p))
-        {
-            return Err(format!(
-                "{key}: kohya's names are not supported; convert the file by loading it into diffusers with \
-                 load_lora_weights and writing it with save_lora_weights"
-            ));
-        }
-        let unknown =
-            || format!("{key} is not a LoRA weight that is supported (diffusers or peft, without DoRA or biases)");
+        let unknown = || {
+            format!(
+                "{key} is not a LoRA weight that is supported (of diffusers, peft or kohya, without DoRA or biases); {MERGE}"
+            )
+        };
         let plain = strip_wrapper(key);
         let component =
             COMPONENTS.into_iter().find(|c| plain.strip_prefix(c).is_some_and(|rest| rest.starts_with('.')));
-        let rest = strip_wrapper(component.map_or(plain, |c| &plain[c.len() + 1..]));
+        let rest = without_adapter(strip_wrapper(component.map_or(plain, |c| &plain[c.len() + 1..])));
         let find = |(ending, role): (&'static str, Role)| Some((rest.strip_suffix(ending)?, ending, role));
         let (base, ending, role) = ENDINGS.into_iter().find_map(find).ok_or_else(unknown)?;
         let module = match old_module(base) {
@@ -62,6 +62,19 @@ impl Key {
         };
         Ok(Self { component, module, role })
     }
+}
+
+/// The key without the name that peft gives an adapter, such as `default_0`, between `lora_A` and `weight`.
+fn without_adapter(key: &str) -> Cow<'_, str> {
+    for part in [".lora_A.", ".lora_B."] {
+        let split = key.split_once(part).and_then(|(module, rest)| Some((module, rest.strip_suffix(".weight")?)));
+        if let Some((module, adapter)) = split
+            && !adapter.contains('.')
+        {
+            return Cow::Owned(format!("{module}{part}weight"));
+        }
+    }
+    Cow::Borrowed(key)
 }
 
 /// What peft's wrapper puts before a module.
@@ -100,6 +113,8 @@ mod tests {
             ("text_encoder.t.self_attn.to_v_lora.up.weight", Some("text_encoder"), "t.self_attn.v_proj", Role::Up),
             ("text_encoder_2.t.q_proj.lora_linear_layer.up.weight", Some("text_encoder_2"), "t.q_proj", Role::Up),
             ("base_model.model.a.proj_in.lora_B.default.weight", None, "a.proj_in", Role::Up),
+            ("unet.a.attn1.to_q.lora_A.default_0.weight", Some("unet"), "a.attn1.to_q", Role::Down),
+            ("unet.a.attn1.to_q.lora_B.my-style.weight", Some("unet"), "a.attn1.to_q", Role::Up),
             ("transformer.base_model.model.x.alpha", Some("transformer"), "x", Role::Alpha),
             ("unet.a.attn1.processor.to_k_lora.alpha", Some("unet"), "a.attn1.to_k", Role::Alpha),
         ];
@@ -110,9 +125,9 @@ mod tests {
 
     #[test]
     fn other_names_are_refused() {
-        assert!(Key::parse("lora_unet_mid_block.lora_down.weight").unwrap_err().contains("save_lora_weights"));
         for key in ["unet.a.lora_magnitude_vector", "unet.a.dora_scale", "unet.a.lora_B.bias", "unet.a.down.weight"] {
-            assert!(Key::parse(key).unwrap_err().contains(key));
+            let error = Key::parse(key).unwrap_err();
+            assert!(error.contains(key) && error.contains("keeps alpha"), "{error}");
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::models::checkpoint::{ModelError, read_json, unsupported};
+use crate::models::settings::square;
 
 /// The settings of an SD3Transformer2DModel, with diffusers' defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -13,6 +14,7 @@ pub(super) struct MmditConfig {
     #[serde(rename = "_class_name")]
     class: String,
     /// Height and width of the latents the model was trained on.
+    #[serde(deserialize_with = "square")]
     pub(super) sample_size: usize,
     pub(super) patch_size: usize,
     pub(super) in_channels: usize,

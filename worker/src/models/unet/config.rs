@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::models::checkpoint::{ModelError, read, unsupported};
+use crate::models::checkpoint::{ModelError, read_json, unsupported};
+use crate::models::settings::{optional_square, with_defaults};
 
 /// One value for all levels or one per level.
 #[derive(Clone, Debug, Deserialize)]
@@ -29,6 +30,7 @@ impl<T: Clone> PerLevel<T> {
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 struct Raw {
+    #[serde(deserialize_with = "optional_square")]
     sample_size: Option<usize>,
     in_channels: usize,
     out_channels: usize,
@@ -78,8 +80,14 @@ impl Default for Raw {
     }
 }
 
-/// Settings that must have one value (or be absent) for the forward pass to be the one implemented.
+/// Settings that `false` leaves out as `null` does.
+const OPTIONAL: [&str; 4] =
+    ["addition_embed_type", "addition_time_embed_dim", "num_attention_heads", "projection_class_embeddings_input_dim"];
+
+/// Settings that must have one value (or be absent) for the forward pass to be the one implemented. `false` is as good as
+/// `null`.
 const FIXED: &[(&str, &str)] = &[
+    ("_class_name", "\"UNet2DConditionModel\""),
     ("act_fn", "\"silu\""),
     ("attention_type", "\"default\""),
     ("center_input_sample", "false"),
@@ -164,23 +172,26 @@ pub(super) struct UnetConfig {
 impl UnetConfig {
     /// Reads and checks a configuration.
     pub(super) fn read(path: &Path) -> Result<Self, ModelError> {
-        let bytes = read(path)?;
-        let json = |source| ModelError::Json { path: path.to_owned(), source };
-        let values: Value = serde_json::from_slice(&bytes).map_err(json)?;
+        let mut values: Value = read_json(path)?;
         for (key, expected) in FIXED {
             let found = values.get(key).filter(|v| !v.is_null());
             let same = found.is_none_or(|v| {
                 let text = v.to_string();
                 text == *expected
                     || v.as_f64().is_some_and(|v| expected.parse() == Ok(v))
+                    || (*expected == "null" && *v == Value::Bool(false))
                     || (*key == "act_fn" && text == "\"swish\"")
             });
             if !same {
                 return Err(unsupported(path, key, found));
             }
         }
-        let raw: Raw = serde_json::from_value(values).map_err(json)?;
-        raw.check(path.to_owned())
+        for key in OPTIONAL {
+            if values.get(key) == Some(&Value::Bool(false)) {
+                values[key] = Value::Null;
+            }
+        }
+        with_defaults::<Raw>(path, values)?.check(path.to_owned())
     }
 }
 
@@ -252,5 +263,46 @@ impl Raw {
             text_time,
             levels,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(change: impl FnOnce(&mut Value)) -> Result<UnetConfig, String> {
+        let mut settings = serde_json::json!({ "sample_size": 8, "_class_name": "UNet2DConditionModel" });
+        change(&mut settings);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.json");
+        std::fs::write(&path, settings.to_string()).unwrap();
+        UnetConfig::read(&path).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn squares_and_false_in_the_place_of_null_are_read() {
+        assert_eq!(read(|settings| settings["sample_size"] = serde_json::json!([8, 8])).unwrap().sample_size, 8);
+        for (key, _) in FIXED.iter().filter(|(_, expected)| ["null", "false"].contains(expected)) {
+            assert!(read(|settings| settings[key] = false.into()).is_ok(), "{key}");
+            assert!(read(|settings| settings[key] = Value::Null).is_ok(), "{key}");
+            assert!(read(|settings| settings[key] = true.into()).unwrap_err().contains(key), "{key}");
+        }
+        for key in OPTIONAL {
+            assert!(read(|settings| settings[key] = false.into()).is_ok(), "{key}");
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_read_is_named_with_its_file() {
+        let cases = [
+            ("sample_size", serde_json::json!([8, 16])),
+            ("in_channels", "four".into()),
+            ("cross_attention_dim", "wide".into()),
+            ("_class_name", "UNet3DConditionModel".into()),
+        ];
+        for (key, value) in cases {
+            let error = read(|settings| settings[key] = value).unwrap_err();
+            assert!(error.contains("config.json") && error.contains(key), "{error}");
+        }
     }
 }
