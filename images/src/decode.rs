@@ -8,7 +8,7 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
 use crate::orientation::Metadata;
 use crate::pixels::{Colour, Pixels, Turn, look_like};
-use crate::{Extent, ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, check_size, jpeg};
+use crate::{Extent, ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, account, check_size, jpeg};
 
 /// The first image of a file and how to bring it upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
@@ -116,7 +116,7 @@ fn from_library(format: ImageFormat, error: image::ImageError) -> ImageError {
             };
             ImageError::Decode { format, reason }
         }
-        error => ImageError::Decode { format, reason: error.to_string() },
+        error => ImageError::Decode { format, reason: account(error) },
     }
 }
 

@@ -15,7 +15,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use crate::orientation::Metadata;
 use crate::pixels::{Colour, Pixels, Turn};
-use crate::{Extent, ImageError, check_size};
+use crate::{Extent, ImageError, account, check_size};
 
 /// What the headers of a JPEG say of the memory it takes.
 pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
@@ -39,7 +39,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     let mut decoder = decoder(&bytes, &outline);
     let Header { width, height, stored, colour, wanted } = Header::read(&mut decoder, &outline)?;
     decoder.set_options(outline.options().jpeg_set_out_colorspace(wanted));
-    let mut data = decoder.decode().map_err(|e| fail(e.to_string()))?;
+    let mut data = decoder.decode().map_err(|e| fail(account(e)))?;
     if data.len() != width * height * colour.channels() {
         return Err(fail("its picture has another size than its header says".into()));
     }
@@ -74,7 +74,7 @@ impl Header {
         if outline.end.is_none() {
             return Err(ImageError::Truncated { format: "JPEG" });
         }
-        decoder.decode_headers().map_err(|e| fail(e.to_string()))?;
+        decoder.decode_headers().map_err(|e| fail(account(e)))?;
         let (Some((width, height)), Some(stored)) = (decoder.dimensions(), decoder.input_colorspace()) else {
             return Err(fail("it has no picture".into()));
         };

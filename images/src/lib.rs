@@ -262,6 +262,14 @@ impl ImageError {
     }
 }
 
+/// What a library says of a file, which it may quote: cut where it is long, and without what a terminal would obey.
+fn account(error: impl std::fmt::Display) -> String {
+    let text = error.to_string();
+    let (said, rest) = text.split_at(text.floor_char_boundary(200));
+    let said: String = said.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    if rest.is_empty() { said } else { said + "…" }
+}
+
 /// Refuses an image before memory is taken for it.
 fn check_size(format: &'static str, width: u32, height: u32, bytes_per_pixel: u64) -> Result<(), ImageError> {
     let pixels = u64::from(width) * u64::from(height);
