@@ -12,7 +12,24 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if is_hostile(c) { MARK } else { c }).collect()
 }
 
-/// The same of a text that has several lines.
+/// Characters of a text from outside that a message quotes.
+const QUOTED: usize = 300;
+
+/// A text of data or a server as a message quotes it: on one line, what [`printable`] would mark written as `\u{1b}`, and cut where
+/// it is long.
+pub fn shown(text: &str) -> String {
+    let mut line = String::new();
+    for (count, c) in text.chars().enumerate() {
+        if count == QUOTED {
+            line.push('…');
+            break;
+        }
+        if is_hostile(c) { line.extend(c.escape_default()) } else { line.push(c) }
+    }
+    line
+}
+
+/// What [`printable`] makes of a text that has several lines.
 pub fn printable_lines(text: &str) -> String {
     text.chars().map(|c| if c != '\n' && is_hostile(c) { MARK } else { c }).collect()
 }
@@ -45,6 +62,9 @@ mod tests {
     #[test]
     fn what_a_terminal_would_obey_is_marked() {
         assert_eq!(printable("a\u{1b}[2Jb\r\n\u{9b}c\u{202e}d é"), "a\u{fffd}[2Jb\u{fffd}\u{fffd}\u{fffd}c\u{fffd}d é");
+        assert_eq!(shown("a\u{1b}[2J\n\u{202e}é'\\"), "a\\u{1b}[2J\\n\\u{202e}é'\\");
+        let long = shown(&"é\0".repeat(1_000));
+        assert!(long.starts_with("é\\u{0}é") && long.ends_with('…') && long.chars().count() < 6 * QUOTED, "{long}");
         assert_eq!(printable_lines("a\n\tb\u{7}"), "a\n\u{fffd}b\u{fffd}");
     }
 

@@ -1,13 +1,14 @@
 //! Bytes of an image file to pixels of 8 bits.
 
+use std::borrow::Cow;
 use std::io::{Cursor, ErrorKind};
 
 use image::error::LimitErrorKind;
-use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 
+use crate::orientation::Metadata;
 use crate::pixels::{Colour, Pixels, Turn, look_like};
-use crate::{Extent, ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, check_size, jpeg};
+use crate::{Extent, ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, account, check_size, jpeg};
 
 /// The first image of a file and how to bring it upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
@@ -47,6 +48,8 @@ fn format_of(bytes: &[u8]) -> Result<ImageFormat, ImageError> {
         return Err(ImageError::FileTooLarge { bytes: bytes.len() as u64 });
     }
     match image::guess_format(bytes) {
+        // TIFF with positions of eight bytes, whose decoder is there.
+        Err(_) if bytes.starts_with(b"II+\0") || bytes.starts_with(b"MM\0+") => Ok(ImageFormat::Tiff),
         Ok(format) if format == ImageFormat::Jpeg || format.reading_enabled() => Ok(format),
         _ => Err(ImageError::NotAnImage { what: look_like(bytes) }),
     }
@@ -72,11 +75,23 @@ fn open(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_, Ima
 
 fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError> {
     let mut decoder = open(bytes, format)?;
-    // Damaged metadata is no reason to give up an image.
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let turn = metadata(bytes, format, &mut decoder).turn();
     let pixels = eight_bits(DynamicImage::from_decoder(decoder).map_err(|error| from_library(format, error))?);
     let pixels = if is_colour_keyed_png(bytes, format) { pixels.into_gray_or_rgb() } else { pixels };
-    Ok((pixels, orientation.into()))
+    Ok((pixels, turn))
+}
+
+/// What a file says of its picture, of the formats that carry it.
+fn metadata<'a>(bytes: &'a [u8], format: ImageFormat, decoder: &mut impl ImageDecoder) -> Metadata<'a> {
+    match format {
+        ImageFormat::Png => Metadata::of_png(bytes),
+        ImageFormat::Tiff => Metadata::of_tiff(bytes),
+        ImageFormat::WebP => {
+            let own = |part: image::ImageResult<Option<Vec<u8>>>| part.ok().flatten().map(Cow::from);
+            Metadata { exif: own(decoder.exif_metadata()), xmp: own(decoder.xmp_metadata()) }
+        }
+        _ => Metadata::default(),
+    }
 }
 
 /// Whether less follows than the container says: a WebP's orientation is its last part, whose loss nothing else would notice.
@@ -101,7 +116,7 @@ fn from_library(format: ImageFormat, error: image::ImageError) -> ImageError {
             };
             ImageError::Decode { format, reason }
         }
-        error => ImageError::Decode { format, reason: error.to_string() },
+        error => ImageError::Decode { format, reason: account(error) },
     }
 }
 

@@ -6,15 +6,16 @@
 //! for one, as by libjpeg.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use image::metadata::Orientation;
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
+use crate::orientation::Metadata;
 use crate::pixels::{Colour, Pixels, Turn};
-use crate::{Extent, ImageError, check_size};
+use crate::{Extent, ImageError, account, check_size};
 
 /// What the headers of a JPEG say of the memory it takes.
 pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
@@ -29,6 +30,7 @@ pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
 /// The pixels of a JPEG and how to bring them upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     let outline = Outline::of(bytes);
+    let turn = outline.metadata(bytes).turn();
     let bytes = match outline.end {
         // At an end marker the decoder fills up what is missing, at the end of the data it fails. It reads eight bytes ahead.
         Some(end) if outline.is_baseline() => Cow::Owned([&bytes[..end], &[0; 16]].concat()),
@@ -36,10 +38,8 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     };
     let mut decoder = decoder(&bytes, &outline);
     let Header { width, height, stored, colour, wanted } = Header::read(&mut decoder, &outline)?;
-    // Damaged metadata is no reason to give up an image.
-    let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
     decoder.set_options(outline.options().jpeg_set_out_colorspace(wanted));
-    let mut data = decoder.decode().map_err(|e| fail(e.to_string()))?;
+    let mut data = decoder.decode().map_err(|e| fail(account(e)))?;
     if data.len() != width * height * colour.channels() {
         return Err(fail("its picture has another size than its header says".into()));
     }
@@ -47,7 +47,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
         data.as_chunks_mut().0.iter_mut().for_each(ycck_to_inverted_cmyk);
     }
     let pixels = Pixels { width: width as u32, height: height as u32, colour, data };
-    Ok((pixels, orientation.map_or(Turn::default(), Turn::from)))
+    Ok((pixels, turn))
 }
 
 fn fail(reason: String) -> ImageError {
@@ -74,7 +74,7 @@ impl Header {
         if outline.end.is_none() {
             return Err(ImageError::Truncated { format: "JPEG" });
         }
-        decoder.decode_headers().map_err(|e| fail(e.to_string()))?;
+        decoder.decode_headers().map_err(|e| fail(account(e)))?;
         let (Some((width, height)), Some(stored)) = (decoder.dimensions(), decoder.input_colorspace()) else {
             return Err(fail("it has no picture".into()));
         };
@@ -111,7 +111,14 @@ struct Outline {
     /// Whether there are bytes between segments that belong to none.
     padded: bool,
     scans: u32,
+    /// Where EXIF and XMP are, in parts of 64 KB at most.
+    application: Vec<Range<usize>>,
 }
+
+/// What EXIF begins with in a JPEG.
+const EXIF: &[u8] = b"Exif\0\0";
+/// What XMP begins with.
+const XMP: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";
 
 impl Outline {
     fn is_baseline(&self) -> bool {
@@ -121,6 +128,19 @@ impl Outline {
     /// The coefficients of a picture that comes in several scans are kept, two bytes each, until the last one.
     fn bytes_per_value(&self) -> u64 {
         if self.scans > 1 { 3 } else { 1 }
+    }
+
+    /// EXIF, put together where it comes in several parts, and the last XMP.
+    fn metadata<'a>(&self, bytes: &'a [u8]) -> Metadata<'a> {
+        let parts = || self.application.iter().map(|part| &bytes[part.clone()]);
+        let exif: Vec<&[u8]> = parts().filter_map(|part| part.strip_prefix(EXIF)).collect();
+        let exif = match exif[..] {
+            [] => None,
+            [one] => Some(one.into()),
+            _ => Some(exif.concat().into()),
+        };
+        let xmp = parts().filter_map(|part| part.strip_prefix(XMP)).next_back();
+        Metadata { exif, xmp: xmp.map(Cow::from) }
     }
 
     /// Strict: damage within the picture is an error, not gray. Bytes between its headers are skipped by every program.
@@ -153,7 +173,12 @@ impl Outline {
                 _ => {}
             }
             let Some(&[high, low]) = rest.first_chunk() else { break };
-            let Some(after) = rest.get(usize::from(u16::from_be_bytes([high, low]))..) else { break };
+            let length = usize::from(u16::from_be_bytes([high, low]));
+            let Some(after) = rest.get(length..) else { break };
+            if marker == 0xE1 && outline.scans == 0 && length > 2 {
+                let start = bytes.len() - rest.len();
+                outline.application.push(start + 2..start + length);
+            }
             rest = after;
             if marker == 0xDA {
                 outline.scans += 1;
@@ -198,6 +223,9 @@ mod tests {
     #[test]
     fn bytes_between_segments_are_noticed() {
         let outline = outline(&[1, 0xFF, 0xC2, 0, 2, 9, 9, 0xFF, 0xDA, 0, 3, 7, 1, 0xFF, 0xD9]);
-        assert_eq!(outline, Outline { end: Some(HEADER.len() + 13), progressive: true, padded: true, scans: 2 });
+        assert_eq!(
+            outline,
+            Outline { end: Some(HEADER.len() + 13), progressive: true, padded: true, scans: 2, ..Outline::default() }
+        );
     }
 }

@@ -12,7 +12,7 @@
 //! | 16 bits | the high byte |
 //! | 32-bit float RGB TIFF | [0, 1] to 8 bits, clamped; gray TIFF of 32 bits is refused |
 //! | CMYK, YCCK JPEG | resized as it is where a family converts to RGB last; RGB by multiplying ink and black, without a colour profile |
-//! | EXIF orientation | applied first |
+//! | orientation (EXIF, else XMP) | applied first |
 //! | animation | its first frame |
 //!
 //! The format is read from the content; a file's name says nothing. Colour profiles are not applied, as in the reference.
@@ -31,8 +31,10 @@
 
 mod decode;
 mod jpeg;
+mod orientation;
 mod pixels;
 mod resize;
+mod tiff;
 
 use std::borrow::Cow;
 
@@ -258,6 +260,14 @@ impl ImageError {
             _ => "decode",
         }
     }
+}
+
+/// What a library says of a file, which it may quote: cut where it is long, and without what a terminal would obey.
+fn account(error: impl std::fmt::Display) -> String {
+    let text = error.to_string();
+    let (said, rest) = text.split_at(text.floor_char_boundary(200));
+    let said: String = said.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect();
+    if rest.is_empty() { said } else { said + "…" }
 }
 
 /// Refuses an image before memory is taken for it.

@@ -135,6 +135,15 @@ fn the_error_says_what_the_file_is_instead() {
 }
 
 #[test]
+fn what_a_header_holds_is_quoted_shortly_and_never_raw() {
+    let long = "9".repeat(10_000);
+    for header in [format!("P6 {long} 1 255 "), format!("P7\nWIDTH {long}\n"), "P7\n\u{1b}[31mWIDTH 1\n".to_owned()] {
+        let error = error(header.as_bytes());
+        assert!(error.len() < 500 && !error.contains(char::is_control), "{error:?}");
+    }
+}
+
+#[test]
 fn a_file_may_not_be_larger_than_the_limit() {
     let mut bytes = file("photo.bmp");
     bytes.resize(MAX_FILE_BYTES + 1, 0);

@@ -72,6 +72,11 @@ fn every_kind_of_pixel_and_fit() {
 }
 
 #[test]
+fn every_way_to_say_how_an_image_is_turned() {
+    assert_all(directory().join("orientation"), |_| BOUND);
+}
+
+#[test]
 fn real_shaped_files() {
     // In images at most four pixels wide, libjpeg repeats subsampled chroma from row to row, where ours is interpolated.
     let narrow = |name: &str| name.starts_with("thin1x40.jpg") || name.starts_with("thin2x37.jpg");

@@ -297,7 +297,11 @@ fn a_worker_whose_credentials_expire_leaves_and_no_image_is_blamed() {
     let (server, bucket) = on_s3(images.path());
     let expected = undisturbed(images.path());
     let here = TempDir::new().unwrap();
-    let refusals = [("400 Bad Request", "ExpiredToken", "renew them"), ("403 Forbidden", "AccessDenied", "none of 16")];
+    let refusals = [
+        ("400 Bad Request", "ExpiredToken", "renew them"),
+        ("403 Forbidden", "RequestTimeTooSkewed", "clock is wrong"),
+        ("403 Forbidden", "AccessDenied", "none of 16"),
+    ];
     for (status, code, told) in refusals {
         let cluster = Cluster::start(Path::new("s3://corpus/images"), |command| bucket.on(command), here.path());
         let proxy = Proxy::start(&server.endpoint, 0, 0);

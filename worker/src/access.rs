@@ -3,10 +3,10 @@
 //! | a read ends with | at fault | what follows |
 //! |---|---|---|
 //! | a passing error (overload, timeouts, broken connections), after a minute of repetition | the storage | the worker leaves |
-//! | credentials that have expired or are none, a wrong clock, EIO, ESTALE, ENOTCONN, ... | this worker's access | the worker leaves |
+//! | credentials that have expired or are none, a proxy's refusal, a wrong clock, EIO, ESTALE, ENOTCONN, ... | this worker's access | the worker leaves |
 //! | a file that has changed since it was listed, is too large, or has no image where it should | the image, at once | `read` |
 //! | bytes that can't be decoded (not told here) | the image, at once | `decode` |
-//! | anything else: no such file or key, not permitted, ... | not known | other images are tried |
+//! | anything else: no such file or key, a page in its place, not permitted, ... | not known | other images are tried |
 //!
 //! Of what is not known only others can tell: an image is reported, as `unread`, once another image was read *after* it could not
 //! be; the one that was read last, or else one of those the coordinator names, which lie all over the dataset. Where none of them
@@ -44,8 +44,9 @@ enum Fault {
 }
 
 /// Errors of a disk or a network file system, whatever file is asked for: EIO, ENXIO, ENODEV, too many open files in the system
-/// or in this process, and keys that a file system wants and does not get.
-const OF_FILE_SYSTEMS: [i32; 9] = [5, 6, 19, 23, 24, 126, 127, 128, 129];
+/// or in this process, servers that are gone (ENOLINK, ESHUTDOWN, EHOSTDOWN, EREMOTEIO), ENOMEDIUM, and keys that a file system
+/// wants and does not get.
+const OF_FILE_SYSTEMS: [i32; 14] = [5, 6, 19, 23, 24, 67, 108, 112, 121, 123, 126, 127, 128, 129];
 
 impl Fault {
     fn of(error: &ReadError) -> Self {
@@ -70,6 +71,9 @@ fn is_of_file_system(error: &(dyn Error + 'static)) -> bool {
                 io.kind(),
                 ErrorKind::StaleNetworkFileHandle
                     | ErrorKind::NotConnected
+                    | ErrorKind::ConnectionAborted
+                    | ErrorKind::ConnectionRefused
+                    | ErrorKind::ConnectionReset
                     | ErrorKind::HostUnreachable
                     | ErrorKind::NetworkUnreachable
                     | ErrorKind::NetworkDown

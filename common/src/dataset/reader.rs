@@ -17,6 +17,7 @@ use crate::files;
 use crate::manifest::{Part, Sample};
 use crate::store::pace::{Pace, Paced, Progress, read_up_to};
 use crate::store::{Location, Store, StoreError, retry};
+use crate::text::{printable, shown};
 
 /// Where an image lies, as it was listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +46,7 @@ pub enum ReadError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The file is not what was listed.
-    #[error("{file} has changed since it was listed: restore it, or list the images anew with --fresh")]
+    #[error("{} has changed since it was listed: restore it, or list the images anew with --fresh", printable(file))]
     Changed {
         /// The file.
         file: String,
@@ -61,7 +62,7 @@ pub enum ReadError {
         limit: u64,
     },
     /// The cell of a Parquet file holds no image.
-    #[error("row {row} of {file} holds no image: {problem}")]
+    #[error("row {row} of {} holds no image: {}", printable(file), shown(problem))]
     Cell {
         /// The file.
         file: String,
@@ -159,8 +160,13 @@ impl Reader {
         path: &Path,
         range: Option<Range<u64>>,
     ) -> Result<Bytes, ReadError> {
-        let (inner, whole, range) = (store.inner(), range.is_none(), range.map(GetRange::Bounded));
-        let options = GetOptions { range, if_match: image.etag.clone(), ..GetOptions::default() };
+        let (inner, whole) = (store.inner(), range.is_none());
+        // No store has a range of no bytes.
+        let is_empty = range.as_ref().is_some_and(Range::is_empty);
+        let range = range.filter(|_| !is_empty).map(GetRange::Bounded);
+        let options = GetOptions { range, if_match: image.etag.clone(), head: is_empty, ..GetOptions::default() };
+        // Nothing but its size may tell that it is another file.
+        let expected = (whole && image.etag.is_none()).then_some(image.size).filter(|size| *size > 0);
         let mut size = image.size;
         loop {
             // Before anything is asked: a server does not wait for memory.
@@ -168,12 +174,18 @@ impl Reader {
             let get = || async {
                 let object = inner.get_opts(path, options.clone()).await?;
                 match object.meta.size {
-                    found if whole && found > size => Ok(Err(found)),
+                    _ if is_empty => Ok(Ok(Bytes::new())),
+                    found if expected.is_some_and(|expected| expected != found) || (whole && found > size) => {
+                        Ok(Err(found))
+                    }
                     _ => object.bytes().await.map(Ok),
                 }
             };
             match retry::run("reading", &image.location, get).await {
                 Ok(Ok(bytes)) => return Ok(share.bind(bytes)),
+                Ok(Err(_)) if expected.is_some() => {
+                    return Err(ReadError::Changed { file: image.location.clone() });
+                }
                 Ok(Err(found)) if found > self.limit => {
                     return Err(ReadError::TooLarge { size: found, limit: self.limit });
                 }
@@ -364,6 +376,42 @@ mod tests {
         // A size that nobody knows is found out before the file is in memory.
         std::fs::write(&path, b"01234567890").unwrap();
         assert!(matches!(reader.read(&image(&path, 0)).await, Err(ReadError::TooLarge { size: 11, limit: 10 })));
+    }
+
+    /// A reader that finds an object on a store at `memory:///`, and the object's tag.
+    async fn reader_of(key: &str, content: &'static [u8]) -> (Reader, Option<String>) {
+        let (reader, url) = (Reader::new(), Url::parse("memory:///").unwrap());
+        let memory = Arc::new(object_store::memory::InMemory::new());
+        let tag = memory.put(&Path::from(key), content.into()).await.unwrap().e_tag;
+        let store = Store::from_parts(memory, Location::Remote(url.clone()));
+        reader.stores.lock().unwrap().insert(url, store);
+        (reader, tag)
+    }
+
+    #[tokio::test]
+    async fn an_empty_member_of_a_remote_shard_is_empty_where_the_shard_is_still_the_one_that_was_listed() {
+        let (reader, etag) = reader_of("a.tar", b"0123456789").await;
+        let part = Some(Part::Member { offset: 4 });
+        let member = Image { location: "memory:///a.tar".into(), part, size: 0, etag };
+        assert!(reader.read(&member).await.unwrap().is_empty());
+        assert_eq!(&reader.read(&Image { size: 3, ..member.clone() }).await.unwrap()[..], b"456");
+        let other = Image { etag: Some("other".into()), ..member.clone() };
+        assert!(matches!(reader.read(&other).await, Err(ReadError::Changed { .. })));
+        // That nothing was read tells whether the storage can be read.
+        let missing = reader.read(&Image { location: "memory:///b.tar".into(), ..member }).await.unwrap_err();
+        let ReadError::Store(StoreError::Object { source, .. }) = missing else { panic!("{missing}") };
+        assert!(matches!(source, object_store::Error::NotFound { .. }), "{source}");
+    }
+
+    #[tokio::test]
+    async fn an_empty_object_is_empty_and_one_of_another_size_has_changed_where_no_tag_says_so() {
+        let (reader, _) = reader_of("a.png", b"").await;
+        let image = |size| Image { location: "memory:///a.png".into(), part: None, size, etag: None };
+        assert!(reader.read(&image(0)).await.unwrap().is_empty());
+        assert!(matches!(reader.read(&image(3)).await, Err(ReadError::Changed { .. })));
+        let (reader, _) = reader_of("a.png", b"01234").await;
+        assert!(matches!(reader.read(&image(3)).await, Err(ReadError::Changed { .. })));
+        assert_eq!(&reader.read(&image(0)).await.unwrap()[..], b"01234");
     }
 
     #[tokio::test]

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use super::pace::TooSlow;
 use super::redact::redact;
-use super::retry::is_transient;
+use super::retry::{is_transient, status};
+use crate::text::{printable, shown};
 
 /// A location that can't be opened, read or written.
 ///
@@ -74,15 +75,15 @@ impl std::fmt::Display for StoreError {
             Self::Location { location, reason } => write!(
                 f,
                 "'{}' is not a usable location: {}; give a directory or a URL like s3://bucket/prefix",
-                redact(location),
-                redact(reason)
+                printable(&redact(location)),
+                printable(&redact(reason))
             ),
             Self::Directory { action, path, source } => {
-                write!(f, "{action} the directory {}: {source}", path.display())
+                write!(f, "{action} the directory {}: {source}", printable(&path.to_string_lossy()))
             }
             Self::Settings { location, reason } => write!(f, "{location} can't be opened: {}", redact(reason)),
             Self::Object { action, path, source } => {
-                write!(f, "{action} {}: {}", redact(path), describe(source))?;
+                write!(f, "{action} {}: {}", printable(&redact(path)), describe(source))?;
                 match remedy(source) {
                     Some(remedy) => write!(f, "; {remedy}"),
                     None => Ok(()),
@@ -105,8 +106,26 @@ pub fn describe(error: &object_store::Error) -> String {
         }
         cause = inner.source();
     }
-    let text = redact(&summarize_xml(&text));
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let text = redact(&summarize_page(&summarize_xml(&text)));
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    // What a server sends along may be long, and anything.
+    match text.split_once(STATUS) {
+        Some((before, told)) => format!("{}{STATUS}{}", printable(before), shown(told)),
+        None => printable(&text),
+    }
+}
+
+/// What the clients write before a status and what came with it.
+const STATUS: &str = "non-2xx status code: ";
+
+/// Replaces a web page by its title.
+fn summarize_page(text: &str) -> String {
+    // Byte for byte as long.
+    let lower = text.to_ascii_lowercase();
+    let Some(start) = lower.find("<!doctype html").or_else(|| lower.find("<html")) else { return text.to_owned() };
+    let title = lower[start..].find("<title>").map(|at| &text[start + at + "<title>".len()..]);
+    let title = title.and_then(|rest| rest.split('<').next()).map(str::trim).filter(|title| !title.is_empty());
+    format!("{}a web page{}", &text[..start], title.map_or_else(String::new, |title| format!(" '{title}'")))
 }
 
 /// Replaces an error document by the code and the message in it: the rest is request ids, and what was signed.
@@ -130,9 +149,10 @@ pub(super) fn is_bucket_missing(error: &object_store::Error) -> bool {
 }
 
 /// Codes by which stores say that credentials have expired.
-const EXPIRED: [&str; 4] = ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"];
+const EXPIRED: [&str; 5] =
+    ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "ExpiredAuthenticationToken"];
 /// Codes by which stores say that credentials are none.
-const INVALID: [&str; 8] = [
+const INVALID: [&str; 15] = [
     "InvalidToken",
     "InvalidAccessKeyId",
     "InvalidClientTokenId",
@@ -141,12 +161,20 @@ const INVALID: [&str; 8] = [
     "AuthenticationFailed",
     "InvalidAuthenticationInfo",
     "NoAuthenticationInformation",
+    // Of the account, whatever object is asked for.
+    "AccountProblem",
+    "AccountIsDisabled",
+    "AllAccessDisabled",
+    "NotSignedUp",
+    "InvalidSecurity",
+    "AuthenticationRequired",
+    "KeyBasedAuthenticationNotPermitted",
 ];
 /// Codes by which stores say that the clocks differ.
 const SKEWED: [&str; 2] = ["RequestTimeTooSkewed", "RequestInTheFuture"];
 
 /// What to do about whoever asks, where a store has said that it is its credentials or its clock and not the object that is at
-/// fault. That an object may not be read says nothing of the kind.
+/// fault. That an object may not be read says nothing of the kind, nor that a web server wants a password for it.
 pub fn refusal(error: &object_store::Error) -> Option<&'static str> {
     use object_store::Error;
     if !matches!(error, Error::Generic { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) {
@@ -163,8 +191,14 @@ pub fn refusal(error: &object_store::Error) -> Option<&'static str> {
         Some("the credentials have expired: renew them")
     } else if has(&SKEWED) {
         Some("this machine's clock is wrong: set it, as by NTP")
-    } else if has(&INVALID) || matches!(error, Error::Unauthenticated { .. }) {
+    } else if has(&INVALID) {
         Some("the store refuses these credentials: check the key, the secret and the token")
+    } else if status(&said) == Some(407) {
+        Some("the proxy on the way refuses this machine: give user and password in HTTPS_PROXY or HTTP_PROXY")
+    } else if ["performing token request", "performing CreateSession request"].iter().any(|sign| said.contains(sign))
+        && !is_transient(error)
+    {
+        Some("the credentials get no access token: renew or correct them")
     } else {
         None
     }
@@ -198,12 +232,18 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
         return Some(remedy);
     }
     match error {
+        Error::NotSupported { .. } if says("Range request not supported") => Some(
+            "the server sends whole files where parts are asked for, as tar shards and Parquet files are read: put them on a server or store that answers requests for byte ranges, or give the images as files of their own",
+        ),
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Some(
             "the store refuses these credentials: check the key, its expiry, and that it may read, write, list and delete there",
         ),
         _ if TooSlow::find(error).is_some() => Some(
             "the storage answers too slowly: check it and the network, then run the same command again (--retry-quarantined \
              gives images that were quarantined for it another try)",
+        ),
+        _ if is_transient(error) && says("certificate") => Some(
+            "the server can't be trusted: its certificate may have expired, be of an authority this machine does not know, or this machine's clock be wrong",
         ),
         _ if is_transient(error) => Some(
             "the store could not be reached or kept failing: check the endpoint and the network, then run the same command again, which resumes a job",
@@ -231,6 +271,27 @@ mod tests {
         ));
         assert!(text.contains("403 Forbidden: SignatureDoesNotMatch: No match."), "{text}");
         assert!(!text.contains("hush") && !text.contains("RequestId"), "{text}");
+    }
+
+    #[test]
+    fn what_a_server_sends_along_is_cut_and_never_raw() {
+        let body =
+            |body: &str| shown(generic(&format!("Server returned non-2xx status code: 502 Bad Gateway: {body}")));
+        let page = body(
+            "<!DOCTYPE html>\n<html><head><TITLE>Bad \u{1b}[31mgateway</TITLE></head><body>Ä long story</body></html>",
+        );
+        assert!(
+            page.contains("502 Bad Gateway: a web page 'Bad \\u{1b}[31mgateway'; ") && !page.contains("story"),
+            "{page}"
+        );
+        let long = body(&"\u{9b}x".repeat(10_000));
+        assert!(long.len() < 2_000 && long.contains("…; ") && !long.contains('\u{9b}'), "{}", long.len());
+        let path = "/data/\u{1b}[2J.png".to_owned();
+        let named = StoreError::Object { action: "reading", path, source: generic("no") }.to_string();
+        assert!(named.contains("/data/\u{fffd}[2J.png: "), "{named}");
+        // What is to be done is told of the whole.
+        let far = format!("{}<Error><Code>ExpiredToken</Code></Error>", "x".repeat(1_000));
+        assert!(body(&far).contains("have expired"));
     }
 
     #[test]
@@ -262,8 +323,15 @@ mod tests {
         assert!(shown(generic(&said("ExpiredToken"))).contains("have expired: renew them"));
         assert!(refusal(&denied("RequestTimeTooSkewed")).unwrap().contains("clock"));
         assert!(refusal(&denied("InvalidAccessKeyId")).unwrap().contains("check the key"));
+        // A web server may want a password for some of its files.
         let nobody = object_store::Error::Unauthenticated { path: "a".into(), source: "401".into() };
-        assert!(refusal(&nobody).is_some());
+        assert_eq!(refusal(&nobody), None);
+        assert!(shown(nobody).contains("check the key"));
+        let proxy = "Server returned non-2xx status code: 407 Proxy Authentication Required: ";
+        assert!(refusal(&generic(proxy)).unwrap().contains("HTTPS_PROXY"));
+        let token = "Error performing token request: Server returned non-2xx status code: 400 Bad Request: {\"error\": \"invalid_grant\"}";
+        assert!(refusal(&generic(token)).unwrap().contains("no access token"));
+        assert_eq!(refusal(&generic(&token.replace("400 Bad Request", "503 Service Unavailable"))), None);
         assert_eq!(refusal(&denied("AccessDenied")), None);
         assert_eq!(refusal(&generic(&said("InvalidRange"))), None);
         // An object may be called anything.

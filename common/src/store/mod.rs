@@ -5,6 +5,7 @@
 
 mod credentials;
 mod error;
+mod keys;
 mod listing;
 mod local;
 mod location;
@@ -14,6 +15,7 @@ pub mod preflight;
 mod redact;
 mod redirect;
 pub mod retry;
+mod web;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,10 +27,12 @@ use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, Upda
 use tokio::sync::watch;
 
 pub use error::{StoreError, describe, refusal};
+pub use keys::SkippedKeys;
 pub use local::Fault;
 pub use location::{Location, absolute, is_url};
 pub use redact::redact;
 
+use keys::Skipped;
 use local::Directory;
 
 /// A store whose paths are relative to one directory or URL prefix.
@@ -37,6 +41,7 @@ pub struct Store {
     inner: Arc<dyn ObjectStore>,
     location: Location,
     fault: watch::Receiver<Option<Fault>>,
+    skipped: Arc<Skipped>,
 }
 
 /// What was seen of an object, for a put that must not overwrite anything newer.
@@ -58,7 +63,7 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens an existing location for reading.
     pub fn open(location: &Location) -> Result<Self, StoreError> {
-        let inner: Arc<dyn ObjectStore> = match location {
+        match location {
             Location::Local(path) => {
                 // object_store accepts a missing root and fails only at the first access.
                 std::fs::read_dir(path).map_err(|source| StoreError::Directory {
@@ -71,11 +76,14 @@ impl Store {
                     reason: e.to_string(),
                 })?;
                 let fault = directory.fault();
-                return Ok(Self { inner: Arc::new(directory), location: location.clone(), fault });
+                Ok(Self { fault, ..Self::from_parts(Arc::new(directory), location.clone()) })
             }
-            Location::Remote(url) => open::open(url)?,
-        };
-        Ok(Self::from_parts(inner, location.clone()))
+            Location::Remote(url) => {
+                let skipped = Arc::<Skipped>::default();
+                let inner = open::open(url, &skipped)?;
+                Ok(Self { skipped, ..Self::from_parts(inner, location.clone()) })
+            }
+        }
     }
 
     /// Opens a location for writing, making a local directory where there is none.
@@ -89,7 +97,7 @@ impl Store {
 
     /// A store over any [`ObjectStore`], for tests that inject faults.
     pub fn from_parts(inner: Arc<dyn ObjectStore>, location: Location) -> Self {
-        Self { inner, location, fault: watch::channel(None).1 }
+        Self { inner, location, fault: watch::channel(None).1, skipped: Arc::default() }
     }
 
     /// Why nothing can be written any more, if that has been found out.
@@ -115,6 +123,11 @@ impl Store {
     /// Where it is rooted.
     pub fn location(&self) -> &Location {
         &self.location
+    }
+
+    /// What listings of this store have passed over so far, since its keys are no paths: object storage takes any text for a key.
+    pub fn skipped_keys(&self) -> SkippedKeys {
+        self.skipped.so_far()
     }
 
     /// A whole object; `None` where there is none.

@@ -13,6 +13,7 @@ use object_store::{BackoffConfig, ClientConfigKey, ClientOptions, ObjectStore, O
 use url::{Position, Url};
 
 use super::credentials::{self, Environment};
+use super::keys::{PathsOnly, Skipped};
 use super::listing::SteadyListing;
 use super::pace::{Pace, Paced};
 use super::redirect::OutwardRedirects;
@@ -20,19 +21,20 @@ use super::{Location, StoreError, describe};
 
 /// A client's builder with its settings; those it does not know are other programs'.
 macro_rules! configured {
-    ($builder:ty, $url:expr, $settings:expr) => {{
+    ($builder:ty, $url:expr, $settings:expr, $skipped:expr) => {{
         let plain = <$builder>::new().with_url($url.as_str()).with_client_options(client()).with_retry(retries());
+        let plain = plain.with_http_connector(PathsOnly(Arc::clone($skipped)));
         let known = $settings.into_iter().filter_map(|(name, value)| Some((name.parse().ok()?, value)));
         known.fold(plain, |builder, (name, value)| builder.with_config(name, value))
     }};
 }
 
-/// The store a URL names, rooted at its path.
-pub(super) fn open(url: &Url) -> Result<Arc<dyn ObjectStore>, StoreError> {
-    open_in(url, &Environment::of_process())
+/// The store a URL names, rooted at its path; keys that its listings pass over are noted.
+pub(super) fn open(url: &Url, skipped: &Arc<Skipped>) -> Result<Arc<dyn ObjectStore>, StoreError> {
+    open_in(url, &Environment::of_process(), skipped)
 }
 
-fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>, StoreError> {
+fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Result<Arc<dyn ObjectStore>, StoreError> {
     let location = Location::Remote(url.clone()).to_string();
     let unusable = |e: &object_store::Error| StoreError::Location { location: location.clone(), reason: describe(e) };
     let settings = |reason: String| StoreError::Settings { location: location.clone(), reason };
@@ -56,7 +58,7 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
     let store: Box<dyn ObjectStore> = match scheme {
         ObjectStoreScheme::AmazonS3 => {
             let options = credentials::s3(environment).map_err(settings)?;
-            let builder = configured!(AmazonS3Builder, url, options);
+            let builder = configured!(AmazonS3Builder, url, options, skipped);
             let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint];
             let endpoint = endpoint.iter().find_map(|key| builder.get_config_value(key));
             let allowed = builder.get_config_value(&AmazonS3ConfigKey::Client(http));
@@ -65,7 +67,7 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
         }
         ObjectStoreScheme::MicrosoftAzure => {
             let options = credentials::azure(environment).map_err(settings)?;
-            let builder = configured!(MicrosoftAzureBuilder, url, options);
+            let builder = configured!(MicrosoftAzureBuilder, url, options, skipped);
             let endpoint = builder.get_config_value(&AzureConfigKey::Endpoint);
             let allowed = builder.get_config_value(&AzureConfigKey::Client(http));
             insecure(endpoint, allowed, "AZURE_ALLOW_HTTP").map_or(Ok(()), Err)?;
@@ -73,7 +75,7 @@ fn open_in(url: &Url, environment: &Environment) -> Result<Arc<dyn ObjectStore>,
         }
         ObjectStoreScheme::GoogleCloudStorage => {
             let options = credentials::google(environment);
-            let builder = configured!(GoogleCloudStorageBuilder, url, options);
+            let builder = configured!(GoogleCloudStorageBuilder, url, options, skipped);
             let endpoint = builder.get_config_value(&GoogleConfigKey::BaseUrl);
             let allowed = builder.get_config_value(&GoogleConfigKey::Client(http));
             insecure(endpoint, allowed, "GOOGLE_ALLOW_HTTP").map_or(Ok(()), Err)?;
@@ -125,11 +127,11 @@ mod tests {
     use super::*;
 
     fn refused(url: &str, variables: &[(&str, &str)]) -> String {
-        open_in(&Url::parse(url).unwrap(), &Environment::new(variables)).unwrap_err().to_string()
+        open_in(&Url::parse(url).unwrap(), &Environment::new(variables), &Arc::default()).unwrap_err().to_string()
     }
 
     fn opens(url: &str, variables: &[(&str, &str)]) {
-        open_in(&Url::parse(url).unwrap(), &Environment::new(variables)).unwrap();
+        open_in(&Url::parse(url).unwrap(), &Environment::new(variables), &Arc::default()).unwrap();
     }
 
     #[test]

@@ -11,6 +11,7 @@ use reqwest::redirect::Policy;
 use url::{Host, Url};
 
 use super::open::{CONNECT_TIMEOUT, READ_TIMEOUT};
+use super::web::Lenient;
 
 /// Redirects in a row that are followed.
 const FOLLOWED: usize = 10;
@@ -37,7 +38,7 @@ impl HttpConnector for OutwardRedirects {
             }))
             .build();
         let client = client.map_err(|e| object_store::Error::Generic { store: "HTTP", source: Box::new(e) })?;
-        Ok(HttpClient::new(client))
+        Ok(HttpClient::new(Lenient(HttpClient::new(client))))
     }
 }
 

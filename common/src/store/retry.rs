@@ -54,11 +54,12 @@ fn is_passing(store: &str, error: &(dyn std::error::Error + 'static)) -> bool {
     }
 }
 
-/// Whether a request can't even be made, as to a URL that is none: nothing mends that.
+/// Whether a request can't even be made, as to a URL that is none, or its answer is refused: nothing mends that.
 fn is_unusable(error: &HttpError) -> bool {
     let mut cause = error.source();
     while let Some(inner) = cause {
-        if inner.to_string().contains("builder error") {
+        let text = inner.to_string();
+        if text.contains("builder error") || text.contains("the server tells no size") {
             return true;
         }
         cause = inner.source();
@@ -72,7 +73,7 @@ const LASTING: [&str; 4] =
     ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at"];
 
 /// The HTTP status in the text of an error of [`object_store`]'s clients.
-fn status(text: &str) -> Option<u16> {
+pub(super) fn status(text: &str) -> Option<u16> {
     let (_, after) = text.split_once("non-2xx status code: ")?;
     after.get(..3)?.parse().ok()
 }

@@ -21,7 +21,20 @@ fn credentials_and_clocks_are_the_workers_fault_and_single_keys_are_nobodys_yet(
     assert_eq!(of_store(generic("400 Bad Request", "InvalidToken")), Fault::Access);
     assert_eq!(of_store(denied("RequestTimeTooSkewed")), Fault::Access);
     assert_eq!(of_store(denied("InvalidAccessKeyId")), Fault::Access);
+    assert_eq!(of_store(generic("400 Bad Request", "TokenRefreshRequired")), Fault::Access);
+    assert_eq!(of_store(denied("AuthenticationFailed")), Fault::Access);
+    assert_eq!(of_store(denied("AccountIsDisabled")), Fault::Access);
     assert_eq!(of_store(denied("AccessDenied")), Fault::Unknown);
+    // A web server may want a password for one of its files, and a store's answer to HEAD has no code.
+    let nobody =
+        |code| object_store::Error::Unauthenticated { path: "a".into(), source: answer("401 Unauthorized", code) };
+    assert_eq!(of_store(nobody("")), Fault::Unknown);
+    assert_eq!(of_store(nobody("AuthenticationRequired")), Fault::Access);
+    assert_eq!(of_store(generic("407 Proxy Authentication Required", "")), Fault::Access);
+    for passing in ["502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"] {
+        let page = format!("Server returned non-2xx status code: {passing}: <html><h1>{passing}</h1></html>");
+        assert_eq!(of_store(object_store::Error::Generic { store: "HTTP", source: page.into() }), Fault::Storage);
+    }
     let missing = object_store::Error::NotFound { path: "a".into(), source: answer("404 Not Found", "NoSuchKey") };
     assert_eq!(of_store(missing), Fault::Unknown);
     assert_eq!(of_store(generic("503 Slow Down", "SlowDown")), Fault::Storage);
@@ -34,8 +47,8 @@ fn file_systems_that_fail_are_the_workers_fault_and_files_that_are_not_there_are
     let local = |error: std::io::Error| {
         of_store(object_store::Error::Generic { store: "LocalFileSystem", source: error.into() })
     };
-    // EIO, ESTALE and ENOTCONN as Linux numbers them.
-    for code in [5, 116, 107] {
+    // EIO, ESTALE, ENOTCONN, ECONNABORTED, ECONNRESET, EHOSTDOWN and EREMOTEIO as Linux numbers them.
+    for code in [5, 116, 107, 103, 104, 112, 121] {
         assert_eq!(local(std::io::Error::from_raw_os_error(code)), Fault::Access, "{code}");
     }
     // EISDIR, ENOTDIR, ENAMETOOLONG.

@@ -8,6 +8,7 @@ use super::super::walk::{File, extension_of};
 use super::super::{Account, DatasetError, Found, Reason, caption_of, check_captions};
 use super::Wanted;
 use crate::manifest::Part;
+use crate::python_json;
 use crate::text::printable;
 
 /// A text beside an image.
@@ -95,7 +96,7 @@ impl Group {
         let Some(Text { path, .. }) = self.texts.get("json") else { return Ok(Value::Null) };
         let unread = |problem: String| Unread::Json(path.clone(), problem);
         let text = self.text("json").map_err(|error| unread(error.to_string()))?.unwrap_or_default();
-        parse_json(text).map_err(unread)
+        python_json::parse(text.as_bytes()).map_err(|error| unread(printable(&error.to_string())))
     }
 
     fn captions(&self, wanted: &Wanted) -> Result<Vec<String>, String> {
@@ -172,15 +173,6 @@ enum Unread {
     Json(String, String),
     #[error("{0}")]
     Text(String),
-}
-
-/// JSON, also with the `NaN` and `Infinity` that Python writes.
-fn parse_json(text: &str) -> Result<Value, String> {
-    let strict = match serde_json::from_str(text) {
-        Ok(value) => return Ok(value),
-        Err(error) => printable(&error.to_string()),
-    };
-    json5::from_str(text).map_err(|_| strict)
 }
 
 fn json_text(value: &Value) -> Option<String> {
