@@ -106,6 +106,11 @@ impl<'a> Collector<'a> {
         self.passed_over.note(reason, example);
     }
 
+    /// Notes that several are no samples.
+    pub(super) fn add_to_account(&mut self, reason: Reason, count: u64, examples: Vec<String>) {
+        self.passed_over.add(reason, count, examples);
+    }
+
     /// What was passed over so far.
     pub(super) fn take_account(&mut self) -> Account {
         std::mem::take(&mut self.passed_over)

@@ -12,7 +12,7 @@ use super::collector::{Collector, Found};
 use super::pattern::Target;
 use super::{DatasetError, EXTENSIONS, Reader, Reason};
 use crate::files;
-use crate::store::{Location, Store, StoreError};
+use crate::store::{Location, SkippedKeys, Store, StoreError};
 
 /// What a file is to a listing, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +152,15 @@ pub(super) async fn walk(
         Location::Remote(url) if glob.is_none() && Kind::of(name).is_some() => {
             intake.add(find_remote(reader, url, name).await?).map(|_| true)
         }
-        Location::Remote(url) => walk_remote(&reader.below(url)?, url, name, wanted, sort, intake).await,
+        Location::Remote(url) => {
+            let store = reader.below(url)?;
+            let is_in_order = walk_remote(&store, url, name, wanted, sort, intake).await?;
+            let SkippedKeys { count, examples } = store.skipped_keys();
+            if count > 0 {
+                intake.collector.add_to_account(Reason::UnusableKey, count, examples);
+            }
+            Ok(is_in_order)
+        }
     }
 }
 
