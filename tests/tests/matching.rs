@@ -125,6 +125,23 @@ fn captions_may_be_a_json_array_of_any_length() {
 }
 
 #[test]
+fn an_image_whose_captions_are_the_same_tokens_is_quarantined_with_both_named() {
+    let dir = TempDir::new().unwrap();
+    let image = sorted(&images().join("three")).remove(0);
+    let mut list = String::from("path\tc0\tc1\n");
+    for (name, second) in [("a.png", "A PHOTO of the digit three"), ("b.png", EIGHT)] {
+        std::fs::copy(&image, dir.path().join(name)).unwrap();
+        list.push_str(&format!("{name}\t{THREE}\t{second}\n"));
+    }
+    let file = dir.path().join("list.tsv");
+    std::fs::write(&file, list).unwrap();
+    let rows = predictions(label(&file, &["--candidates", "c0,c1", "--samples", "8", "--max-bad", "1"]).path());
+    let error = rows[0].error().unwrap();
+    assert!(error.contains("caption 0 'a photo of the digit three' and caption 1 'A PHOTO of"), "{error}");
+    assert_eq!(rows[1].labelled().unwrap().class_name, THREE);
+}
+
+#[test]
 fn captions_in_blocks_of_other_samples_give_the_same_bytes() {
     let dir = TempDir::new().unwrap();
     let list = pairs(dir.path(), 5);

@@ -124,7 +124,11 @@ fn wrong_class_files_are_refused_with_the_line() {
 fn classes_that_cannot_be_told_apart_are_refused_before_anything_is_computed() {
     let outs = TempDir::new().unwrap();
     let file = outs.path().join("classes.csv");
-    let case = Case { classes: file.clone(), flags: vec!["--limit", "1", "--samples", "1"], ..Case::new(&outs) };
+    let case = Case {
+        classes: file.clone(),
+        flags: vec!["--limit", "1", "--policy", "exhaustive", "--samples", "1"],
+        ..Case::new(&outs)
+    };
     std::fs::write(&file, "label;note\nzero;x\n").unwrap();
     case.fails(1, &["classes.csv: it has no column 'classname'", "names label, note"]);
     let names = Case { classes: outs.path().join("classes.txt"), flags: case.flags.clone(), ..Case::new(&outs) };
@@ -138,8 +142,7 @@ fn classes_that_cannot_be_told_apart_are_refused_before_anything_is_computed() {
     assert!(!case.out.exists(), "a job that can't run must leave nothing behind");
     // What still differs is computed, with a warning.
     std::fs::write(&file, format!("prompt,classname\nzero {long},zero\none {long},one\n")).unwrap();
-    let output =
-        run(&mut Case { flags: vec!["--limit", "1", "--policy", "exhaustive", "--samples", "1"], ..case }.command());
+    let output = run(&mut case.command());
     let message = stderr(&output);
     assert!(output.status.success() && message.contains("2 of the prompts are longer than the 75 tokens"), "{message}");
 }

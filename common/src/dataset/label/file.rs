@@ -28,8 +28,26 @@ struct Row {
     /// The key as written.
     key: String,
     label: Option<String>,
-    /// The key of the image that it is about, as that is written.
-    image: Option<String>,
+    image: Option<Image>,
+}
+
+/// The image that a row is about.
+#[derive(Debug)]
+enum Image {
+    /// Its key is as the row writes it, which most are: theirs is kept once.
+    AsWritten,
+    /// Its key is written in another way.
+    Named(String),
+}
+
+impl Row {
+    /// The key of the image that it is about.
+    fn image(&self) -> Option<&str> {
+        self.image.as_ref().map(|image| match image {
+            Image::AsWritten => self.key.as_str(),
+            Image::Named(key) => key,
+        })
+    }
 }
 
 /// How many there are of what matches nothing, and the first few.
@@ -125,9 +143,14 @@ impl LabelFile {
             self.unnamed_images.note(key);
             return None;
         };
-        if row.image.get_or_insert_with(|| key.to_owned()) != key {
-            self.conflict.get_or_insert_with(|| (normal.into_owned(), key.to_owned()));
-            return None;
+        match row.image() {
+            None if row.key == key => row.image = Some(Image::AsWritten),
+            None => row.image = Some(Image::Named(key.to_owned())),
+            Some(first) if first == key => {}
+            Some(_) => {
+                self.conflict.get_or_insert_with(|| (normal.into_owned(), key.to_owned()));
+                return None;
+            }
         }
         row.label.clone()
     }
@@ -155,7 +178,7 @@ impl LabelFile {
         if let Some((key, second)) = &self.conflict
             && let Some(row) = self.rows.get(key)
         {
-            let first = row.image.clone().unwrap_or_default();
+            let first = row.image().unwrap_or_default().to_owned();
             return Err(LabelError::TwoImages { path, line: row.line, first, second: second.clone() });
         }
         if self.rows.values().any(|row| row.image.is_some()) {
