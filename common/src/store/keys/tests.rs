@@ -86,7 +86,7 @@ async fn keys_that_are_no_paths_are_left_out_of_listings_of_s3_and_google() {
 #[tokio::test]
 async fn and_of_azure() {
     let of_one = |key: &str, size: u64| {
-        let date = "<Last-Modified>Wed, 21 Oct 2015 07:28:00 GMT</Last-Modified><Etag>x</Etag>";
+        let date = "<Last-Modified>Wed, 21 Oct 2015 07:28:00 GMT</Last-Modified><Etag>x</Etag><Content-Type>image/png</Content-Type>";
         let properties = format!("<Properties>{date}<Content-Length>{size}</Content-Length></Properties>");
         format!("<Blob><Name>{key}</Name>{properties}</Blob>")
     };
