@@ -146,6 +146,9 @@ impl<'a> Collector<'a> {
 
     /// What there is.
     pub(super) fn finish(mut self) -> Result<Listed, DatasetError> {
+        if let Some(labels) = &self.labels {
+            labels.check_rows()?;
+        }
         if let Some(labels) = &self.labels
             && !self.is_full()
         {

@@ -138,10 +138,18 @@ impl Labels {
         }
     }
 
+    /// Fails where one row of a label file is about two images.
+    pub(super) fn check_rows(&self) -> Result<(), LabelError> {
+        match self {
+            Self::File(file) => file.check_rows(),
+            _ => Ok(()),
+        }
+    }
+
     /// Fails where a label file is about other images than these, of which `example` is one, and says which have no row.
     pub(super) fn check_used(&self, example: &str) -> Result<(), LabelError> {
         let Self::File(file) = self else { return Ok(()) };
-        file.check(example)?;
+        file.check_match(example)?;
         let images = self.unnamed_images();
         if images.count > 0 {
             tracing::warn!(

@@ -12,7 +12,7 @@ use super::collector::{Collector, Found};
 use super::pattern::Target;
 use super::{DatasetError, EXTENSIONS, Reader, Reason};
 use crate::files;
-use crate::store::{Location, SkippedKeys, Store, StoreError};
+use crate::store::{Location, SkippedKeys, Store, StoreError, describe};
 
 /// What a file is to a listing, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -343,7 +343,7 @@ fn objects<'a>(
     wanted: &'a impl Fn(&str) -> bool,
 ) -> impl futures::Stream<Item = Result<File, DatasetError>> + 'a {
     let failed = move |source| match base.scheme() {
-        "http" | "https" => DatasetError::Unlistable { url: store.location().to_string(), reason: first_line(&source) },
+        "http" | "https" => DatasetError::Unlistable { url: store.location().to_string(), reason: describe(&source) },
         _ => StoreError::Object { action: "listing", path: store.location().to_string(), source }.into(),
     };
     store.inner().list(prefix).map_err(failed).try_filter_map(move |object| {
@@ -353,11 +353,6 @@ fn objects<'a>(
         let file = taken.then(file);
         async move { Ok(file) }
     })
-}
-
-/// What a server said, without the page it sent along.
-fn first_line(error: &object_store::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().chars().take(200).collect()
 }
 
 /// The URL of an object below `base`, without credentials: workers bring their own.

@@ -136,7 +136,7 @@ impl LabelFile {
         &self.path
     }
 
-    /// The label of an image; none where the key of its row is another image's too, of which [`Self::check`] tells.
+    /// The label of an image; none where the key of its row is another image's too, of which [`Self::check_rows`] tells.
     pub(super) fn of(&mut self, key: &str) -> Option<String> {
         let normal = normal(bare(key));
         let Some(row) = self.rows.get_mut(normal.as_ref()) else {
@@ -172,8 +172,8 @@ impl LabelFile {
         (self.unnamed_images, self.conflict) = (Unmatched::default(), None);
     }
 
-    /// Fails where one row is about two images, or none is about any of the dataset's, of which `example` is one.
-    pub(super) fn check(&self, example: &str) -> Result<(), LabelError> {
+    /// Fails where one row is about two images.
+    pub(super) fn check_rows(&self) -> Result<(), LabelError> {
         let path = self.path.clone();
         if let Some((key, second)) = &self.conflict
             && let Some(row) = self.rows.get(key)
@@ -181,10 +181,15 @@ impl LabelFile {
             let first = row.image().unwrap_or_default().to_owned();
             return Err(LabelError::TwoImages { path, line: row.line, first, second: second.clone() });
         }
+        Ok(())
+    }
+
+    /// Fails where no row is about any of the dataset's images, of which `example` is one.
+    pub(super) fn check_match(&self, example: &str) -> Result<(), LabelError> {
         if self.rows.values().any(|row| row.image.is_some()) {
             return Ok(());
         }
-        Err(LabelError::NoMatch { path, example: example.to_owned() })
+        Err(LabelError::NoMatch { path: self.path.clone(), example: example.to_owned() })
     }
 }
 
@@ -233,7 +238,7 @@ mod tests {
         assert!(error.contains(COMPOSED) && error.contains(DECOMPOSED), "{error}");
         let mut labels = read(format!("key,label\n{COMPOSED},zero\n")).unwrap();
         assert_eq!((labels.of(COMPOSED).as_deref(), labels.of(DECOMPOSED)), (Some("zero"), None));
-        let error = labels.check_used(COMPOSED).unwrap_err().to_string();
+        let error = labels.check_rows().unwrap_err().to_string();
         assert!(error.contains("line 2") && error.contains(COMPOSED) && error.contains(DECOMPOSED), "{error}");
     }
 
