@@ -34,8 +34,8 @@ pub fn list_and_read(name: &str, bytes: &[u8]) {
             for candidates in [None, Some("captions")] {
                 let mut samples = Vec::new();
                 let options = ListOptions { candidates, limit: Some(1000), ..ListOptions::default() };
-                let Ok(count) = list(source, &options, &mut samples).await else { continue };
-                assert_eq!(count, samples.len() as u64);
+                let Ok(listed) = list(source, &options, &mut samples).await else { continue };
+                assert_eq!(listed.samples, samples.len() as u64);
                 assert!((0..).zip(&samples).all(|(id, sample)| sample.id.0 == id));
                 let reader = Reader::new().with_limit(LIMIT);
                 for sample in samples.iter().take(READ) {
