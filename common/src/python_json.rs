@@ -71,9 +71,9 @@ mod tests {
     fn an_error_names_the_key() {
         #[derive(Debug, serde::Deserialize)]
         struct Outer {
-            #[allow(dead_code, reason = "it is only parsed")]
             inner: std::collections::BTreeMap<String, f32>,
         }
+        assert_eq!(parse::<Outer>(br#"{"inner": {"beta": 0.5}}"#).unwrap().inner["beta"], 0.5);
         let error = parse::<Outer>(br#"{"inner": {"beta": NaN}}"#).unwrap_err().to_string();
         assert!(error.starts_with("inner.beta: invalid type: null"), "{error}");
         let error = from_value::<Outer>(json!({"inner": {"beta": "x"}})).unwrap_err().to_string();

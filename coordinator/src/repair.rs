@@ -198,3 +198,42 @@ fn decoded<R>(file: Option<&Bytes>, wanted: bool, decode: fn(Bytes) -> Result<Ve
         None => (!wanted).then(Vec::new),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use elbo_common::store::Location;
+    use object_store::memory::InMemory;
+
+    use super::*;
+    use crate::ledger::{Ledger, LedgerError};
+
+    fn quarantine(fingerprint: &str) -> Bytes {
+        predictions::encode_quarantine(&[], &[(FINGERPRINT.to_owned(), fingerprint.to_owned())]).unwrap()
+    }
+
+    #[tokio::test]
+    async fn of_what_is_not_this_jobs_only_files_of_discarded_jobs_are_deleted_and_only_by_who_holds_the_ledger() {
+        let out = Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap());
+        let first = Ledger::open(&out).await.unwrap();
+        first.begin("old", BTreeMap::new()).await.unwrap();
+        first.discard([]).await.unwrap();
+        // Started over with the same settings: files of both say the same, and the ledger alone knows whose they are.
+        first.begin("old", BTreeMap::new()).await.unwrap();
+        let paths = [0, 1, 2].map(|shard| layout::quarantine(ShardId(shard)));
+        let files = [quarantine("old"), quarantine("old"), quarantine("another")];
+        for (path, bytes) in paths.iter().zip(&files) {
+            out.write(path, bytes.clone()).await.unwrap();
+        }
+        let mark = Mark { files: vec![Checksum::of(&paths[0], &files[0])], ..Mark::default() };
+        first.commit(ShardId(0), mark, Default::default()).await.unwrap();
+
+        let second = Ledger::open(&out).await.unwrap();
+        let replaced = clear_late(Writer { out: &out, ledger: &first }).await;
+        assert!(matches!(replaced, Err(WriteError::Ledger(LedgerError::Fenced))), "{replaced:?}");
+        assert_eq!(out.list("quarantine").await.unwrap().len(), 3);
+        clear_late(Writer { out: &out, ledger: &second }).await.unwrap();
+        assert_eq!(out.list("quarantine").await.unwrap(), [paths[0].clone(), paths[2].clone()]);
+    }
+}

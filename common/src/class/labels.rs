@@ -99,7 +99,7 @@ impl Classes {
             let first = *first_named.entry(name).or_insert(*class);
             if first != *class {
                 tracing::warn!(
-                    "the model calls both its class {first} and its class {class} '{}': a label of this name means the                      first, and --class-map gives names of your own",
+                    "the model calls both its class {first} and its class {class} '{}': a label of this name means the first, and --class-map gives names of your own",
                     excerpt(name)
                 );
             }
