@@ -1,10 +1,10 @@
 """Writes a model of full size with seeded random weights, and what diffusers computes with it in float32.
 
     pip install torch==2.15.0 diffusers==0.36.0 transformers==4.57.6 safetensors
-    python make.py sd15|sd2 DIR
+    python make.py sd15|sd2|bk-sdm-tiny DIR
     ELBO_FULL_SIZE=DIR cargo test --release --test full_size -- --ignored --nocapture
 
-The configurations are those of stable-diffusion-v1-5 and of stabilityai/stable-diffusion-2-base; weights are stored in f16
+The configurations are those of stable-diffusion-v1-5, of stabilityai/stable-diffusion-2-base and of nota-ai/bk-sdm-tiny; weights are stored in f16
 (about 2 GB) and both sides compute with these values in f32. DIR/reference.safetensors holds `ids` [2, 77], `embeds`
 [2, 77, C], `pixels` [1, 3, 256, 256], `latents` [1, 4, 32, 32] (the posterior's mean, scaled), `x_t` [1, 4, 64, 64],
 `timestep` [1] and `epsilon` [2, 4, 64, 64].
@@ -31,13 +31,19 @@ VAE = dict(
     act_fn="silu", norm_num_groups=32,
 )
 TEXT = dict(vocab_size=49408, max_position_embeddings=77, layer_norm_eps=1e-5, projection_dim=768)
+SD15 = (
+    dict(UNET, cross_attention_dim=768, attention_head_dim=8),
+    dict(VAE, sample_size=512),
+    dict(TEXT, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+         hidden_act="quick_gelu"),
+)
+TINY = dict(
+    layers_per_block=1, mid_block_type=None, block_out_channels=(320, 640, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+)
 MODELS = {
-    "sd15": (
-        dict(UNET, cross_attention_dim=768, attention_head_dim=8),
-        dict(VAE, sample_size=512),
-        dict(TEXT, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-             hidden_act="quick_gelu"),
-    ),
+    "sd15": SD15,
+    "bk-sdm-tiny": (dict(SD15[0], **TINY), *SD15[1:]),
     "sd2": (
         dict(UNET, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
         dict(VAE, sample_size=768),

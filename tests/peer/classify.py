@@ -16,7 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -66,6 +72,7 @@ class Model:
                 rows = list(csv.DictReader(file))
             self.classes = [row["classname"] for row in rows]
             self.conditions = encode_prompts(args.model, [row["prompt"] for row in rows])
+            self.guidance = no_guidance(self.net.config.time_cond_proj_dim)
         config = self.net.config
         self.size = config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
         if args.channels_last:
@@ -101,8 +108,16 @@ class Model:
             output = self.net(noisy, timestep=t, class_labels=self.conditions[prompts], return_dict=False)[0]
             output = output[:, : latent.shape[1]]
         else:
-            output = self.net(noisy, t, encoder_hidden_states=self.conditions[prompts], return_dict=False)[0]
+            condition = {"encoder_hidden_states": self.conditions[prompts], "timestep_cond": self.guidance}
+            output = self.net(noisy, t, **condition, return_dict=False)[0]
         return abar.sqrt() * output + (1 - abar).sqrt() * noisy if self.prediction == "v_prediction" else output
+
+
+def no_guidance(width):
+    """What a pipeline tells a network distilled with a guidance scale (an LCM) where guidance_scale is 1; else None."""
+    if width is None:
+        return None
+    return StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.zeros(1), embedding_dim=width)
 
 
 @torch.inference_mode()

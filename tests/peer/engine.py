@@ -119,6 +119,8 @@ def inputs(net, batch, args):
         pooled = drawn(config.pooled_projection_dim)
         return latents, {"timestep": timesteps.float(), "encoder_hidden_states": tokens, "pooled_projections": pooled}
     condition = {"timestep": timesteps, "encoder_hidden_states": drawn(args.tokens or CLIP_TOKENS, config.cross_attention_dim)}
+    if config.time_cond_proj_dim is not None:
+        condition["timestep_cond"] = drawn(config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
         sizes = torch.tensor([[8 * side, 8 * side, 0, 0, 8 * side, 8 * side]], device=args.device, dtype=DTYPES[args.dtype])
         pooled = drawn(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)

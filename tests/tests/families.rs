@@ -260,6 +260,7 @@ fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
     ] {
         let seen = json(elbo().arg("inspect").arg(fixture(name)).arg("--json"));
         assert_eq!((seen["ok"].as_bool(), seen["family"].as_str()), (Some(true), Some(family)), "{seen}");
+        assert_eq!(seen["notes"], serde_json::json!([]));
         assert_eq!((seen["prediction"].as_str(), seen["native_size"].as_u64()), (Some(prediction), Some(size)));
         assert_eq!(seen["latent"][0].as_u64(), Some(latent));
         let (parameters, f32) = (seen["parameters"].as_u64().unwrap(), seen["memory"]["f32"].as_u64().unwrap());

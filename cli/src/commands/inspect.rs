@@ -14,7 +14,8 @@ use crate::{print, session};
 pub(crate) async fn run(args: InspectArgs) -> anyhow::Result<()> {
     let source = ModelSource::parse(&args.model).map_err(usage)?;
     let directory = session::resolve(&source, Wanted::Everything).await?;
-    let inspection = tokio::task::spawn_blocking(move || Inspection::of(&directory)).await?;
+    let called = args.model.clone();
+    let inspection = tokio::task::spawn_blocking(move || Inspection::of(&directory, &called)).await?;
     let printed = if args.json { print::json(&inspection) } else { print::text(text(&inspection)) };
     printed?;
     if inspection.ok { Ok(()) } else { anyhow::bail!("{} can't be used as it is", args.model) }
@@ -55,6 +56,7 @@ fn text(inspection: &Inspection) -> String {
     if let Some(classes) = &inspection.classes {
         line("classes", classes);
     }
+    inspection.notes.iter().for_each(|note| line("note", note));
     match inspection.problems.as_slice() {
         [] => line("problems", &"none"),
         problems => problems.iter().for_each(|problem| line("problem", problem)),

@@ -23,6 +23,19 @@ for_each!(check:
     stable_diffusion_3 "sd3",
     stable_diffusion_35 "sd35",
     digits_dit "digits-dit",
+    bk_sdm_base "unets/bk-sdm-base",
+    bk_sdm_small "unets/bk-sdm-small",
+    bk_sdm_tiny_and_tiny_sd "unets/bk-sdm-tiny",
+    bk_sdm_v2_base "unets/bk-sdm-v2-base",
+    bk_sdm_v2_small "unets/bk-sdm-v2-small",
+    bk_sdm_v2_tiny "unets/bk-sdm-v2-tiny",
+    sd_turbo "unets/sd-turbo",
+    sdxl_turbo "unets/sdxl-turbo",
+    ssd_1b "unets/ssd-1b",
+    segmind_vega "unets/segmind-vega",
+    koala "unets/koala-700m",
+    latent_consistency "unets/lcm",
+    only_cross_attention "unets/only-cross",
 );
 
 fn check(fixture: &str) {

@@ -1,7 +1,7 @@
 //! Opening a fixture, and comparing with it.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor, safetensors};
@@ -10,9 +10,12 @@ use elbo_common::ids::ClassIndex;
 use elbo_common::job::ModelDtype;
 use elbo_common::schedule::NoiseSchedule;
 use elbo_tests::numbers::{channels_last, flat};
-use elbo_tests::{fixtures, model};
+use elbo_tests::{copy_tree, fixtures, model};
 use elbo_worker::Devices;
 use elbo_worker::models::{Conditions, DiffusionModel, LoadOptions};
+use tempfile::TempDir;
+
+use crate::loading::copied;
 
 /// Where the models compute: on the CPU, or on what `ELBO_TEST_DEVICE` says (`cuda:0`).
 pub(crate) fn device() -> Device {
@@ -33,17 +36,38 @@ pub(crate) struct Reference {
     pub(crate) tensors: HashMap<String, Tensor>,
     json: serde_json::Value,
     pub(crate) model: PathBuf,
+    /// Where the model lies if it was put together from two fixtures.
+    _assembled: Option<TempDir>,
 }
 
 impl Reference {
     pub(crate) fn open(name: &str) -> Self {
         let dir = fixtures().join(name);
-        let own = dir.join("model");
-        Self {
-            tensors: safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap(),
-            json: serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap(),
-            model: if own.is_dir() { own } else { model() },
+        let json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.join("reference.json")).unwrap()).unwrap();
+        let tensors = safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap();
+        if let Some(base) = json["base"].as_str() {
+            return Self::open(base).with_unet(&dir, tensors);
         }
+        let own = dir.join("model");
+        Self { tensors, json, model: if own.is_dir() { own } else { model() }, _assembled: None }
+    }
+
+    /// The same with the UNet in `dir`, its scheduler where it has its own, and what diffusers makes of it.
+    fn with_unet(mut self, dir: &Path, tensors: HashMap<String, Tensor>) -> Self {
+        let assembled = copied(&self.model);
+        for component in ["unet", "scheduler"].into_iter().filter(|component| dir.join(component).is_dir()) {
+            let place = assembled.path().join(component);
+            std::fs::remove_dir_all(&place).unwrap();
+            copy_tree(&dir.join(component), &place);
+        }
+        let of_the_other = ["unet.", "mse", "l1", "huber", "model_output", "nonsquare_out"];
+        self.tensors.retain(|name, _| !of_the_other.iter().any(|start| name.starts_with(start)));
+        self.tensors.extend(tensors);
+        let images = self.get("mse").dims()[0];
+        let latents = self.get("latents_mean").narrow(0, 0, images).unwrap();
+        self.tensors.insert("latents_mean".to_owned(), latents);
+        Self { model: assembled.path().to_owned(), _assembled: Some(assembled), ..self }
     }
 
     pub(crate) fn model(&self) -> DiffusionModel {

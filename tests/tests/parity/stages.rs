@@ -45,6 +45,19 @@ for_each!(check_network:
     stages_of_stable_diffusion_3 "sd3",
     stages_of_stable_diffusion_35 "sd35",
     stages_of_digits_dit "digits-dit",
+    stages_of_bk_sdm_base "unets/bk-sdm-base",
+    stages_of_bk_sdm_small "unets/bk-sdm-small",
+    stages_of_bk_sdm_tiny_and_tiny_sd "unets/bk-sdm-tiny",
+    stages_of_bk_sdm_v2_base "unets/bk-sdm-v2-base",
+    stages_of_bk_sdm_v2_small "unets/bk-sdm-v2-small",
+    stages_of_bk_sdm_v2_tiny "unets/bk-sdm-v2-tiny",
+    stages_of_sd_turbo "unets/sd-turbo",
+    stages_of_sdxl_turbo "unets/sdxl-turbo",
+    stages_of_ssd_1b "unets/ssd-1b",
+    stages_of_segmind_vega "unets/segmind-vega",
+    stages_of_koala "unets/koala-700m",
+    stages_of_latent_consistency "unets/lcm",
+    stages_of_only_cross_attention "unets/only-cross",
 );
 
 fn check_network(fixture: &str) {
@@ -111,6 +124,8 @@ for_each!(check_nonsquare:
     stable_diffusion_2_takes_latents_that_are_not_square "sd2-eps",
     sdxl_takes_latents_that_are_not_square "sdxl",
     stable_diffusion_3_takes_latents_that_are_not_square "sd3",
+    bk_sdm_tiny_takes_latents_that_are_not_square "unets/bk-sdm-tiny",
+    ssd_1b_takes_latents_that_are_not_square "unets/ssd-1b",
 );
 
 fn check_nonsquare(fixture: &str) {
@@ -144,6 +159,10 @@ for_each!(check_batches:
     sdxl_gives_the_same_in_any_batch "sdxl",
     stable_diffusion_35_gives_the_same_in_any_batch "sd35",
     digits_dit_gives_the_same_in_any_batch "digits-dit",
+    bk_sdm_tiny_gives_the_same_in_any_batch "unets/bk-sdm-tiny",
+    ssd_1b_gives_the_same_in_any_batch "unets/ssd-1b",
+    latent_consistency_gives_the_same_in_any_batch "unets/lcm",
+    only_cross_attention_gives_the_same_in_any_batch "unets/only-cross",
 );
 
 fn check_batches(fixture: &str) {
@@ -152,7 +171,7 @@ fn check_batches(fixture: &str) {
     let conditions = reference.conditions(&model);
     let timesteps = [0, 9, 19].map(|k| reference.timesteps()[k]);
     let cache = model.network().time_cache(&timesteps, &times(&schedule, &timesteps)).unwrap();
-    let latents = [(0, 0), (3, 9), (5, 19)].map(|(i, k)| reference.noisy(&schedule, i, k));
+    let latents = [(0, 0), (1, 9), (1, 19)].map(|(i, k)| reference.noisy(&schedule, i, k));
     let latents = Tensor::cat(&latents, 0).unwrap();
     let evaluations = [(0, 4), (0, 0), (0, 7), (1, 7), (2, 3), (2, 9), (2, 1)];
     let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };

@@ -156,7 +156,7 @@ fn an_inspection_shows_the_schedule_and_says_an_error_once() {
     edit(&model.path().join("scheduler/scheduler_config.json"), |config| {
         config["rescale_betas_zero_snr"] = true.into();
     });
-    let found = Inspection::of(model.path());
+    let found = Inspection::of(model.path(), "digits-sd");
     let schedule = found.schedule.unwrap();
     let parts = ["PNDMScheduler", "scaled_linear from 0.00085 to 0.012", "1000 timesteps", "zero terminal SNR"];
     assert!(parts.iter().all(|part| schedule.contains(part)), "{schedule}");
@@ -164,6 +164,32 @@ fn an_inspection_shows_the_schedule_and_says_an_error_once() {
     assert!(found.ok, "{:?}", found.problems);
 
     std::fs::write(model.path().join("model_index.json"), "{").unwrap();
-    let found = Inspection::of(model.path());
+    let found = Inspection::of(model.path(), "digits-sd");
     assert_eq!(found.problems.len(), 1, "{:?}", found.problems);
+}
+
+#[test]
+fn an_inspection_says_of_a_distilled_model_that_its_errors_were_never_measured() {
+    let cases = [
+        ("bk-sdm-base", "layers"),
+        ("bk-sdm-small", "layers"),
+        ("bk-sdm-tiny", "layers"),
+        ("bk-sdm-v2-tiny", "layers"),
+        ("ssd-1b", "layers"),
+        ("segmind-vega", "layers"),
+        ("koala-700m", "layers"),
+        ("sd-turbo", "steps"),
+        ("sdxl-turbo", "steps"),
+        ("lcm", "steps"),
+    ];
+    for (name, fewer) in cases {
+        let reference = Reference::open(&format!("unets/{name}"));
+        let found = Inspection::of(&reference.model, &format!("somebody/{name}"));
+        assert!(found.ok, "{name}: {:?}", found.problems);
+        let [note] = found.notes.as_slice() else { panic!("{name}: {:?}", found.notes) };
+        assert!(note.contains(&format!("fewer {fewer}")) && note.contains("never measured for labelling"), "{note}");
+    }
+    for plain in ["sd15", "sd2-v", "sdxl", "sd35", "digits-dit", "unets/only-cross"] {
+        assert_eq!(Inspection::of(&Reference::open(plain).model, plain).notes, Vec::<String>::new(), "{plain}");
+    }
 }

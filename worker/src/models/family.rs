@@ -34,7 +34,7 @@ impl Family {
         let path = dir.join(MODEL_INDEX);
         let index: ModelIndex = read_json(&path)?;
         match index.class.as_str() {
-            "StableDiffusionPipeline" => Ok(Self::StableDiffusion),
+            "StableDiffusionPipeline" | "LatentConsistencyModelPipeline" => Ok(Self::StableDiffusion),
             "StableDiffusionXLPipeline" => Ok(Self::Sdxl),
             "StableDiffusion3Pipeline" => Ok(Self::Sd3),
             "DiTPipeline" => Ok(Self::Dit),

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::checkpoint::{ModelError, Weights};
 use super::clip::ClipTextModel;
 use super::contrastive::ContrastiveModel;
+use super::distilled;
 use super::family::Family;
 use super::network::Network;
 use super::options::LoadOptions;
@@ -43,6 +44,8 @@ pub struct Inspection {
     pub timesteps: Option<u32>,
     /// Classes of a class-conditional model.
     pub classes: Option<u32>,
+    /// What to know before a job uses it.
+    pub notes: Vec<String>,
     /// What would make a job fail, each naming its file.
     pub problems: Vec<String>,
 }
@@ -70,13 +73,14 @@ pub struct Component {
 }
 
 impl Inspection {
-    /// Looks at the model in `dir`, loading one component after the other as a job would.
-    pub fn of(dir: &Path) -> Self {
+    /// Looks at the model in `dir`, which its user knows as `called`, loading one component after the other as a job would.
+    pub fn of(dir: &Path, called: &str) -> Self {
         let mut inspection = Self::default();
         if is_contrastive(dir) {
             inspection.look_at_contrastive(dir);
         } else if let Some(family) = inspection.note(Family::of(dir)) {
             inspection.look(dir, family);
+            inspection.notes = distilled::notes(dir, family, called);
         }
         inspection.parameters = inspection.components.iter().map(|c| c.parameters).sum();
         let half = 2 * inspection.parameters;

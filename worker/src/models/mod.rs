@@ -11,6 +11,7 @@
 mod checkpoint;
 mod clip;
 mod contrastive;
+mod distilled;
 mod dit;
 mod drawn;
 mod encoder;

@@ -23,6 +23,12 @@ pub(crate) fn with_defaults<T: DeserializeOwned>(path: &Path, mut values: Value)
     python_json::from_value(values).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
+/// Says that a setting is not supported, with its value as the file has it.
+pub(crate) fn refused(path: &Path, key: &str, value: Option<&Value>) -> ModelError {
+    let value = value.map_or_else(|| Value::Null.to_string(), Value::to_string);
+    ModelError::Unsupported { path: path.to_owned(), key: key.to_owned(), value }
+}
+
 /// A side, as a number or as the height and width of a square.
 #[derive(Deserialize)]
 #[serde(untagged)]

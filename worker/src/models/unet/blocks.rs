@@ -2,7 +2,7 @@
 
 use candle_core::{Result, bail};
 
-use super::config::{Level, UnetConfig};
+use super::config::{Middle, UnetConfig};
 use super::flow::{Batch, Flow};
 use super::resnet::{Resnet, Slots};
 use super::transformer::Transformer;
@@ -36,13 +36,13 @@ impl DownBlock {
             attentions: Vec::new(),
             downsample: None,
         };
-        for i in 0..level.layers {
+        for (i, depth) in level.down.iter().enumerate() {
             let inputs = if i == 0 { previous } else { level.channels };
             let resnet = p.at(format!("resnets.{i}"));
             block.resnets.push(Resnet::load(&resnet, inputs, level.channels, config, slots)?);
-            if level.down_attention {
+            if let Some(depth) = depth {
                 let attention = p.at(format!("attentions.{i}"));
-                block.attentions.push(Transformer::load(&attention, level, config, slots)?);
+                block.attentions.push(Transformer::load(&attention, level, *depth, level.only_cross, config, slots)?);
             }
         }
         if index + 1 < config.levels.len() {
@@ -78,35 +78,45 @@ impl DownBlock {
     }
 }
 
-/// UNetMidBlock2DCrossAttn.
+/// UNetMidBlock2DCrossAttn, or of it the first resnet alone (UNetMidBlock2D).
 #[derive(Debug)]
 pub(super) struct MidBlock {
     first: Resnet,
-    attention: Transformer,
-    second: Resnet,
+    rest: Option<(Transformer, Resnet)>,
 }
 
 impl MidBlock {
     /// Loads the middle, which is as wide as the coarsest level.
     pub(super) fn load(
         p: &Params<'_>,
-        level: &Level,
         config: &UnetConfig,
         slots: &mut Slots,
-    ) -> std::result::Result<Self, ModelError> {
-        let channels = level.channels;
-        Ok(Self {
-            first: Resnet::load(&p.at("resnets.0"), channels, channels, config, slots)?,
-            attention: Transformer::load(&p.at("attentions.0"), level, config, slots)?,
-            second: Resnet::load(&p.at("resnets.1"), channels, channels, config, slots)?,
-        })
+    ) -> std::result::Result<Option<Self>, ModelError> {
+        let Some(level) = config.levels.last() else { return Ok(None) };
+        let resnet = |i: usize, slots: &mut Slots| {
+            Resnet::load(&p.at(format!("resnets.{i}")), level.channels, level.channels, config, slots)
+        };
+        if config.middle == Middle::Nothing {
+            return Ok(None);
+        }
+        let first = resnet(0, slots)?;
+        let rest = match config.middle {
+            Middle::Transformer(depth) => {
+                let attention = Transformer::load(&p.at("attentions.0"), level, depth, false, config, slots)?;
+                Some((attention, resnet(1, slots)?))
+            }
+            Middle::Nothing | Middle::Resnet => None,
+        };
+        Ok(Some(Self { first, rest }))
     }
 
-    /// Applies the block; from here on there is one image per evaluation.
+    /// Applies the block.
     pub(super) fn forward(&self, x: &Flow, batch: &Batch<'_>) -> Result<Flow> {
         let x = self.first.forward(x, batch)?;
-        let x = self.attention.forward(&x, batch)?;
-        self.second.forward(&x, batch)
+        match &self.rest {
+            Some((attention, second)) => second.forward(&attention.forward(&x, batch)?, batch),
+            None => Ok(x),
+        }
     }
 }
 
@@ -133,20 +143,21 @@ impl UpBlock {
         let above = config.levels[at.saturating_sub(1)].channels;
         let mut block =
             Self { name: format!("up_blocks.{index}"), resnets: Vec::new(), attentions: Vec::new(), upsample: None };
-        for i in 0..=level.layers {
+        for (i, depth) in level.up.iter().enumerate() {
+            let is_last = i + 1 == level.up.len();
             let inputs = if i == 0 { below } else { level.channels };
-            let skip = if i == level.layers { above } else { level.channels };
+            let skip = if is_last { above } else { level.channels };
             let resnet = p.at(format!("resnets.{i}"));
             // The very last skip connection is the first convolution's output, which has not seen a prompt.
-            let resnet = if at == 0 && i == level.layers {
+            let resnet = if at == 0 && is_last {
                 Resnet::load_split(&resnet, inputs, skip, level.channels, config, slots)?
             } else {
                 Resnet::load(&resnet, inputs + skip, level.channels, config, slots)?
             };
             block.resnets.push(resnet);
-            if level.up_attention {
+            if let Some(depth) = depth {
                 let attention = p.at(format!("attentions.{i}"));
-                block.attentions.push(Transformer::load(&attention, level, config, slots)?);
+                block.attentions.push(Transformer::load(&attention, level, *depth, level.only_cross, config, slots)?);
             }
         }
         if at > 0 {

@@ -1,4 +1,5 @@
-//! UNet2DConditionModel of Stable Diffusion 1.x, 2.x (Rombach et al., CVPR 2022) and SDXL, for scoring many prompts.
+//! UNet2DConditionModel of Stable Diffusion 1.x, 2.x (Rombach et al., CVPR 2022) and SDXL, and of what was distilled from
+//! them, for scoring many prompts.
 //!
 //! A pass takes *points* (noisy latents at timesteps) and *evaluations* (a point with a prompt). What depends on the
 //! timestep alone comes from a [`TimeCache`], what depends on the prompt alone from a [`PromptCache`], and what depends on
@@ -22,8 +23,8 @@ use self::blocks::{DownBlock, MidBlock, UpBlock};
 use self::config::UnetConfig;
 use self::flow::{Batch, Flow, Shifts};
 use self::resnet::Slots;
-use super::checkpoint::{ModelError, Weights};
-use super::layers::{conv3x3, group_norm};
+use super::checkpoint::{ModelError, Params, Weights};
+use super::layers::{conv3x3, group_norm, linear_no_bias};
 use super::options::LoadOptions;
 use super::pass::{Indices, Pass};
 use super::probe::Probe;
@@ -39,13 +40,15 @@ pub struct Unet {
     config: UnetConfig,
     sinusoid: Sinusoid,
     time: EmbeddingMlp,
+    /// What a guidance scale adds to every sinusoid, `[1, C]`.
+    guidance: Option<Tensor>,
     addition: Option<TextTimeEmbedding>,
     device: Device,
     dtype: DType,
     slots: Slots,
     conv_in: Conv2d,
     down: Vec<DownBlock>,
-    mid: MidBlock,
+    mid: Option<MidBlock>,
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -62,8 +65,7 @@ impl Unet {
         for i in 0..count {
             down.push(DownBlock::load(&weights.at(&format!("down_blocks.{i}")), i, &config, &mut slots)?);
         }
-        let coarsest = &config.levels[count - 1];
-        let mid = MidBlock::load(&weights.at("mid_block"), coarsest, &config, &mut slots)?;
+        let mid = MidBlock::load(&weights.at("mid_block"), &config, &mut slots)?;
         let mut up = Vec::new();
         for i in 0..count {
             up.push(UpBlock::load(&weights.at(&format!("up_blocks.{i}")), i, &config, &mut slots)?);
@@ -78,8 +80,13 @@ impl Unet {
             }
             None => None,
         };
+        let guidance = match config.guidance {
+            Some(width) => Some(no_guidance(&weights.at("time_embedding.cond_proj"), width, first)?),
+            None => None,
+        };
         Ok(Self {
             sinusoid,
+            guidance,
             time: EmbeddingMlp::load(&weights.at("time_embedding"), first, 4 * first)?,
             addition,
             device: options.device.clone(),
@@ -127,7 +134,11 @@ impl Unet {
 
     /// Time embeddings `[T, 4 C]`.
     pub fn time_embedding(&self, timesteps: &[f32]) -> Result<Tensor, ModelError> {
-        Ok(self.time.forward(&self.sinusoid.forward(timesteps, &self.device, self.dtype)?)?)
+        let mut sinusoids = self.sinusoid.forward(timesteps, &self.device, self.dtype)?;
+        if let Some(guidance) = &self.guidance {
+            sinusoids = sinusoids.broadcast_add(guidance)?;
+        }
+        Ok(self.time.forward(&sinusoids)?)
     }
 
     /// What prompts add to the time embedding, `[N, 4 C]`, from their pooled embeddings `[N, P]` and the image's side in
@@ -214,8 +225,10 @@ impl Unet {
         for block in &self.down {
             x = block.forward(x, &mut skips, &batch, probe)?;
         }
-        x = self.mid.forward(&x, &batch)?;
-        probe.see(|| "mid_block".to_owned(), &x.tensor);
+        if let Some(mid) = &self.mid {
+            x = mid.forward(&x, &batch)?;
+            probe.see(|| "mid_block".to_owned(), &x.tensor);
+        }
         for block in &self.up {
             x = block.forward(x, &mut skips, &batch, probe)?;
         }
@@ -225,4 +238,13 @@ impl Unet {
         probe.see(|| "conv_out".to_owned(), &output);
         Ok(output)
     }
+}
+
+/// What a guidance scale of 1 adds to sinusoids of `channels` values (Luo et al., Latent Consistency Models, 2023, section
+/// 4.2): errors are those of the prediction for the prompt alone. As in diffusers' pipelines the network is told the scale
+/// less one, times 1000.
+fn no_guidance(p: &Params<'_>, width: usize, channels: usize) -> Result<Tensor, ModelError> {
+    let sinusoid = Sinusoid { width, flip_sin_to_cos: false, freq_shift: 1.0 };
+    let projection = linear_no_bias(p, width, channels)?;
+    Ok(projection.forward(&sinusoid.forward(&[0.0], p.device(), p.dtype())?, None)?)
 }

@@ -26,32 +26,55 @@ pub(super) struct Transformer {
 /// BasicTransformerBlock.
 #[derive(Debug)]
 struct Block {
+    first: Attention,
+    second: CrossAttention,
+    feed_forward: FeedForward,
+}
+
+/// A block's first attention.
+#[derive(Debug)]
+enum Attention {
+    /// To the pixels.
+    Own(SelfAttention),
+    /// To the prompt (`only_cross_attention`).
+    Cross(CrossAttention),
+}
+
+/// `x + out(attention(norm(x)))` over the pixels.
+#[derive(Debug)]
+struct SelfAttention {
     heads: usize,
-    norm1: LayerNorm,
+    norm: LayerNorm,
     qkv: Linear,
-    out1: Linear,
-    norm2: LayerNorm,
+    out: Linear,
+}
+
+/// The same to a prompt's tokens.
+#[derive(Debug)]
+struct CrossAttention {
+    norm: LayerNorm,
     query: Linear,
     /// Which of the prompt cache's keys and values this attends to.
     slot: usize,
-    out2: Linear,
-    feed_forward: FeedForward,
+    out: Linear,
 }
 
 impl Transformer {
     pub(super) fn load(
         p: &Params<'_>,
         level: &Level,
+        depth: usize,
+        only_cross: bool,
         config: &UnetConfig,
         slots: &mut Slots,
     ) -> std::result::Result<Self, ModelError> {
         let channels = level.channels;
         let blocks = p.at("transformer_blocks");
-        let block = |i| Block::load(&blocks.at(i), level, slots);
+        let block = |i| Block::load(&blocks.at(i), level, only_cross, slots);
         Ok(Self {
             norm: group_norm(&p.at("norm"), config.groups, channels, GROUP_EPS)?,
             proj_in: linear(&p.at("proj_in"), channels, channels)?,
-            blocks: (0..level.depth).map(block).collect::<std::result::Result<_, _>>()?,
+            blocks: (0..depth).map(block).collect::<std::result::Result<_, _>>()?,
             proj_out: linear(&p.at("proj_out"), channels, channels)?,
         })
     }
@@ -72,25 +95,20 @@ impl Transformer {
 }
 
 impl Block {
-    fn load(p: &Params<'_>, level: &Level, slots: &mut Slots) -> std::result::Result<Self, ModelError> {
-        let (channels, text) = (level.channels, level.text);
-        let (attn1, attn2) = (p.at("attn1"), p.at("attn2"));
-        let slot = slots.text_projections.len();
-        slots.text_projections.push((
-            linear_no_bias(&attn2.at("to_k"), text, channels)?,
-            linear_no_bias(&attn2.at("to_v"), text, channels)?,
-            level.heads,
-        ));
-        let qkv = ["to_q", "to_k", "to_v"].map(|name| attn1.at(name));
+    fn load(
+        p: &Params<'_>,
+        level: &Level,
+        only_cross: bool,
+        slots: &mut Slots,
+    ) -> std::result::Result<Self, ModelError> {
+        let channels = level.channels;
+        let (attn1, norm1) = (p.at("attn1"), p.at("norm1"));
         Ok(Self {
-            heads: level.heads,
-            norm1: layer_norm(&p.at("norm1"), channels, LAYER_EPS)?,
-            qkv: joined(&qkv, channels, channels, false)?,
-            out1: linear(&attn1.at("to_out.0"), channels, channels)?,
-            norm2: layer_norm(&p.at("norm2"), channels, LAYER_EPS)?,
-            query: linear_no_bias(&attn2.at("to_q"), channels, channels)?,
-            slot,
-            out2: linear(&attn2.at("to_out.0"), channels, channels)?,
+            first: match only_cross {
+                true => Attention::Cross(CrossAttention::load(&attn1, &norm1, level, slots)?),
+                false => Attention::Own(SelfAttention::load(&attn1, &norm1, level)?),
+            },
+            second: CrossAttention::load(&p.at("attn2"), &p.at("norm2"), level, slots)?,
             feed_forward: FeedForward::new(
                 layer_norm(&p.at("norm3"), channels, LAYER_EPS)?,
                 linear(&p.at("ff.net.0.proj"), channels, 8 * channels)?,
@@ -99,17 +117,61 @@ impl Block {
         })
     }
 
-    /// `x [.., L, C]` to `[B, L, C]`. Up to its query, the block keeps what evaluations of a point share.
+    /// `x [.., L, C]` to `[B, L, C]`. Up to its first query to the prompt, the block keeps what evaluations of a point share.
     fn forward(&self, x: &Flow, batch: &Batch<'_>) -> Result<Flow> {
-        let qkv = self.qkv.forward(&self.norm1.forward(&x.tensor)?, None)?;
+        let x = match &self.first {
+            Attention::Own(attention) => attention.forward(x)?,
+            Attention::Cross(attention) => attention.forward(x, batch)?,
+        };
+        let x = self.second.forward(&x, batch)?;
+        Ok(Flow { tensor: self.feed_forward.forward(&x.tensor)?, shared: false })
+    }
+}
+
+impl SelfAttention {
+    fn load(p: &Params<'_>, norm: &Params<'_>, level: &Level) -> std::result::Result<Self, ModelError> {
+        let qkv = ["to_q", "to_k", "to_v"].map(|name| p.at(name));
+        Ok(Self {
+            heads: level.heads,
+            norm: layer_norm(norm, level.channels, LAYER_EPS)?,
+            qkv: joined(&qkv, level.channels, level.channels, false)?,
+            out: linear(&p.at("to_out.0"), level.channels, level.channels)?,
+        })
+    }
+
+    /// `x [.., L, C]` to the same shape.
+    fn forward(&self, x: &Flow) -> Result<Flow> {
+        let qkv = self.qkv.forward(&self.norm.forward(&x.tensor)?, None)?;
         let h = self_attention(&qkv, self.heads, false)?;
-        let tensor = self.out1.forward(&h, Some(Rows::direct(&x.tensor)))?;
-        let x = Flow { tensor, shared: x.shared };
+        Ok(Flow { tensor: self.out.forward(&h, Some(Rows::direct(&x.tensor)))?, shared: x.shared })
+    }
+}
 
-        let query = self.query.forward(&self.norm2.forward(&x.tensor)?, None)?;
-        let h = cross_attention(&query, batch.prompts.layer(self.slot)?, batch.pairs(&x))?;
-        let x = self.out2.forward(&h, Some(batch.rows(&x)))?;
+impl CrossAttention {
+    fn load(
+        p: &Params<'_>,
+        norm: &Params<'_>,
+        level: &Level,
+        slots: &mut Slots,
+    ) -> std::result::Result<Self, ModelError> {
+        let slot = slots.text_projections.len();
+        slots.text_projections.push((
+            linear_no_bias(&p.at("to_k"), level.text, level.channels)?,
+            linear_no_bias(&p.at("to_v"), level.text, level.channels)?,
+            level.heads,
+        ));
+        Ok(Self {
+            norm: layer_norm(norm, level.channels, LAYER_EPS)?,
+            query: linear_no_bias(&p.at("to_q"), level.channels, level.channels)?,
+            slot,
+            out: linear(&p.at("to_out.0"), level.channels, level.channels)?,
+        })
+    }
 
-        Ok(Flow { tensor: self.feed_forward.forward(&x)?, shared: false })
+    /// `x [.., L, C]` to `[B, L, C]`.
+    fn forward(&self, x: &Flow, batch: &Batch<'_>) -> Result<Flow> {
+        let query = self.query.forward(&self.norm.forward(&x.tensor)?, None)?;
+        let h = cross_attention(&query, batch.prompts.layer(self.slot)?, batch.pairs(x))?;
+        Ok(Flow { tensor: self.out.forward(&h, Some(batch.rows(x)))?, shared: false })
     }
 }
