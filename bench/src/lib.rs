@@ -59,13 +59,13 @@ pub enum BenchError {
     Proc(PathBuf),
     /// A simulated worker can't be made.
     #[error(transparent)]
-    Client(#[from] elbo_worker::client::ClientError),
+    Client(#[from] elbo_worker::ClientError),
     /// A prediction can't be read.
     #[error(transparent)]
-    Table(#[from] elbo_common::table::TableError),
+    Table(#[from] elbo_store::table::TableError),
     /// The network can't be made or run.
     #[error(transparent)]
-    Model(#[from] elbo_worker::models::ModelError),
+    Model(#[from] elbo_models::ModelError),
     /// The device can't be used.
     #[error(transparent)]
     Device(#[from] elbo_worker::device::DeviceError),
@@ -85,10 +85,10 @@ pub enum BenchError {
     },
     /// An output that can't be read.
     #[error(transparent)]
-    Output(#[from] elbo_common::output::OutputError),
+    Output(#[from] elbo_output::OutputError),
     /// A `job.json` that can't be read.
     #[error(transparent)]
-    Record(#[from] elbo_common::record::RecordError),
+    Record(#[from] elbo_output::record::RecordError),
     /// An output without the errors of an exhaustive job.
     #[error("{location} can't be replayed: {problem}")]
     NoErrors {
@@ -109,5 +109,5 @@ pub enum BenchError {
     },
     /// The schedule does not fit the classes.
     #[error(transparent)]
-    Policy(#[from] elbo_common::policy::PolicyError),
+    Policy(#[from] elbo_core::policy::PolicyError),
 }

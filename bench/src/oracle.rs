@@ -1,7 +1,7 @@
 //! The errors that every evaluation "has": a pure function of sample, prompt and slots, so that what a coordinator makes of
 //! them can be checked.
 
-use elbo_common::ids::SampleId;
+use elbo_core::ids::SampleId;
 use elbo_proto::v1;
 
 use crate::random::mix;

@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use elbo_common::ensemble::Contenders;
-use elbo_common::job::DEFAULT_SHARD_SIZE;
-use elbo_common::policy::Course;
-use elbo_common::predictions::decode_predictions;
-use elbo_common::preset::Preset;
+use elbo_core::ensemble::Contenders;
+use elbo_core::job::DEFAULT_SHARD_SIZE;
+use elbo_core::policy::Course;
+use elbo_core::preset::Preset;
+use elbo_output::predictions::decode_predictions;
 use elbo_proto::v1;
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
-use elbo_worker::client::CallError;
+use elbo_worker::CallError;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use elbo_core::preset::Preset;
 use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -16,7 +17,6 @@ use crate::process::{Coordinator, free_port};
 use crate::run::{planned, unanswered};
 use crate::simulated::{Behaviour, Simulated, Tally};
 use crate::stage::Stage;
-use elbo_common::preset::Preset;
 
 /// The job: 2,050 evaluations an image.
 const PRESET: Preset = Preset::Pets;

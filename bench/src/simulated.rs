@@ -4,11 +4,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use elbo_common::ids::LeaseKey;
+use elbo_core::ids::LeaseKey;
 use elbo_proto::v1;
 use elbo_proto::v1::lease_reply::Outcome;
-use elbo_worker::client::{CallError, Client, ClientError};
+use elbo_worker::client::Client;
 use elbo_worker::held::Held;
+use elbo_worker::{CallError, ClientError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;

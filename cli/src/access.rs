@@ -57,7 +57,7 @@ impl TokenArgs {
         let token = match &self.token_file {
             Some(path) => {
                 warn_of_readers("token", path);
-                Some(elbo_common::files::read_given_to_string(path).with_context(|| {
+                Some(elbo_store::files::read_given_to_string(path).with_context(|| {
                     format!("reading the token file {}: give a text file this user may read", path.display())
                 })?)
             }

@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 use elbo_bench::engine::Subject;
-use elbo_common::budget::Memory;
-use elbo_common::ids::ShardId;
-use elbo_common::job::ModelDtype;
-use elbo_common::preset::Preset;
 use elbo_coordinator::MaxBad;
+use elbo_core::ids::ShardId;
+use elbo_core::job::ModelDtype;
+use elbo_core::preset::Preset;
+use elbo_data::budget::Memory;
 use elbo_worker::Devices;
 
 use crate::access::{CallerArgs, GateArgs};

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use elbo_common::store::Fault;
+use elbo_store::Fault;
 use elbo_worker::WorkerError;
 
 use crate::print;

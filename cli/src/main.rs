@@ -8,6 +8,7 @@ mod args;
 mod commands;
 mod failure;
 mod job_args;
+mod job_runner;
 mod logging;
 mod otlp;
 mod pilot;
@@ -15,7 +16,6 @@ mod print;
 mod progress;
 mod recorded;
 mod session;
-mod shift;
 mod stop;
 
 use std::process::ExitCode;

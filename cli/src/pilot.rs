@@ -1,11 +1,11 @@
 //! `--pilot N`: a small job that goes before a race and tells it where to look.
 
-use elbo_common::layout;
-use elbo_common::record::JobRecord;
-use elbo_common::store::{Location, Store};
 use elbo_coordinator::job::discard;
 use elbo_coordinator::pilot::{self, PilotError};
 use elbo_coordinator::{Job, JobError, JobOptions};
+use elbo_output::layout;
+use elbo_output::record::JobRecord;
+use elbo_store::{Location, Store};
 
 use crate::args::RunArgs;
 use crate::failure::usage;
@@ -18,12 +18,12 @@ pub(crate) enum Plan {
     /// The job itself: it needs no pilot, or knows already what that has learned.
     Job(Box<Identified>),
     /// The pilot first.
-    Pilot(Box<Expedition>),
+    Pilot(Box<PilotRun>),
 }
 
 /// A pilot, and what is to follow it.
 #[derive(Clone, Debug)]
-pub(crate) struct Expedition {
+pub(crate) struct PilotRun {
     /// The small job.
     pub(crate) pilot: Identified,
     /// The job that it learns for.
@@ -38,13 +38,13 @@ impl Plan {
         let Some(images) = images else { return Ok(Self::Job(Box::new(job))) };
         let identity = pilot::identity(&job.identity, &job.models.model, images).map_err(as_usage)?;
         let pilot = Identified { identity, ..job.clone() };
-        let expedition = Self::Pilot(Box::new(Expedition { pilot, then: job.clone(), out: out.to_owned() }));
+        let pilot_run = Self::Pilot(Box::new(PilotRun { pilot, then: job.clone(), out: out.to_owned() }));
         if run.fresh {
-            return Ok(expedition);
+            return Ok(pilot_run);
         }
         let store = Store::create(&Location::parse(out)?)?;
         if let Some(learned) = pilot::known(&store).await? {
-            expedition.check_known(&store, out).await?;
+            pilot_run.check_known(&store, out).await?;
             let identity = pilot::with_timesteps(job.identity, learned);
             return Ok(Self::Job(Box::new(Identified { identity, ..job })));
         }
@@ -54,7 +54,7 @@ impl Plan {
                  discard it with --fresh"
             )));
         }
-        Ok(expedition)
+        Ok(pilot_run)
     }
 
     /// Refuses what another job's pilot has learned. A job that is recorded says itself what it was begun with.
@@ -75,7 +75,7 @@ impl Plan {
     pub(crate) fn first(&self) -> &Identified {
         match self {
             Self::Job(job) => job,
-            Self::Pilot(expedition) => &expedition.pilot,
+            Self::Pilot(pilot_run) => &pilot_run.pilot,
         }
     }
 
@@ -83,28 +83,28 @@ impl Plan {
     pub(crate) async fn open(&self, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
         match self {
             Self::Job(job) => session::open(job.as_ref().clone(), out, run).await,
-            Self::Pilot(expedition) => {
+            Self::Pilot(pilot_run) => {
                 if run.fresh {
                     // Now and not when the job is opened, which would discard what its pilot has learned.
                     discard(&Store::create(&Location::parse(out)?)?).await?;
                 }
                 // There is nothing else yet that could have been quarantined.
                 let run = RunArgs { recompute: Vec::new(), ..run.clone() };
-                session::open(expedition.pilot.clone(), &directory(out), &run).await
+                session::open(pilot_run.pilot.clone(), &directory(out), &run).await
             }
         }
     }
 
     /// The pilot, if there is one to be run.
-    pub(crate) fn expedition(self) -> Option<Expedition> {
+    pub(crate) fn pilot_run(self) -> Option<PilotRun> {
         match self {
             Self::Job(_) => None,
-            Self::Pilot(expedition) => Some(*expedition),
+            Self::Pilot(pilot_run) => Some(*pilot_run),
         }
     }
 }
 
-impl Expedition {
+impl PilotRun {
     /// Learns from the pilot, which is done, and opens the job that it was for.
     pub(crate) async fn arrive(self) -> anyhow::Result<Job> {
         let Self { then, out, .. } = self;

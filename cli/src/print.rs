@@ -5,7 +5,7 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
-use elbo_common::text::printable_lines;
+use elbo_core::text::printable_lines;
 use serde::Serialize;
 
 /// Prints on stdout what a command is for, without control characters that names from outside may have.

@@ -1,8 +1,8 @@
 //! What jobs wrote down: their records, and what they found out.
 
-use elbo_common::calibration::Calibration;
-use elbo_common::record::JobRecord;
-use elbo_common::store::{Location, Store};
+use elbo_core::calibration::Calibration;
+use elbo_output::record::JobRecord;
+use elbo_store::{Location, Store};
 
 /// An output that holds a job.
 pub(crate) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {

@@ -4,12 +4,12 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use elbo_common::dataset::Origin;
-use elbo_common::fingerprint::JobIdentity;
-use elbo_common::model_source::{JobModels, ModelSource, Wanted};
-use elbo_common::store::{Location, Store};
 use elbo_coordinator::{Job, JobError, JobOptions};
+use elbo_data::Origin;
+use elbo_hub::fingerprint::JobIdentity;
+use elbo_hub::model_source::{JobModels, ModelSource, Wanted};
 use elbo_net::{Hosts, Limits, Operator};
+use elbo_store::{Location, Store};
 use elbo_worker::Devices;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;

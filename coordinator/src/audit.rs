@@ -6,7 +6,7 @@ use std::fmt::Write;
 use elbo_proto::v1;
 use tracing::Level;
 
-use crate::brain::Record;
+use crate::scheduler::Record;
 
 const TARGET: &str = "elbo::audit";
 

@@ -6,20 +6,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use elbo_common::audit::{self, Audited};
-use elbo_common::class::Classes;
-use elbo_common::ensemble::Contenders;
-use elbo_common::ids::{ClassIndex, Round, SampleId, ShardId};
-use elbo_common::layout;
-use elbo_common::manifest::Sample;
-use elbo_common::policy::Slot;
-use elbo_common::predictions::{self, ErrorRow, Labelled, Outcome as RowOutcome, Prediction, Quarantined, Score};
-use elbo_common::record::{FINGERPRINT, JobRecord};
-use elbo_common::store::{Store, StoreError};
-use elbo_common::table::{TableError, note_of};
+use elbo_core::audit::Audited;
+use elbo_core::class::Classes;
+use elbo_core::ensemble::Contenders;
+use elbo_core::ids::{ClassIndex, Round, SampleId, ShardId};
+use elbo_core::policy::Slot;
+use elbo_core::prediction::Outcome as RowOutcome;
+use elbo_core::prediction::{Labelled, Prediction, Score};
+use elbo_core::sample::Sample;
+use elbo_output::layout;
+use elbo_output::predictions::{self, ErrorRow, Quarantined};
+use elbo_output::record::{FINGERPRINT, JobRecord};
+use elbo_store::table::{TableError, note_of};
+use elbo_store::{Store, StoreError};
 use object_store::path::Path;
 
-use crate::brain::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError, UNREAD};
+use crate::scheduler::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError, UNREAD};
 
 /// A finished shard on its way out.
 #[derive(Debug)]
@@ -92,7 +94,8 @@ impl Kept {
             kept.rows = rows.into_iter().filter(|row| row.error().is_none()).map(|row| (row.sample, row)).collect();
         }
         if let Some(bytes) = read(layout::audit(shard)).await? {
-            kept.audited = audit::decode(bytes).map_err(damaged)?.into_iter().map(|row| (row.sample, row)).collect();
+            kept.audited =
+                elbo_output::audit::decode(bytes).map_err(damaged)?.into_iter().map(|row| (row.sample, row)).collect();
         }
         if let Some(bytes) = read(layout::errors(shard)).await? {
             for row in predictions::decode_errors(bytes).map_err(damaged)? {
@@ -170,7 +173,7 @@ pub fn files(
         files.push((layout::errors(finishing.shard), predictions::encode_errors(&errors, &with_classes)?));
     }
     if spec.audit.is_some() {
-        files.push((layout::audit(finishing.shard), audit::encode(&audited, &with_classes)?));
+        files.push((layout::audit(finishing.shard), elbo_output::audit::encode(&audited, &with_classes)?));
     }
     if !quarantined.is_empty() || had_quarantine {
         files.push((layout::quarantine(finishing.shard), predictions::encode_quarantine(&quarantined, &of_job)?));
@@ -330,9 +333,9 @@ fn error_row(sample: &Sample, error: &SlotError, classes: &Classes, slots: &[Slo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use elbo_common::ensemble::PromptEnsemble;
-    use elbo_common::ids::PromptIndex;
-    use elbo_common::sums::Sums;
+    use elbo_core::ensemble::PromptEnsemble;
+    use elbo_core::ids::PromptIndex;
+    use elbo_core::sums::Sums;
 
     fn prompt(index: u32, round: u16, n: u32, mean: f64) -> ScoredPrompt {
         let sums = Sums { n, sum: mean * f64::from(n), sum_sq: mean * mean * f64::from(n) };
@@ -358,7 +361,7 @@ mod tests {
     #[test]
     fn the_margin_is_left_out_where_the_runner_up_saw_other_slots() {
         let sample = Sample {
-            id: elbo_common::ids::SampleId(0),
+            id: elbo_core::ids::SampleId(0),
             key: "k".into(),
             location: "/k".into(),
             part: None,
@@ -379,8 +382,8 @@ mod tests {
 
     #[test]
     fn of_the_scores_the_best_are_kept_and_nothing_else_changes() {
-        let sample = elbo_common::manifest::Sample {
-            id: elbo_common::ids::SampleId(0),
+        let sample = elbo_core::sample::Sample {
+            id: elbo_core::ids::SampleId(0),
             key: "k".into(),
             location: "/k".into(),
             part: None,

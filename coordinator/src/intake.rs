@@ -1,10 +1,10 @@
-//! What is borne from a peer that is broken or means harm, before anything of it comes to the brain.
+//! What is borne from a peer that is broken or means harm, before anything of it comes to the scheduler.
 
 use elbo_proto::{shortened, v1};
 use tonic::Status;
 
-use crate::brain::{Record, UNREAD};
 use crate::ledger::{failure_from_wire, from_wire};
+use crate::scheduler::{Record, UNREAD};
 
 /// Longest name of a worker, host or device.
 const NAME_BYTES: usize = 256;
@@ -37,7 +37,7 @@ pub fn check_names(join: &v1::JoinRequest) -> Result<(), Status> {
     Ok(())
 }
 
-/// What a report of a lease of `epoch` brings, or why it can be one of no job at all. Whether it is one of this, the brain
+/// What a report of a lease of `epoch` brings, or why it can be one of no job at all. Whether it is one of this, the scheduler
 /// checks.
 pub fn record(epoch: u64, results: Vec<v1::UnitResult>, failures: Vec<v1::SampleFailure>) -> Result<Record, String> {
     // Epochs are counted from 1.

@@ -3,112 +3,27 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use elbo_common::dataset::{self, Account, DatasetError, LabelSource, ListOptions, Origin, SampleSink, UnknownLabels};
-use elbo_common::ensemble::Contenders;
-use elbo_common::fingerprint::JobIdentity;
-use elbo_common::ids::{Epoch, SampleId, ShardId};
-use elbo_common::job::JobSpec;
-use elbo_common::layout;
-use elbo_common::manifest::{Manifest, ManifestError, ManifestWriter, Sample};
-use elbo_common::policy::{Course, PolicyError};
-use elbo_common::record::{JobRecord, JobState, ManifestRecord, RecordError, Versions};
-use elbo_common::schedule::{NoiseSchedule, ScheduleError};
-use elbo_common::store::preflight::{self, PreflightError};
-use elbo_common::store::{Store, StoreError};
+use elbo_core::ensemble::Contenders;
+use elbo_core::ids::{Epoch, SampleId, ShardId};
+use elbo_core::job::JobSpec;
+use elbo_core::policy::Course;
+use elbo_core::sample::Sample;
+use elbo_data::manifest::ManifestRecord;
+use elbo_data::manifest::{Manifest, ManifestWriter};
+use elbo_data::{self, Account, DatasetError, LabelSource, ListOptions, Origin, SampleSink, UnknownLabels};
+use elbo_hub::fingerprint::JobIdentity;
+use elbo_output::layout;
+use elbo_output::record::{JobRecord, JobState, RecordError, Versions};
+use elbo_store::Store;
+use elbo_store::preflight::{self};
 use object_store::path::Path;
 
-use crate::brain::{JobShape, ShardTotals};
-use crate::calibrate::{self, CalibrateError};
-use crate::ledger::{Ledger, LedgerError};
+use crate::calibrate::{self};
+use crate::job_error::JobError;
+use crate::ledger::Ledger;
 use crate::repair;
-use crate::writer::{WriteError, Writer};
-
-/// A job that can't be taken up.
-#[derive(Debug, thiserror::Error)]
-pub enum JobError {
-    /// The output belongs to another job.
-    #[error("{location} holds the results of a different job:\n  {}\nuse another --out, restore the old settings, or discard the old results with --fresh", .differences.join("\n  "))]
-    Different {
-        /// The output.
-        location: String,
-        /// What differs, a line each.
-        differences: Vec<String>,
-    },
-    /// The output holds predictions of a job that it does not know.
-    #[error(
-        "{location} has no job.json, and predictions of another job, with the fingerprint {fingerprint}: use another --out, or \
-         discard them with --fresh"
-    )]
-    Stranger {
-        /// The output.
-        location: String,
-        /// The other job's fingerprint.
-        fingerprint: String,
-    },
-    /// A shard that is to be computed again does not exist.
-    #[error("there is no shard {0} to be computed again: the job's shards are 0 to {1}")]
-    NoSuchShard(ShardId, u32),
-    /// Something is no sample, and everything was to be.
-    #[error("--strict: the listing of the images passed something over:\n  {}\ntake it out of the dataset, or leave out --strict", .0.passed_over().map(|passed| passed.to_string()).collect::<Vec<_>>().join("\n  "))]
-    PassedOver(Account),
-    /// The manifest can't be read, or is not the one that was listed.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
-    /// Labels that are not classes.
-    #[error("{}; add the classes, remove those images, or leave labels out with --label-from none", describe_unknown(.0))]
-    UnknownLabels(Vec<(String, u64, String)>),
-    /// The scheduler's configuration is missing or can't be used.
-    #[error(transparent)]
-    Schedule(#[from] ScheduleError),
-    /// The policy does not fit model and classes.
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
-    /// The dataset can't be listed.
-    #[error(transparent)]
-    Dataset(#[from] dataset::DatasetError),
-    /// The manifest can't be written or parsed.
-    #[error(transparent)]
-    Table(#[from] elbo_common::table::TableError),
-    /// `job.json` can't be read or written.
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    /// The output is on a store that can't hold a job.
-    #[error(transparent)]
-    Preflight(#[from] PreflightError),
-    /// The output can't be read.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The output can't be written.
-    #[error(transparent)]
-    Write(#[from] WriteError),
-    /// There is nothing that would tell how sure a prediction is.
-    #[error(
-        "--abstain-below needs to know how sure a prediction is, and no image has a label: bring some with --label-from, let \
-         the reference score a share of the images too with --audit 1%, or take over what a job with labels found out with \
-         --calibration-from"
-    )]
-    NothingToCalibrate,
-    /// Confidence could not be written.
-    #[error(transparent)]
-    Calibrate(Box<CalibrateError>),
-    /// The ledger can't be opened.
-    #[error(transparent)]
-    Ledger(#[from] LedgerError),
-}
-
-impl From<CalibrateError> for JobError {
-    fn from(error: CalibrateError) -> Self {
-        Self::Calibrate(Box::new(error))
-    }
-}
-
-fn describe_unknown(labels: &[(String, u64, String)]) -> String {
-    let named: Vec<_> =
-        labels.iter().take(5).map(|(label, count, key)| format!("'{label}' ({count} images, such as {key})")).collect();
-    let more = labels.len().saturating_sub(5);
-    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
-    format!("labels that are not among the classes: {}{rest}", named.join(", "))
-}
+use crate::scheduler::{JobShape, ShardTotals};
+use crate::writer::Writer;
 
 /// How a job is taken up.
 #[derive(Clone, Debug, Default)]
@@ -379,7 +294,7 @@ fn check_confidence(spec: &JobSpec, listed: &ManifestRecord) -> Result<(), JobEr
 
 /// The course of a job, from its policy and the schedule in its model's directory.
 pub fn course_of(identity: &JobIdentity, model: &std::path::Path) -> Result<Course, JobError> {
-    Ok(identity.spec.course(NoiseSchedule::timesteps_of_model(model)?)?)
+    Ok(identity.spec.course(elbo_hub::model_config::timesteps(model)?)?)
 }
 
 /// Lists a job's images; labels must be classes.
@@ -388,7 +303,7 @@ async fn list(identity: &JobIdentity, origins: &[Origin]) -> Result<(ManifestWri
     let label_from = spec.label_from.as_deref().map(LabelSource::from);
     let mut listing = Listing::new(spec);
     let options = ListOptions { origins, ..list_options(spec, label_from.as_ref()) };
-    let listed = dataset::list(&spec.images, &options, &mut listing).await?;
+    let listed = elbo_data::list(&spec.images, &options, &mut listing).await?;
     let Listing { mut manifest, chosen, unknown, .. } = listing;
     for sample in chosen.into_iter().flat_map(Chosen::in_order) {
         manifest.take(sample)?;

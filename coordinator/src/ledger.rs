@@ -20,11 +20,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use elbo_common::checksum::Checksum;
-use elbo_common::ids::{Epoch, SampleId, ShardId};
-use elbo_common::layout;
-use elbo_common::store::{Location, Store, StoreError};
+use elbo_core::ids::{Epoch, SampleId, ShardId};
+use elbo_output::layout;
 use elbo_proto::{bytes_of, v1};
+use elbo_store::checksum::Checksum;
+use elbo_store::{Location, Store, StoreError};
 use prost::Message;
 use slatedb::config::{CompactorOptions, GarbageCollectorDirectoryOptions, GarbageCollectorOptions, Settings};
 use slatedb::{CloseReason, Db, ErrorKind, KeyValue, WriteBatch};
@@ -34,7 +34,7 @@ pub use mark::Mark;
 
 use mark::done_entry;
 
-use crate::brain::{Record, SampleFailure, ShardTotals, UnitResult, Waste};
+use crate::scheduler::{Record, SampleFailure, ShardTotals, UnitResult, Waste};
 
 /// A ledger that can't be opened, read or written.
 #[derive(Debug, thiserror::Error)]

@@ -44,7 +44,7 @@ impl Operations for JobOperations {
 
     fn metrics(&self) -> String {
         let progress = self.shared.publish();
-        let ready = self.shared.brain().ready_evaluations();
+        let ready = self.shared.scheduler().ready_evaluations();
         self.shared.telemetry.encode(&progress, ready)
     }
 

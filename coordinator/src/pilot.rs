@@ -5,15 +5,15 @@
 //! written down beside it and is part of the race's specification from there on.
 
 use bytes::Bytes;
-use elbo_common::ensemble::Contenders;
-use elbo_common::fingerprint::JobIdentity;
-use elbo_common::layout;
-use elbo_common::output::{Output, OutputError};
-use elbo_common::policy::pilot::Pilot;
-use elbo_common::policy::{Policy, PolicyError, Timesteps};
-use elbo_common::recorded;
-use elbo_common::schedule::{NoiseSchedule, ScheduleError};
-use elbo_common::store::{Store, StoreError};
+use elbo_core::ensemble::Contenders;
+use elbo_core::policy::pilot::Pilot;
+use elbo_core::policy::{Policy, PolicyError, Timesteps};
+use elbo_core::schedule::ScheduleError;
+use elbo_hub::fingerprint::JobIdentity;
+use elbo_output::layout;
+use elbo_output::recorded;
+use elbo_output::{Output, OutputError};
+use elbo_store::{Store, StoreError};
 use object_store::path::Path;
 
 /// A pilot that can't be carried out.
@@ -61,7 +61,7 @@ pub fn identity(of: &JobIdentity, model: &std::path::Path, samples: u64) -> Resu
     let spec = &mut identity.spec;
     spec.hierarchy = None;
     let most = spec.shortlist.as_ref().map_or(contenders.len() as u32, |shortlist| shortlist.keep);
-    spec.policy = Pilot::policy(most, NoiseSchedule::timesteps_of_model(model)?)?;
+    spec.policy = Pilot::policy(most, elbo_hub::model_config::timesteps(model)?)?;
     spec.subset = Some(samples);
     (spec.write_errors, spec.audit) = (true, None);
     (spec.calibration, spec.abstain_below) = (None, None);
@@ -79,7 +79,7 @@ pub async fn known(out: &Store) -> Result<Option<Timesteps>, PilotError> {
 pub async fn learn(pilot: &Store, of: &JobIdentity, model: &std::path::Path, out: &Store) -> Result<Pilot, PilotError> {
     let (risk, max_slots, contenders) = race(of)?;
     let (_, scored) = recorded::read(&Output::new(pilot), contenders.prompt_count()).await?;
-    let learned = Pilot::learn(&scored, &contenders, NoiseSchedule::timesteps_of_model(model)?, risk)?;
+    let learned = Pilot::learn(&scored, &contenders, elbo_hub::model_config::timesteps(model)?, risk)?;
     Policy::race(risk, max_slots, learned.timesteps())?;
     let write = async |file: &'static str, json: Result<Vec<u8>, serde_json::Error>| {
         let json = Bytes::from(json.map_err(|source| format_error(out, file, source))?);

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::brain::{Brain, WorkerView};
+use crate::scheduler::{Scheduler, WorkerView};
 
 /// A snapshot of a running job.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -77,24 +77,24 @@ impl Meter {
     }
 
     /// The progress of a job right now.
-    pub(crate) fn snapshot(&mut self, brain: &Brain, now: Duration) -> Progress {
-        let (totals, workers) = (brain.totals(), brain.workers());
-        let (shards_done, shards_active, shards_pending) = brain.shard_counts();
+    pub(crate) fn snapshot(&mut self, scheduler: &Scheduler, now: Duration) -> Progress {
+        let (totals, workers) = (scheduler.totals(), scheduler.workers());
+        let (shards_done, shards_active, shards_pending) = scheduler.shard_counts();
         let unreported = workers.iter().map(|w| w.unreported).sum();
         Progress {
             shards_done,
             shards_active,
             shards_pending,
-            samples: brain.job().samples(),
+            samples: scheduler.job().samples(),
             samples_done: totals.samples,
             samples_quarantined: totals.quarantined,
             evaluations: totals.evaluations,
-            evaluations_here: brain.merged_here(),
+            evaluations_here: scheduler.merged_here(),
             unreported,
-            evaluations_total: brain.expected_evaluations(),
-            rate: self.rate(now, brain.merged_here() + unreported),
+            evaluations_total: scheduler.expected_evaluations(),
+            rate: self.rate(now, scheduler.merged_here() + unreported),
             workers,
-            done: brain.is_done(),
+            done: scheduler.is_done(),
             stalled: None,
         }
     }

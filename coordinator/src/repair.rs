@@ -3,21 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
-use elbo_common::audit;
-use elbo_common::checksum::Checksum;
-use elbo_common::ids::{SampleId, ShardId};
-use elbo_common::layout;
-use elbo_common::manifest::{Manifest, Sample};
-use elbo_common::predictions;
-use elbo_common::record::{FINGERPRINT, JobRecord};
-use elbo_common::store::{Store, StoreError};
-use elbo_common::table::{TableError, note_of};
+use elbo_core::ids::{SampleId, ShardId};
+use elbo_core::sample::Sample;
+use elbo_data::manifest::Manifest;
+use elbo_output::layout;
+use elbo_output::predictions;
+use elbo_output::record::{FINGERPRINT, JobRecord};
+use elbo_store::checksum::Checksum;
+use elbo_store::table::{TableError, note_of};
+use elbo_store::{Store, StoreError};
 use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 
-use crate::brain::{JobShape, ShardTotals};
-use crate::job::JobError;
+use crate::job_error::JobError;
 use crate::ledger::Mark;
+use crate::scheduler::{JobShape, ShardTotals};
 use crate::writer::{WriteError, Writer};
 
 /// Shards that are looked at side by side.
@@ -181,7 +181,7 @@ fn count(files: &BTreeMap<Path, Bytes>, job: &JobRecord, shard: ShardId, samples
     let quarantine =
         decoded(files.get(&layout::quarantine(shard)), !given_up.is_empty(), predictions::decode_quarantine)?;
     let errors = decoded(files.get(&layout::errors(shard)), spec.write_errors, predictions::decode_errors)?;
-    let audited = decoded(files.get(&layout::audit(shard)), spec.audit.is_some(), audit::decode)?;
+    let audited = decoded(files.get(&layout::audit(shard)), spec.audit.is_some(), elbo_output::audit::decode)?;
     let own: BTreeSet<SampleId> = samples.iter().map(|sample| sample.id).collect();
     let agree = quarantine.iter().map(|row| row.sample).eq(given_up.iter().copied())
         && errors.iter().all(|row| own.contains(&row.sample))
@@ -203,7 +203,7 @@ fn decoded<R>(file: Option<&Bytes>, wanted: bool, decode: fn(Bytes) -> Result<Ve
 mod tests {
     use std::sync::Arc;
 
-    use elbo_common::store::Location;
+    use elbo_store::Location;
     use object_store::memory::InMemory;
 
     use super::*;

@@ -6,16 +6,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use elbo_common::checksum::Checksum;
-use elbo_common::ids::{Epoch, SampleId, ShardId};
-use elbo_common::layout;
-use elbo_common::manifest::{Manifest, ManifestError, Sample};
-use elbo_common::policy::Course;
-use elbo_common::record::{JobState, RecordError, Timings, Totals};
-use elbo_common::store::{Fault, Seen, Store, StoreError};
-use elbo_common::table::TableError;
-use elbo_net::{Doorkeeper, Limits, ServerTls};
+use elbo_core::ids::{Epoch, SampleId, ShardId};
+use elbo_core::policy::Course;
+use elbo_core::sample::Sample;
+use elbo_data::manifest::{Manifest, ManifestError};
+use elbo_net::LimitedListener;
+use elbo_output::layout;
+use elbo_output::record::{JobState, RecordError, Timings, Totals};
 use elbo_proto::v1;
+use elbo_store::checksum::Checksum;
+use elbo_store::table::TableError;
+use elbo_store::{Fault, Seen, Store, StoreError};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::net::TcpListener;
@@ -24,19 +25,20 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
-use crate::brain::{Brain, LeasePolicy, Record, Shard, ShardTotals};
 use crate::calibrate::{self, CalibrateError};
 use crate::commit::{self, Finishing, Kept, KeptError};
 use crate::job::{self, Job};
 use crate::ledger::{LedgerError, Mark};
 use crate::operations::JobOperations;
+use crate::options::{MaxBad, Options};
 use crate::progress::Progress;
 use crate::repair;
+use crate::scheduler::{Record, Scheduler, Shard, ShardTotals};
 use crate::server::serve;
 use crate::service::{Shared, to_sample};
 use crate::status;
 use crate::telemetry::Use;
-use crate::watchdog::News;
+use crate::watchdog::StallEvent;
 use crate::writer::{WriteError, Writer};
 
 /// How often silent workers are looked for and progress is published.
@@ -114,62 +116,6 @@ impl From<CalibrateError> for RunError {
     }
 }
 
-/// How many samples may be quarantined before the job is ended.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum MaxBad {
-    /// So many samples.
-    Count(u64),
-    /// So large a share of the dataset, in percent.
-    Percent(f64),
-}
-
-impl MaxBad {
-    fn allows(self, quarantined: u64, samples: u64) -> bool {
-        match self {
-            Self::Count(limit) => quarantined <= limit,
-            Self::Percent(limit) => quarantined as f64 * 100.0 <= limit * samples as f64,
-        }
-    }
-}
-
-impl std::fmt::Display for MaxBad {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Count(limit) => limit.fmt(f),
-            Self::Percent(limit) => write!(f, "{limit}%"),
-        }
-    }
-}
-
-impl std::str::FromStr for MaxBad {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("'{text}' is neither a number of samples nor a share like 5%");
-        match text.strip_suffix('%') {
-            Some(share) => {
-                share.trim().parse().ok().filter(|p| (0.0..=100.0).contains(p)).map(Self::Percent).ok_or_else(wrong)
-            }
-            None => text.parse().map(Self::Count).map_err(|_| wrong()),
-        }
-    }
-}
-
-/// How a coordinator runs; nothing here changes a result.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// How leases are sized and when they end.
-    pub leases: LeasePolicy,
-    /// How many bad samples are borne.
-    pub max_bad: MaxBad,
-    /// The token every call must bring; without one, anyone who can connect is served.
-    pub token: Option<String>,
-    /// Calls come over TLS only.
-    pub tls: Option<ServerTls>,
-    /// What is borne from those who connect.
-    pub limits: Limits,
-}
-
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
@@ -197,10 +143,10 @@ impl Coordinator {
     pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
         let Job { out, record, manifest, course, ledger, done, retried } = job;
         let shape = job::shape(&record, &manifest, &course);
-        let brain = Brain::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
-        let brain = brain.with_retried(retried.clone());
+        let scheduler = Scheduler::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
+        let scheduler = scheduler.with_retried(retried.clone());
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
-        let shared = Arc::new(Shared::new(brain, ledger, record, heartbeat, CancellationToken::new())?);
+        let shared = Arc::new(Shared::new(scheduler, ledger, record, heartbeat, CancellationToken::new())?);
         shared.publish();
         Ok(Self { shared, out, manifest, course: Arc::new(course), retried, options, stop })
     }
@@ -256,7 +202,7 @@ impl Coordinator {
         let _ = self.shared.witnesses.set(self.witnesses().await?);
         let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
         let hang_up = CancellationToken::new();
-        let door = Doorkeeper::new(listener, self.options.limits);
+        let door = LimitedListener::new(listener, self.options.limits);
         let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
         let server = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
         let ended = self.steward().await;
@@ -328,13 +274,13 @@ impl Coordinator {
                 continue;
             }
             if opening.is_empty()
-                && let Some(shard) = self.shared.brain().wants_shard()
+                && let Some(shard) = self.shared.scheduler().wants_shard()
             {
                 let span = tracing::trace_span!(target: "elbo::trace", "open", %shard);
                 opening.push(self.open_shard(shard).instrument(span));
             }
             self.check_quarantine()?;
-            if shared.brain().is_done() {
+            if shared.scheduler().is_done() {
                 return Ok(true);
             }
             tokio::select! {
@@ -355,11 +301,11 @@ impl Coordinator {
     async fn tick(&self) -> Result<(), RunError> {
         let shared = &self.shared;
         shared.ledger.check()?;
-        let (silent, given_up) = shared.brain().expire(shared.now());
+        let (silent, given_up) = shared.scheduler().expire(shared.now());
         if !silent.is_empty() {
             shared.work.notify_waiters();
         }
-        if shared.brain().has_only_leased() {
+        if shared.scheduler().has_only_leased() {
             // One that waits may be given a second lease on what is slow, which depends on the time.
             shared.work.notify_one();
         }
@@ -369,8 +315,8 @@ impl Coordinator {
         }
         let seen = status::observe(&shared.publish(), shared.now(), shared.telemetry.slowest());
         match shared.telemetry.look(&seen) {
-            Some(News::Stalled(stall)) => tracing::warn!(part = stall.part.name(), "stalled: {}", stall.sentence),
-            Some(News::Resumed) => tracing::info!("the job gets on again"),
+            Some(StallEvent::Stalled(stall)) => tracing::warn!(part = stall.part.name(), "stalled: {}", stall.sentence),
+            Some(StallEvent::Resumed) => tracing::info!("the job gets on again"),
             None => {}
         }
         if !given_up.is_empty() {
@@ -395,20 +341,20 @@ impl Coordinator {
             }
         }
         tracing::debug!(%shard, samples = samples.len(), records = records.len(), "shard opened");
-        let job = Arc::clone(self.shared.brain().job());
+        let job = Arc::clone(self.shared.scheduler().job());
         let restoring = tokio::task::spawn_blocking(move || Shard::restore(&job, samples, &kept, records));
         let restored = restoring.await.map_err(|_| RunError::Task("reader"))?;
-        let mut brain = self.shared.brain();
-        brain.open_shard(shard, restored, self.shared.now());
-        self.shared.announce(&mut brain);
+        let mut scheduler = self.shared.scheduler();
+        scheduler.open_shard(shard, restored, self.shared.now());
+        self.shared.announce(&mut scheduler);
         Ok(())
     }
 
     /// The next finished shard, which is being committed from here on.
     fn finishing(&self) -> Option<(Finishing, ShardTotals)> {
-        let mut brain = self.shared.brain();
-        let shard = *brain.finished_shards().first()?;
-        let (manifest, outcomes, totals) = brain.finished(shard)?;
+        let mut scheduler = self.shared.scheduler();
+        let shard = *scheduler.finished_shards().first()?;
+        let (manifest, outcomes, totals) = scheduler.finished(shard)?;
         Some((Finishing { shard, manifest, outcomes, kept: Kept::default() }, totals))
     }
 
@@ -431,15 +377,15 @@ impl Coordinator {
         let encoding = tokio::task::spawn_blocking(encode).await;
         let (files, checksums) = encoding.map_err(|_| RunError::Task("encoder"))??;
         self.writer().write(files).await?;
-        let waste = self.shared.brain().waste();
+        let waste = self.shared.scheduler().waste();
         self.shared.ledger.commit(shard, Mark { totals, files: checksums }, waste).await?;
-        self.shared.brain().close_shard(shard);
+        self.shared.scheduler().close_shard(shard);
         tracing::info!(%shard, samples = totals.samples, quarantined = totals.quarantined, "shard committed");
         Ok(())
     }
 
     fn check_quarantine(&self) -> Result<(), RunError> {
-        let (quarantined, samples) = (self.shared.brain().totals().quarantined, self.manifest.len());
+        let (quarantined, samples) = (self.shared.scheduler().totals().quarantined, self.manifest.len());
         let limit = self.options.max_bad;
         if limit.allows(quarantined, samples) {
             Ok(())
@@ -451,15 +397,15 @@ impl Coordinator {
     /// Waits, but not for long, until workers have left.
     async fn await_departures(&self) {
         let patience = tokio::time::Instant::now() + Duration::from_secs(5);
-        while !self.shared.brain().is_alone() && tokio::time::Instant::now() < patience {
+        while !self.shared.scheduler().is_alone() && tokio::time::Instant::now() < patience {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 
     async fn finish(&self, started: Instant) -> Result<Totals, RunError> {
         let totals = {
-            let brain = self.shared.brain();
-            brain.totals().of_job(brain.waste())
+            let scheduler = self.shared.scheduler();
+            scheduler.totals().of_job(scheduler.waste())
         };
         // Once more, for what has arrived while this job ran.
         repair::clear_late(self.writer()).await?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use elbo_net::{Doorkeeper, Seldom};
+use elbo_net::{LimitedListener, RateLimitedLog};
 use elbo_proto::{DESCRIPTORS, MAX_MESSAGE_BYTES, v1};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
@@ -12,7 +12,7 @@ use tonic::transport::Server;
 use tonic::{Request, Status};
 use v1::coordinator_server::CoordinatorServer;
 
-use crate::run::Options;
+use crate::options::Options;
 use crate::service::{Service, Shared};
 
 /// Calls of one connection at a time: a worker has one or two for each of its devices, and heartbeats.
@@ -30,21 +30,21 @@ struct Token {
     expected: Option<blake3::Hash>,
     shared: Arc<Shared>,
     /// When calls without a token, and with a wrong one, were last logged.
-    told: Arc<[Seldom; 2]>,
+    told: Arc<[RateLimitedLog; 2]>,
 }
 
 impl tonic::service::Interceptor for Token {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         let Some(expected) = self.expected else { return Ok(request) };
         let given = request.metadata().get("authorization").and_then(|v| v.to_str().ok());
-        let (seldom, told, remedy) = match given.and_then(|v| v.strip_prefix("Bearer ")) {
+        let (log, told, remedy) = match given.and_then(|v| v.strip_prefix("Bearer ")) {
             // Hashes compare in constant time.
             Some(token) if blake3::hash(token.as_bytes()) == expected => return Ok(request),
             Some(_) => (&self.told[0], "the token is wrong", "use the coordinator's --token-file or ELBO_TOKEN"),
             None => (&self.told[1], "a token is needed", "give the coordinator's with --token-file or ELBO_TOKEN"),
         };
         self.shared.telemetry.unauthorized.inc();
-        if seldom.is_due() {
+        if log.is_due() {
             let peer = request.remote_addr().map(|peer| peer.to_string()).unwrap_or_default();
             tracing::warn!(peer, "call refused: {told}");
         }
@@ -56,7 +56,7 @@ impl tonic::service::Interceptor for Token {
 pub(crate) fn serve(
     shared: Arc<Shared>,
     options: &Options,
-    door: Doorkeeper,
+    door: LimitedListener,
     hang_up: CancellationToken,
 ) -> impl Future<Output = Result<(), tonic::transport::Error>> + use<> {
     let token = Token {

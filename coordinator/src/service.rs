@@ -1,21 +1,21 @@
-//! The gRPC side of the coordinator: translates between the contract and the brain, and makes reports durable before they
+//! The gRPC side of the coordinator: translates between the contract and the scheduler, and makes reports durable before they
 //! are acknowledged.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use elbo_common::ids::{Epoch, LeaseId, LeaseKey};
-use elbo_common::manifest::{Part, Sample};
-use elbo_common::record::JobRecord;
+use elbo_core::ids::{Epoch, LeaseId, LeaseKey};
+use elbo_core::sample::{Part, Sample};
+use elbo_output::record::JobRecord;
 use elbo_proto::{FULL_MESSAGE_BYTES, PROTOCOL, check_size, shortened, v1};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use crate::brain::{Brain, Checked, Grant, Heartbeat, Record, ReportError, SampleFailure};
 use crate::ledger::{Ledger, LedgerError};
 use crate::progress::{Meter, Progress};
+use crate::scheduler::{Checked, Grant, Heartbeat, Record, ReportError, SampleFailure, Scheduler};
 use crate::status::Phase;
 use crate::telemetry::{Telemetry, Use};
 use crate::{audit, intake, status};
@@ -31,7 +31,7 @@ pub(crate) fn short(fingerprint: &str) -> &str {
 /// What the service and the steward share.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    brain: Mutex<Brain>,
+    scheduler: Mutex<Scheduler>,
     meter: Mutex<Meter>,
     pub(crate) ledger: Ledger,
     pub(crate) record: JobRecord,
@@ -59,18 +59,18 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(
-        brain: Brain,
+        scheduler: Scheduler,
         ledger: Ledger,
         record: JobRecord,
         heartbeat: Duration,
         closing: CancellationToken,
     ) -> Result<Self, serde_json::Error> {
         let job_json = serde_json::to_string(&record.identity)?;
-        let (job, epoch) = (short(&record.fingerprint).to_owned(), brain.epoch().0);
+        let (job, epoch) = (short(&record.fingerprint).to_owned(), scheduler.epoch().0);
         Ok(Self {
             telemetry: Telemetry::new(&job, epoch),
             span: tracing::info_span!("coordinator", job, epoch),
-            brain: Mutex::new(brain),
+            scheduler: Mutex::new(scheduler),
             meter: Mutex::default(),
             ledger,
             record,
@@ -87,9 +87,9 @@ impl Shared {
         })
     }
 
-    /// The brain; a panic while it was held leaves it usable, since every event is applied as a whole or refused.
-    pub(crate) fn brain(&self) -> MutexGuard<'_, Brain> {
-        self.brain.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The scheduler; a panic while it was held leaves it usable, since every event is applied as a whole or refused.
+    pub(crate) fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
+        self.scheduler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a worker has joined another job than this; who does not say has joined this one.
@@ -97,7 +97,7 @@ impl Shared {
         !job.is_empty() && job != short(&self.record.fingerprint)
     }
 
-    /// Time since the coordinator started: the brain's clock.
+    /// Time since the coordinator started: the scheduler's clock.
     pub(crate) fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -107,7 +107,7 @@ impl Shared {
         let now = self.now();
         let progress = {
             let mut meter = self.meter.lock().unwrap_or_else(PoisonError::into_inner);
-            meter.snapshot(&self.brain(), now)
+            meter.snapshot(&self.scheduler(), now)
         };
         let progress = Progress { stalled: self.telemetry.stall().map(|stall| stall.sentence), ..progress };
         self.progress.send_replace(progress.clone());
@@ -130,11 +130,11 @@ impl Shared {
     }
 
     /// Tells those concerned what an event has led to.
-    pub(crate) fn announce(&self, brain: &mut Brain) {
-        if brain.has_ready() {
+    pub(crate) fn announce(&self, scheduler: &mut Scheduler) {
+        if scheduler.has_ready() {
             self.work.notify_one();
         }
-        if brain.wants_shard().is_some() || brain.has_finished_shard() {
+        if scheduler.wants_shard().is_some() || scheduler.has_finished_shard() {
             self.steward.notify_one();
         }
     }
@@ -146,13 +146,13 @@ impl Shared {
     /// Makes a record durable and merges it.
     pub(crate) async fn persist(&self, record: Record, of: Option<(&str, LeaseKey)>) -> Result<(), LedgerError> {
         let shard_size = self.record.identity.spec.shard_size;
-        let waste = self.brain().waste();
+        let waste = self.scheduler().waste();
         let under_way = self.telemetry.storage(Use::Append);
         self.ledger.append(&record, shard_size, waste).await?;
         drop(under_way);
-        let mut brain = self.brain();
-        brain.apply(record, of);
-        self.announce(&mut brain);
+        let mut scheduler = self.scheduler();
+        scheduler.apply(record, of);
+        self.announce(&mut scheduler);
         Ok(())
     }
 }
@@ -239,19 +239,19 @@ impl v1::coordinator_server::Coordinator for Service {
         };
         if !join.job.is_empty() && join.job != job {
             // What it has in hand is of no use here.
-            return Ok(Response::new(reply(shared.brain().epoch())));
+            return Ok(Response::new(reply(shared.scheduler().epoch())));
         }
         shared.telemetry.workers_joined.inc();
-        let mut brain = shared.brain();
-        brain.join(&join.worker, &join.host, &join.device, shared.now());
-        brain.is_of(&join.worker, &join.process);
+        let mut scheduler = shared.scheduler();
+        scheduler.join(&join.worker, &join.host, &join.device, shared.now());
+        scheduler.is_of(&join.worker, &join.process);
         for held in join.held {
             let key = LeaseKey { epoch: Epoch(held.epoch), lease: LeaseId(held.lease) };
             let units: Vec<_> = held.units.into_iter().filter_map(|unit| unit.try_into().ok()).collect();
-            brain.adopt(&join.worker, key, &units, shared.now());
+            scheduler.adopt(&join.worker, key, &units, shared.now());
         }
-        shared.announce(&mut brain);
-        Ok(Response::new(reply(brain.epoch())))
+        shared.announce(&mut scheduler);
+        Ok(Response::new(reply(scheduler.epoch())))
     }
 
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeReply>, Status> {
@@ -274,10 +274,10 @@ impl v1::coordinator_server::Coordinator for Service {
             return Err(rejoin());
         }
         {
-            let mut brain = shared.brain();
+            let mut scheduler = shared.scheduler();
             let held: Vec<_> = held.iter().map(LeaseKey::from).collect();
-            if brain.keep_only(&worker, &held) {
-                shared.announce(&mut brain);
+            if scheduler.keep_only(&worker, &held) {
+                shared.announce(&mut scheduler);
             }
         }
         let wait = Duration::from_millis(u64::from(wait_ms)).min(LONGEST_POLL);
@@ -287,21 +287,21 @@ impl v1::coordinator_server::Coordinator for Service {
             let work = shared.work.notified();
             if shared.closing.is_cancelled() {
                 let next = shared.is_followed.load(Ordering::Relaxed);
-                let leave = v1::Leave { done: !next && shared.brain().is_done(), next };
+                let leave = v1::Leave { done: !next && shared.scheduler().is_done(), next };
                 return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Leave(leave)) }));
             }
             {
-                let mut brain = shared.brain();
-                if !brain.knows(&worker) {
+                let mut scheduler = shared.scheduler();
+                if !scheduler.knows(&worker) {
                     return Err(rejoin());
                 }
-                if let Some(grant) = brain.grant(&worker, evaluations_per_second, shared.now()) {
-                    shared.announce(&mut brain);
-                    let block = to_block(brain.epoch(), grant);
+                if let Some(grant) = scheduler.grant(&worker, evaluations_per_second, shared.now()) {
+                    shared.announce(&mut scheduler);
+                    let block = to_block(scheduler.epoch(), grant);
                     shared.telemetry.leases_granted.inc();
-                    // Before the brain is let go: what is acknowledged after this grant is logged after it.
+                    // Before the scheduler is let go: what is acknowledged after this grant is logged after it.
                     audit::granted(&worker, &block);
-                    drop(brain);
+                    drop(scheduler);
                     tracing::debug!(worker, lease = block.lease, units = block.units.len(), "leased");
                     let reply = v1::LeaseReply { outcome: Some(Outcome::Block(block)) };
                     check_size("a block", &reply).map_err(|error| Status::failed_precondition(error.to_string()))?;
@@ -324,7 +324,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let shared = &self.shared;
         let reports = |outcome| shared.telemetry.reports.get_or_create(&[("outcome", outcome)]).inc();
         // Who is not known joins first: its results are as good as any, once it says who it is.
-        if shared.is_other_job(&job) || !shared.brain().knows(&worker) {
+        if shared.is_other_job(&job) || !shared.scheduler().knows(&worker) {
             return Err(rejoin());
         }
         let refused = |reason: String| {
@@ -333,7 +333,7 @@ impl v1::coordinator_server::Coordinator for Service {
             Status::invalid_argument(reason)
         };
         let record = intake::record(epoch, results, failures).map_err(refused)?;
-        let checked = shared.brain().check(&worker, key, record, again, shared.now());
+        let checked = shared.scheduler().check(&worker, key, record, again, shared.now());
         let Checked { record, duplicates, postponed, outdated, .. } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
@@ -380,17 +380,17 @@ impl v1::coordinator_server::Coordinator for Service {
         if self.shared.is_other_job(&beat.job) {
             return Err(rejoin());
         }
-        let mut brain = self.shared.brain();
+        let mut scheduler = self.shared.scheduler();
         let sign = Heartbeat {
             // No more than the job has, so that a sum of many workers' counts stays one.
-            unreported: beat.unreported_evaluations.min(brain.job().planned_evaluations()),
+            unreported: beat.unreported_evaluations.min(scheduler.job().planned_evaluations()),
             held: beat.held.iter().map(LeaseKey::from).collect(),
             activity: beat.activity().into(),
             quiet: Duration::from_millis(beat.quiet_ms),
         };
-        let unwanted = brain.heartbeat(&beat.worker, sign, self.shared.now()).ok_or_else(rejoin)?;
+        let unwanted = scheduler.heartbeat(&beat.worker, sign, self.shared.now()).ok_or_else(rejoin)?;
         let unwanted = unwanted.into_iter().map(v1::HeldLease::from).collect();
-        Ok(Response::new(v1::HeartbeatReply { epoch: brain.epoch().0, unwanted }))
+        Ok(Response::new(v1::HeartbeatReply { epoch: scheduler.epoch().0, unwanted }))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseReply>, Status> {
@@ -401,26 +401,26 @@ impl v1::coordinator_server::Coordinator for Service {
         let returned = |how| shared.telemetry.leases_returned.get_or_create(&[("how", how)]).inc();
         let mut given_up: Vec<SampleFailure> = Vec::new();
         {
-            let mut brain = shared.brain();
+            let mut scheduler = shared.scheduler();
             for lease in leases {
                 let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
                 // A lease that has ended is nobody's, and that of another is not this worker's to give.
-                if !brain.holds(&worker, key) {
+                if !scheduler.holds(&worker, key) {
                     tracing::warn!(worker, epoch, lease, "a lease was handed back that the worker does not hold");
                     continue;
                 }
                 returned(if error.is_empty() { "released" } else { "failed" });
                 if error.is_empty() {
-                    brain.release(&worker, &[key]);
+                    scheduler.release(&worker, &[key]);
                 } else {
                     tracing::warn!(worker, epoch, lease, error, "block failed");
-                    given_up.extend(brain.fail(&worker, key, &error));
+                    given_up.extend(scheduler.fail(&worker, key, &error));
                 }
             }
-            if leaving && brain.knows(&worker) {
+            if leaving && scheduler.knows(&worker) {
                 tracing::info!(worker, reason, "worker left");
                 shared.telemetry.workers_left.get_or_create(&[("how", "by itself")]).inc();
-                brain.leave(&worker);
+                scheduler.leave(&worker);
             }
         }
         if !given_up.is_empty() {
@@ -430,7 +430,7 @@ impl v1::coordinator_server::Coordinator for Service {
             // A block that failed is for anyone but the worker it failed on.
             shared.work.notify_waiters();
         }
-        shared.announce(&mut shared.brain());
+        shared.announce(&mut shared.scheduler());
         Ok(Response::new(v1::ReleaseReply {}))
     }
 

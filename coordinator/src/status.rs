@@ -3,13 +3,13 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use elbo_common::activity::Activity;
+use elbo_core::activity::Activity;
 use elbo_net::http::{document, escape};
 use elbo_proto::v1;
 use serde::Serialize;
 
-use crate::brain::WorkerView;
 use crate::progress::Progress;
+use crate::scheduler::WorkerView;
 use crate::watchdog::{Observation, Seen};
 
 /// The JSON object of `elbo status --json` and `/status`.

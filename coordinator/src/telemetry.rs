@@ -14,7 +14,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use crate::progress::Progress;
-use crate::watchdog::{News, Observation, Part, Stall, Watchdog};
+use crate::watchdog::{Observation, Part, Stall, StallEvent, Watchdog};
 
 /// One label with one of a few values.
 type Labelled<M> = Family<[(&'static str, &'static str); 1], M>;
@@ -211,7 +211,7 @@ impl Telemetry {
     }
 
     /// Shows the watchdog how the job is.
-    pub(crate) fn look(&self, seen: &Observation) -> Option<News> {
+    pub(crate) fn look(&self, seen: &Observation) -> Option<StallEvent> {
         self.dog().look(seen)
     }
 

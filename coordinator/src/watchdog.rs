@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use elbo_common::activity::Activity;
+use elbo_core::activity::Activity;
 
 /// Nothing is wrong as long as something came of the job within this time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -95,7 +95,7 @@ pub struct Stall {
 
 /// Something to tell an operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum News {
+pub enum StallEvent {
     /// The job is held up, by something else than before or still.
     Stalled(Stall),
     /// It gets on again.
@@ -136,15 +136,15 @@ impl Watchdog {
     }
 
     /// Takes an observation in; what is to be told, if anything.
-    pub fn look(&mut self, seen: &Observation) -> Option<News> {
+    pub fn look(&mut self, seen: &Observation) -> Option<StallEvent> {
         let stall = self.judge(seen);
         let before = std::mem::replace(&mut self.stall, stall);
         match (&before, &self.stall) {
-            (Some(_), None) => Some(News::Resumed),
+            (Some(_), None) => Some(StallEvent::Resumed),
             (Some(old), Some(new)) if old.part == new.part && seen.now.saturating_sub(self.told) < REMINDER => None,
             (_, Some(new)) => {
                 self.told = seen.now;
-                Some(News::Stalled(new.clone()))
+                Some(StallEvent::Stalled(new.clone()))
             }
             (None, None) => None,
         }
@@ -298,7 +298,7 @@ mod tests {
             assert_eq!(watchdog.look(&seen), None);
         }
         seen.storage = Some(("making results durable".into(), Duration::from_secs(300)));
-        let Some(News::Stalled(stall)) = watchdog.look(&seen) else { panic!("storage stands still") };
+        let Some(StallEvent::Stalled(stall)) = watchdog.look(&seen) else { panic!("storage stands still") };
         assert!(stall.sentence.contains("has not answered for 5 min (making results durable)"), "{}", stall.sentence);
     }
 
@@ -319,8 +319,8 @@ mod tests {
             let workers = if now < 500 { vec![] } else { vec![worker(Some(Activity::Loading))] };
             let merged = if now < 800 { 5 } else { 6 };
             match watchdog.look(&Observation { workers, merged, ..seconds(now) }) {
-                Some(News::Stalled(stall)) => told.push((now, Some(stall.part))),
-                Some(News::Resumed) => told.push((now, None)),
+                Some(StallEvent::Stalled(stall)) => told.push((now, Some(stall.part))),
+                Some(StallEvent::Resumed) => told.push((now, None)),
                 None => {}
             }
         }

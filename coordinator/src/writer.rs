@@ -12,7 +12,7 @@
 //! then fails, whenever it arrives. Where it arrives first, the other coordinator's own put fails, and is made again.
 
 use bytes::Bytes;
-use elbo_common::store::{Seen, Store, StoreError};
+use elbo_store::{Seen, Store, StoreError};
 use futures::future::try_join_all;
 use object_store::path::Path;
 
@@ -81,7 +81,7 @@ impl Writer<'_> {
 mod tests {
     use std::sync::Arc;
 
-    use elbo_common::store::Location;
+    use elbo_store::Location;
     use object_store::memory::InMemory;
 
     use super::*;

@@ -1,8 +1,8 @@
 //! Any text as a class file, and as what groups its classes: classes whose prompts name them, groups of them, or an error.
 #![no_main]
 
-use elbo_common::class::{Classes, Hierarchy};
-use elbo_common::ensemble::Contenders;
+use elbo_core::class::{Classes, Hierarchy};
+use elbo_core::ensemble::Contenders;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {

@@ -1,16 +1,16 @@
-//! Messages of workers, one after the other, to a coordinator's brain with a small job: whatever they say, nothing is counted
+//! Messages of workers, one after the other, to a coordinator's scheduler with a small job: whatever they say, nothing is counted
 //! twice or beyond what there is, and what is left can still be computed to the end.
 #![no_main]
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use elbo_common::ensemble::Contenders;
-use elbo_common::ids::{Epoch, LeaseId, LeaseKey, SampleId, ShardId};
-use elbo_common::manifest::Sample;
-use elbo_common::policy::{Course, Policy};
-use elbo_common::unit::Unit;
-use elbo_coordinator::brain::{Brain, Checked, Heartbeat, JobShape, LeasePolicy, Record, Shard, UnitResult, Waste};
+use elbo_core::ensemble::Contenders;
+use elbo_core::ids::{Epoch, LeaseId, LeaseKey, SampleId, ShardId};
+use elbo_core::sample::{Sample};
+use elbo_core::policy::{Course, Policy};
+use elbo_core::unit::Unit;
+use elbo_coordinator::scheduler::{Scheduler, Checked, Heartbeat, JobShape, LeasePolicy, Record, Shard, UnitResult, Waste};
 use elbo_coordinator::intake;
 use elbo_proto::v1;
 use libfuzzer_sys::fuzz_target;
@@ -20,7 +20,7 @@ const SAMPLES: u64 = 3;
 const EPOCH: Epoch = Epoch(2);
 const WORKERS: [&str; 2] = ["a", "b"];
 
-fn brain() -> Brain {
+fn scheduler() -> Scheduler {
     let contenders = Contenders::prompts(3);
     let policy = Policy::reference(&[2, 1], &[2, 4], 1).expect("a policy");
     let course = Course::new(&policy, None, 1000, Some(&contenders)).expect("a course");
@@ -37,13 +37,13 @@ fn brain() -> Brain {
         pair: None,
     };
     let policy = LeasePolicy { first_block: 4, ..LeasePolicy::default() };
-    let mut brain = Brain::new(shape, EPOCH, policy, BTreeMap::new(), Waste::default());
-    let shard = Shard::restore(brain.job(), (0..SAMPLES).map(sample).collect(), &[], Vec::new());
-    brain.open_shard(ShardId(0), shard, Duration::ZERO);
+    let mut scheduler = Scheduler::new(shape, EPOCH, policy, BTreeMap::new(), Waste::default());
+    let shard = Shard::restore(scheduler.job(), (0..SAMPLES).map(sample).collect(), &[], Vec::new());
+    scheduler.open_shard(ShardId(0), shard, Duration::ZERO);
     for worker in WORKERS {
-        brain.join(worker, "host", "device", Duration::ZERO);
+        scheduler.join(worker, "host", "device", Duration::ZERO);
     }
-    brain
+    scheduler
 }
 
 /// An honest result of a unit.
@@ -64,18 +64,18 @@ fn key(epoch: u64, lease: u64) -> LeaseKey {
 }
 
 /// What the service does with a report.
-fn report(brain: &mut Brain, worker: &str, key: LeaseKey, again: bool, record: Record) {
-    if let Ok(Checked { record, .. }) = brain.check(worker, key, record, again, Duration::ZERO) {
-        brain.apply(record.clone(), Some((worker, key)));
-        let once = brain.totals();
+fn report(scheduler: &mut Scheduler, worker: &str, key: LeaseKey, again: bool, record: Record) {
+    if let Ok(Checked { record, .. }) = scheduler.check(worker, key, record, again, Duration::ZERO) {
+        scheduler.apply(record.clone(), Some((worker, key)));
+        let once = scheduler.totals();
         // A second copy that was checked at the same time counts nothing.
-        brain.apply(record, Some((worker, key)));
-        assert_eq!(once, brain.totals());
+        scheduler.apply(record, Some((worker, key)));
+        assert_eq!(once, scheduler.totals());
     }
 }
 
 /// One message: its kind, its worker, and its bytes.
-fn take(brain: &mut Brain, kind: u8, message: &[u8]) {
+fn take(scheduler: &mut Scheduler, kind: u8, message: &[u8]) {
     let worker = WORKERS[usize::from(kind >> 7)];
     match kind & 3 {
         0 => {
@@ -85,23 +85,23 @@ fn take(brain: &mut Brain, kind: u8, message: &[u8]) {
                 return;
             };
             if let Ok(record) = intake::record(epoch, results, failures) {
-                report(brain, worker, key(epoch, lease), again, record);
+                report(scheduler, worker, key(epoch, lease), again, record);
             }
         }
         1 => {
             let Ok(ask) = v1::LeaseRequest::decode(message) else { return };
             let held: Vec<_> = ask.held.iter().map(LeaseKey::from).collect();
-            brain.keep_only(worker, &held);
-            brain.grant(worker, ask.evaluations_per_second, Duration::ZERO);
+            scheduler.keep_only(worker, &held);
+            scheduler.grant(worker, ask.evaluations_per_second, Duration::ZERO);
         }
         2 => {
             let Ok(back) = v1::ReleaseRequest::decode(message) else { return };
             for key in back.leases.into_iter().map(|lease| key(back.epoch, lease)) {
                 if back.error.is_empty() {
-                    brain.release(worker, &[key]);
+                    scheduler.release(worker, &[key]);
                 } else {
-                    let failures = brain.fail(worker, key, &back.error);
-                    brain.apply(Record { results: Vec::new(), failures }, None);
+                    let failures = scheduler.fail(worker, key, &back.error);
+                    scheduler.apply(Record { results: Vec::new(), failures }, None);
                 }
             }
         }
@@ -112,31 +112,31 @@ fn take(brain: &mut Brain, kind: u8, message: &[u8]) {
             for held in join.held {
                 let units: Vec<_> = held.units.into_iter().filter_map(|unit| unit.try_into().ok()).collect();
                 keys.push(key(held.epoch, held.lease));
-                brain.adopt(worker, key(held.epoch, held.lease), &units, Duration::ZERO);
+                scheduler.adopt(worker, key(held.epoch, held.lease), &units, Duration::ZERO);
             }
-            brain.heartbeat(worker, Heartbeat { held: keys, ..Heartbeat::default() }, Duration::ZERO);
+            scheduler.heartbeat(worker, Heartbeat { held: keys, ..Heartbeat::default() }, Duration::ZERO);
         }
     }
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    let mut brain = brain();
+    let mut scheduler = scheduler();
     let mut rest = bytes;
     while let [kind, length, tail @ ..] = rest {
         let (message, tail) = tail.split_at(tail.len().min(usize::from(*length)));
-        take(&mut brain, *kind, message);
+        take(&mut scheduler, *kind, message);
         rest = tail;
-        let totals = brain.totals();
-        assert!(totals.evaluations <= brain.job().planned_evaluations() && totals.samples <= SAMPLES);
+        let totals = scheduler.totals();
+        assert!(totals.evaluations <= scheduler.job().planned_evaluations() && totals.samples <= SAMPLES);
     }
     // An honest worker can end the job.
-    brain.join("honest", "host", "device", Duration::ZERO);
-    WORKERS.iter().for_each(|worker| brain.leave(worker));
-    while let Some(grant) = brain.grant("honest", 0.0, Duration::ZERO) {
+    scheduler.join("honest", "host", "device", Duration::ZERO);
+    WORKERS.iter().for_each(|worker| scheduler.leave(worker));
+    while let Some(grant) = scheduler.grant("honest", 0.0, Duration::ZERO) {
         let results = grant.units.iter().map(compute).collect();
         let key = LeaseKey { epoch: EPOCH, lease: grant.lease };
-        report(&mut brain, "honest", key, false, Record { results, failures: Vec::new() });
+        report(&mut scheduler, "honest", key, false, Record { results, failures: Vec::new() });
     }
-    let (_, ended, totals) = brain.finished(ShardId(0)).expect("the shard is finished");
+    let (_, ended, totals) = scheduler.finished(ShardId(0)).expect("the shard is finished");
     assert!(ended.len() as u64 == SAMPLES && totals.samples == SAMPLES);
 });

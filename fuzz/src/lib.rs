@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use elbo_common::dataset::{ListOptions, Reader, list};
+use elbo_data::{ListOptions, Reader, list};
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 

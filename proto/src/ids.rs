@@ -1,8 +1,8 @@
 //! The contract's names of units and leases, and of what workers are at, to and from those the rest speaks of.
 
-use elbo_common::activity::Activity;
-use elbo_common::ids::{Epoch, LeaseId, LeaseKey, Round, SampleId};
-use elbo_common::unit::UnitId;
+use elbo_core::activity::Activity;
+use elbo_core::ids::{Epoch, LeaseId, LeaseKey, Round, SampleId};
+use elbo_core::unit::UnitId;
 
 use crate::v1;
 

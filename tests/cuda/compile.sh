@@ -4,7 +4,7 @@
 # static shared bytes of each kernel. Takes nvcc from $NVCC, else from PATH, and works in a temporary folder.
 set -eu
 
-kernels=$(cd "$(dirname "$0")/../../kernels/cuda" && pwd)
+kernels=$(cd "$(dirname "$0")/../../worker/kernels/cuda" && pwd)
 nvcc=${NVCC:-nvcc}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -6,11 +6,11 @@
 //   g++ -std=c++17 -O2 -Wno-unknown-pragmas tests/cuda/kernels.cpp -o kernels && ./kernels
 #include "cuda_on_cpu.h"
 
-#include "../../kernels/cuda/attention.cu"
-#include "../../kernels/cuda/elementwise.cu"
-#include "../../kernels/cuda/image.cu"
-#include "../../kernels/cuda/norm.cu"
-#include "../../kernels/cuda/score.cu"
+#include "../../worker/kernels/cuda/attention.cu"
+#include "../../worker/kernels/cuda/elementwise.cu"
+#include "../../worker/kernels/cuda/image.cu"
+#include "../../worker/kernels/cuda/norm.cu"
+#include "../../worker/kernels/cuda/score.cu"
 
 #include <algorithm>
 #include <limits>

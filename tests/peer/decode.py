@@ -5,7 +5,7 @@
 Files are photographs made up with texture and sharp edges, JPEG of quality 88: 500x375, 640x480 and 1024x768, 12 megapixels (as a phone
 makes them: also to be turned by EXIF, and progressive) and a PNG. `decode` ends with pixels in memory, `to 512` with the floats of a
 512x512 crop. Time is that of the processor, the best of several repetitions, so that a busy machine disturbs little. elbo runs its own
-benchmark (images/benches/decode.rs), twice with different numbers of calls: the difference is that of the calls alone.
+benchmark (worker/images/benches/decode.rs), twice with different numbers of calls: the difference is that of the calls alone.
 `--python` times a Pillow in another environment too, for instance Pillow-SIMD.
 """
 import argparse

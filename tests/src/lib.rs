@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use elbo_common::predictions::{Prediction, decode_predictions};
+use elbo_core::prediction::Prediction;
+use elbo_output::predictions::decode_predictions;
 use tempfile::TempDir;
 
 /// How long a test waits for a process or a state before it calls it a hang. Slow machines take their time: jobs that end in

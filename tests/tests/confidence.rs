@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::Command;
 
 use bytes::Bytes;
-use elbo_common::predictions::{self, Outcome, Prediction};
+use elbo_core::prediction::{Outcome, Prediction};
+use elbo_output::predictions::{self};
 use elbo_tests::{classes, elbo, json, model, predictions, results, run, run_ok, some_images, stderr};
 use tempfile::TempDir;
 

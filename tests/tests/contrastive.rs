@@ -6,10 +6,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use elbo_common::model_files::is_contrastive;
+use elbo_hub::model_files::is_contrastive;
+use elbo_models::{ContrastiveModel, LoadOptions, ModelError, Precision};
 use elbo_tests::copy_tree;
 use elbo_tests::numbers::assert_close;
-use elbo_worker::models::{ContrastiveModel, LoadOptions, ModelError, Precision};
 use serde_json::{Value, json};
 
 const KINDS: [&str; 3] = ["clip", "siglip", "open_clip"];

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use elbo_common::predictions::{Prediction, decode_quarantine};
+use elbo_core::prediction::Prediction;
+use elbo_output::predictions::decode_quarantine;
 use elbo_tests::web::Web;
 use elbo_tests::{
     PATIENCE, Process, classes, elbo, job_flags, json, make_pipe, predictions, python, results, root, run, run_ok,

@@ -8,11 +8,11 @@ use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use elbo_common::manifest::Manifest;
-use elbo_common::record::JobRecord;
-use elbo_common::store::{Location, Store};
-use elbo_common::verify::{Expected, Verification, verify};
 use elbo_coordinator::ledger::marks;
+use elbo_data::manifest::Manifest;
+use elbo_output::record::JobRecord;
+use elbo_output::verify::{Expected, Verification, verify};
+use elbo_store::{Location, Store};
 use elbo_tests::disk::Disk;
 use elbo_tests::proxy::Proxy;
 use elbo_tests::servers::Moto;
@@ -99,7 +99,7 @@ fn after_a_power_cut_at_any_moment_the_job_resumes_to_the_same_bytes() {
     // While it has just begun, between commits, and while confidence may be being written.
     for shards in [0, 1, 3, 5] {
         wait_until("it never gets on", || out.join("job.json").exists() && committed(&out) >= shards);
-        std::thread::sleep(Duration::from_millis(if shards == 5 { 50 } else { 400 }));
+        std::thread::sleep(Duration::from_millis(if shards == 5 { 50 } else { 100 }));
         if process.is_running() {
             process.signal("STOP");
             let said = std::fs::read(&log).unwrap();

@@ -5,9 +5,9 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use elbo_common::class::Classes;
+use elbo_core::class::Classes;
+use elbo_models::{ContrastiveModel, LoadOptions};
 use elbo_tests::{classes, elbo, json, model, predictions, root, run, run_ok, some_images, stderr};
-use elbo_worker::models::{ContrastiveModel, LoadOptions};
 use tempfile::TempDir;
 
 fn fixture(name: &str) -> PathBuf {
@@ -135,7 +135,7 @@ fn a_contrastive_model_scores_all_classes_in_one_look() {
     let rows = predictions(out.path());
     let model = ContrastiveModel::load(&clip(), &LoadOptions::default()).unwrap();
     let images: Vec<_> = rows.iter().map(|row| digits.path().join(&row.key)).collect();
-    let read = Classes::read(&classes(), &[]).unwrap();
+    let read = elbo_data::given::classes(&classes(), &[]).unwrap();
     assert_eq!(rows.len(), 10);
     for (row, expected) in rows.iter().zip(distances(&model, &images, &read)) {
         let scores = &row.labelled().unwrap().scores;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use candle_core::{DType, Device, safetensors};
+use elbo_models::{ClipTextModel, LoadOptions, Pass, Probe, TextEmbeddings, Unet, VaeEncoder};
 use elbo_tests::numbers::{assert_close, channels_last};
-use elbo_worker::models::{ClipTextModel, LoadOptions, Pass, Probe, TextEmbeddings, Unet, VaeEncoder};
 
 /// Of the largest magnitude.
 const TOLERANCE: f64 = 1e-4;

@@ -50,7 +50,7 @@ fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
     let mut errors = BTreeMap::new();
     for shard in 0..4 {
         let bytes = std::fs::read(out.join(format!("errors/shard-{shard:05}.parquet"))).unwrap();
-        for row in elbo_common::predictions::decode_errors(bytes.into()).unwrap() {
+        for row in elbo_output::predictions::decode_errors(bytes.into()).unwrap() {
             *errors.entry((row.sample, row.prompt, row.noise)).or_insert(0) += 1;
         }
     }

@@ -4,8 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
-use elbo_common::ids::ClassIndex;
-use elbo_common::predictions::{Prediction, decode_errors};
+use elbo_core::ids::ClassIndex;
+use elbo_core::prediction::Prediction;
+use elbo_output::predictions::decode_errors;
 use elbo_tests::{classes, elbo, images, json, model, predictions, results, run, run_ok, some_images, sorted, stderr};
 use serde_json::Value;
 use tempfile::TempDir;

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use elbo_common::predictions::{decode_errors, decode_predictions};
+use elbo_output::predictions::{decode_errors, decode_predictions};
 use elbo_tests::proxy::{Fault, Proxy};
 use elbo_tests::servers::{AZURITE_KEY, Azurite, Bucket, KEY, Moto, S3sFs, SECRET, s3_variables, with_variables};
 use elbo_tests::{

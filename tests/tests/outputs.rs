@@ -6,9 +6,10 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use elbo_common::ids::{ClassIndex, Round, SampleId, ShardId};
-use elbo_common::layout;
-use elbo_common::predictions::{Labelled, Outcome, Prediction, Score, encode_predictions};
+use elbo_core::ids::{ClassIndex, Round, SampleId, ShardId};
+use elbo_core::prediction::{Labelled, Outcome, Prediction, Score};
+use elbo_output::layout;
+use elbo_output::predictions::encode_predictions;
 use elbo_tests::{PATIENCE, Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr, with};
 use serde_json::Value;
 use tempfile::TempDir;

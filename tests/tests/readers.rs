@@ -28,7 +28,7 @@ fn label(images: &Path, out: &Path, more: &[&str]) {
 
 /// The rows as this program reads them.
 fn expected(out: &Path) -> Vec<Value> {
-    let row = |row: elbo_common::predictions::Prediction| {
+    let row = |row: elbo_core::prediction::Prediction| {
         let (labelled, scores) = (row.labelled(), row.scores());
         json!([
             row.sample.0,

@@ -24,11 +24,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use bytes::Bytes;
-use elbo_common::dataset::{Image, ReadError, Reader};
-use elbo_common::manifest::Part;
-use elbo_common::store::{Location, StoreError, redact, refusal};
+use elbo_core::sample::Part;
+use elbo_data::{Image, ReadError, Reader};
+use elbo_store::{Location, StoreError, redact, refusal};
 
-use crate::prepare::BlockError;
+use crate::error::BlockError;
 
 /// Who is at fault when an image can't be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

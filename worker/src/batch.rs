@@ -7,16 +7,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use elbo_common::class::Prompt;
-use elbo_common::fingerprint::JobIdentity;
-use elbo_common::ids::{ClassIndex, PromptIndex, Round, SampleId};
-use elbo_common::model_source::own_cache;
-use elbo_common::policy::ScoredBy;
-use elbo_common::unit::{Unit, UnitId};
+use elbo_core::class::Prompt;
+use elbo_core::ids::{ClassIndex, PromptIndex, Round, SampleId};
+use elbo_core::policy::ScoredBy;
+use elbo_core::unit::{Unit, UnitId};
+use elbo_hub::fingerprint::JobIdentity;
+use elbo_hub::model_source::own_cache;
 use elbo_kernels::gpu;
+use elbo_models::ModelError;
 
 use crate::engine::{Evaluation, Problem, UnitWork, batches_of};
-use crate::models::ModelError;
 
 /// The batch size that was found for such a job on such a device before, or is found now.
 pub(crate) fn find(problem: &Problem, identity: &JobIdentity, lanes: usize) -> Result<usize, ModelError> {

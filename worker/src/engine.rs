@@ -16,16 +16,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use elbo_common::ids::Round;
-use elbo_common::policy::{Course, ScoredBy, Slot};
-use elbo_common::sums::Sums;
-use elbo_common::unit::Unit;
+use elbo_core::ids::Round;
+use elbo_core::policy::{Course, ScoredBy, Slot};
+use elbo_core::sums::Sums;
+use elbo_core::unit::Unit;
 use elbo_kernels::gpu;
+use elbo_models::{Conditions, ModelError};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
 use crate::metrics::metrics;
-use crate::models::{Conditions, ModelError};
 use crate::stage::{PointWork, Stage};
 
 /// Images that a GPU encodes at a time.
@@ -464,8 +464,8 @@ impl Problem {
 
 #[cfg(test)]
 mod tests {
-    use elbo_common::ids::{PromptIndex, SampleId};
-    use elbo_common::unit::UnitId;
+    use elbo_core::ids::{PromptIndex, SampleId};
+    use elbo_core::unit::UnitId;
 
     use super::*;
 

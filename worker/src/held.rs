@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use elbo_common::ids::{LeaseKey, SampleId};
-use elbo_common::unit::UnitId;
+use elbo_core::ids::{LeaseKey, SampleId};
+use elbo_core::unit::UnitId;
 use elbo_proto::v1;
 
-use crate::report::Finding;
+use crate::finding::Finding;
 
 #[derive(Debug)]
 struct Block {

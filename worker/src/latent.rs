@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use elbo_common::ids::SampleId;
+use elbo_core::ids::SampleId;
 
 /// What a model made of an image: a scaled latent `x0` in [H, W, C] order, or an embedding.
 pub type Latent = Arc<Vec<f32>>;

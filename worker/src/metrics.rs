@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-use elbo_common::activity::Activity;
+use elbo_core::activity::Activity;
 use elbo_proto::v1;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use crate::client::CallError;
+use crate::call_error::CallError;
 
 type Labelled<M> = Family<[(&'static str, &'static str); 1], M>;
 

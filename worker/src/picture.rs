@@ -1,7 +1,7 @@
 //! From the bytes of an image file to the pixels a model takes, within the memory there is for that.
 
 use bytes::Bytes;
-use elbo_common::budget::{Budget, Share};
+use elbo_data::budget::{Budget, Share};
 use elbo_images::{ImageError, Preprocessing};
 
 /// Pixels as a model takes them.

@@ -6,23 +6,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
-use elbo_common::budget::Budget;
-use elbo_common::class::{Classes, Prompt};
-use elbo_common::dataset::{Image, ReadError, Reader};
-use elbo_common::ids::{PromptIndex, Round, SampleId};
-use elbo_common::manifest::Part;
-use elbo_common::text::excerpt;
-use elbo_common::unit::{Unit, UnitId};
+use elbo_core::class::{Classes, Prompt};
+use elbo_core::ids::{PromptIndex, Round, SampleId};
+use elbo_core::sample::Part;
+use elbo_core::text::excerpt;
+use elbo_core::unit::{Unit, UnitId};
+use elbo_data::budget::Budget;
+use elbo_data::{Image, Reader};
 use elbo_kernels::gpu;
-use elbo_net::Seldom;
+use elbo_models::{Conditions, ModelError, check_distinct, cut_off};
+use elbo_net::RateLimitedLog;
 use elbo_proto::v1;
 use futures::StreamExt;
 
 use crate::access::{Access, Unread};
-use crate::engine::{Engine, EngineStopped, Problem, UnitWork};
+use crate::engine::{Engine, Problem, UnitWork};
+use crate::error::BlockError;
 use crate::latent::{Key, Latent, LatentCache};
 use crate::metrics::metrics;
-use crate::models::{Conditions, ModelError, check_distinct, cut_off};
 use crate::picture::{Picture, picture};
 use crate::stage::Stage;
 
@@ -49,40 +50,6 @@ pub struct Prepared {
     pub conditions: Vec<Arc<Conditions>>,
     /// Samples that have none.
     pub bad: Vec<BadSample>,
-}
-
-/// A block that can't be prepared as a whole.
-#[derive(Debug, thiserror::Error)]
-pub enum BlockError {
-    /// It speaks of samples, rounds or prompts that are not the job's.
-    #[error(
-        "the block speaks of a sample, round or prompt this job does not have: run the same version of elbo everywhere"
-    )]
-    Foreign,
-    /// Some of its samples' captions can't be encoded.
-    #[error("encoding the captions: {0}")]
-    Captions(ModelError),
-    /// The images' storage does not answer.
-    #[error("{0}; check the storage of the images, then start the worker again")]
-    Storage(ReadError),
-    /// This worker can't read any image.
-    #[error(
-        "the images of {images} can't be read here, and none of them is blamed for it: {problem}; mend this machine's access to them (mount, credentials, clock), then start the worker again (where it was `elbo label`, the same command, which resumes)"
-    )]
-    Access {
-        /// The job's images.
-        images: String,
-        /// What happened.
-        problem: String,
-    },
-    /// The device failed, or has no room for one image.
-    #[error(
-        "the device failed: {0}; start the worker again (with a smaller --batch if memory ran out): what it had in hand is not lost"
-    )]
-    Device(String),
-    /// The engine is gone.
-    #[error(transparent)]
-    Stopped(#[from] EngineStopped),
 }
 
 /// Turns blocks into work.
@@ -265,7 +232,7 @@ fn same_captions(
     captions: &[Prompt],
     of_sample: &HashMap<SampleId, (u32, usize)>,
 ) -> Result<HashMap<SampleId, String>, ModelError> {
-    static CUT_OFF: LazyLock<Seldom> = LazyLock::new(Seldom::default);
+    static CUT_OFF: LazyLock<RateLimitedLog> = LazyLock::new(RateLimitedLog::default);
     let texts: Vec<String> = captions.iter().map(|caption| caption.text.clone()).collect();
     let mut same = HashMap::new();
     for stage in stages {

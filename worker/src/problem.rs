@@ -3,23 +3,23 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use elbo_common::class::Prompt;
-use elbo_common::fingerprint::{HashError, JobIdentity};
-use elbo_common::ids::PromptIndex;
-use elbo_common::job::JobSpec;
-use elbo_common::model_files::is_contrastive;
-use elbo_common::model_source::{JobModels, SourceError};
-use elbo_common::noise::{NoiseError, NoiseSource, NoiseTable};
-use elbo_common::policy::{Course, PolicyError};
-use elbo_common::schedule::{NoiseSchedule, ScheduleError};
-use elbo_common::score::{ScoreError, Scorer};
-use elbo_common::text::excerpt;
+use elbo_core::class::Prompt;
+use elbo_core::ids::PromptIndex;
+use elbo_core::job::JobSpec;
+use elbo_core::noise::{NoiseError, NoiseSource};
+use elbo_core::policy::{Course, PolicyError};
+use elbo_core::schedule::ScheduleError;
+use elbo_core::score::{ScoreError, Scorer};
+use elbo_core::text::excerpt;
+use elbo_hub::fingerprint::{HashError, JobIdentity};
+use elbo_hub::model_files::is_contrastive;
+use elbo_hub::model_source::{JobModels, SourceError};
+use elbo_models::{
+    ContrastiveModel, DiffusionModel, Family, LoadOptions, Lora, ModelError, Reading, check_distinct, cut_off,
+};
 
 use crate::device::{Device, DeviceError};
 use crate::engine::Problem;
-use crate::models::{
-    ContrastiveModel, DiffusionModel, Family, LoadOptions, Lora, ModelError, Reading, check_distinct, cut_off,
-};
 use crate::stage::{Diffusion, Model, Stage};
 
 /// A job this worker can't work on.
@@ -105,7 +105,7 @@ impl Problem {
         check_files(identity, models)?;
         let spec = &identity.spec;
         let device = device.open()?;
-        let course = spec.course(NoiseSchedule::timesteps_of_model(&models.model)?)?;
+        let course = spec.course(elbo_hub::model_config::timesteps(&models.model)?)?;
         let mut stages = Vec::new();
         if let Some(shortlist) = &models.shortlist {
             if !is_contrastive(shortlist) {
@@ -138,7 +138,7 @@ fn diffusion(
     course: &Course,
     device: &candle_core::Device,
 ) -> Result<Stage, ProblemError> {
-    let mut schedule = NoiseSchedule::of_model(directory)?;
+    let mut schedule = elbo_hub::model_config::schedule(directory)?;
     if let Some(shift) = spec.timestep_shift {
         schedule = schedule.with_shift(shift)?;
     }
@@ -154,7 +154,7 @@ fn diffusion(
     let noise = match &spec.noise {
         None => NoiseSource::Counter { seed: spec.seed, scope: spec.noise_scope },
         Some(path) => {
-            let table = NoiseTable::read(Path::new(path))?;
+            let table = elbo_data::given::noise(Path::new(path))?;
             table.check(model.latent_shape(), slots.iter().map(|s| s.noise as usize + 1).max().unwrap_or(0))?;
             NoiseSource::Table(table)
         }

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use elbo_common::ids::LeaseKey;
-use elbo_proto::{FULL_MESSAGE_BYTES, bytes_of, shortened, v1};
+use elbo_core::ids::LeaseKey;
+use elbo_proto::{FULL_MESSAGE_BYTES, v1};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use crate::client::{CallError, Client, ClientError};
-use crate::engine::UnitErrors;
+use crate::call_error::{CallError, ClientError};
+use crate::client::Client;
+use crate::finding::Finding;
 use crate::held::Held;
-use crate::prepare::BadSample;
 
 /// Results are gathered this long before they are sent: a crash loses no more than this and what is being computed.
 const GATHER: Duration = Duration::from_millis(500);
@@ -29,45 +29,6 @@ const HELD_UNIT: usize = 32;
 /// How often in a row a coordinator that has just been joined may not know the worker, or its lease, before a report is dropped:
 /// one that comes and goes does not do that so often.
 const REJOINS: u32 = 20;
-
-/// Something to report.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Finding {
-    /// A unit is finished.
-    Unit(v1::UnitResult),
-    /// A sample is beyond help.
-    Bad(v1::SampleFailure),
-}
-
-impl Finding {
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Unit(result) => bytes_of(result),
-            Self::Bad(failure) => bytes_of(failure),
-        }
-    }
-}
-
-impl From<UnitErrors> for Finding {
-    fn from(finished: UnitErrors) -> Self {
-        let UnitErrors { unit, sums, errors } = finished;
-        Self::Unit(v1::UnitResult {
-            id: Some(unit.id.into()),
-            prompts: unit.prompts.iter().map(|p| p.0).collect(),
-            slots: unit.slots.len() as u32,
-            sum: sums.iter().map(|s| s.sum).collect(),
-            sum_sq: sums.iter().map(|s| s.sum_sq).collect(),
-            errors,
-        })
-    }
-}
-
-impl From<BadSample> for Finding {
-    fn from(bad: BadSample) -> Self {
-        let BadSample { sample, stage, error } = bad;
-        Self::Bad(v1::SampleFailure { sample: sample.0, stage: stage.to_owned(), error: shortened(error) })
-    }
-}
 
 /// A finding with its place in the backlog, which is free again once it is dropped.
 #[derive(Debug)]
@@ -255,8 +216,11 @@ fn by_lease(worker: &str, findings: Vec<Found>) -> BTreeMap<LeaseKey, Report> {
 
 #[cfg(test)]
 mod tests {
+    use elbo_proto::bytes_of;
+
     use super::*;
-    use elbo_common::ids::{Epoch, LeaseId};
+    use crate::prepare::BadSample;
+    use elbo_core::ids::{Epoch, LeaseId};
     use elbo_proto::MAX_MESSAGE_BYTES;
 
     fn key(lease: u64) -> LeaseKey {
@@ -323,7 +287,7 @@ mod tests {
     #[tokio::test]
     async fn a_failure_with_a_long_account_is_reported_shortened_and_what_is_flushed_goes_at_once() {
         let (findings, mut inbox) = backlog(BACKLOG);
-        let bad = BadSample { sample: elbo_common::ids::SampleId(7), stage: "read", error: "x".repeat(1 << 20) };
+        let bad = BadSample { sample: elbo_core::ids::SampleId(7), stage: "read", error: "x".repeat(1 << 20) };
         findings.find(key(2), bad.into(), 1_500).await;
         findings.flush();
         findings.find(key(3), unit(0, 0), 1).await;

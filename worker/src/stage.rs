@@ -3,16 +3,16 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
-use elbo_common::class::Prompt;
-use elbo_common::loss::Distance;
-use elbo_common::noise::NoiseSource;
-use elbo_common::policy::Slot;
-use elbo_common::score::{Point, Scorer};
-
-use crate::latent::Latent;
-use crate::models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, Reading, TextRows, TimeCache};
+use elbo_core::class::Prompt;
+use elbo_core::loss::Distance;
+use elbo_core::noise::NoiseSource;
+use elbo_core::policy::Slot;
+use elbo_core::score::{Point, Scorer};
 use elbo_images::Preprocessing;
 use elbo_kernels::{Deviation, Download, MeanErrors, mean_errors, upload};
+use elbo_models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass, Reading, TextRows, TimeCache};
+
+use crate::latent::Latent;
 
 /// A model with the job's prompts as it takes them.
 #[derive(Debug)]

@@ -8,10 +8,10 @@ use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use elbo_common::budget::Memory;
-use elbo_common::dataset::Reader;
-use elbo_common::fingerprint::JobIdentity;
-use elbo_common::model_source::{JobModels, ModelSource};
+use elbo_data::Reader;
+use elbo_data::budget::Memory;
+use elbo_hub::fingerprint::JobIdentity;
+use elbo_hub::model_source::{JobModels, ModelSource};
 use elbo_kernels::gpu;
 use elbo_net::ClientTls;
 use elbo_proto::v1;
@@ -22,14 +22,15 @@ use tracing::Instrument;
 
 use crate::access::{Access, Seen};
 use crate::batch;
-use crate::client::{CallError, Client, ClientError, GOODBYE};
+use crate::client::{Client, GOODBYE};
 use crate::device::Device;
-use crate::engine::{Engine, EngineStopped, Problem};
+use crate::engine::{Engine, Problem};
+use crate::error::{WorkerError, no_answer};
+use crate::heartbeats::Heartbeats;
 use crate::latent::LatentCache;
-use crate::lessee::{Lessee, Terms};
-use crate::prepare::{BlockError, Preparer, image_of};
+use crate::lease_loop::{LeaseLoop, Terms};
+use crate::prepare::{Preparer, image_of};
 use crate::problem::ProblemError;
-use crate::pulse::Pulse;
 use crate::report::{BACKLOG, Reporter, backlog};
 use crate::stage::Stage;
 
@@ -37,40 +38,6 @@ use crate::stage::Stage;
 const GPU_LANES: usize = 3;
 /// Memory for latents.
 const LATENT_BYTES: usize = 256 << 20;
-
-/// A worker that had to give up.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// The coordinator can't be worked for.
-    #[error(transparent)]
-    Client(#[from] ClientError),
-    /// The job can't be worked on here.
-    #[error(transparent)]
-    Problem(#[from] ProblemError),
-    /// A block made no sense.
-    #[error(transparent)]
-    Block(#[from] BlockError),
-    /// The engine's threads could not be started.
-    #[error("starting the engine: {0}")]
-    Start(#[from] std::io::Error),
-    /// It was told to stop and could not report in time.
-    #[error(
-        "told to stop, the worker could not deliver its results within {0} s: what was not acknowledged will be computed again"
-    )]
-    Grace(u64),
-    /// The coordinator has another job: it is joined afresh.
-    #[error("the coordinator has another job now: start the worker again")]
-    OtherJob,
-    /// A background task ended by a panic, which is a defect.
-    #[error("the worker's {0} ended unexpectedly: start the worker again, and report this")]
-    Task(&'static str),
-}
-
-impl From<EngineStopped> for WorkerError {
-    fn from(stopped: EngineStopped) -> Self {
-        Self::Block(BlockError::Stopped(stopped))
-    }
-}
 
 /// How a worker runs; nothing here changes a result.
 #[derive(Clone, Debug)]
@@ -212,17 +179,17 @@ impl Member {
             () = stop.cancelled() => return Ok(()),
         };
         let heartbeat = Duration::from_millis(u64::from(joined.heartbeat_ms.max(50)));
-        let pulse = Pulse::default();
+        let heartbeats = Heartbeats::default();
         let overdue = async {
             stop.cancelled().await;
             tokio::time::sleep(grace.saturating_sub(GOODBYE)).await;
         };
         let worked = tokio::select! {
-            worked = self.work(&client, &device, &joined, &pulse, stop) => worked,
+            worked = self.work(&client, &device, &joined, &heartbeats, stop) => worked,
             // The coordinator hears from the worker while it loads the model, which may take minutes.
-            never = silence(pulse.beat(&client, host, &device, heartbeat)) => never,
+            never = silence(heartbeats.beat(&client, host, &device, heartbeat)) => never,
             () = overdue => {
-                pulse.abandon();
+                heartbeats.abandon();
                 Err(WorkerError::Grace(grace.as_secs()))
             }
         };
@@ -238,14 +205,14 @@ impl Member {
         client: &Client,
         device: &str,
         joined: &v1::JoinReply,
-        pulse: &Pulse,
+        heartbeats: &Heartbeats,
         stop: &CancellationToken,
     ) -> Result<(), WorkerError> {
         let (problem, engine) = tokio::select! {
             started = self.start(client, joined) => started?,
             () = stop.cancelled() => return Ok(()),
         };
-        pulse.start(Arc::clone(&engine));
+        heartbeats.start(Arc::clone(&engine));
         let preparer = Arc::new(Preparer {
             engine: Arc::clone(&engine),
             cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
@@ -253,7 +220,7 @@ impl Member {
             reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64).within(&self.memory),
             memory: self.memory.pictures.clone(),
             problem,
-            prepared: Arc::clone(&pulse.prepared),
+            prepared: Arc::clone(&heartbeats.prepared),
         });
         let (findings, inbox) = backlog(BACKLOG);
         let host = &self.options.host;
@@ -262,21 +229,21 @@ impl Member {
             host: host.clone(),
             device: device.to_owned(),
             findings: inbox,
-            acknowledged: Arc::clone(&pulse.acknowledged),
-            held: pulse.held.clone(),
+            acknowledged: Arc::clone(&heartbeats.acknowledged),
+            held: heartbeats.held.clone(),
         };
         let mut reporting = tokio::spawn(reporter.run().in_current_span());
-        let lessee = Lessee::new(client.clone(), preparer, findings, pulse.held.clone());
+        let lease_loop = LeaseLoop::new(client.clone(), preparer, findings, heartbeats.held.clone());
         let terms = Terms { host, device, stay: self.options.stay, stop };
         let leased = tokio::select! {
-            leased = lessee.run(terms) => leased,
+            leased = lease_loop.run(terms) => leased,
             // The reporter ends first only when it can't report any more.
             reported = &mut reporting => {
                 let reported = reported.map_err(|_| WorkerError::Task("reporter"))?;
                 return Err(reported.err().map_or(WorkerError::Task("reporter"), Into::into));
             }
         };
-        // The lessee is gone, and with it the last sender: the reporter ends once everything is acknowledged.
+        // The lease loop is gone, and with it the last sender: the reporter ends once everything is acknowledged.
         let reported = reporting.await.map_err(|_| WorkerError::Task("reporter"))?;
         leased?;
         Ok(reported?)
@@ -361,16 +328,4 @@ async fn find_models(identity: &JobIdentity) -> Result<JobModels, ProblemError> 
     let model = ModelSource::parse(&identity.spec.model)?;
     let shortlist = identity.spec.shortlist.as_ref().map(|s| ModelSource::parse(&s.model)).transpose()?;
     Ok(JobModels::find(&model, shortlist.as_ref(), |note| tracing::info!("{note}")).await?)
-}
-
-/// Why a worker ends whose call was not answered.
-pub(crate) fn no_answer(error: CallError) -> WorkerError {
-    match error {
-        CallError::Fatal(error) => error.into(),
-        CallError::OtherJob => WorkerError::OtherJob,
-        CallError::Rejected(reason) => ClientError::Refused { address: "this address".into(), reason }.into(),
-        CallError::Rejoin => {
-            ClientError::Refused { address: "this address".into(), reason: "it forgot this worker".into() }.into()
-        }
-    }
 }

@@ -5,12 +5,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use elbo_worker::models::{Conditions, LoadOptions, Network, Pass, TextEmbeddings, TimeCache};
+use elbo_kernels::{Download, gpu};
+use elbo_models::{Conditions, LoadOptions, Network, Pass, TextEmbeddings, TimeCache};
 
 use super::Options;
 use super::report::Measured;
 use crate::BenchError;
-use elbo_kernels::{Download, gpu};
 
 /// Tokens of a prompt: CLIP's, and CLIP's with T5's after them for Stable Diffusion 3.
 const CLIP_TOKENS: usize = 77;

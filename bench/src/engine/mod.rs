@@ -12,7 +12,7 @@ mod trace;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use elbo_common::job::ModelDtype;
+use elbo_core::job::ModelDtype;
 use elbo_kernels::gpu;
 use elbo_kernels::profile::Profile;
 use elbo_worker::Device;

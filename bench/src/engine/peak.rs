@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use elbo_kernels::Linear;
-use elbo_worker::models::Precision;
+use elbo_models::Precision;
 
 use super::Options;
 use crate::BenchError;

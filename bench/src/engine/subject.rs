@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use elbo_worker::models::{Family, LoadOptions, Network, WeightsFrom};
+use elbo_models::{Family, LoadOptions, Network, WeightsFrom};
 use serde_json::Value;
 
 use crate::BenchError;

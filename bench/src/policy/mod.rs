@@ -7,12 +7,12 @@ pub mod recorded;
 pub mod synthetic;
 pub mod table;
 
-use elbo_common::ensemble::Contenders;
-use elbo_common::ids::PromptIndex;
-use elbo_common::policy::pilot::{Pilot, Scored};
-use elbo_common::policy::replay::{Replayed, replay, stand_ins};
-use elbo_common::policy::{Course, Policy, PolicyError, Timesteps};
-use elbo_common::preset::Preset;
+use elbo_core::ensemble::Contenders;
+use elbo_core::ids::PromptIndex;
+use elbo_core::policy::pilot::{Pilot, Scored};
+use elbo_core::policy::replay::{Replayed, replay, stand_ins};
+use elbo_core::policy::{Course, Policy, PolicyError, Timesteps};
+use elbo_core::preset::Preset;
 
 pub use table::{Row, Table};
 
@@ -88,7 +88,7 @@ pub fn run(errors: &Errors, options: &Options) -> Result<(Table, Option<Pilot>),
     let chosen = choose(everyone.len(), count, options.seed);
     let pilot_errors = chosen.iter().map(|&sample| errors.scored.errors[sample].clone()).collect();
     let scored = Scored { slots: errors.scored.slots.clone(), errors: pilot_errors };
-    let level = options.risks.first().copied().unwrap_or(elbo_common::policy::DEFAULT_RISK);
+    let level = options.risks.first().copied().unwrap_or(elbo_core::policy::DEFAULT_RISK);
     let pilot = Pilot::learn(&scored, &errors.contenders, errors.timesteps, level)?;
     let within = errors.scored.slots.iter().filter(|slot| pilot.window.contains(&slot.timestep)).count() as u32;
     for &risk in &options.risks {

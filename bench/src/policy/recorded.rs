@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::pin::pin;
 
-use elbo_common::ids::{PromptIndex, SampleId};
-use elbo_common::output::Output;
-use elbo_common::record::JobRecord;
-use elbo_common::recorded;
-use elbo_common::store::Store;
+use elbo_core::ids::{PromptIndex, SampleId};
+use elbo_output::Output;
+use elbo_output::record::JobRecord;
+use elbo_output::recorded;
+use elbo_store::Store;
 use futures::TryStreamExt;
 
 use super::Errors;

@@ -7,10 +7,10 @@
 //! standings: on digits-sd's errors the ratio of the difference between a class and the best one to its standard deviation
 //! over slots is 1.5 between the timesteps 390 and 480 (seed 0), which the advantage over the average class is too.
 
-use elbo_common::ensemble::Contenders;
-use elbo_common::ids::PromptIndex;
-use elbo_common::policy::Slot;
-use elbo_common::policy::pilot::Scored;
+use elbo_core::ensemble::Contenders;
+use elbo_core::ids::PromptIndex;
+use elbo_core::policy::Slot;
+use elbo_core::policy::pilot::Scored;
 
 use super::Errors;
 use crate::random::mix;

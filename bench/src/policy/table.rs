@@ -2,10 +2,10 @@
 
 use std::fmt;
 
-use elbo_common::calibration::{Fitter, Outlook, Source};
-use elbo_common::ids::PromptIndex;
-use elbo_common::interval::wilson;
-use elbo_common::policy::replay::{Replayed, decide_by};
+use elbo_core::calibration::{Fitter, Outlook, Source};
+use elbo_core::ids::PromptIndex;
+use elbo_core::interval::wilson;
+use elbo_core::policy::replay::{Replayed, decide_by};
 use serde::Serialize;
 
 use super::Errors;
@@ -52,7 +52,7 @@ pub struct Table {
     #[serde(skip)]
     all: Vec<Replayed>,
     #[serde(skip)]
-    contenders: elbo_common::ensemble::Contenders,
+    contenders: elbo_core::ensemble::Contenders,
 }
 
 impl Table {

@@ -8,9 +8,9 @@ use anyhow::Context;
 use elbo_bench::Options;
 use elbo_bench::policy::synthetic::Model;
 use elbo_bench::policy::{Reference, recorded};
-use elbo_common::job::DEFAULT_SHARD_SIZE;
-use elbo_common::preset::Preset;
-use elbo_common::store::{Location, Store};
+use elbo_core::job::DEFAULT_SHARD_SIZE;
+use elbo_core::preset::Preset;
+use elbo_store::{Location, Store};
 
 use crate::args::{BenchArgs, BenchCommand, BenchCoordinatorArgs, BenchEngineArgs, BenchPolicyArgs, BenchScalingArgs};
 use crate::failure::usage;

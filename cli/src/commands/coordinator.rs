@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use elbo_coordinator::Options;
-use elbo_coordinator::brain::LeasePolicy;
+use elbo_coordinator::scheduler::LeasePolicy;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
 use crate::args::CoordinatorArgs;
 use crate::commands::output;
 use crate::failure::usage;
-use crate::shift::{self, Shift};
+use crate::job_runner::{self, JobRunner};
 use crate::{print, session, stop};
 
 /// Coordinates a job until it is done or stopped.
@@ -43,18 +43,18 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("listening on {}: choose another address with --listen", args.listen))?;
     let run = args.run.over(&flags);
-    let plan = shift::make_plan(job, flags.pilot_images(), &out, &run, &stop).await?;
-    let job = shift::open(&plan, &out, &run, &stop).await?;
-    let expedition = plan.expedition();
-    if job.is_done() && expedition.is_none() {
-        let done = shift::already_done(job).await?;
+    let plan = job_runner::make_plan(job, flags.pilot_images(), &out, &run, &stop).await?;
+    let job = job_runner::open(&plan, &out, &run, &stop).await?;
+    let pilot_run = plan.pilot_run();
+    if job.is_done() && pilot_run.is_none() {
+        let done = job_runner::already_done(job).await?;
         return output::summary(&out, done).await;
     }
     let scheme = if tls.is_some() { "https" } else { "http" };
     print::note(format_args!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?));
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
     let options = Options { leases, max_bad: run.max_bad(), token, tls, limits };
-    let shift = Shift { options, run: &run, operator: &operator };
-    let done = shift.coordinate(job, expedition, listener, stop, JoinSet::new()).await?;
+    let job_runner = JobRunner { options, run: &run, operator: &operator };
+    let done = job_runner.coordinate(job, pilot_run, listener, stop, JoinSet::new()).await?;
     output::summary(&out, done).await
 }

@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use anyhow::Context;
-use elbo_common::loss::Loss;
+use elbo_core::loss::Loss;
 use elbo_net::Operator;
 use include_dir::{Dir, include_dir};
 
 use crate::args::DemoArgs;
 use crate::commands::output;
 use crate::job_args::JobArgs;
-use crate::shift::{self, Workers};
+use crate::job_runner::{self, Workers};
 use crate::{print, session};
 
 /// The model (0.77M parameters), 360 held-out digits of scikit-learn's load_digits, and their class file.
@@ -38,7 +38,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     let job = session::identify(&job).await?;
     let workers = Workers { count: Some(args.workers), device: args.device };
     let out = args.out.to_string_lossy();
-    let done = shift::label(job, None, &out, &workers, &args.run, &Operator::default()).await?;
+    let done = job_runner::label(job, None, &out, &workers, &args.run, &Operator::default()).await?;
     output::summary(&out, done).await
 }
 

@@ -1,7 +1,7 @@
 //! `elbo export`: the predictions in formats other tools ask for.
 
-use elbo_common::export::{self, Exported, Format, Options};
-use elbo_common::store::Location;
+use elbo_output::export::{self, Exported, Format, Options};
+use elbo_store::Location;
 
 use crate::args::{ExportArgs, ExportFormat};
 use crate::{print, recorded};

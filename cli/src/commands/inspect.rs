@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use elbo_common::model_source::{ModelSource, Wanted};
-use elbo_worker::models::Inspection;
+use elbo_hub::model_source::{ModelSource, Wanted};
+use elbo_models::Inspection;
 use indicatif::{BinaryBytes, HumanCount};
 
 use crate::args::InspectArgs;

@@ -3,8 +3,8 @@
 use crate::args::LabelArgs;
 use crate::commands::output;
 use crate::failure::usage;
+use crate::job_runner::{self, Workers};
 use crate::session;
-use crate::shift::{self, Workers};
 
 /// Labels images on this machine.
 pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
@@ -14,6 +14,6 @@ pub(crate) async fn run(args: LabelArgs) -> anyhow::Result<()> {
     let job = session::identify(&flags).await?;
     let count = args.workers.or(flags.workers);
     let workers = Workers { count, device: args.device.over(&flags) };
-    let done = shift::label(job, flags.pilot_images(), &out, &workers, &args.run.over(&flags), &operator).await?;
+    let done = job_runner::label(job, flags.pilot_images(), &out, &workers, &args.run.over(&flags), &operator).await?;
     output::summary(&out, done).await
 }

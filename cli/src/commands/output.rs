@@ -3,24 +3,24 @@
 use std::collections::BTreeMap;
 use std::pin::pin;
 
-use elbo_common::ids::ShardId;
-use elbo_common::layout;
-use elbo_common::manifest::Manifest;
-use elbo_common::output::Output;
-use elbo_common::record::{JobRecord, JobState};
-use elbo_common::report::{Report, ReportBuilder};
-use elbo_common::store::Store;
-use elbo_common::verify::{self, Expected};
-use elbo_coordinator::brain::SampleFailure;
 use elbo_coordinator::commit::account;
 use elbo_coordinator::ledger;
+use elbo_coordinator::scheduler::SampleFailure;
+use elbo_core::ids::ShardId;
+use elbo_data::manifest::Manifest;
+use elbo_output::Output;
+use elbo_output::layout;
+use elbo_output::record::{JobRecord, JobState};
+use elbo_output::report::{Report, ReportBuilder};
+use elbo_output::verify::{self, Expected};
+use elbo_store::Store;
 use futures::TryStreamExt;
 use indicatif::HumanCount;
 
 use crate::args::OutputArgs;
+use crate::job_runner::Done;
 use crate::print;
 use crate::recorded::open;
-use crate::shift::Done;
 
 /// `elbo report`.
 pub(crate) async fn report(args: OutputArgs) -> anyhow::Result<()> {

@@ -3,15 +3,14 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use elbo_common::dataset::{self, Account, DatasetError, LabelSource, ListOptions, SampleSink};
-use elbo_common::ensemble::{Contenders, PromptEnsemble};
-use elbo_common::manifest::Sample;
-use elbo_common::model_source::{ModelSource, Wanted};
-use elbo_common::policy::pilot::Pilot;
-use elbo_common::policy::{Course, Policy, RoundCost};
-use elbo_common::schedule::NoiseSchedule;
 use elbo_coordinator::JobError;
 use elbo_coordinator::pilot::PilotError;
+use elbo_core::ensemble::{Contenders, PromptEnsemble};
+use elbo_core::policy::pilot::Pilot;
+use elbo_core::policy::{Course, Policy, RoundCost};
+use elbo_core::sample::Sample;
+use elbo_data::{self, Account, DatasetError, LabelSource, ListOptions, SampleSink};
+use elbo_hub::model_source::{ModelSource, Wanted};
 use indicatif::HumanCount;
 use serde::Serialize;
 
@@ -60,7 +59,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
         Some(model) => {
             let model = ModelSource::parse(model).map_err(usage)?;
             let directory = session::resolve(&model, Wanted::Configuration).await?;
-            (NoiseSchedule::timesteps_of_model(&directory)?, Takes::of_model(&directory)?)
+            (elbo_hub::model_config::timesteps(&directory)?, Takes::of_model(&directory)?)
         }
     };
     let classes = flags.read_classes(&takes)?;
@@ -79,7 +78,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
                 origins: &flags.list_origins,
             };
             let mut counts = CaptionCounts::default();
-            let listed = dataset::list(images, &options, &mut counts).await?;
+            let listed = elbo_data::list(images, &options, &mut counts).await?;
             if flags.strict && !listed.passed_over.is_empty() {
                 return Err(JobError::PassedOver(listed.passed_over).into());
             }

@@ -4,11 +4,12 @@ use std::fmt::Write;
 use std::pin::pin;
 use std::time::Duration;
 
-use elbo_common::output::Output;
-use elbo_common::record::{JobRecord, JobState};
-use elbo_common::store::{Location, Store};
 use elbo_coordinator::status::{JobStatus, Shards};
-use elbo_worker::client::{CallError, Client, ClientError};
+use elbo_output::Output;
+use elbo_output::record::{JobRecord, JobState};
+use elbo_store::{Location, Store};
+use elbo_worker::client::Client;
+use elbo_worker::{CallError, ClientError};
 use futures::TryStreamExt;
 use indicatif::{HumanCount, HumanDuration};
 

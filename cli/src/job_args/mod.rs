@@ -7,14 +7,14 @@ use std::path::PathBuf;
 
 use bytesize::ByteSize;
 use clap::Args;
-use elbo_common::audit::Share;
-use elbo_common::dataset::Origin;
-use elbo_common::ensemble::PromptEnsemble;
-use elbo_common::files;
-use elbo_common::job::ModelDtype;
-use elbo_common::loss::Loss;
-use elbo_common::preset::Preset;
 use elbo_coordinator::MaxBad;
+use elbo_core::audit::Share;
+use elbo_core::ensemble::PromptEnsemble;
+use elbo_core::job::ModelDtype;
+use elbo_core::loss::Loss;
+use elbo_core::preset::Preset;
+use elbo_data::Origin;
+use elbo_store::files;
 use serde::{Deserialize, Deserializer};
 
 pub(crate) use self::spec::Takes;

@@ -4,19 +4,18 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use anyhow::Context as _;
-use elbo_common::audit::Audit;
-use elbo_common::class::{ClassError, Classes, Hierarchy, ModelLabels};
-use elbo_common::dataset::{self, LabelSource};
-use elbo_common::ensemble::{Contenders, PromptEnsemble};
-use elbo_common::files;
-use elbo_common::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist};
-use elbo_common::loss::Loss;
-use elbo_common::model_files::is_contrastive;
-use elbo_common::model_source::ModelSource;
-use elbo_common::noise::NoiseScope;
-use elbo_common::policy::{Course, DEFAULT_MAX_SLOTS, DEFAULT_RISK, Policy, Timesteps};
-use elbo_common::preset::Preset;
-use elbo_common::store;
+use elbo_core::audit::Audit;
+use elbo_core::class::{ClassError, Classes, Hierarchy, ModelLabels};
+use elbo_core::ensemble::{Contenders, PromptEnsemble};
+use elbo_core::job::{DEFAULT_SHARD_SIZE, JobSpec, Lora, ModelDtype, Shortlist};
+use elbo_core::loss::Loss;
+use elbo_core::noise::NoiseScope;
+use elbo_core::policy::{Course, DEFAULT_MAX_SLOTS, DEFAULT_RISK, Policy, Timesteps};
+use elbo_core::preset::Preset;
+use elbo_data::{self, LabelSource};
+use elbo_hub::model_files::is_contrastive;
+use elbo_hub::model_source::ModelSource;
+use elbo_store::files;
 
 use super::{JobArgs, NoiseScopeName, PolicyName};
 use crate::failure::usage;
@@ -38,7 +37,7 @@ impl Takes {
         if is_contrastive(directory) {
             return Ok(Self::PromptsOnce);
         }
-        Ok(ModelLabels::of_model(directory)?.map_or(Self::Prompts, Self::Labels))
+        Ok(elbo_hub::model_config::labels(directory)?.map_or(Self::Prompts, Self::Labels))
     }
 }
 
@@ -59,15 +58,15 @@ impl JobArgs {
             other => other.into(),
         };
         match (labels, &self.classes, &self.class_map) {
-            (None, Some(path), None) => Classes::read(path, &self.template).map_err(template),
+            (None, Some(path), None) => elbo_data::given::classes(path, &self.template).map_err(template),
             (None, None, None) => Err(usage("--classes is missing: give a file with the classes")),
             (None, _, Some(_)) => {
                 Err(usage("--class-map is for class-conditional models: give this one --classes with prompts"))
             }
             (Some(_), Some(_), Some(_)) => Err(usage("--classes and --class-map exclude each other: give one of them")),
-            (Some(labels), None, Some(path)) => Ok(Classes::read_map(path, labels)?),
+            (Some(labels), None, Some(path)) => Ok(elbo_data::given::class_map(path, labels)?),
             (Some(labels), Some(path), None) => {
-                Classes::read_for_labels(path, &self.template, labels).map_err(template)
+                elbo_data::given::classes_of_labels(path, &self.template, labels).map_err(template)
             }
             (Some(labels), None, None) => Ok(Classes::of_model(labels)),
         }
@@ -82,7 +81,7 @@ impl JobArgs {
                  contrastive ones",
             ));
         }
-        Ok(Some(Hierarchy::read(path, classes, &self.template)?))
+        Ok(Some(elbo_data::given::hierarchy(path, classes, &self.template)?))
     }
 
     /// Refuses what says nothing, or something else, where every image brings its own captions.
@@ -298,7 +297,7 @@ impl JobArgs {
         }
         Ok(JobSpec {
             hierarchy,
-            images: dataset::canonical(images)?,
+            images: elbo_data::canonical(images)?,
             model: model.to_string(),
             lora: self.lora.iter().map(|text| lora(text)).collect::<anyhow::Result<_>>()?,
             classes,
@@ -356,7 +355,7 @@ fn lora(text: &str) -> anyhow::Result<Lora> {
 }
 
 fn absolute(path: &Path) -> anyhow::Result<String> {
-    Ok(store::absolute(path)?.to_string_lossy().into_owned())
+    Ok(elbo_store::absolute(path)?.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use elbo_common::ids::{Epoch, SampleId, ShardId};
-use elbo_common::layout;
-use elbo_common::store::Store;
-use elbo_common::verify::Marks;
+use elbo_core::ids::{Epoch, SampleId, ShardId};
+use elbo_output::layout;
+use elbo_output::verify::Marks;
+use elbo_store::Store;
 use prost::Message;
 use slatedb::config::DbReaderOptions;
 use slatedb::{DbReader, DbReaderMode, KeyValue};
@@ -15,7 +15,7 @@ use super::{
     DONE, LedgerError, RESULT, RETRY, StoredRecord, broken, failure, failure_from_wire, parse_result_key, parse_shard,
     parse_u64,
 };
-use crate::brain::SampleFailure;
+use crate::scheduler::SampleFailure;
 
 /// How often an operation is repeated on a failing store: somebody waits for the answer.
 const STORE_RETRIES: u32 = 5;

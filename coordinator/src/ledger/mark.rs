@@ -1,13 +1,13 @@
 //! What the ledger says of a committed shard.
 
-use elbo_common::checksum::Checksum;
-use elbo_common::ids::ShardId;
+use elbo_core::ids::ShardId;
+use elbo_store::checksum::Checksum;
 use object_store::path::Path;
 use prost::Message;
 use slatedb::KeyValue;
 
 use super::{DONE, LedgerError, broken, parse_shard};
-use crate::brain::ShardTotals;
+use crate::scheduler::ShardTotals;
 
 #[derive(Clone, PartialEq, Message)]
 struct StoredTotals {

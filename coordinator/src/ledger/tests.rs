@@ -1,10 +1,12 @@
 //! The ledger on a store in memory, and what takes how much room in it.
 
-use super::*;
-use elbo_common::ids::Round;
-use elbo_common::unit::UnitId;
-use slatedb::object_store::memory::InMemory;
 use std::sync::Arc;
+
+use elbo_core::ids::Round;
+use elbo_core::unit::UnitId;
+use slatedb::object_store::memory::InMemory;
+
+use super::*;
 
 fn store() -> Store {
     Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap())
@@ -140,14 +142,14 @@ async fn what_is_given_up_of_open_shards_is_read_beside_a_coordinator_that_goes_
 /// What a race's ledger keeps: single errors, since sums lose the pairs. They are smaller too, as rounds are short.
 #[test]
 fn the_single_errors_of_a_race_take_less_than_sums_would() {
-    use elbo_common::policy::{Course, Policy, Timesteps};
+    use elbo_core::policy::{Course, Policy, Timesteps};
     use prost::Message;
-    let contenders = elbo_common::ensemble::Contenders::prompts(1000);
+    let contenders = elbo_core::ensemble::Contenders::prompts(1000);
     let policy = Policy::race(0.02, 250, Timesteps::default()).unwrap();
     let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
     let mut bytes = (0, 0);
     for (done, left) in [(0, 1000), (2, 400), (3, 100), (4, 10), (5, 4), (8, 2), (14, 2), (20, 2)] {
-        let prompts: Vec<_> = (0..left).map(elbo_common::ids::PromptIndex).collect();
+        let prompts: Vec<_> = (0..left).map(elbo_core::ids::PromptIndex).collect();
         let slots = course.round(Round(1), done, &contenders, &prompts).unwrap().len();
         let id = UnitId { sample: SampleId(1), round: Round(1), slots: 0, prompts: 0 };
         let of = |sums: usize, errors: usize| {

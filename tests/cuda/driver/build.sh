@@ -61,7 +61,7 @@ wrap() {
 export -f compile wrap
 
 {
-    for cu in "$root"/kernels/cuda/*.cu; do echo "wrap elbo $cu entry cuda_on_cpu.h"; done
+    for cu in "$root"/worker/kernels/cuda/*.cu; do echo "wrap elbo $cu entry cuda_on_cpu.h"; done
     for stem in conv unary binary cast indexing affine fill ternary; do echo "wrap candle $candle/$stem.cu flat_entry candle.h"; done
     for stem in reduce sort; do echo "wrap candle $candle/$stem.cu entry candle.h"; done
     for source in "$here"/*.cpp; do echo "compile $source $objects/$(basename "$source" .cpp).o"; done

@@ -1,12 +1,12 @@
 //! Every error of every reference table: what all predictions rest on.
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use elbo_common::loss::Loss;
-use elbo_common::schedule::NoiseSchedule;
-use elbo_common::score::{Point, Scorer};
+use elbo_core::loss::Loss;
+use elbo_core::schedule::NoiseSchedule;
+use elbo_core::score::{Point, Scorer};
+use elbo_models::{DiffusionModel, Pass};
 use elbo_tests::fixtures;
 use elbo_tests::numbers::{assert_close, flat};
-use elbo_worker::models::{DiffusionModel, Pass};
 
 use crate::for_each;
 use crate::reference::{Reference, times};

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_models::{DiffusionModel, ModelError, Pass};
 use elbo_tests::copy_tree;
 use elbo_tests::numbers::assert_close;
-use elbo_worker::models::{DiffusionModel, ModelError, Pass};
 
 use crate::reference::{Reference, times};
 

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use elbo_common::class::Prompt;
-use elbo_common::ids::ClassIndex;
-use elbo_common::job::ModelDtype;
-use elbo_common::schedule::NoiseSchedule;
+use elbo_core::class::Prompt;
+use elbo_core::ids::ClassIndex;
+use elbo_core::job::ModelDtype;
+use elbo_core::schedule::NoiseSchedule;
+use elbo_models::{Conditions, DiffusionModel, LoadOptions};
 use elbo_tests::numbers::{channels_last, flat};
 use elbo_tests::{copy_tree, fixtures, model};
 use elbo_worker::Devices;
-use elbo_worker::models::{Conditions, DiffusionModel, LoadOptions};
 use tempfile::TempDir;
 
 use crate::loading::copied;
@@ -75,7 +75,7 @@ impl Reference {
     }
 
     pub(crate) fn schedule(&self) -> NoiseSchedule {
-        NoiseSchedule::of_model(&self.model).unwrap()
+        elbo_hub::model_config::schedule(&self.model).unwrap()
     }
 
     pub(crate) fn get(&self, name: &str) -> &Tensor {

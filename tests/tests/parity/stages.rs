@@ -1,9 +1,9 @@
 //! Autoencoders and networks, submodule by submodule.
 
 use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_models::{Conditions, Dit, ModelError, Network, Pass, Probe, VaeEncoder};
 use elbo_tests::fixtures;
 use elbo_tests::numbers::{assert_close, bits, channels_last};
-use elbo_worker::models::{Conditions, Dit, ModelError, Network, Pass, Probe, VaeEncoder};
 
 use crate::for_each;
 use crate::reference::{Reference, device, options, times};

@@ -1,10 +1,8 @@
 //! Tokenizers and text encoders.
 
 use candle_core::Tensor;
+use elbo_models::{ClipTextModel, ClipTokenizer, DiffusionModel, Probe, T5Encoder, T5Tokenizer, TextEmbeddings};
 use elbo_tests::numbers::assert_close;
-use elbo_worker::models::{
-    ClipTextModel, ClipTokenizer, DiffusionModel, Probe, T5Encoder, T5Tokenizer, TextEmbeddings,
-};
 
 use crate::for_each;
 use crate::loading::copied;

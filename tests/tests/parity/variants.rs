@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
+use elbo_models::{DiffusionModel, Inspection, ModelError};
 use elbo_tests::numbers::assert_close;
-use elbo_worker::models::{DiffusionModel, Inspection, ModelError};
 use serde_json::{Value, json};
 
 use crate::loading::copied;

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use elbo_common::job::ModelDtype;
-use elbo_common::loss::Loss;
+use elbo_core::job::ModelDtype;
+use elbo_core::loss::Loss;
+use elbo_models::{DiffusionModel, LoadOptions, Lora, ModelError, Pass};
 use elbo_tests::numbers::{channels_last, difference, flat};
 use elbo_tests::{fixtures, model};
-use elbo_worker::models::{DiffusionModel, LoadOptions, Lora, ModelError, Pass};
 
 use crate::errors::table;
 use crate::for_each;

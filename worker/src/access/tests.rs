@@ -1,7 +1,8 @@
 //! What is made of failing reads, on a file system and on a store.
 
-use super::*;
 use tempfile::TempDir;
+
+use super::*;
 
 fn of_store(source: object_store::Error) -> Fault {
     let path = "s3://bucket/a.png".to_owned();

@@ -1,0 +1,460 @@
+//! Groups above classes, as in WordNet: a race asks about the groups first, and only then about what is in those that are
+//! left (hierarchical pruning, Shanbhag et al. 2024).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Classes, DEFAULT_TEMPLATE};
+use crate::hand_table::{HandError, HandRow, HandText};
+use crate::ids::ClassIndex;
+use crate::text::{excerpt, normal};
+
+/// Levels of groups; WordNet has some twenty.
+const DEEPEST: usize = 100;
+
+/// Groups of classes, each after the groups it is in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<Group>")]
+pub struct Hierarchy(Vec<Group>);
+
+/// What several classes, or groups of them, have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Group {
+    /// What it is called.
+    pub name: String,
+    /// What the text encoder is given.
+    pub prompts: Vec<String>,
+    /// The groups in it, by position.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<u32>,
+    /// The classes in it that are in none of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<ClassIndex>,
+}
+
+/// A hierarchy that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HierarchyError {
+    /// The file can't be read, or a row of it is wrong.
+    #[error("{0}; write CSV with the columns class,parent, or one name per line, indented below what it is in")]
+    File(#[from] HandError),
+    /// A name without anything below that is no class, while there are classes that are missing.
+    #[error("the hierarchy: '{name}' is not a class of the job and has none below it{}, while '{class}' is missing: write classes like the class file does", more(*.others))]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The class.
+        class: String,
+        /// How many more there are.
+        others: usize,
+    },
+    /// Something is in itself.
+    #[error("the hierarchy: '{0}' is in itself, by way of what is in it: take one of the links out")]
+    Circular(String),
+    /// Something is below too much.
+    #[error(
+        "the hierarchy: '{0}' is {DEEPEST} levels deep, and each level takes every image a round: leave levels out"
+    )]
+    Deep(String),
+    /// Two things that may be compared have one prompt.
+    #[error(
+        "the hierarchy: the group '{group}' and {other} have one prompt, '{prompt}', so that they can't be told apart: rename \
+         one of them, or give the class another prompt"
+    )]
+    SamePrompt {
+        /// A group.
+        group: String,
+        /// A group or class that is not in it.
+        other: String,
+        /// Their prompt.
+        prompt: String,
+    },
+    /// There is nothing to ask about first.
+    #[error("the hierarchy puts no two classes into a group: leave it out, or give each group at least two")]
+    Flat,
+}
+
+fn more(others: usize) -> String {
+    if others > 0 { format!(" ({others} more are like it)") } else { String::new() }
+}
+
+impl TryFrom<Vec<Group>> for Hierarchy {
+    type Error = String;
+
+    fn try_from(groups: Vec<Group>) -> Result<Self, String> {
+        let follows = |(i, group): (usize, &Group)| {
+            group.groups.iter().all(|&member| (i + 1..groups.len()).contains(&(member as usize)))
+        };
+        if groups.iter().enumerate().all(follows) {
+            Ok(Self(groups))
+        } else {
+            Err("a group must follow those that it is in".into())
+        }
+    }
+}
+
+impl Hierarchy {
+    /// Reads the text of a hierarchy: a table with the columns `class` and `parent`, or names below each other, indented.
+    pub fn parse(text: &str, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
+        Self::of_text(&HandText::new(HIERARCHY, "in memory", text.into())?, classes, templates)
+    }
+
+    /// What a hierarchy above some classes says. The groups' prompts follow from their names by `templates`, which may be empty.
+    pub fn of_text(text: &HandText, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
+        let links = match table_links(text)? {
+            Some(links) => links,
+            None if text.is_called_a_table() => {
+                let shown = text.shown_header();
+                return Err(text
+                    .wrong(format!("its first line must name the columns class,parent, and names {shown}"))
+                    .into());
+            }
+            None => outline_links(text)?,
+        };
+        let hierarchy = Builder::new(&links, classes).build(templates)?;
+        hierarchy.check_prompts(classes)?;
+        Ok(hierarchy)
+    }
+
+    /// Refuses a group with a prompt of something that is not in it: in a round they may be compared.
+    fn check_prompts(&self, classes: &Classes) -> Result<(), HierarchyError> {
+        let of_text = |text: &str| normal(text.trim()).into_owned();
+        let mut classes_with: HashMap<String, Vec<ClassIndex>> = HashMap::new();
+        for prompt in &classes.prompts {
+            classes_with.entry(of_text(&prompt.text)).or_default().push(prompt.class);
+        }
+        let mut groups_with: HashMap<String, Vec<usize>> = HashMap::new();
+        for (at, group) in self.0.iter().enumerate() {
+            for text in &group.prompts {
+                let same =
+                    |other| HierarchyError::SamePrompt { group: excerpt(&group.name), other, prompt: excerpt(text) };
+                let key = of_text(text);
+                let outside = |class: &&ClassIndex| !self.holds_class(at, **class);
+                if let Some(class) = classes_with.get(&key).into_iter().flatten().find(outside) {
+                    return Err(same(format!("the class '{}'", excerpt(classes.name(*class)))));
+                }
+                let groups = groups_with.entry(key).or_default();
+                // A group follows those that it is in.
+                if let Some(other) = groups.iter().find(|other| **other != at && !self.holds_group(**other, at)) {
+                    return Err(same(format!("the group '{}'", excerpt(&self.0[*other].name))));
+                }
+                groups.push(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a group, by position, is another or in it.
+    fn holds_group(&self, group: usize, member: usize) -> bool {
+        self.within(group).contains(&member)
+    }
+
+    fn holds_class(&self, group: usize, class: ClassIndex) -> bool {
+        self.within(group).into_iter().any(|group| self.0[group].classes.contains(&class))
+    }
+
+    /// A group and all that are in it, by position.
+    fn within(&self, group: usize) -> BTreeSet<usize> {
+        let (mut found, mut open) = (BTreeSet::new(), vec![group]);
+        while let Some(group) = open.pop() {
+            if found.insert(group) {
+                open.extend(self.0[group].groups.iter().map(|member| *member as usize));
+            }
+        }
+        found
+    }
+
+    /// The groups, each after those it is in.
+    pub fn groups(&self) -> &[Group] {
+        &self.0
+    }
+}
+
+/// A name, and what it is in.
+type Link = (String, Option<String>);
+
+/// What errors call a hierarchy.
+pub const HIERARCHY: &str = "the hierarchy";
+
+/// The links of a table; nothing where it is none.
+fn table_links(text: &HandText) -> Result<Option<Vec<Link>>, HandError> {
+    let Some(table) = text.table(|header| header.has("class") && header.has("parent"))? else { return Ok(None) };
+    let (class, parent) = (table.required("class", "class,parent")?, table.required("parent", "class,parent")?);
+    let name = |text: &str| normal(text).into_owned();
+    let link = |row| {
+        let row: HandRow = row?;
+        match row.cell(class) {
+            "" => Err(text.wrong_in(row.line, "the class has no name")),
+            class => Ok((name(class), row.filled(Some(parent)).map(name))),
+        }
+    };
+    table.rows().map(link).collect::<Result<_, _>>().map(Some)
+}
+
+fn outline_links(text: &HandText) -> Result<Vec<Link>, HandError> {
+    let mut above: Vec<(usize, String)> = Vec::new();
+    let mut links = Vec::new();
+    for (number, line) in text.lines() {
+        let name = normal(line.trim()).into_owned();
+        let indent = &line[..line.len() - line.trim_start().len()];
+        if indent.contains(' ') && indent.contains('\t') {
+            return Err(text.wrong_in(number, "it is indented by both spaces and tabs"));
+        }
+        above.retain(|(depth, _)| *depth < indent.len());
+        links.push((name.clone(), above.last().map(|(_, name)| name.clone())));
+        above.push((indent.len(), name));
+    }
+    Ok(links)
+}
+
+/// Something that is in a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Member<'a> {
+    Class(ClassIndex),
+    Group(&'a str),
+}
+
+/// Makes groups of links.
+struct Builder<'a> {
+    classes: HashMap<&'a str, Vec<ClassIndex>>,
+    /// What is in something, by its name; in order, each once.
+    below: BTreeMap<&'a str, Vec<&'a str>>,
+    names: BTreeSet<&'a str>,
+    /// What groups come to, once that is known.
+    members: HashMap<&'a str, Vec<Member<'a>>>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(links: &'a [Link], classes: &'a Classes) -> Self {
+        let mut by_name: HashMap<&str, Vec<ClassIndex>> = HashMap::new();
+        for (index, name) in &classes.names {
+            by_name.entry(name).or_default().push(*index);
+        }
+        let mut below: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (name, parent) in links {
+            if let Some(parent) = parent {
+                let members = below.entry(parent).or_default();
+                if !members.contains(&name.as_str()) {
+                    members.push(name);
+                }
+            }
+        }
+        let names = links.iter().flat_map(|(name, parent)| [Some(name), parent.as_ref()]).flatten();
+        Self { classes: by_name, below, names: names.map(String::as_str).collect(), members: HashMap::new() }
+    }
+
+    fn build(mut self, templates: &[String]) -> Result<Hierarchy, HierarchyError> {
+        // In a larger tree, in which every class is found, what holds no class does not matter.
+        let is_known = |name: &&&str| self.classes.contains_key(**name) || self.below.contains_key(**name);
+        let mut unknown = self.names.iter().filter(|name| !is_known(name));
+        if let Some(name) = unknown.next()
+            && let Some(class) = self.classes.keys().filter(|class| !self.names.contains(**class)).min()
+        {
+            let (name, class) = ((*name).to_owned(), (*class).to_owned());
+            return Err(HierarchyError::Unknown { name, class, others: unknown.count() });
+        }
+        let groups: Vec<&str> = self.below.keys().copied().collect();
+        for group in groups {
+            self.resolve(group, &mut Vec::new())?;
+        }
+        let order = self.parents_first();
+        if order.is_empty() {
+            return Err(HierarchyError::Flat);
+        }
+        let position: HashMap<&str, u32> = order.iter().copied().zip(0..).collect();
+        let group = |name: &&str| {
+            let members = self.members.get(name).map_or(&[][..], Vec::as_slice);
+            let groups = members.iter().filter_map(|member| match member {
+                Member::Group(name) => position.get(name).copied(),
+                Member::Class(_) => None,
+            });
+            let classes = members.iter().filter_map(|member| match member {
+                Member::Class(class) => Some(*class),
+                Member::Group(_) => None,
+            });
+            let prompts = match templates {
+                [] => vec![DEFAULT_TEMPLATE.replace("{}", name)],
+                templates => templates.iter().map(|template| template.replace("{}", name)).collect(),
+            };
+            Group { name: (*name).to_owned(), prompts, groups: groups.collect(), classes: classes.collect() }
+        };
+        Ok(Hierarchy(order.iter().map(group).collect()))
+    }
+
+    /// What a name stands for within a group: itself, or what is in it where that is one thing alone.
+    fn resolve(&mut self, name: &'a str, path: &mut Vec<&'a str>) -> Result<Vec<Member<'a>>, HierarchyError> {
+        let own = self.classes.get(name).into_iter().flatten().map(|class| Member::Class(*class));
+        let mut members: Vec<Member<'a>> = own.collect();
+        let Some(below) = self.below.get(name).cloned() else { return Ok(members) };
+        if path.contains(&name) {
+            return Err(HierarchyError::Circular(name.to_owned()));
+        }
+        if path.len() == DEEPEST {
+            return Err(HierarchyError::Deep(name.to_owned()));
+        }
+        if !self.members.contains_key(name) {
+            path.push(name);
+            for member in below {
+                members.extend(self.resolve(member, path)?);
+            }
+            path.pop();
+            members.sort_unstable();
+            members.dedup();
+            self.members.insert(name, members);
+        }
+        Ok(match self.members.get(name).map(Vec::as_slice) {
+            None | Some([]) => Vec::new(),
+            Some([one]) => vec![*one],
+            Some(_) => vec![Member::Group(name)],
+        })
+    }
+
+    /// The groups that hold more than one thing, each after those that it is in (Kahn, 1962).
+    fn parents_first(&self) -> Vec<&'a str> {
+        let groups = self.members.iter().filter(|(_, members)| members.len() > 1);
+        let mut parents: BTreeMap<&str, usize> = groups.clone().map(|(name, _)| (*name, 0)).collect();
+        let inner = |name: &str| {
+            let members = self.members.get(name).into_iter().flatten();
+            members.filter_map(|member| match member {
+                Member::Group(name) => Some(*name),
+                Member::Class(_) => None,
+            })
+        };
+        for member in groups.flat_map(|(name, _)| inner(name)) {
+            *parents.entry(member).or_default() += 1;
+        }
+        let mut free: BTreeSet<&str> =
+            parents.iter().filter(|(_, count)| **count == 0).map(|(name, _)| *name).collect();
+        let mut order = Vec::new();
+        while let Some(name) = free.pop_first() {
+            order.push(name);
+            for member in inner(name) {
+                let count = parents.entry(member).or_default();
+                *count -= 1;
+                if *count == 0 {
+                    free.insert(member);
+                }
+            }
+        }
+        order
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn animals() -> Classes {
+        Classes::parse("husky\npug\ntabby\noak\ncar", &[]).unwrap()
+    }
+
+    fn parse(text: &str) -> Result<Hierarchy, HierarchyError> {
+        Hierarchy::parse(text, &animals(), &[])
+    }
+
+    fn shape(hierarchy: &Hierarchy) -> Vec<(&str, &[u32], Vec<i32>)> {
+        let of = |group: &Group| group.classes.iter().map(|class| class.0).collect();
+        hierarchy.groups().iter().map(|group| (group.name.as_str(), &group.groups[..], of(group))).collect()
+    }
+
+    #[test]
+    fn links_and_outlines_say_the_same() {
+        let csv = "class,parent\nhusky,dog\npug,dog\ndog,animal\ntabby,animal\n";
+        let outline = "animal\n  dog\n    husky\n    pug\n  tabby\ncar\n";
+        let hierarchy = parse(csv).unwrap();
+        assert_eq!(shape(&hierarchy), [("animal", &[1u32][..], vec![2]), ("dog", &[], vec![0, 1])]);
+        assert_eq!(parse(outline).unwrap(), hierarchy);
+        assert_eq!(hierarchy.groups()[1].prompts, ["a photo of a dog"]);
+        let templates = ["a {}".to_owned(), "the {}".to_owned()];
+        let templated = Hierarchy::parse(csv, &animals(), &templates).unwrap();
+        assert_eq!(templated.groups()[0].prompts, ["a animal", "the animal"]);
+        assert_eq!(serde_json::from_str::<Hierarchy>(&serde_json::to_string(&hierarchy).unwrap()).unwrap(), hierarchy);
+    }
+
+    #[test]
+    fn a_group_of_one_is_what_is_in_it_and_a_class_may_have_several_parents() {
+        // The plant is an oak and nothing else; the husky is a dog and a worker.
+        let csv = "class,parent\nhusky,dog\npug,dog\nhusky,worker\ncar,worker\noak,plant\nplant,thing\nworker,thing\n";
+        let hierarchy = parse(csv).unwrap();
+        assert_eq!(
+            shape(&hierarchy),
+            [("dog", &[][..], vec![0, 1]), ("thing", &[2][..], vec![3]), ("worker", &[], vec![0, 4])]
+        );
+    }
+
+    #[test]
+    fn branches_of_a_larger_tree_without_any_class_are_left_out() {
+        let outline = "thing\n  animal\n    dog\n      husky\n      pug\n      wolf\n    tabby\n  oak\n  car\n  rock\n    granite";
+        let hierarchy = parse(outline).unwrap();
+        assert_eq!(
+            shape(&hierarchy),
+            [("thing", &[1][..], vec![3, 4]), ("animal", &[2][..], vec![2]), ("dog", &[], vec![0, 1])]
+        );
+    }
+
+    #[test]
+    fn a_class_with_classes_below_is_one_of_its_group() {
+        let classes = Classes::parse("dog\npug\ncar", &[]).unwrap();
+        let hierarchy = Hierarchy::parse("class,parent\npug,dog\n", &classes, &[]).unwrap();
+        assert_eq!(shape(&hierarchy), [("dog", &[][..], vec![0, 1])]);
+    }
+
+    #[test]
+    fn a_hierarchy_is_the_same_however_it_was_saved_and_in_any_unicode_form() {
+        let expected = parse("class,parent\nhusky,dog\npug,dog\n").unwrap();
+        for text in [
+            "\u{feff}Class;Parent\r\nhusky;dog\r\npug;dog\r\n",
+            "\"\",\"class\",\"parent\"\n\"1\",\"husky\",\"dog\"\n\"2\",\"pug\",\"dog\"\n",
+            "parent\tclass\tnote\ndog\thusky\tx\ndog\tpug\t\n",
+            "class,parent\ndog\nhusky,dog\npug,dog\n",
+            "dog\r\n\thusky\r\n\tpug\r\n",
+        ] {
+            assert_eq!(parse(text).unwrap(), expected, "{text:?}");
+        }
+        let classes = Classes::parse("the\u{301}\ncaf\u{e9}\ncar", &[]).unwrap();
+        let hierarchy = Hierarchy::parse("drink\n th\u{e9}\n cafe\u{301}\n", &classes, &[]).unwrap();
+        assert_eq!(shape(&hierarchy), [("drink", &[][..], vec![0, 1])]);
+        let headless = HandText::new(HIERARCHY, "tree.csv", b"husky;dog\npug;dog\n".to_vec()).unwrap();
+        let error = Hierarchy::of_text(&headless, &animals(), &[]).unwrap_err().to_string();
+        assert!(
+            error.contains(
+                "the hierarchy tree.csv: its first line must name the columns class,parent, and names husky, dog"
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_group_with_the_prompt_of_what_is_not_in_it_is_refused() {
+        let classes =
+            Classes::parse("prompt,classname\na photo of a dog,husky\na pug,pug\na car,car\na bus,bus\n", &[]);
+        let classes = classes.unwrap();
+        let of = |text: &str| Hierarchy::parse(text, &classes, &[]);
+        let error = of("class,parent\npug,dog\ncar,dog\n").unwrap_err().to_string();
+        assert!(error.contains("the group 'dog' and the class 'husky' have one prompt, 'a photo of a dog'"), "{error}");
+        // What is in a group is never compared with it.
+        assert!(of("class,parent\nhusky,dog\npug,dog\n").is_ok());
+        let templates = ["{}".to_owned(), "{}s".to_owned()];
+        let twins = "class,parent\nhusky,pet\npug,pet\ncar,pets\nbus,pets\n";
+        let error = Hierarchy::parse(twins, &classes, &templates).unwrap_err().to_string();
+        assert!(error.contains("the group 'pets' and the group 'pet' have one prompt, 'pets'"), "{error}");
+    }
+
+    #[test]
+    fn what_makes_no_hierarchy_is_refused_with_the_remedy() {
+        let message = |text: &str| parse(text).unwrap_err().to_string();
+        let strange = message("class,parent\nhusky,dog\npug,dog\nwolf,dog\nfox,dog\n");
+        assert!(strange.contains("'fox' is not a class") && strange.contains("1 more"), "{strange}");
+        assert!(strange.contains("'car' is missing"), "{strange}");
+        assert!(message("class,parent\ndog,animal\nanimal,dog\nhusky,dog\n").contains("is in itself"));
+        let deep: String = (0..101).map(|i| format!("{}g{i}\n", " ".repeat(i))).collect();
+        assert!(message(&format!("{deep}{}husky\ntabby\npug\noak\ncar", " ".repeat(101))).contains("levels deep"));
+        assert!(message("husky\npug\n").contains("no two classes"));
+        assert!(message("class,parent\n,dog\n").contains("line 2"));
+        assert!(message("dog\n \thusky\n").contains("both spaces and tabs"));
+        let looped = r#"[{"name": "a", "prompts": ["a"], "groups": [0]}]"#;
+        assert!(serde_json::from_str::<Hierarchy>(looped).is_err());
+    }
+}

@@ -1,0 +1,8 @@
+//! Models: where they come from ([`model_source`]), which of their files a job reads ([`model_files`], [`weight_files`]) and what
+//! it has to know of them before they are loaded ([`model_config`]), and the [`fingerprint`] of a job, which rests on their content.
+
+pub mod fingerprint;
+pub mod model_config;
+pub mod model_files;
+pub mod model_source;
+pub mod weight_files;

@@ -1,0 +1,55 @@
+//! What a job has to know of a model before it is loaded: its noise schedule and, of a class-conditional one, its classes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use elbo_core::class::{ClassError, ModelLabels};
+use elbo_core::schedule::{NoiseSchedule, ScheduleError};
+use elbo_store::files;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::model_files::{MODEL_INDEX, is_contrastive};
+
+/// The noise schedule of the model in `directory`, which is in diffusers' layout.
+pub fn schedule(directory: &Path) -> Result<NoiseSchedule, ScheduleError> {
+    let path = directory.join("scheduler/scheduler_config.json");
+    let config = files::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
+    NoiseSchedule::of_configs(&config, files::read(&directory.join(MODEL_INDEX)).ok().as_deref())
+}
+
+/// The timesteps of the model in `directory`; a contrastive model has one, at which it says all it has to say.
+pub fn timesteps(directory: &Path) -> Result<u32, ScheduleError> {
+    if is_contrastive(directory) { Ok(1) } else { Ok(schedule(directory)?.timesteps()) }
+}
+
+#[derive(Deserialize)]
+struct ModelIndex {
+    #[serde(rename = "_class_name", default)]
+    class: String,
+    #[serde(default)]
+    id2label: BTreeMap<u32, String>,
+}
+
+#[derive(Deserialize)]
+struct TransformerConfig {
+    num_embeds_ada_norm: u32,
+}
+
+/// The labels of the model in `directory`; `None` for a model that takes prompts.
+pub fn labels(directory: &Path) -> Result<Option<ModelLabels>, ClassError> {
+    if is_contrastive(directory) {
+        return Ok(None);
+    }
+    let index: ModelIndex = read_json(&directory.join(MODEL_INDEX))?;
+    if index.class != "DiTPipeline" {
+        return Ok(None);
+    }
+    let config: TransformerConfig = read_json(&directory.join("transformer/config.json"))?;
+    Ok(Some(ModelLabels { count: config.num_embeds_ada_norm, names: index.id2label }))
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ClassError> {
+    let bytes = files::read(path).map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&bytes).map_err(|source| ClassError::Json { path: path.to_owned(), source })
+}

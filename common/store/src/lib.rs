@@ -1,0 +1,245 @@
+//! Opening a location, local or on object storage, as a store rooted there.
+//!
+//! A [`Location`] is opened as a [`Store`] with the settings in [`credentials`]. What passes by itself is waited for
+//! ([`retry`]); whether a store can hold a job's ledger is found out before a job starts ([`preflight`]).
+
+pub mod checksum;
+mod credentials;
+mod error;
+pub mod files;
+mod keys;
+mod listing;
+mod local;
+mod location;
+mod open;
+pub mod pace;
+pub mod parquet_file;
+pub mod preflight;
+mod redact;
+mod redirect;
+pub mod retry;
+pub mod table;
+mod transient;
+mod web;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::path::Path;
+use object_store::{Error, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, UpdateVersion};
+use tokio::sync::watch;
+
+pub use error::{StoreError, describe, refusal};
+pub use keys::SkippedKeys;
+pub use local::Fault;
+pub use location::{Location, absolute, is_url};
+pub use redact::redact;
+
+use keys::Skipped;
+use local::Directory;
+
+/// A store whose paths are relative to one directory or URL prefix.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    location: Location,
+    fault: watch::Receiver<Option<Fault>>,
+    skipped: Arc<Skipped>,
+}
+
+/// What was seen of an object, for a put that must not overwrite anything newer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// There was none.
+    Nothing,
+    /// There was this version of it.
+    Version(UpdateVersion),
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not the client, which knows credentials.
+        write!(f, "Store({})", self.location)
+    }
+}
+
+impl Store {
+    /// Opens an existing location for reading.
+    pub fn open(location: &Location) -> Result<Self, StoreError> {
+        match location {
+            Location::Local(path) => {
+                // object_store accepts a missing root and fails only at the first access.
+                std::fs::read_dir(path).map_err(|source| StoreError::Directory {
+                    action: "opening",
+                    path: path.clone(),
+                    source,
+                })?;
+                let directory = Directory::open(path).map_err(|e| StoreError::Location {
+                    location: path.display().to_string(),
+                    reason: e.to_string(),
+                })?;
+                let fault = directory.fault();
+                Ok(Self { fault, ..Self::from_parts(Arc::new(directory), location.clone()) })
+            }
+            Location::Remote(url) => {
+                let skipped = Arc::<Skipped>::default();
+                let inner = open::open(url, &skipped)?;
+                Ok(Self { skipped, ..Self::from_parts(inner, location.clone()) })
+            }
+        }
+    }
+
+    /// Opens a location for writing, making a local directory where there is none.
+    pub fn create(location: &Location) -> Result<Self, StoreError> {
+        if let Location::Local(path) = location {
+            let failed = |source| StoreError::Directory { action: "creating", path: path.clone(), source };
+            local::create(path).map_err(failed)?;
+        }
+        Self::open(location)
+    }
+
+    /// A store over any [`ObjectStore`], for tests that inject faults.
+    pub fn from_parts(inner: Arc<dyn ObjectStore>, location: Location) -> Self {
+        Self { inner, location, fault: watch::channel(None).1, skipped: Arc::default() }
+    }
+
+    /// Why nothing can be written any more, if that has been found out.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault.borrow().clone()
+    }
+
+    /// Waits until it is found out that nothing can be written any more.
+    pub async fn broken(&self) -> Fault {
+        let mut fault = self.fault.clone();
+        match fault.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone()) {
+            Some(fault) => fault,
+            // Nobody watches for it.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The store itself, rooted at the location.
+    pub fn inner(&self) -> Arc<dyn ObjectStore> {
+        Arc::clone(&self.inner)
+    }
+
+    /// Where it is rooted.
+    pub fn location(&self) -> &Location {
+        &self.location
+    }
+
+    /// What listings of this store have passed over so far, since its keys are no paths: object storage takes any text for a key.
+    pub fn skipped_keys(&self) -> SkippedKeys {
+        self.skipped.so_far()
+    }
+
+    /// A whole object; `None` where there is none.
+    pub async fn read(&self, path: &Path) -> Result<Option<Bytes>, StoreError> {
+        let object = self.location.below(path.as_ref());
+        let read = retry::run("reading", &object, || async {
+            let found = self.inner.get(path).await?;
+            let wanted = found.range.end - found.range.start;
+            let bytes = found.bytes().await?;
+            if bytes.len() as u64 == wanted { Ok(bytes) } else { Err(broken_off(bytes.len() as u64, wanted)) }
+        });
+        match read.await {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes a whole object by one atomic put. The content must be a pure function of the path: a put whose reply is lost is
+    /// repeated.
+    pub async fn write(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        let put = || async { self.inner.put(path, bytes.clone().into()).await };
+        retry::run("writing", &self.location.below(path.as_ref()), put).await.map(drop)
+    }
+
+    /// What an object is at present, for [`Store::replace`].
+    pub async fn look(&self, path: &Path) -> Result<Seen, StoreError> {
+        let head = || self.inner.head(path);
+        match retry::run("reading", &self.location.below(path.as_ref()), head).await {
+            Ok(meta) => Ok(Seen::Version(UpdateVersion { e_tag: meta.e_tag, version: meta.version })),
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(Seen::Nothing),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes a whole object by one atomic put, unless there is another one by now than was seen: then `false`, and nothing
+    /// is written. A put whose reply is lost is repeated, so an object that is as it should be counts as written.
+    pub async fn replace(&self, path: &Path, bytes: Bytes, seen: &Seen) -> Result<bool, StoreError> {
+        let mode = match seen {
+            Seen::Nothing => PutMode::Create,
+            Seen::Version(version) => PutMode::Update(version.clone()),
+        };
+        let put = || async { self.inner.put_opts(path, bytes.clone().into(), mode.clone().into()).await };
+        match retry::run("writing", &self.location.below(path.as_ref()), put).await {
+            Ok(_) => Ok(true),
+            Err(StoreError::Object { source: Error::Precondition { .. } | Error::AlreadyExists { .. }, .. }) => {
+                Ok(self.read(path).await?.as_ref() == Some(&bytes))
+            }
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(false),
+            // The preflight takes a store that says so.
+            Err(StoreError::Object { source: Error::NotImplemented { .. } | Error::NotSupported { .. }, .. }) => {
+                self.write(path, bytes).await.map(|()| true)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The paths of all objects below a prefix, sorted.
+    pub async fn list(&self, prefix: &str) -> Result<Vec<Path>, StoreError> {
+        Ok(self.sizes(prefix).await?.into_keys().collect())
+    }
+
+    /// The objects below a prefix, and their sizes in bytes.
+    pub async fn sizes(&self, prefix: &str) -> Result<BTreeMap<Path, u64>, StoreError> {
+        let at = Path::from(prefix);
+        let item = |meta: ObjectMeta| (meta.location, meta.size);
+        let list = || self.inner.list(Some(&at)).map_ok(item).try_collect();
+        retry::run("listing", &self.location.below(prefix), list).await
+    }
+
+    /// Removes what writes to directories left behind that were cut short, as by a power cut.
+    pub fn sweep(&self, directories: &[&str]) {
+        if let Some(root) = self.location.local() {
+            local::sweep(root, directories);
+        }
+    }
+
+    /// Deletes an object, if it is there.
+    pub async fn delete(&self, path: &Path) -> Result<(), StoreError> {
+        let delete = || async { self.inner.delete(path).await };
+        match retry::run("deleting", &self.location.below(path.as_ref()), delete).await {
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(()),
+            ended => ended,
+        }
+    }
+
+    /// Deletes all objects below a prefix.
+    pub async fn delete_all(&self, prefix: &str) -> Result<(), StoreError> {
+        self.delete_each(self.list(prefix).await?).await
+    }
+
+    /// Deletes objects, if they are there.
+    pub async fn delete_each(&self, paths: impl IntoIterator<Item = Path>) -> Result<(), StoreError> {
+        // Each is a round trip to the store.
+        let deletions = paths.into_iter().map(|path| async move { self.delete(&path).await });
+        futures::stream::iter(deletions).buffer_unordered(16).try_collect().await
+    }
+}
+
+/// Whether there is a bucket, but no such object in it.
+fn is_missing_object(error: &object_store::Error) -> bool {
+    matches!(error, object_store::Error::NotFound { .. }) && !error::is_bucket_missing(error)
+}
+
+/// A body shorter than announced; another attempt may bring it whole.
+fn broken_off(got: u64, wanted: u64) -> object_store::Error {
+    let text = format!("the answer broke off after {got} of {wanted} bytes");
+    let source = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, text);
+    object_store::Error::Generic { store: "object store", source: source.into() }
+}
