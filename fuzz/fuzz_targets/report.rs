@@ -5,13 +5,15 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use elbo_coordinator::intake;
+use elbo_coordinator::scheduler::{
+    Checked, Heartbeat, JobShape, LeasePolicy, Record, Scheduler, Shard, UnitResult, Waste,
+};
 use elbo_core::ensemble::Contenders;
 use elbo_core::ids::{Epoch, LeaseId, LeaseKey, SampleId, ShardId};
-use elbo_core::sample::{Sample};
 use elbo_core::policy::{Course, Policy};
+use elbo_core::sample::Sample;
 use elbo_core::unit::Unit;
-use elbo_coordinator::scheduler::{Scheduler, Checked, Heartbeat, JobShape, LeasePolicy, Record, Shard, UnitResult, Waste};
-use elbo_coordinator::intake;
 use elbo_proto::v1;
 use libfuzzer_sys::fuzz_target;
 use prost::Message;

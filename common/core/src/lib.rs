@@ -4,7 +4,7 @@
 //! random number that is not seeded, so that a result depends on the job alone. The crate's `clippy.toml` holds it to that.
 //!
 //! A [`sample`] is judged among [`class`]es, which are given by prompts; [`ensemble`] joins a class's prompts to a contender.
-//! A [`policy`] says which evaluations come next ([`unit`]): each adds [`noise`] by the [`schedule`], and its error ([`loss`],
+//! A [`policy`] says which evaluations come next ([`unit`](mod@unit)): each adds [`noise`] by the [`schedule`], and its error ([`loss`],
 //! [`score`]) goes into sums ([`sums`]). What they say is a [`prediction`], whose confidence is by a [`calibration`].
 
 pub mod activity;
