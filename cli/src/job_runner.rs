@@ -1,5 +1,5 @@
-//! Running a job on this machine: after its pilot if it has one, with embedded workers or with
-//! others, shows progress, and says how it ended.
+//! Runs a job on this machine, after its pilot if it has one, with embedded workers or with others; shows progress, and says
+//! how it ended.
 
 use std::num::NonZeroUsize;
 use std::pin::pin;

@@ -1,6 +1,6 @@
 //! What may depend on what: the core is pure, and what both sides speak needs no clients of stores.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
+#![allow(clippy::unwrap_used)] // clippy's leave for tests does not reach their helpers
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -10,7 +10,7 @@ use elbo_tests::root;
 /// The crates that `package` needs, without those of its build.
 fn needed_by(package: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
-        .args(["tree", "--offline", "--edges", "normal", "--prefix", "none", "--package", package])
+        .args(["tree", "--locked", "--edges", "normal", "--prefix", "none", "--package", package])
         .current_dir(root())
         .output()
         .unwrap();

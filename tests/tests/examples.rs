@@ -1,7 +1,5 @@
 //! The job files in `examples/` are jobs: each labels some of the demo's images.
 
-#![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
-
 use elbo_tests::{elbo, predictions, root, run_ok};
 use tempfile::TempDir;
 

@@ -47,7 +47,7 @@ pub struct Labelled {
     pub class_name: String,
     /// Confidence in the class, in [0, 1].
     pub confidence: Option<f32>,
-    /// The mean error of the second-best class less that of the best; none where there is one class.
+    /// The mean error of the second-best class less that of the best; none where there is no other on the same slots.
     pub margin: Option<f32>,
     /// Every scored class, best first.
     pub scores: Vec<Score>,
@@ -58,7 +58,7 @@ pub struct Labelled {
 pub struct Uncertain {
     /// Confidence in the best class, in [0, 1].
     pub confidence: f32,
-    /// The mean error of the second-best class less that of the best; none where there is one class.
+    /// The mean error of the second-best class less that of the best; none where there is no other on the same slots.
     pub margin: Option<f32>,
     /// Every scored class, best first.
     pub scores: Vec<Score>,

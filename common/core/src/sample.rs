@@ -12,7 +12,7 @@ use crate::ids::SampleId;
 pub struct Sample {
     /// Its position in the manifest.
     pub id: SampleId,
-    /// Its path relative to the source; with the etag, its identity.
+    /// Its path relative to the source, which no other sample has.
     pub key: String,
     /// The file a worker reads it from: an absolute local path or a URL.
     pub location: String,

@@ -55,7 +55,7 @@ pub struct ManifestRecord {
 }
 
 /// One of the manifest's files.
-pub fn file(part: u32) -> Path {
+pub fn part_path(part: u32) -> Path {
     Path::from(format!("{DIRECTORY}/part-{part:05}.parquet"))
 }
 
@@ -150,7 +150,7 @@ impl ManifestWriter {
         let digest = self.root.finalize().to_hex().to_string();
         let (labelled, passed_over) = (Some(self.labelled), Account::default());
         let record = ManifestRecord { samples: self.samples, digest, captions: self.captions, labelled, passed_over };
-        Ok(((0..).map(file).zip(self.parts).collect(), record))
+        Ok(((0..).map(part_path).zip(self.parts).collect(), record))
     }
 }
 
@@ -194,7 +194,7 @@ struct OpenPart {
 
 impl OpenPart {
     async fn open(store: &Store, index: u32) -> Result<Self, ManifestError> {
-        let path = self::file(index);
+        let path = part_path(index);
         let (file, _) = ParquetFile::find(store, path.clone()).await.map_err(|error| match error {
             StoreError::Object { source: object_store::Error::NotFound { .. }, .. } => {
                 ManifestError::Missing(path.clone())
@@ -225,7 +225,7 @@ impl Manifest {
     /// files, and no sample.
     pub async fn open(store: &Store, record: &ManifestRecord, shard_size: u32) -> Result<Self, ManifestError> {
         let shards = record.samples.div_ceil(u64::from(shard_size.max(1))) as u32;
-        let digests = |index| async move { OpenPart::open(store, index).await?.digests(&self::file(index)) };
+        let digests = |index| async move { OpenPart::open(store, index).await?.digests(&part_path(index)) };
         let footers = futures::stream::iter(0..shards.div_ceil(SHARDS_PER_PART)).map(digests).buffered(FOOTERS);
         let digests = footers.try_concat().await?;
         let mut root = blake3::Hasher::new();
@@ -267,7 +267,7 @@ impl Manifest {
     pub async fn shard(&self, shard: ShardId) -> Result<Vec<Sample>, ManifestError> {
         let Some(digest) = self.digests.get(shard.0 as usize) else { return Ok(Vec::new()) };
         let index = shard.0 / SHARDS_PER_PART;
-        let (part, path) = (self.part(index).await?, self::file(index));
+        let (part, path) = (self.part(index).await?, part_path(index));
         let group = (shard.0 % SHARDS_PER_PART) as usize;
         let samples = table::groups::<SampleTable>(&part.file, &part.metadata, vec![group]).await;
         let samples: Vec<Sample> = samples.map_err(unread)?;

@@ -53,3 +53,47 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ClassError> {
     let bytes = files::read(path).map_err(|source| ClassError::Read { path: path.to_owned(), source })?;
     serde_json::from_slice(&bytes).map_err(|source| ClassError::Json { path: path.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory with these files.
+    fn model(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        directory
+    }
+
+    #[test]
+    fn the_index_names_the_scheduler_where_its_configuration_does_not() {
+        let (config, index) = ("scheduler/scheduler_config.json", r#"{"scheduler": ["diffusers", "LCMScheduler"]}"#);
+        let found = schedule(model(&[(config, "{}"), (MODEL_INDEX, index)]).path()).unwrap();
+        assert_eq!(found, NoiseSchedule::from_json(r#"{"_class_name": "LCMScheduler"}"#).unwrap());
+        let alone = schedule(model(&[(config, "{}")]).path()).unwrap_err().to_string();
+        assert!(alone.contains("_class_name"), "{alone}");
+        let missing = schedule(model(&[(MODEL_INDEX, index)]).path()).unwrap_err().to_string();
+        assert!(missing.contains(config) && missing.contains("--model needs a directory"), "{missing}");
+    }
+
+    #[test]
+    fn labels_are_a_class_conditional_models_alone() {
+        let dit = r#"{"_class_name": "DiTPipeline", "id2label": {"0": "tench"}}"#;
+        let files = [(MODEL_INDEX, dit), ("transformer/config.json", r#"{"num_embeds_ada_norm": 7}"#)];
+        let found = labels(model(&files).path()).unwrap().unwrap();
+        assert_eq!((found.count, found.names[&0].as_str()), (7, "tench"));
+        let prompts = [(MODEL_INDEX, r#"{"_class_name": "StableDiffusionPipeline"}"#)];
+        assert_eq!(labels(model(&prompts).path()).unwrap(), None);
+        let contrastive = [("config.json", "{}")];
+        assert_eq!(
+            (labels(model(&contrastive).path()).unwrap(), timesteps(model(&contrastive).path()).unwrap()),
+            (None, 1)
+        );
+        let error = labels(model(&files[..1]).path()).unwrap_err().to_string();
+        assert!(error.contains("transformer/config.json"), "{error}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use object_store::path::Path;
 
-pub use elbo_data::manifest::{DIRECTORY as MANIFEST, file as manifest};
+pub use elbo_data::manifest::{DIRECTORY as MANIFEST, part_path as manifest};
 pub use elbo_store::preflight::DIRECTORY as PREFLIGHT;
 
 use elbo_core::ids::ShardId;

@@ -12,8 +12,8 @@ use super::family::Family;
 use super::settings::read_json;
 
 /// How models distilled to fewer steps are called.
-const FEWER_STEPS: [&str; 10] =
-    ["turbo", "lightning", "lcm", "hyper", "tcd", "dmd", "dmd2", "schnell", "instaflow", "distilled"];
+const FEWER_STEPS: [&str; 11] =
+    ["turbo", "lightning", "lcm", "hyper-sd", "hyper-sdxl", "tcd", "dmd", "dmd2", "schnell", "instaflow", "distilled"];
 
 /// How models distilled to fewer layers are called.
 const FEWER_LAYERS: [&str; 8] =
@@ -192,6 +192,7 @@ mod tests {
         let cases = [
             ("stable-diffusion-2-1", Family::StableDiffusion, [("unet/config.json", full)]),
             ("digits-sd", Family::StableDiffusion, [("unet/config.json", small)]),
+            ("somebody/hyper-realistic", Family::StableDiffusion, [("unet/config.json", json!({}))]),
             ("turbo/turbocharged-koalas", Family::Sdxl, [(SCHEDULER, zero_snr)]),
             ("dit", Family::Dit, [("transformer/config.json", json!({"mid_block_type": null}))]),
             ("empty", Family::Sd3, [(MODEL_INDEX, json!({}))]),

@@ -15,9 +15,6 @@ use super::reading::Reading;
 use super::t5::{T5Encoder, T5Tokenizer};
 use super::tokenizer::ClipTokenizer;
 
-/// Prompts after which it is said how far their encoding is: a thousand take minutes on a processor.
-const TOLD: usize = 100;
-
 /// Texts encoded at once by one thread.
 const CHUNK: usize = 8;
 
@@ -134,11 +131,13 @@ impl TextEncoders {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(chunks.len()).max(1);
         let share = chunks.len().div_ceil(threads).max(1);
         let (done, span) = (AtomicUsize::new(0), tracing::Span::current());
+        // A thousand prompts take minutes on a processor: each twentieth of them is told.
+        let step = texts.len().div_ceil(20).max(CHUNK);
         let encode = |chunk: &&[String]| {
             let encoded = self.encode_chunk(chunk);
             let before = done.fetch_add(chunk.len(), Ordering::Relaxed);
             let done = before + chunk.len();
-            if done < texts.len() && done / TOLD > before / TOLD {
+            if done < texts.len() && done / step > before / step {
                 span.in_scope(|| tracing::info!(done, of = texts.len(), "encoding the prompts"));
             }
             encoded

@@ -66,7 +66,7 @@ async fn every_shard_holds_its_own_samples() {
 async fn many_shards_lie_in_several_files_and_a_large_one_is_one_row_group() {
     let (all, out) = (samples(200), store());
     let record = written(&out, &all, 3).await;
-    assert_eq!(out.list(DIRECTORY).await.unwrap(), [file(0), file(1)]);
+    assert_eq!(out.list(DIRECTORY).await.unwrap(), [part_path(0), part_path(1)]);
     let manifest = Manifest::open(&out, &record, 3).await.unwrap();
     assert_eq!(manifest.shards(), 67);
     // Back and forth between the files.
@@ -87,7 +87,7 @@ async fn equal_samples_give_equal_bytes() {
     for out in [&one, &other] {
         written(out, &samples(25), 10).await;
     }
-    let read = async |out: &Store| out.read(&file(0)).await.unwrap().unwrap();
+    let read = async |out: &Store| out.read(&part_path(0)).await.unwrap().unwrap();
     assert_eq!(read(&one).await, read(&other).await);
 }
 
@@ -134,17 +134,17 @@ async fn a_manifest_that_is_not_the_one_listed_is_refused() {
     others.chunks(10).for_each(|rows| forged.group(rows).unwrap());
     let digests: Vec<_> = all.chunks(10).map(|rows| digest_of(rows).to_hex().to_string()).collect();
     forged.note(DIGESTS, digests.join(" "));
-    out.write(&file(0), forged.finish().unwrap()).await.unwrap();
+    out.write(&part_path(0), forged.finish().unwrap()).await.unwrap();
     let manifest = open().await.unwrap();
     assert_eq!(manifest.shard(ShardId(0)).await.unwrap(), all[..10]);
     assert!(matches!(manifest.shard(ShardId(1)).await, Err(ManifestError::Changed(_))));
 
     // No hashes: as earlier versions wrote it.
-    out.write(&file(0), table::encode::<SampleTable>(&all, 10, &[]).unwrap()).await.unwrap();
+    out.write(&part_path(0), table::encode::<SampleTable>(&all, 10, &[]).unwrap()).await.unwrap();
     assert!(open().await.unwrap_err().to_string().contains("earlier version"));
 
-    out.write(&file(0), Bytes::from_static(b"no table")).await.unwrap();
+    out.write(&part_path(0), Bytes::from_static(b"no table")).await.unwrap();
     assert!(matches!(open().await, Err(ManifestError::Table(TableError::Decode { .. }))));
-    out.delete(&file(0)).await.unwrap();
+    out.delete(&part_path(0)).await.unwrap();
     assert!(open().await.unwrap_err().to_string().contains("manifest/part-00000.parquet is missing"));
 }
