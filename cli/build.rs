@@ -1,9 +1,9 @@
-//! With the feature `cuda`, has the linker fold functions of equal code, so that the program stays easy to carry about.
+//! With the feature `cuda`, tells the linker to merge identical functions, which makes the program smaller.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     let is = |variable: &str, value: &str| std::env::var(variable).is_ok_and(|found| found == value);
-    // Where Rust links with LLD by itself.
+    // The targets where Rust links with LLD by default.
     let lld = is("CARGO_CFG_TARGET_ARCH", "x86_64")
         && is("CARGO_CFG_TARGET_OS", "linux")
         && is("CARGO_CFG_TARGET_ENV", "gnu");

@@ -1,4 +1,4 @@
-"""Writes seeds/report: messages of workers as the target `report` takes them, each behind its kind and its length."""
+"""Writes seeds/report: worker messages for the target `report`, each preceded by its kind and its length."""
 import struct
 from pathlib import Path
 

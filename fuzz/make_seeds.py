@@ -1,4 +1,4 @@
-"""Writes seeds/image: a file of every format and kind, as small as it gets. `pip install pillow simplejpeg && python make_seeds.py`"""
+"""Writes seeds/image: a file of every format and kind, as small as possible. `pip install pillow simplejpeg && python make_seeds.py`"""
 import sys
 from pathlib import Path
 

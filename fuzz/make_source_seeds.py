@@ -1,4 +1,4 @@
-"""Writes seeds/{shard,table,list,classes}: small sources of images of every kind. `pip install pyarrow && python make_source_seeds.py`"""
+"""Writes seeds/{shard,table,list,classes}: small image sources of every kind. `pip install pyarrow && python make_source_seeds.py`"""
 import io
 import tarfile
 from pathlib import Path

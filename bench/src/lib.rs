@@ -1,10 +1,10 @@
-//! Measures the parts of the system: [`engine`] a worker's network, beside PyTorch's, [`policy`] what policies make of known
-//! errors, and the rest the real coordinator, a process of its own, over a generated dataset, from outside and by what it answers to
+//! Benchmarks of the system's parts. [`engine`] measures a worker's network and compares it with PyTorch's. [`policy`]
+//! replays policies on known errors. The rest measures the real coordinator in its own process, with a generated dataset and
 //! thousands of simulated workers.
 //!
-//! [`stage`] makes what a job needs and is never counted, [`process`] starts, watches and kills the coordinator, [`oracle`]
-//! knows the errors every evaluation "has", [`simulated`] is a worker without a model, [`run()`] goes through the phases of a load, and
-//! [`scaling`] through runs of one job with more and more workers.
+//! [`stage`] makes a job's files, which is not measured. [`process`] starts, watches and kills the coordinator. [`oracle`]
+//! computes the error of every evaluation. [`simulated`] is a worker without a model. [`run()`] goes through the phases of a
+//! load, and [`scaling`] runs one job with more and more workers.
 
 pub mod engine;
 pub mod oracle;
@@ -14,25 +14,25 @@ mod random;
 pub mod report;
 mod run;
 pub mod scaling;
+pub mod scenery;
 pub mod simulated;
-pub mod stage;
 
 use std::path::PathBuf;
 
 pub use report::Report;
-pub use run::{Options, run};
+pub use run::{CoordinatorBenchOptions, run};
 
-/// A benchmark that could not be carried out.
+/// A benchmark that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// A file or directory of the stage.
-    #[error("{action} {path}: {source}; give --dir a directory with room")]
-    Stage {
-        /// What was tried.
+    #[error("{action} {path}: {source}; give --dir a directory with enough space")]
+    Scenery {
+        /// What was attempted.
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
     /// The coordinator could not be started.
@@ -40,10 +40,10 @@ pub enum BenchError {
     Start {
         /// The program.
         program: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
-    /// The coordinator ended though nobody asked it to.
+    /// The coordinator ended unexpectedly.
     #[error("the coordinator ended ({status}): its log is {log}")]
     Ended {
         /// Its exit status.
@@ -51,10 +51,10 @@ pub enum BenchError {
         /// Where its log is.
         log: PathBuf,
     },
-    /// The coordinator does not answer as it should.
+    /// The coordinator gives an unexpected answer.
     #[error("the coordinator {0}")]
     Answer(String),
-    /// The system does not tell what a process uses.
+    /// The system does not report a process's resource usage.
     #[error("reading {0}: this benchmark needs Linux's /proc")]
     Proc(PathBuf),
     /// A simulated worker can't be made.
@@ -69,18 +69,18 @@ pub enum BenchError {
     /// The device can't be used.
     #[error(transparent)]
     Device(#[from] elbo_worker::device::DeviceError),
-    /// A tensor's arithmetic.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
-    /// A thread ended by a panic, which is a defect.
+    /// A thread panicked, which is a bug.
     #[error("a thread of the network ended unexpectedly: please report this")]
     Lane,
     /// PyTorch could not be measured.
     #[error("measuring PyTorch with {python}: {why}; it needs tests/peer/requirements.txt")]
     Peer {
-        /// The Python.
+        /// The Python interpreter.
         python: PathBuf,
-        /// Why not.
+        /// The reason.
         why: String,
     },
     /// An output that can't be read.
@@ -97,14 +97,15 @@ pub enum BenchError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A policy that looks at more slots than there are.
+    /// A policy that uses more slots than were recorded.
     #[error(
-        "a policy looks at {needed} slots and {recorded} are recorded: run the exhaustive job with more --samples, or replay a shorter schedule"
+        "a policy needs {needed} slots but only {recorded} are recorded: run the exhaustive job with more \
+         --samples, or replay a shorter schedule"
     )]
     TooFewSlots {
-        /// What it looks at.
+        /// Slots the policy needs.
         needed: usize,
-        /// What there is.
+        /// Slots that were recorded.
         recorded: usize,
     },
     /// The schedule does not fit the classes.

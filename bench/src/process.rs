@@ -1,4 +1,4 @@
-//! The coordinator as a process: started, watched through `/proc`, killed.
+//! Runs the coordinator as a process: starts it, watches it through `/proc`, kills it.
 
 use std::fs;
 use std::net::TcpListener;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::BenchError;
-use crate::stage::Stage;
+use crate::scenery::Scenery;
 
 /// A running coordinator; killed when dropped.
 #[derive(Debug)]
@@ -27,14 +27,14 @@ pub struct Coordinator {
 pub struct Memory {
     /// Resident now.
     pub resident: u64,
-    /// The most that was resident since the process started, or since [`Coordinator::forget_peak`].
+    /// The peak resident memory since the process started, or since [`Coordinator::forget_peak`].
     pub peak: u64,
 }
 
 /// The kernel's unit of CPU time in `/proc`, the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// A port nobody listens on.
+/// A port that nothing listens on.
 pub fn free_port() -> Result<u16, BenchError> {
     let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
     Ok(free.map_err(|error| BenchError::Answer(format!("has no port to listen on: {error}")))?.port())
@@ -42,7 +42,7 @@ pub fn free_port() -> Result<u16, BenchError> {
 
 impl Coordinator {
     /// Starts `program coordinator` over a stage.
-    pub fn start(program: &Path, stage: &Stage, preset: &str, port: u16) -> Result<Self, BenchError> {
+    pub fn start(program: &Path, stage: &Scenery, preset: &str, port: u16) -> Result<Self, BenchError> {
         let failed = |source| BenchError::Start { program: program.to_owned(), source };
         let log = fs::File::options().create(true).append(true).open(&stage.log).map_err(failed)?;
         let mut command = Command::new(program);
@@ -111,7 +111,7 @@ impl Coordinator {
         parse_memory(&status).ok_or(BenchError::Proc(path))
     }
 
-    /// Makes the peak of [`Coordinator::memory`] start anew.
+    /// Resets the peak of [`Coordinator::memory`].
     pub fn forget_peak(&self) -> Result<(), BenchError> {
         let path = self.proc("clear_refs");
         // 5 resets the high-water mark: proc_pid_clear_refs(5).
@@ -126,7 +126,7 @@ impl Drop for Coordinator {
     }
 }
 
-/// User and system time: fields 14 and 15, counted after the name in parentheses, which may hold anything.
+/// User and system time: fields 14 and 15. Fields are counted after the name in parentheses, which may contain anything.
 fn parse_cpu(stat: &str) -> Option<Duration> {
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
     let mut ticks = || fields.next()?.parse::<f64>().ok();
@@ -141,7 +141,7 @@ fn parse_memory(status: &str) -> Option<Memory> {
     Some(Memory { resident: bytes("VmRSS:")?, peak: bytes("VmHWM:")? })
 }
 
-/// The bytes of all files below a directory; files that vanish meanwhile don't count.
+/// The size of all files below a directory; files that disappear while counting are ignored.
 pub fn bytes_below(directory: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(directory) else { return 0 };
     let size = |entry: fs::DirEntry| match entry.metadata() {
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_kernel_says_is_understood() {
+    fn proc_files_are_parsed() {
         let stat = "42 (a) b) c) S 1 42 42 0 -1 4194560 9 0 0 0 250 50 0 0 20 0 1 0 5 1 1";
         assert_eq!(parse_cpu(stat), Some(Duration::from_secs(3)));
         assert_eq!(parse_cpu("42"), None);

@@ -1,6 +1,6 @@
-//! Numbers that are as good as random and always the same.
+//! Reproducible pseudorandom numbers.
 
-/// The next of a sequence: SplitMix64 (Steele, Lea & Flood, 2014).
+/// The next number of the sequence: SplitMix64 (Steele, Lea & Flood, 2014).
 pub(crate) fn mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;

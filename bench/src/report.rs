@@ -1,4 +1,4 @@
-//! What a benchmark found out.
+//! The results of the coordinator benchmark.
 
 use std::fmt;
 
@@ -6,50 +6,50 @@ use serde::Serialize;
 
 use crate::process::Memory;
 
-/// Everything, as `--json` prints it. Times in seconds, sizes in bytes, `cpu` in seconds of one core.
+/// All results, as `--json` prints them. Times in seconds, sizes in bytes, `cpu` in seconds of one core.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Images in the dataset.
     pub samples: u64,
-    /// Classes, each of one prompt.
+    /// Classes, with one prompt each.
     pub classes: u32,
     /// The schedule.
     pub preset: String,
     /// Simulated workers.
     pub workers: usize,
-    /// From nothing to the first lease.
+    /// From the start to the first lease.
     pub start: Start,
-    /// Workers at a realistic pace.
+    /// Results with workers at a realistic rate.
     pub steady: Vec<Steady>,
-    /// Workers that answer at once.
+    /// Results with workers that answer immediately.
     pub flat_out: FlatOut,
     /// After `kill -9`.
     pub restart: Start,
-    /// The predictions of committed shards, compared with what they must be.
+    /// The predictions of committed shards, compared with the expected ones.
     pub predictions: Predictions,
 }
 
-/// How long a coordinator takes to be of use.
+/// How long a coordinator takes until it is ready.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Start {
-    /// Until `job.json` is written: the images are listed and the manifest is stored. None after a restart.
+    /// Until `job.json` is written: the images are listed and the manifest is stored. `None` after a restart.
     pub manifest_seconds: Option<f64>,
-    /// Until a worker has its first block.
+    /// Until a worker gets its first block.
     pub first_lease_seconds: f64,
     /// CPU time until then.
     pub cpu_seconds: f64,
-    /// Memory then.
+    /// Memory at that time.
     pub memory: Memory,
 }
 
-/// Workers at a realistic pace.
+/// Results with workers at a realistic rate.
 #[derive(Clone, Debug, Serialize)]
 pub struct Steady {
     /// Evaluations per second of the average worker.
     pub rate: f64,
-    /// How long was measured.
+    /// Duration of the measurement.
     pub seconds: f64,
-    /// Workers that died without a word meanwhile and were replaced.
+    /// Workers that died without notice during the phase and were replaced.
     pub died: usize,
     /// The coordinator's CPU time per second and 100 workers.
     pub cpu_per_100_workers: f64,
@@ -59,9 +59,9 @@ pub struct Steady {
     pub reports_per_second: f64,
     /// Evaluations reduced per second.
     pub evaluations_per_second: f64,
-    /// Evaluations per second of a worker, over what it is able to.
+    /// Evaluations per second of a worker, divided by its capacity.
     pub busy: f64,
-    /// Units reported that were known already.
+    /// Reported units that the coordinator already had.
     pub duplicates: u64,
     /// Calls that were refused.
     pub refused: u64,
@@ -75,22 +75,22 @@ pub struct Steady {
     pub ledger_bytes: u64,
 }
 
-/// Workers that answer at once.
+/// Results with workers that answer immediately.
 #[derive(Clone, Debug, Serialize)]
 pub struct FlatOut {
-    /// How long was measured.
+    /// Duration of the measurement.
     pub seconds: f64,
     /// The coordinator's CPU time per second.
     pub cores: f64,
-    /// Units per second, each reported by a call of its own.
+    /// Units per second, with one call per unit.
     pub units_per_second: f64,
-    /// Units per second of the coordinator's CPU time: what one core could take.
+    /// Units per second of the coordinator's CPU time: the capacity of one core.
     pub units_per_cpu_second: f64,
     /// Evaluations per second of the coordinator's CPU time.
     pub evaluations_per_cpu_second: f64,
     /// For the rates of [`Report::steady`], how many workers one core could feed.
     pub feeds: Vec<Feeds>,
-    /// Units reported that were known already.
+    /// Reported units that the coordinator already had.
     pub duplicates: u64,
     /// Calls that were refused.
     pub refused: u64,
@@ -106,9 +106,9 @@ pub struct FlatOut {
     pub memory: Memory,
     /// The largest size of the ledger.
     pub ledger_peak_bytes: u64,
-    /// Its size after a pause in which it could clear up.
+    /// Its size after a pause for cleanup.
     pub ledger_settled_bytes: u64,
-    /// How long the pause was.
+    /// Duration of the pause.
     pub settle_seconds: f64,
 }
 
@@ -124,16 +124,16 @@ pub struct Feeds {
 /// Times in seconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Quantiles {
-    /// Half are shorter.
+    /// Half of the times are shorter.
     pub median: f32,
-    /// 99 % are shorter.
+    /// 99 % of the times are shorter.
     pub p99: f32,
-    /// None is longer.
+    /// The longest time.
     pub longest: f32,
 }
 
 impl Quantiles {
-    /// Of some times; all zero where there are none.
+    /// The quantiles of some times; all zero without times.
     pub fn of(mut seconds: Vec<f32>) -> Self {
         seconds.sort_by(f32::total_cmp);
         let at = |share: f64| {
@@ -147,9 +147,9 @@ impl Quantiles {
 /// The predictions of committed shards.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Predictions {
-    /// How many were looked at.
+    /// How many were checked.
     pub checked: u64,
-    /// Of these, how many name another class than the one whose errors are lowest, or rest on too many or few evaluations.
+    /// How many of them have a class other than the one with the lowest errors, or too many or too few evaluations.
     pub wrong: u64,
 }
 

@@ -1,4 +1,4 @@
-//! The phases of a benchmark: start, steady work, flat out, rest, kill and restart.
+//! The phases of the coordinator benchmark: start, steady work, flat out, rest, kill and restart.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,31 +19,31 @@ use tokio_util::sync::CancellationToken;
 
 use crate::process::{Coordinator, bytes_below, free_port};
 use crate::report::{Feeds, FlatOut, Predictions, Quantiles, Report, Start, Steady};
+use crate::scenery::Scenery;
 use crate::simulated::{Behaviour, Simulated, Tally};
-use crate::stage::Stage;
 use crate::{BenchError, oracle};
 
-/// Training timesteps of the model that is made up.
+/// Training timesteps of the simulated model.
 const TIMESTEPS: u32 = 1000;
 
-/// Workers come one after the other over a sixth of the time that is measured, which begins after another sixth.
+/// Workers join one after the other, over a sixth of the measured time. The measurement begins after another sixth.
 const JOINING: u32 = 6;
 
-/// The pause after a worker died until another takes its place.
+/// The pause between a worker's death and its replacement.
 const REPLACED_AFTER: Duration = Duration::from_secs(5);
 
-/// Workers that take ten times as long as they said, one in so many.
+/// One in this many workers takes ten times as long as it announced.
 const STRAGGLERS: usize = 50;
 
-/// Workers that die some time during a phase, one in so many.
+/// One in this many workers dies during a phase.
 const MORTALS: usize = 20;
 
-/// What is measured.
+/// What to measure.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct CoordinatorBenchOptions {
     /// The `elbo` program.
     pub program: PathBuf,
-    /// Where files go; a temporary directory where absent.
+    /// Directory for the files; a temporary one if `None`.
     pub dir: Option<PathBuf>,
     /// Images.
     pub samples: u64,
@@ -53,30 +53,30 @@ pub struct Options {
     pub preset: Preset,
     /// Simulated workers.
     pub workers: usize,
-    /// Evaluations per second of the average worker, a phase for each.
+    /// Evaluations per second of the average worker, with one phase per value.
     pub rates: Vec<f64>,
     /// How long each phase of steady work is measured.
     pub seconds: Duration,
-    /// Shards to be committed flat out, in at most ten times as long.
+    /// Shards to commit in the flat-out phase, within ten times `seconds`.
     pub shards: u64,
-    /// How long the ledger rests before its size is looked at.
+    /// How long to wait before the ledger's size is measured.
     pub settle: Duration,
 }
 
-/// Carries a benchmark out; `note` is told what is going on.
-pub async fn run(options: &Options, note: impl Fn(&str)) -> Result<Report, BenchError> {
+/// Runs a benchmark; `note` receives progress messages.
+pub async fn run(options: &CoordinatorBenchOptions, note: impl Fn(&str)) -> Result<Report, BenchError> {
     let temporary = match options.dir {
         Some(_) => None,
-        None => Some(tempfile::tempdir().map_err(|source| BenchError::Stage {
+        None => Some(tempfile::tempdir().map_err(|source| BenchError::Scenery {
             action: "creating",
             path: std::env::temp_dir(),
             source,
         })?),
     };
     let dir = options.dir.clone().or_else(|| temporary.as_ref().map(|d| d.path().to_owned())).unwrap_or_default();
-    let Options { samples, classes, .. } = *options;
+    let CoordinatorBenchOptions { samples, classes, .. } = *options;
     note(&format!("making {samples} empty images in {}", dir.display()));
-    let stage = tokio::task::spawn_blocking(move || Stage::make(&dir, samples, classes))
+    let stage = tokio::task::spawn_blocking(move || Scenery::make(&dir, samples, classes))
         .await
         .map_err(|error| BenchError::Answer(format!("was not reached: {error}")))??;
     let bench = Bench { options, stage, workers: AtomicU64::new(0) };
@@ -109,9 +109,9 @@ pub async fn run(options: &Options, note: impl Fn(&str)) -> Result<Report, Bench
 }
 
 struct Bench<'a> {
-    options: &'a Options,
-    stage: Stage,
-    /// Workers so far: their names differ.
+    options: &'a CoordinatorBenchOptions,
+    stage: Scenery,
+    /// Workers so far, to give each a different name.
     workers: AtomicU64,
 }
 
@@ -125,7 +125,7 @@ impl Bench<'_> {
         Ok(Simulated::new(address, name, behaviour, Arc::clone(tally))?)
     }
 
-    /// A coordinator listens from the beginning and answers once it has its job.
+    /// Measures the time to the first lease. A coordinator listens from the beginning, but answers once it has its job.
     async fn until_first_lease(&self, coordinator: &mut Coordinator) -> Result<Start, BenchError> {
         let idle = Behaviour { rate: 1.0, slowness: 1.0, dies_after: None };
         let probe = self.worker(&coordinator.address, idle, &Arc::default())?;
@@ -154,7 +154,7 @@ impl Bench<'_> {
         })
     }
 
-    /// Workers of a rate that differ, come late, straggle, die and are replaced.
+    /// Runs workers around a rate: they differ, join late, straggle, die and are replaced.
     async fn steady(&self, coordinator: &mut Coordinator, rate: f64) -> Result<Steady, BenchError> {
         let (tally, stop) = (Arc::new(Tally::default()), CancellationToken::new());
         let count = self.options.workers;
@@ -163,7 +163,7 @@ impl Bench<'_> {
         let mut crew = JoinSet::new();
         let mut able = 0.0;
         for i in 0..count {
-            // Evenly spread from half to one and a half of the rate.
+            // Evenly spread from 0.5 to 1.5 times the rate.
             let own = rate * (0.5 + i as f64 / count as f64);
             let slowness = if i % STRAGGLERS == STRAGGLERS / 2 { 10.0 } else { 1.0 };
             able += own / slowness;
@@ -173,7 +173,7 @@ impl Bench<'_> {
             let successor = Behaviour { dies_after: None, ..behaviour };
             let worker = self.worker(&coordinator.address, behaviour, &tally)?;
             let successor = self.worker(&coordinator.address, successor, &tally)?;
-            // Neighbours in rate don't come together.
+            // Workers with similar rates don't join at the same time.
             let delay = joining.mul_f64((i * 7919 % count.max(1)) as f64 / count as f64);
             let stop = stop.clone();
             crew.spawn(async move {
@@ -218,7 +218,7 @@ impl Bench<'_> {
         })
     }
 
-    /// Workers that answer at once, and then a rest.
+    /// Runs workers that answer immediately, and then waits.
     async fn flat_out(&self, coordinator: &mut Coordinator) -> Result<FlatOut, BenchError> {
         let (tally, stop) = (Arc::new(Tally::default()), CancellationToken::new());
         let rate = self.options.rates.iter().copied().fold(1.0, f64::max);
@@ -271,13 +271,13 @@ impl Bench<'_> {
         })
     }
 
-    /// Compares the predictions of committed shards with what they must be.
+    /// Compares the predictions of committed shards with the expected ones.
     fn check(&self) -> Result<Predictions, BenchError> {
         let (classes, planned) = (self.options.classes, planned(self.options.preset, self.options.classes)?);
         let mut found = Predictions::default();
         let Ok(files) = std::fs::read_dir(self.stage.out.join("predictions")) else { return Ok(found) };
         for file in files.flatten() {
-            let read = |source| BenchError::Stage { action: "reading", path: file.path(), source };
+            let read = |source| BenchError::Scenery { action: "reading", path: file.path(), source };
             for row in decode_predictions(Bytes::from(std::fs::read(file.path()).map_err(read)?))? {
                 let class = row.labelled().map(|labelled| labelled.class.0);
                 let expected = oracle::winner(row.sample, classes).map(|prompt| prompt as i32);
@@ -289,7 +289,7 @@ impl Bench<'_> {
     }
 }
 
-/// Evaluations of an image.
+/// Evaluations per image.
 pub(crate) fn planned(preset: Preset, classes: u32) -> Result<u64, BenchError> {
     let contenders = Contenders::prompts(classes as usize);
     let course = Course::new(&preset.policy(), None, TIMESTEPS, Some(&contenders))?;
@@ -311,7 +311,7 @@ pub(crate) fn unanswered(error: CallError) -> BenchError {
     }
 }
 
-/// What a tally holds at one moment.
+/// A snapshot of a tally.
 #[derive(Clone, Copy, Debug)]
 struct Counts {
     leases: u64,

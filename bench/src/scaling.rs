@@ -1,5 +1,5 @@
-//! How a job's time falls with the number of workers, and what a worker's or the coordinator's death costs: the real coordinator
-//! under simulated workers whose evaluations all take the same time.
+//! Measures how a job's time depends on the number of workers, and the cost of killed workers or a killed coordinator: the
+//! real coordinator with simulated workers whose evaluations all take the same time.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,30 +15,30 @@ use tokio_util::sync::CancellationToken;
 use crate::BenchError;
 use crate::process::{Coordinator, free_port};
 use crate::run::{planned, unanswered};
+use crate::scenery::Scenery;
 use crate::simulated::{Behaviour, Simulated, Tally};
-use crate::stage::Stage;
 
-/// The job: 2,050 evaluations an image.
+/// The job: 2,050 evaluations per image.
 const PRESET: Preset = Preset::Pets;
 const CLASSES: u32 = 37;
 
-/// The pause after a worker died until another takes its place.
+/// The pause between a worker's death and its replacement.
 const REPLACED_AFTER: Duration = Duration::from_secs(5);
 
-/// What is measured.
+/// What to measure.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ScalingBenchOptions {
     /// The `elbo` program.
     pub program: PathBuf,
-    /// Where files go.
+    /// Directory for the files.
     pub dir: PathBuf,
-    /// Numbers of workers, one run for each.
+    /// Numbers of workers, with one run each.
     pub workers: Vec<usize>,
     /// Evaluations per second of a worker.
     pub rate: f64,
-    /// How long the most workers should take.
+    /// How long the run with the most workers should take, in seconds.
     pub seconds: f64,
-    /// Workers that die in a run of its own.
+    /// Workers that die, in a separate run.
     pub deaths: usize,
 }
 
@@ -49,13 +49,13 @@ pub struct Run {
     pub workers: usize,
     /// From the workers' start to the coordinator's end.
     pub seconds: f64,
-    /// Evaluations over what the workers could do in that time.
+    /// Evaluations divided by the workers' capacity in that time.
     pub efficiency: f64,
     /// Units that were reported twice.
     pub duplicates: u64,
 }
 
-/// What was found out.
+/// The results.
 #[derive(Clone, Debug, Serialize)]
 pub struct Scaling {
     /// Images.
@@ -64,25 +64,25 @@ pub struct Scaling {
     pub evaluations: u64,
     /// Evaluations per second of a worker.
     pub rate: f64,
-    /// Undisturbed.
+    /// The undisturbed runs.
     pub runs: Vec<Run>,
-    /// With workers that died without a word and were replaced after [`Scaling::replaced_after`].
+    /// The run with workers that died without notice and were replaced after [`Scaling::replaced_after`].
     pub deaths: Run,
-    /// How many.
+    /// How many workers died.
     pub died: usize,
-    /// The pause until a dead worker's successor.
+    /// The pause before a dead worker is replaced, in seconds.
     pub replaced_after: f64,
-    /// Seconds of one worker that a death has cost, the pause included.
+    /// Seconds of one worker that each death cost, including the pause.
     pub lost_per_death: f64,
-    /// With a coordinator that was killed in the middle and started again at once.
+    /// The run with a coordinator that was killed in the middle and restarted immediately.
     pub restart: Run,
-    /// From its death until a worker that had nothing got a block.
+    /// Seconds from its death until a worker without work got a block.
     pub first_lease_seconds: f64,
-    /// Seconds the job took longer for it.
+    /// How many seconds longer the job took because of it.
     pub lost_by_restart: f64,
 }
 
-/// What happens in a run.
+/// The faults in a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
     None,
@@ -90,8 +90,8 @@ enum Trouble {
     Restart,
 }
 
-/// Carries the runs out; `note` is told what is going on.
-pub async fn run(options: &Options, note: impl Fn(&str)) -> Result<Scaling, BenchError> {
+/// Runs the benchmark; `note` receives progress messages.
+pub async fn run(options: &ScalingBenchOptions, note: impl Fn(&str)) -> Result<Scaling, BenchError> {
     let most = options.workers.iter().copied().max().unwrap_or(1);
     let each = planned(PRESET, CLASSES)?;
     let samples = ((most as f64 * options.rate * options.seconds / each as f64) as u64).max(1);
@@ -122,10 +122,10 @@ pub async fn run(options: &Options, note: impl Fn(&str)) -> Result<Scaling, Benc
 }
 
 struct Bench<'a> {
-    options: &'a Options,
+    options: &'a ScalingBenchOptions,
     samples: u64,
     evaluations: u64,
-    /// Workers so far: their names differ.
+    /// Workers so far, to give each a different name.
     names: AtomicU64,
 }
 
@@ -136,22 +136,22 @@ impl Bench<'_> {
         Ok(Simulated::new(address, name, behaviour, Arc::clone(tally))?)
     }
 
-    /// One run of the job, and after a restart the time to the first lease.
+    /// Runs the job once. After a restart, also returns the time to the first lease.
     async fn run(&self, workers: usize, trouble: Trouble) -> Result<(Run, Option<f64>), BenchError> {
         let (dir, samples) = (self.options.dir.clone(), self.samples);
-        let stage = tokio::task::spawn_blocking(move || Stage::make(&dir, samples, CLASSES))
+        let stage = tokio::task::spawn_blocking(move || Scenery::make(&dir, samples, CLASSES))
             .await
             .map_err(|error| BenchError::Answer(format!("was not reached: {error}")))??;
         let port = free_port()?;
         let start = || Coordinator::start(&self.options.program, &stage, PRESET.name(), port);
         let mut coordinator = start()?;
-        // What it takes to list the images is no matter of workers.
+        // Wait for the first lease: the time to list the images does not depend on the workers.
         self.worker(&coordinator.address, None, &Arc::default())?.first_lease().await.map_err(unanswered)?;
         let (tally, started) = (Arc::new(Tally::default()), Instant::now());
         let mut crew = JoinSet::new();
         for number in 0..workers {
             let dies_after = match trouble {
-                // One after the other, in the first two thirds of the time.
+                // The workers die one after the other, in the first two thirds of the time.
                 Trouble::Deaths(deaths) if number < deaths => {
                     let share = (number + 1) as f64 / (deaths + 1) as f64;
                     Some(Duration::from_secs_f64(self.options.seconds * share * 2.0 / 3.0))

@@ -1,4 +1,4 @@
-//! A worker without a model: it leases, waits as long as the evaluations would take, and reports what the oracle says.
+//! A worker without a model: it leases, waits as long as the evaluations would take, and reports the oracle's errors.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,27 +17,27 @@ use tokio_util::sync::CancellationToken;
 
 use crate::oracle;
 
-/// Blocks a worker holds, as the real one does: one being computed, one waiting.
+/// Blocks that a worker holds, like a real one: one being computed, one waiting.
 const BLOCKS: usize = 2;
 
-/// Results are gathered this long, as the real worker does.
+/// How long results are gathered, as in the real worker.
 const GATHER: Duration = Duration::from_millis(500);
 
-/// Reports of a worker that answers at once which are under way together.
+/// Concurrent reports of a worker that answers immediately.
 const REPORTS: usize = 8;
 
 /// How a worker behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Behaviour {
-    /// Evaluations per second it says it does.
+    /// Evaluations per second that it announces.
     pub rate: f64,
-    /// How many times longer it takes than it says; 0 for one that answers at once, a unit to a report.
+    /// How many times longer it takes than announced; 0 for a worker that answers immediately, with one unit per report.
     pub slowness: f64,
-    /// When it dies without a word.
+    /// When it dies without notice.
     pub dies_after: Option<Duration>,
 }
 
-/// What all workers of a phase have seen.
+/// The counts of all workers of a phase.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Blocks leased.
@@ -46,7 +46,7 @@ pub struct Tally {
     pub reports: AtomicU64,
     /// Units that were new to the coordinator.
     pub units: AtomicU64,
-    /// Units that it knew already.
+    /// Units that the coordinator already had.
     pub duplicates: AtomicU64,
     /// Evaluations acknowledged.
     pub evaluations: AtomicU64,
@@ -61,12 +61,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Tally {
-    /// How long workers waited for a block, in seconds; forgotten once taken.
+    /// Takes the times that workers waited for a block, in seconds.
     pub fn take_lease_seconds(&self) -> Vec<f32> {
         std::mem::take(&mut lock(&self.lease_seconds))
     }
 
-    /// How long reports took to be acknowledged, likewise.
+    /// Takes the times until reports were acknowledged, in seconds.
     pub fn take_report_seconds(&self) -> Vec<f32> {
         std::mem::take(&mut lock(&self.report_seconds))
     }
@@ -88,7 +88,7 @@ impl Simulated {
         Ok(Self { client, behaviour, tally, held: Held::default() })
     }
 
-    /// Works until `stop`, after which it takes leave; `false` if it died before that.
+    /// Works until `stop` is cancelled, then leaves; `false` if it died before that.
     pub async fn run(self, stop: CancellationToken) -> bool {
         let Ok(joined) = self.join().await else { return false };
         let heartbeat = Duration::from_millis(u64::from(joined.heartbeat_ms.max(50)));
@@ -130,7 +130,7 @@ impl Simulated {
 
     async fn lease(&self, blocks: mpsc::Sender<(v1::Block, OwnedSemaphorePermit)>) {
         let places = Arc::new(Semaphore::new(BLOCKS));
-        // As long as it has not finished a block, a real worker does not know its rate.
+        // A real worker does not know its rate until it has finished a block.
         let known = self.behaviour.slowness == 0.0;
         let mut leased = 0;
         while let Ok(place) = Arc::clone(&places).acquire_owned().await {
@@ -159,7 +159,7 @@ impl Simulated {
 
     async fn compute(&self, mut blocks: mpsc::Receiver<(v1::Block, OwnedSemaphorePermit)>) {
         let at_once = self.behaviour.slowness == 0.0;
-        // Dropped with the worker: the reports of the dead are not delivered.
+        // Dropped with the worker: a dead worker's reports are not delivered.
         let mut reports = JoinSet::new();
         let mut clock = Instant::now();
         while let Some((block, place)) = blocks.recv().await {
@@ -230,7 +230,7 @@ impl Simulated {
         self.held.acknowledge(key, &report);
     }
 
-    /// Waits for one block, hands it back, and leaves; how long until it was granted.
+    /// Waits for one block, returns it and leaves. Returns how long the block took.
     pub async fn first_lease(&self) -> Result<Duration, CallError> {
         let asked = Instant::now();
         self.join().await?;

@@ -1,4 +1,4 @@
-//! Who may talk to whom: the token, and TLS.
+//! Access control: the token and TLS.
 
 use std::path::{Path, PathBuf};
 
@@ -8,43 +8,44 @@ use elbo_net::{ClientTls, ServerTls};
 
 use crate::failure::usage;
 
-/// The shared secret of a coordinator and its workers. It is never an argument: those are seen by all of a machine.
+/// The shared secret of a coordinator and its workers. It is never a command-line argument, since every user of a machine can
+/// see those.
 #[derive(Clone, Debug, Args)]
 struct TokenArgs {
-    /// File with the token workers must bring (or set ELBO_TOKEN)
+    /// File with the token that workers must send (or set ELBO_TOKEN)
     #[arg(long, env = "ELBO_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
-/// The certificate of one end.
+/// The certificate of this process.
 #[derive(Clone, Debug, Args)]
 struct CertArgs {
-    /// Certificate to show, PEM, with those between it and its authority
+    /// PEM file with this process's certificate, followed by any intermediate certificates
     #[arg(long, env = "ELBO_TLS_CERT", value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
-    /// Key of --tls-cert, PEM
+    /// PEM file with the key of --tls-cert
     #[arg(long, env = "ELBO_TLS_KEY", value_name = "FILE", requires = "tls_cert", hide_env_values = true)]
     tls_key: Option<PathBuf>,
 }
 
-/// What a coordinator asks of those who call.
+/// What a coordinator requires of its callers.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct GateArgs {
     #[command(flatten)]
     token: TokenArgs,
     #[command(flatten)]
     cert: CertArgs,
-    /// Serve only workers that show a certificate of this authority (mutual TLS), PEM
+    /// PEM file with a certificate authority; serve only workers with a certificate it signed (mutual TLS)
     #[arg(long, env = "ELBO_TLS_CLIENT_CA", value_name = "FILE", requires = "tls_cert")]
     tls_client_ca: Option<PathBuf>,
 }
 
-/// What a worker, or who asks for the status, brings.
+/// Credentials of a worker or a status request.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CallerArgs {
     #[command(flatten)]
     token: TokenArgs,
-    /// Authority that has signed the certificate of an https:// coordinator, PEM [default: those this system trusts]
+    /// PEM file with the certificate authority of an https:// coordinator [default: the authorities this system trusts]
     #[arg(long, env = "ELBO_TLS_CA", value_name = "FILE")]
     tls_ca: Option<PathBuf>,
     #[command(flatten)]
@@ -75,7 +76,8 @@ impl TokenArgs {
         }
         if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(usage(
-                "the token holds blanks or characters that can't be sent: use one line of printable ASCII, as of `openssl rand -hex 32`",
+                "the token has spaces or characters that can't be sent: use one line of printable ASCII, like the \
+                 output of `openssl rand -hex 32`",
             ));
         }
         Ok(Some(token))
@@ -93,7 +95,8 @@ impl CertArgs {
     }
 }
 
-/// Warns of a secret that others than its owner can read. That is no error: who mounts secrets can't always choose.
+/// Warns about a secret that other users can read. This is not an error, because mounted secrets don't always allow another
+/// mode.
 fn warn_of_readers(what: &str, path: &Path) {
     if let Some(mode) = readable_by_others(path) {
         tracing::warn!(
@@ -103,12 +106,12 @@ fn warn_of_readers(what: &str, path: &Path) {
     }
 }
 
-/// The mode of a file that others can read.
+/// The mode of a file, if other users can read it.
 #[cfg(unix)]
 fn readable_by_others(path: &Path) -> Option<u32> {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).ok()?;
-    // A file of somebody else, as in a volume of Kubernetes with an fsGroup, is given to this process by way of its group.
+    // If another user owns the file, as in a Kubernetes volume with an fsGroup, this process has access through its group.
     let is_given = std::fs::metadata("/proc/self").is_ok_and(|this| this.uid() != metadata.uid());
     let others = if is_given { 0o004 } else { 0o044 };
     let mode = metadata.mode() & 0o7777;
@@ -121,12 +124,12 @@ fn readable_by_others(_: &Path) -> Option<u32> {
 }
 
 impl GateArgs {
-    /// The token callers must bring.
+    /// The token that callers must send.
     pub(crate) fn token(&self) -> anyhow::Result<Option<String>> {
         self.token.read()
     }
 
-    /// How TLS is served, if it is.
+    /// The server's TLS settings, if it uses TLS.
     pub(crate) fn tls(&self) -> anyhow::Result<Option<ServerTls>> {
         let pair = self.cert.pair();
         Ok(pair.map(|(cert, key)| ServerTls::read(cert, key, self.tls_client_ca.as_deref())).transpose()?)
@@ -134,20 +137,20 @@ impl GateArgs {
 }
 
 impl CallerArgs {
-    /// The token to bring.
+    /// The token to send.
     pub(crate) fn token(&self) -> anyhow::Result<Option<String>> {
         self.token.read()
     }
 
-    /// How TLS is spoken with the coordinator at `url`; `None` where it is not.
+    /// The client's TLS settings for the coordinator at `url`; `None` without TLS.
     pub(crate) fn tls(&self, url: &str) -> anyhow::Result<Option<ClientTls>> {
         let own = self.cert.pair();
         if url.starts_with("https://") {
             return Ok(Some(ClientTls::read(self.tls_ca.as_deref(), own)?));
         }
-        // Who gives a certificate or an authority counts on being protected.
+        // A user who gives a certificate or an authority expects TLS.
         if self.tls_ca.is_some() || own.is_some() {
-            return Err(usage(format!("--tls-* flags need TLS, which {url} does not ask for: use https://")));
+            return Err(usage(format!("--tls-* flags need TLS, but {url} does not use it: use https://")));
         }
         Ok(None)
     }
@@ -160,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_that_others_can_read_is_told() {
+    fn secrets_that_other_users_can_read_are_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mode = |mode| {
             std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();

@@ -26,7 +26,7 @@ pub(crate) struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub(crate) command: Command,
-    /// How logs are written; ELBO_LOG says which (like elbo=debug,info)
+    /// Log format; ELBO_LOG sets what is logged (like elbo=debug,info)
     #[arg(long, global = true, value_enum, env = "ELBO_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
     pub(crate) log: LogFormat,
 }
@@ -40,19 +40,19 @@ pub(crate) enum Command {
     Label(Box<LabelArgs>),
     /// Coordinate a job for workers on other machines
     Coordinator(Box<CoordinatorArgs>),
-    /// Work for a coordinator
+    /// Compute for a coordinator
     Worker(WorkerArgs),
-    /// Show how far a running or finished job is
+    /// Show the progress of a running or finished job
     Status(StatusArgs),
     /// Summarise a job's results: accuracy, confusion, uncertain and quarantined samples
     Report(OutputArgs),
-    /// Check that every sample is exactly once in the predictions
+    /// Check that the predictions contain every sample exactly once
     Verify(OutputArgs),
-    /// Write the predictions as CSV, or as JSON beside the images (WebDataset)
+    /// Write the predictions as CSV, or as one JSON file per image (WebDataset)
     Export(ExportArgs),
-    /// Count what a job would evaluate, without running it
+    /// Count a job's evaluations without running it
     Plan(Box<PlanArgs>),
-    /// Show what a model is, what it needs, and what would make it fail
+    /// Show a model's family, size and memory needs, and any problems with it
     Inspect(InspectArgs),
     /// Measure parts of the system on this machine
     Bench(BenchArgs),
@@ -68,23 +68,23 @@ impl Command {
 /// Where to compute.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DeviceArgs {
-    /// Devices to compute on, an engine for each: cpu, cuda (every GPU), cuda:0,1, or several as in cpu,cpu [default: cpu]
+    /// Devices to compute on, with one engine each: cpu, cuda (every GPU), cuda:0,1, or a list like cpu,cpu [default: cpu]
     #[arg(long, env = "ELBO_DEVICE")]
     pub(crate) device: Option<String>,
     /// CPU threads of each engine [default: all cores, divided among the engines]
     #[arg(long, env = "ELBO_THREADS")]
     pub(crate) threads: Option<NonZeroUsize>,
-    /// Evaluations in a batch [default: found by measuring]
+    /// Evaluations per batch [default: measured]
     #[arg(long, env = "ELBO_BATCH")]
     pub(crate) batch: Option<NonZeroUsize>,
-    /// Memory of this process for images that are read and decoded ahead, like 512MiB; one that takes more is decoded alone
-    /// [default: 2GiB]
+    /// Memory for images that this process reads and decodes ahead, like 512MiB; a larger image is decoded alone [default:
+    /// 2GiB]
     #[arg(long, env = "ELBO_DECODE_MEMORY", value_name = "SIZE")]
     pub(crate) decode_memory: Option<ByteSize>,
 }
 
 impl DeviceArgs {
-    /// These flags, with what they leave open taken from a job file.
+    /// These flags, with missing values taken from a job file.
     pub(crate) fn over(self, file: &JobArgs) -> Self {
         let Self { device, threads, batch, decode_memory } = self;
         Self {
@@ -95,40 +95,40 @@ impl DeviceArgs {
         }
     }
 
-    /// Bytes that images which are read ahead may take.
+    /// Memory for images that are read ahead, in bytes.
     pub(crate) fn decode_bytes(&self) -> u64 {
         self.decode_memory.map_or(Memory::DEFAULT, |size| size.0)
     }
 }
 
 impl RunArgs {
-    /// How many bad samples are borne.
+    /// How many samples may be quarantined before the job fails.
     pub(crate) fn max_bad(&self) -> MaxBad {
         self.max_bad.unwrap_or(MaxBad::Percent(10.0))
     }
 
-    /// These flags, with what they leave open taken from a job file.
+    /// These flags, with missing values taken from a job file.
     pub(crate) fn over(self, file: &JobArgs) -> Self {
         Self { max_bad: self.max_bad.or(file.max_bad), progress: self.progress.or(file.progress), ..self }
     }
 }
 
-/// How a job is run; changes no result.
+/// How a job is run. These flags don't change results.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Discard what an earlier job left in --out
+    /// Discard the results of an earlier job in --out
     #[arg(long, conflicts_with = "resume")]
     pub(crate) fresh: bool,
     /// Resume the job in --out (the default)
     #[arg(long)]
     pub(crate) resume: bool,
-    /// Give the images that an earlier run quarantined another try, after their cause was mended
+    /// Retry the images that an earlier run quarantined, after you have fixed the cause
     #[arg(long, conflicts_with = "fresh")]
     pub(crate) retry_quarantined: bool,
-    /// Compute shards again whose files `elbo verify` calls damaged, by number or file name: 12 or shard-00012.parquet
+    /// Recompute shards that `elbo verify` reports as damaged, by number or file name: 12 or shard-00012.parquet
     #[arg(long, value_name = "SHARD", value_delimiter = ',', value_parser = shard, conflicts_with = "fresh")]
     pub(crate) recompute: Vec<ShardId>,
-    /// Quarantined samples to bear before the job is ended: a number or a share like 5% [default: 10%]
+    /// Fail the job if more samples than this are quarantined: a number or a share like 5% [default: 10%]
     #[arg(long, env = "ELBO_MAX_BAD")]
     pub(crate) max_bad: Option<MaxBad>,
     /// How to show progress [default: auto]
@@ -136,7 +136,7 @@ pub(crate) struct RunArgs {
     pub(crate) progress: Option<ProgressMode>,
 }
 
-/// A shard as people and `elbo verify` name it.
+/// Parses a shard number, or a file name as `elbo verify` prints it.
 fn shard(text: &str) -> Result<ShardId, String> {
     let name = text.rsplit('/').next().unwrap_or(text);
     let name = name.strip_suffix(".parquet").unwrap_or(name);
@@ -169,13 +169,13 @@ pub(crate) struct LabelArgs {
     /// The job.
     #[command(flatten)]
     pub(crate) job: JobSource,
-    /// Where results go: a directory or a URL like s3://bucket/prefix
+    /// Output: a directory or a URL like s3://bucket/prefix
     #[arg(long, env = "ELBO_OUT")]
     pub(crate) out: Option<String>,
     /// Embedded workers [default: one per device]
     #[arg(long, env = "ELBO_WORKERS")]
     pub(crate) workers: Option<NonZeroUsize>,
-    /// What operators are told.
+    /// The HTTP server for operators.
     #[command(flatten)]
     pub(crate) http: HttpArgs,
     /// Where to compute.
@@ -186,14 +186,15 @@ pub(crate) struct LabelArgs {
     pub(crate) run: RunArgs,
 }
 
-/// The HTTP side of a process.
+/// The HTTP server of a process.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct HttpArgs {
-    /// Address for /livez, /readyz, /metrics (Prometheus), /status (JSON) and a page at /, like 0.0.0.0:7601. They only
-    /// read, need no token and show no secrets, but names of workers and hosts
+    /// Address of the HTTP server, like 0.0.0.0:7601: /livez, /readyz, /metrics (Prometheus), /status (JSON) and a page at /.
+    /// These are read-only and need no token; they show names of workers and hosts, but no secrets
     #[arg(long, env = "ELBO_HTTP", value_name = "ADDR")]
     pub(crate) http: Option<SocketAddr>,
-    /// Names that --http answers to beside addresses, localhost and this host's name: of a service, or behind a proxy
+    /// Additional host names that --http accepts, such as a service's or a proxy's; IP addresses, localhost and this host's
+    /// name are always accepted
     #[arg(long, env = "ELBO_HTTP_HOST", value_name = "NAME,NAME", value_delimiter = ',')]
     pub(crate) http_host: Vec<String>,
 }
@@ -204,22 +205,22 @@ pub(crate) struct CoordinatorArgs {
     /// The job.
     #[command(flatten)]
     pub(crate) job: JobSource,
-    /// Where results go: a directory or a URL like s3://bucket/prefix
+    /// Output: a directory or a URL like s3://bucket/prefix
     #[arg(long, env = "ELBO_OUT")]
     pub(crate) out: Option<String>,
     /// Address to listen on
     #[arg(long, env = "ELBO_LISTEN", default_value = "127.0.0.1:7600")]
     pub(crate) listen: SocketAddr,
-    /// Listen beyond this machine without a token
+    /// Allow listening beyond this machine without a token
     #[arg(long)]
     pub(crate) insecure: bool,
-    /// Seconds without a sign of life after which a worker's leases go to others
+    /// Seconds after which a silent worker loses its leases
     #[arg(long, env = "ELBO_LEASE_SECONDS", default_value = "30")]
     pub(crate) lease_seconds: f64,
-    /// Who may take part.
+    /// Who may connect.
     #[command(flatten)]
     pub(crate) gate: GateArgs,
-    /// What operators are told.
+    /// The HTTP server for operators.
     #[command(flatten)]
     pub(crate) http: HttpArgs,
     /// How to run.
@@ -233,19 +234,19 @@ pub(crate) struct WorkerArgs {
     /// The coordinator's URL
     #[arg(long, env = "ELBO_COORDINATOR")]
     pub(crate) coordinator: String,
-    /// The model for this machine, if it is not where the job says: as for `elbo label`
+    /// The model on this machine, if it is not at the job's path; takes the same values as for `elbo label`
     #[arg(long, env = "ELBO_MODEL")]
     pub(crate) model: Option<String>,
-    /// Seconds to wait for a coordinator that can't be reached
+    /// Seconds to wait for an unreachable coordinator
     #[arg(long, env = "ELBO_PATIENCE", default_value = "600")]
     pub(crate) patience: u64,
-    /// Seconds to finish and report what is being computed, once told to stop (SIGTERM, SIGINT)
+    /// Seconds to finish and report the current computation after SIGTERM or SIGINT
     #[arg(long, env = "ELBO_GRACE", default_value = "25")]
     pub(crate) grace: f64,
-    /// How it is let in.
+    /// Credentials for the coordinator.
     #[command(flatten)]
     pub(crate) caller: CallerArgs,
-    /// What operators are told.
+    /// The HTTP server for operators.
     #[command(flatten)]
     pub(crate) http: HttpArgs,
     /// Where to compute.
@@ -256,12 +257,12 @@ pub(crate) struct WorkerArgs {
 /// `elbo status`.
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {
-    /// A running coordinator's URL (http://host:7600 or https://host:7600), or an output
+    /// The URL of a running coordinator (http://host:7600 or https://host:7600), or a job's output
     pub(crate) target: String,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
-    /// How it is let in.
+    /// Credentials for the coordinator.
     #[command(flatten)]
     pub(crate) caller: CallerArgs,
 }
@@ -281,22 +282,23 @@ pub(crate) struct OutputArgs {
 pub(crate) struct ExportArgs {
     /// A job's output: a directory or a URL
     pub(crate) out: String,
-    /// csv: one file, a line per image. json: for every image KEY.ext a file KEY.json below --to; for images in a tar, a tar of
-    /// the same name with a member KEY.json for each, in the same order
+    /// csv: one file with a line per image. json: a file KEY.json below --to for every image KEY.ext; for images in a tar, a
+    /// tar of the same name with a member KEY.json for each image, in the same order
     #[arg(long, value_enum)]
     pub(crate) format: ExportFormat,
-    /// Where to: a file for csv, a directory for json; or a URL like s3://bucket/labels.csv
+    /// Destination: a file for csv, a directory for json, or a URL like s3://bucket/labels.csv
     #[arg(long, value_name = "DEST")]
     pub(crate) to: String,
-    /// Best classes to name, with their mean errors (csv: columns class_1, error_1, ...) [default: csv 5, json all]
+    /// How many of the best classes to write, with their mean errors (csv: columns class_1, error_1, ...) [default: csv 5,
+    /// json all]
     #[arg(long, value_name = "K")]
     pub(crate) scores: Option<usize>,
-    /// Replace files that are there; without it, nothing is written where one of them is
+    /// Replace existing files; without this flag, nothing is written if one of them exists
     #[arg(long)]
     pub(crate) force: bool,
 }
 
-/// What predictions are exported as.
+/// Format of exported predictions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum ExportFormat {
     /// One file
@@ -311,7 +313,7 @@ pub(crate) struct PlanArgs {
     /// The job.
     #[command(flatten)]
     pub(crate) job: JobSource,
-    /// Evaluations per second of the devices together, for the time it will take
+    /// Evaluations per second of all devices together, to estimate the time
     #[arg(long)]
     pub(crate) rate: Option<f64>,
     /// Print one JSON object
@@ -341,58 +343,59 @@ pub(crate) struct BenchArgs {
 /// What can be measured.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
-    /// The coordinator, over generated images and with simulated workers: listing, CPU time, memory, ledger, restart
+    /// The coordinator with generated images and simulated workers: listing, CPU time, memory, ledger, restart
     Coordinator(BenchCoordinatorArgs),
-    /// A worker's network: evaluations per second, share of the device's matrix products, where the time goes, beside PyTorch
+    /// A worker's network: evaluations per second, share of the device's matrix product rate, time per operation, compared
+    /// with PyTorch
     Engine(BenchEngineArgs),
-    /// What policies make of the errors of an exhaustive job, or of drawn ones: accuracy, evaluations, agreement
+    /// Policies on the errors of an exhaustive job, or on random errors: accuracy, evaluations, agreement
     Policy(BenchPolicyArgs),
-    /// How a job's time falls with the number of simulated workers, and what deaths of workers and coordinator cost
+    /// How a job's time depends on the number of simulated workers, and the cost of killed workers and coordinators
     Scaling(BenchScalingArgs),
 }
 
 /// `elbo bench engine`.
 #[derive(Debug, Args)]
 pub(crate) struct BenchEngineArgs {
-    /// Network: digits, sd15, sd2-base, sdxl, sd3-m, dit-xl-2, or a model directory, whose configuration alone is read
+    /// Network: digits, sd15, sd2-base, sdxl, sd3-m, dit-xl-2, or a model directory, of which only the configuration is read
     #[arg(long, default_value = "sd2-base")]
     pub(crate) model: Subject,
-    /// Evaluations at a time, a measurement for each; on the CPU they are divided among the threads
+    /// Evaluations per batch; each value is measured. On the CPU a batch is divided among the threads
     #[arg(long, value_delimiter = ',', default_value = "2")]
     pub(crate) batch: Vec<NonZeroUsize>,
-    /// Prompts of every noisy latent; with more than one, what they share is computed once, as in a job
+    /// Prompts per noisy latent; with more than one, shared parts are computed once, as in a job
     #[arg(long, default_value = "1")]
     pub(crate) prompts: NonZeroUsize,
-    /// Type to compute in: f32, f16 or bf16
+    /// Element type: f32, f16 or bf16
     #[arg(long, default_value = "f32")]
     pub(crate) dtype: ModelDtype,
-    /// What to compute on: cpu or cuda:N
+    /// Device to compute on: cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     pub(crate) device: Devices,
     /// CPU threads [default: all cores]
     #[arg(long)]
     pub(crate) threads: Option<NonZeroUsize>,
-    /// Side of the latents [default: the configuration's]
+    /// Height and width of the latents [default: the configuration's]
     #[arg(long)]
     pub(crate) latent: Option<NonZeroUsize>,
-    /// Seconds a measurement takes at least
+    /// Minimum seconds per measurement
     #[arg(long, default_value = "5")]
     pub(crate) seconds: f64,
-    /// Measurements of each batch, of which the fastest counts
+    /// Measurements per batch size; the fastest counts
     #[arg(long, default_value = "3")]
     pub(crate) rounds: NonZeroUsize,
-    /// Leave out the large products that the engine is compared with
+    /// Skip the large matrix products that the engine is compared with
     #[arg(long)]
     pub(crate) no_peak: bool,
-    /// Write a trace of a second at most, or of one pass, which ui.perfetto.dev opens
+    /// Write a trace of up to one second, or of one pass, for ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     pub(crate) profile: Option<PathBuf>,
-    /// Measure nothing: make one pass over the first batch between cuProfilerStart and cuProfilerStop, for `ncu
+    /// Don't measure: run one pass over the first batch between cuProfilerStart and cuProfilerStop, for `ncu
     /// --profile-from-start off` or `nsys --capture-range cudaProfilerApi`
     #[arg(long, conflicts_with_all = ["profile", "peer", "json"])]
     pub(crate) capture: bool,
-    /// Measure PyTorch and diffusers too, with this Python, which has tests/peer/requirements.txt installed; where that fails, the
-    /// report says why
+    /// Also measure PyTorch and diffusers with this Python interpreter, which must have tests/peer/requirements.txt
+    /// installed; if that fails, the report says why
     #[arg(long, value_name = "PYTHON")]
     pub(crate) peer: Option<PathBuf>,
     /// Print one JSON object
@@ -406,34 +409,34 @@ pub(crate) struct BenchPolicyArgs {
     /// Output of a job with --policy exhaustive --samples N --write-errors
     #[arg(required_unless_present = "synthetic")]
     pub(crate) out: Option<String>,
-    /// Draw the errors of so many classes instead
+    /// Draw random errors of this many classes instead
     #[arg(long, value_name = "CLASSES", conflicts_with = "out")]
     pub(crate) synthetic: Option<NonZeroUsize>,
     /// Images to draw
     #[arg(long, requires = "synthetic", default_value = "200")]
     pub(crate) images: NonZeroUsize,
-    /// Contenders that stay after each stage of the reference
+    /// Contenders kept after each stage of the reference
     #[arg(long, value_delimiter = ',', default_value = "5,1", conflicts_with = "preset")]
     pub(crate) keep: Vec<u32>,
-    /// Timesteps by the end of each stage of the reference
+    /// Total timesteps by the end of each stage of the reference
     #[arg(long, value_delimiter = ',', default_value = "20,100", conflicts_with = "preset")]
     pub(crate) samples: Vec<u32>,
-    /// A published schedule as the reference [default with --synthetic: imagenet]
+    /// Published schedule to use as the reference [default with --synthetic: imagenet]
     #[arg(long)]
     pub(crate) preset: Option<Preset>,
-    /// Levels of races
+    /// Risk levels of the races
     #[arg(long, value_delimiter = ',', default_value = "0.05,0.1,0.02,0.01")]
     pub(crate) risk: Vec<f64>,
-    /// Slots of a race at most
+    /// Maximum slots per race
     #[arg(long, default_value = "250")]
     pub(crate) max_slots: u32,
-    /// Images a pilot learns from which timesteps to look at, chosen by the seed; 0 for no pilot
+    /// Images from which a pilot learns which timesteps to use, chosen by the seed; 0 for no pilot
     #[arg(long, default_value = "200")]
     pub(crate) pilot: usize,
-    /// Seed of the choice, and of drawn errors
+    /// Seed for choosing the pilot's images and for random errors
     #[arg(long, default_value = "0")]
     pub(crate) seed: u64,
-    /// Write what the pilot found, for --timesteps-from
+    /// Write the pilot's timesteps, for --timesteps-from
     #[arg(long, value_name = "FILE")]
     pub(crate) timesteps_to: Option<PathBuf>,
     /// Write the table as CSV
@@ -447,16 +450,16 @@ pub(crate) struct BenchPolicyArgs {
 /// `elbo bench scaling`.
 #[derive(Debug, Args)]
 pub(crate) struct BenchScalingArgs {
-    /// Numbers of workers, a run for each
+    /// Numbers of workers, with one run each
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8")]
     pub(crate) workers: Vec<NonZeroUsize>,
     /// Evaluations per second of each worker
     #[arg(long, default_value = "1000")]
     pub(crate) rate: f64,
-    /// Seconds that the most workers should take; fewer take longer
+    /// Seconds that the run with the most workers should take; the others take longer
     #[arg(long, default_value = "60")]
     pub(crate) seconds: f64,
-    /// Workers that die in a run with the most workers
+    /// Workers that are killed in a run with the most workers
     #[arg(long, default_value = "4")]
     pub(crate) deaths: usize,
     /// Print one JSON object
@@ -470,7 +473,7 @@ pub(crate) struct BenchCoordinatorArgs {
     /// Images
     #[arg(long, default_value = "10000")]
     pub(crate) samples: NonZeroU64,
-    /// Classes, each of one prompt
+    /// Classes, with one prompt each
     #[arg(long, default_value = "1000")]
     pub(crate) classes: u32,
     /// Schedule: pets, cifar10, stl10, food, aircraft, flowers, objectnet or imagenet
@@ -479,19 +482,19 @@ pub(crate) struct BenchCoordinatorArgs {
     /// Simulated workers: some come late, some straggle, some die and are replaced
     #[arg(long, default_value = "1000")]
     pub(crate) workers: NonZeroUsize,
-    /// Evaluations per second of the average worker; a phase for each
+    /// Evaluations per second of the average worker, with one phase per value
     #[arg(long, value_delimiter = ',', default_value = "92,1000")]
     pub(crate) rate: Vec<f64>,
-    /// Seconds that workers of each rate are measured
+    /// Seconds to measure at each rate
     #[arg(long, default_value = "60")]
     pub(crate) seconds: f64,
-    /// Shards that workers answering at once have to finish, in at most ten times as long
+    /// Shards to finish with workers that answer immediately, within ten times --seconds
     #[arg(long, default_value = "4")]
     pub(crate) shards: u64,
-    /// Seconds of rest before the size of the ledger is looked at
+    /// Seconds to wait before the ledger's size is measured
     #[arg(long, default_value = "180")]
     pub(crate) settle: f64,
-    /// Directory for the images and the job, kept for the next benchmark [default: a temporary one, removed]
+    /// Directory for the images and the job, kept for the next benchmark [default: a temporary directory that is removed]
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
     /// Print one JSON object

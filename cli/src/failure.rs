@@ -1,8 +1,8 @@
-//! How a command can fail, and the exit code that says so: 1 failed, 2 bad usage, 3 interrupted but resumable.
+//! How a command can fail, and its exit code: 1 failed, 2 bad usage, 3 interrupted but resumable.
 
 use std::process::ExitCode;
 
-use elbo_store::Fault;
+use elbo_store::DiskFault;
 use elbo_worker::WorkerError;
 
 use crate::print;
@@ -17,21 +17,21 @@ pub(crate) struct Usage(pub String);
 #[error("interrupted: everything acknowledged is saved; run the same command again to resume")]
 pub(crate) struct Interrupted;
 
-/// An error as bad usage.
+/// Turns an error into bad usage.
 pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
     Usage(error.to_string()).into()
 }
 
-/// Tells the user and picks the exit code.
+/// Prints the error and returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
-    // A worker that took too long to stop hands over nothing, and the job goes on as well.
+    // A worker that took too long to stop does not hand over its work, but the job continues anyway.
     if error.is::<Interrupted>() || matches!(error.downcast_ref(), Some(WorkerError::Grace(_))) {
         print::note(error);
         return ExitCode::from(3);
     }
     print::note(format_args!("error: {}", chain(error)));
-    // A disk that is full loses nothing: the same command goes on once there is room.
-    let is_resumable = error.chain().any(|cause| cause.is::<Fault>());
+    // A full disk loses no data: the same command resumes once there is space.
+    let is_resumable = error.chain().any(|cause| cause.is::<DiskFault>());
     ExitCode::from(if error.is::<Usage>() {
         2
     } else if is_resumable {
@@ -41,7 +41,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     })
 }
 
-/// The error and its causes on one line, leaving out causes an outer message repeats.
+/// The error and its causes on one line, without causes that an outer message already contains.
 fn chain(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {

@@ -1,5 +1,5 @@
-//! Runs a job on this machine, after its pilot if it has one, with embedded workers or with others; shows progress, and says
-//! how it ended.
+//! Runs a job on this machine, after its pilot if it has one, with embedded or remote workers. Shows progress and returns how
+//! the job ended.
 
 use std::num::NonZeroUsize;
 use std::pin::pin;
@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use elbo_coordinator::scheduler::LeasePolicy;
-use elbo_coordinator::{Coordinator, Job, Options, Outcome};
+use elbo_coordinator::{Coordinator, CoordinatorOptions, Job, RunOutcome, Server, Then};
 use elbo_net::{Limits, Operator};
-use elbo_worker::engine::Problem;
+use elbo_worker::engine::LoadedJob;
 use elbo_worker::problem::ProblemError;
 use elbo_worker::{Device, WorkerError};
 use tokio::net::TcpListener;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{DeviceArgs, RunArgs};
@@ -22,28 +22,28 @@ use crate::pilot::{PilotRun, Plan};
 use crate::session::{self, Identified};
 use crate::{print, progress, stop};
 
-/// How long embedded workers may take to finish what their devices are at, once their coordinator has ended.
+/// How long embedded workers may take to finish their devices' current work after their coordinator has ended.
 const DEVICES_FINISH: Duration = Duration::from_secs(2);
 
 /// A job that is done.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Done {
-    /// By this run, which did so many evaluations in that time.
+    /// By this run, with its number of evaluations and its time.
     Now(u64, Duration),
-    /// By an earlier one.
+    /// By an earlier run.
     Before,
 }
 
 /// Embedded workers.
 #[derive(Clone, Debug)]
 pub(crate) struct Workers {
-    /// How many; one for each device where that is not said.
+    /// How many; one per device if `None`.
     pub(crate) count: Option<NonZeroUsize>,
-    /// What each computes on.
+    /// The devices they compute on.
     pub(crate) device: DeviceArgs,
 }
 
-/// Runs a job with embedded workers, after its pilot of so many images, if it is to have one.
+/// Runs a job with embedded workers, after its pilot of `pilot` images, if any.
 pub(crate) async fn label(
     job: Identified,
     pilot: Option<u64>,
@@ -56,16 +56,16 @@ pub(crate) async fn label(
     let engines = devices.engines(workers.count.map_or(devices.count(), NonZeroUsize::get));
     let threads = session::threads(&workers.device, engines.len());
     let stop = stop::on_signal()?;
-    // A model that can't be loaded is found out before anything is written. All workers share it.
+    // Load the model before anything is written, so that a broken one fails early. All workers share it.
     let plan = make_plan(job, pilot, out, run, &stop).await?;
     let loading = plan.first().clone();
     let first = engines.first().copied().unwrap_or(Device::Cpu);
-    let load = move || async move { Problem::load(&loading.identity, &loading.models, first).map_err(load_error) };
+    let load = move || async move { LoadedJob::load(&loading.identity, &loading.models, first).map_err(load_error) };
     let problem = Arc::new(stop::unless_stopped(&stop, load).await?);
     let job = open(&plan, out, run, &stop).await?;
     let (job, pilot_run, problem) = match plan.pilot_run() {
         None => (job, None, Some((first, problem))),
-        // What was loaded is the pilot's: workers load what they join, and hold no other.
+        // The loaded problem is the pilot's. Workers load the problem of the job they join, so this one is dropped.
         Some(pilot_run) if job.is_done() => {
             job.close().await?;
             (arrive(pilot_run, &stop).await?, None, None)
@@ -80,7 +80,7 @@ pub(crate) async fn label(
     // Other users of this machine can reach the loopback address too.
     let token = uuid::Uuid::new_v4().to_string();
     let mut tasks = JoinSet::new();
-    let worker = elbo_worker::Options {
+    let worker = elbo_worker::WorkerOptions {
         coordinator: url,
         token: Some(token.clone()),
         tls: None,
@@ -97,7 +97,7 @@ pub(crate) async fn label(
         stay: false,
     };
     tasks.spawn(elbo_worker::run(worker, stop.clone()));
-    let options = Options {
+    let options = CoordinatorOptions {
         leases: LeasePolicy::default(),
         max_bad: run.max_bad(),
         token: Some(token),
@@ -107,7 +107,7 @@ pub(crate) async fn label(
     JobRunner { options, run, operator }.coordinate(job, pilot_run, listener, stop, tasks).await
 }
 
-/// A model that can't be loaded, as bad usage where the flags ask for something impossible.
+/// Turns a failure to load the model into bad usage if the flags ask for something impossible.
 fn load_error(error: ProblemError) -> anyhow::Error {
     match error {
         ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) | ProblemError::Shortlist(_) => {
@@ -117,7 +117,7 @@ fn load_error(error: ProblemError) -> anyhow::Error {
     }
 }
 
-/// [`Plan::new`], unless that is interrupted.
+/// [`Plan::new`], unless it is interrupted.
 pub(crate) async fn make_plan(
     job: Identified,
     pilot: Option<u64>,
@@ -129,31 +129,31 @@ pub(crate) async fn make_plan(
     stop::unless_stopped(stop, move || async move { Plan::new(job, pilot, &out, &run).await }).await
 }
 
-/// [`Plan::open`], unless that is interrupted.
+/// [`Plan::open`], unless it is interrupted.
 pub(crate) async fn open(plan: &Plan, out: &str, run: &RunArgs, stop: &CancellationToken) -> anyhow::Result<Job> {
     let (plan, out, run) = (plan.clone(), out.to_owned(), run.clone());
     stop::unless_stopped(stop, move || async move { plan.open(&out, &run).await }).await
 }
 
-/// [`PilotRun::arrive`], unless that is interrupted.
+/// [`PilotRun::arrive`], unless it is interrupted.
 async fn arrive(pilot_run: PilotRun, stop: &CancellationToken) -> anyhow::Result<Job> {
     stop::unless_stopped(stop, move || pilot_run.arrive()).await
 }
 
-/// What coordinators that follow each other have in common.
+/// The settings that successive coordinators share.
 #[derive(Debug)]
 pub(crate) struct JobRunner<'a> {
     /// How they coordinate.
-    pub(crate) options: Options,
+    pub(crate) options: CoordinatorOptions,
     /// How they run.
     pub(crate) run: &'a RunArgs,
-    /// Who is told of them.
+    /// The operator's HTTP server, which shows them.
     pub(crate) operator: &'a Operator,
 }
 
 impl JobRunner<'_> {
-    /// Runs a coordinator until its job is done or stopped; ends it when all of some embedded `workers` have failed, and them
-    /// with it. Where the job is the pilot of a [`PilotRun`], the one it was for is run next, with the same workers.
+    /// Runs a coordinator until its job is done or stopped, or until all embedded `workers` have failed; ends the workers
+    /// too. If the job is the pilot of a [`PilotRun`], then runs the main job with the same workers.
     pub(crate) async fn coordinate(
         &self,
         job: Job,
@@ -162,12 +162,13 @@ impl JobRunner<'_> {
         stop: CancellationToken,
         mut workers: JoinSet<Result<(), WorkerError>>,
     ) -> anyhow::Result<Done> {
-        // The coordinator stops when asked to, and when there is nobody left to work.
+        // The coordinator stops when asked to, and when no worker is left.
         let giving_up = stop.child_token();
+        let mut server = Server::new(listener, self.options.clone());
         let mut running = pin!(async {
             match pilot_run {
-                None => self.work(job, listener, &giving_up).await,
-                Some(pilot_run) => self.explore(job, pilot_run, listener, &giving_up).await,
+                None => self.work(job, &mut server, Then::End, &giving_up).await,
+                Some(pilot_run) => self.explore(job, pilot_run, &mut server, &giving_up).await,
             }
         });
         let mut failure = None;
@@ -186,61 +187,51 @@ impl JobRunner<'_> {
                 }
             }
         };
-        // However it ended, nobody is left whom embedded workers could ask or report to. They would try for a minute.
+        // The coordinator has ended, so embedded workers can't reach it. They would retry for a minute.
         stop.cancel();
         let _ = tokio::time::timeout(DEVICES_FINISH, async { while workers.join_next().await.is_some() {} }).await;
         done?.ok_or_else(|| failure.unwrap_or_else(|| Interrupted.into()))
     }
 
-    /// Runs a pilot, and then the job that it is for, whose workers wait meanwhile; `None` if that was interrupted.
+    /// Runs a pilot and then its main job; the workers wait in between. `None` if interrupted.
     async fn explore(
         &self,
         pilot: Job,
         pilot_run: PilotRun,
-        listener: TcpListener,
+        server: &mut Server,
         stop: &CancellationToken,
     ) -> anyhow::Result<Option<Done>> {
         if pilot.is_done() {
             pilot.close().await?;
-            return self.work(arrive(pilot_run, stop).await?, listener, stop).await;
+        } else {
+            print::note(format_args!("pilot: {} images to learn which timesteps to use", pilot.manifest.len()));
+            if self.work(pilot, server, Then::AnotherJob, stop).await?.is_none() {
+                return Ok(None);
+            }
         }
-        print::note(format_args!("pilot: {} images learn where to look", pilot.manifest.len()));
-        // Whoever calls while one coordinator follows the other waits in the socket's queue.
-        let listener = listener.into_std()?;
-        let own = TcpListener::from_std(listener.try_clone()?)?;
-        let coordinator = self.coordinator(pilot, stop)?;
-        let shown = self.show(&coordinator);
-        let ended = coordinator.run_before(own, arrive(pilot_run, stop)).await;
-        shown.abort();
-        match ended? {
-            (_, Some(job)) => self.work(job?, TcpListener::from_std(listener)?, stop).await,
-            (_, None) => Ok(None),
-        }
+        self.work(arrive(pilot_run, stop).await?, server, Then::End, stop).await
     }
 
-    /// Runs a job; `None` if it was interrupted.
-    async fn work(&self, job: Job, listener: TcpListener, stop: &CancellationToken) -> anyhow::Result<Option<Done>> {
-        let coordinator = self.coordinator(job, stop)?;
+    /// Runs a job; `None` if interrupted.
+    async fn work(
+        &self,
+        job: Job,
+        server: &mut Server,
+        then: Then,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<Option<Done>> {
+        let coordinator = Coordinator::new(job, &self.options, stop.clone())?;
+        self.operator.started(coordinator.operations());
         let started = Instant::now();
         let watching = coordinator.progress();
-        let shown = self.show(&coordinator);
-        let outcome = coordinator.run(listener).await;
+        let shown = tokio::spawn(progress::show(self.run.progress.unwrap_or_default(), coordinator.progress()));
+        let outcome = coordinator.run(server, then).await;
         shown.abort();
         let _ = shown.await;
         match outcome? {
-            Outcome::Done(_) => Ok(Some(Done::Now(watching.borrow().evaluations_here, started.elapsed()))),
-            Outcome::Interrupted => Ok(None),
+            RunOutcome::Done(_) => Ok(Some(Done::Now(watching.borrow().evaluations_here, started.elapsed()))),
+            RunOutcome::Interrupted => Ok(None),
         }
-    }
-
-    fn coordinator(&self, job: Job, stop: &CancellationToken) -> anyhow::Result<Coordinator> {
-        let coordinator = Coordinator::new(job, self.options.clone(), stop.clone())?;
-        self.operator.started(coordinator.operations());
-        Ok(coordinator)
-    }
-
-    fn show(&self, coordinator: &Coordinator) -> JoinHandle<()> {
-        tokio::spawn(progress::show(self.run.progress.unwrap_or_default(), coordinator.progress()))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Logs go to stderr: what operators of long-running processes want by default, only warnings elsewhere.
+//! Logging to stderr. The default level is info for long-running processes, and warnings otherwise.
 
 use std::io::IsTerminal;
 
@@ -12,34 +12,38 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, fmt};
 use crate::failure::usage;
 use crate::otlp;
 
-/// How logs are written.
+/// Log format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
-    /// A line for people
+    /// One readable line per event
     #[default]
     Text,
-    /// One JSON object a line
+    /// One JSON object per line
     Json,
 }
 
-/// What is to be sent before the process ends.
+/// The traces to send before the process ends.
 #[derive(Debug)]
 pub(crate) struct Logs(Option<SdkTracerProvider>);
 
 impl Logs {
-    /// Sends traces that are not sent yet.
+    /// Sends the remaining traces.
     pub(crate) fn finish(&self) {
         self.0.iter().for_each(otlp::finish);
     }
 }
 
-/// Starts logging, and tracing where it is asked for; `ELBO_LOG` (like `RUST_LOG`) overrides what is logged.
+/// Starts logging, and tracing if requested. `ELBO_LOG` (like `RUST_LOG`) overrides what is logged.
 pub(crate) fn start(service: bool, format: LogFormat, runtime: &Handle) -> anyhow::Result<Logs> {
-    // The ledger's database is chatty about its own housekeeping; that it waits for a failing store should be known.
+    // The ledger's database logs much about its housekeeping, so only its warnings are logged, and its retries on a failing
+    // store.
     let default = if service { "info,slatedb=warn" } else { "warn,slatedb=error" };
     let filter = match std::env::var("ELBO_LOG") {
         Ok(wanted) if !wanted.is_empty() => EnvFilter::try_new(&wanted).map_err(|e| {
-            usage(format!("ELBO_LOG={wanted} is no filter ({e}): give a level, or like info,elbo::audit=debug"))
+            usage(format!(
+                "ELBO_LOG={wanted} is not a valid filter ({e}): give a level, or like \
+                 info,elbo::audit=debug"
+            ))
         })?,
         _ => EnvFilter::new(format!("{default},slatedb::retrying_object_store=info")),
     };

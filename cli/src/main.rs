@@ -1,8 +1,8 @@
 //! `elbo`: labels image corpora with a diffusion model.
 
-// They panic where nobody reads: `print` does not.
+// println! and eprintln! panic when the reader has gone; `print` does not.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
-#![allow(rustdoc::broken_intra_doc_links, reason = "comments on flags are help texts, where brackets are no links")]
+#![allow(rustdoc::broken_intra_doc_links, reason = "comments on flags are help texts, where brackets are not links")]
 
 mod access;
 mod args;
@@ -23,8 +23,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Batches allocate and free megabytes of activations, which the C library's allocator keeps giving back to the system:
-/// measured on large batches, that costs a third of the time in page faults.
+/// Batches allocate and free megabytes of activations, which the C library's allocator keeps returning to the system. On
+/// large batches, a third of the measured time went to page faults.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
             return print::help(&told).map_or_else(|error| failure::report(&error), |()| code);
         }
     };
+    elbo_store::tls::use_ring();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -49,7 +50,7 @@ fn main() -> ExitCode {
     };
     let ended = runtime.block_on(commands::run(cli.command));
     logs.finish();
-    // What still runs in the background holds nothing that is not durable.
+    // Background tasks hold no data that isn't durable.
     runtime.shutdown_background();
     match ended {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,5 @@
-//! Traces over OTLP (HTTP, protobuf), where `OTEL_EXPORTER_OTLP_ENDPOINT` says where to; the other `OTEL_*` variables hold
-//! too. Calls, blocks, and shards being opened and committed are spans of target `elbo::trace`, which logs know nothing of.
+//! Sends traces over OTLP (HTTP, protobuf) to `OTEL_EXPORTER_OTLP_ENDPOINT`, if it is set; the other `OTEL_*` variables also
+//! apply. Calls, blocks, and the opening and committing of shards are spans of target `elbo::trace`, which logs don't show.
 
 use std::time::Duration;
 
@@ -18,10 +18,10 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::registry::LookupSpan;
 
-/// How long a collector may take to answer, and how long an ending process waits for it.
+/// Timeout for a collector's answer, also when the process ends.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Sends from the exporter's thread, which is none of the runtime's, by a task on it.
+/// An HTTP client for the exporter's thread, which is outside the runtime: it sends in a task on the runtime.
 #[derive(Debug)]
 struct OnRuntime {
     runtime: Handle,
@@ -42,7 +42,7 @@ impl HttpClient for OnRuntime {
     }
 }
 
-/// The exporter, where one is asked for.
+/// The exporter, if one is requested.
 pub(crate) fn exporter(runtime: &Handle) -> anyhow::Result<Option<SdkTracerProvider>> {
     let wanted = ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"];
     if !wanted.iter().any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty())) {
@@ -55,7 +55,7 @@ pub(crate) fn exporter(runtime: &Handle) -> anyhow::Result<Option<SdkTracerProvi
         .with_http_client(client)
         .build()
         .context("setting up traces: OTEL_EXPORTER_OTLP_ENDPOINT takes a URL like http://collector:4318")?;
-    // OTEL_SERVICE_NAME, where it is set, goes before.
+    // OTEL_SERVICE_NAME takes precedence, if it is set.
     let mut resource = Resource::builder();
     if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
         resource = resource.with_service_name("elbo");
@@ -64,12 +64,12 @@ pub(crate) fn exporter(runtime: &Handle) -> anyhow::Result<Option<SdkTracerProvi
     Ok(Some(provider))
 }
 
-/// Hands spans to the exporter.
+/// A layer that passes spans to the exporter.
 pub(crate) fn layer<S>(provider: &SdkTracerProvider) -> impl Layer<S> + use<S>
 where
     S: tracing::Subscriber + for<'a> LookupSpan<'a>,
 {
-    // The exporter's own requests are none of ours to trace.
+    // Don't trace the exporter's own requests.
     let ours = Targets::new()
         .with_target("elbo::trace", LevelFilter::TRACE)
         .with_target("elbo_coordinator", LevelFilter::INFO)
@@ -77,7 +77,7 @@ where
     tracing_opentelemetry::layer().with_tracer(provider.tracer("elbo")).with_filter(ours)
 }
 
-/// Sends what is left.
+/// Sends the remaining traces.
 pub(crate) fn finish(provider: &SdkTracerProvider) {
     if let Err(error) = provider.shutdown_with_timeout(PATIENCE) {
         tracing::warn!(%error, "the last traces were not sent");

@@ -1,4 +1,4 @@
-//! `--pilot N`: a small job that goes before a race and tells it where to look.
+//! `--pilot N`: a small job before a race, which learns the timesteps for it.
 
 use elbo_coordinator::job::discard;
 use elbo_coordinator::pilot::{self, PilotError};
@@ -12,28 +12,28 @@ use crate::failure::usage;
 use crate::print;
 use crate::session::{self, Identified};
 
-/// The jobs that are to be run in an output, one after the other.
+/// The jobs to run in an output, one after the other.
 #[derive(Clone, Debug)]
 pub(crate) enum Plan {
-    /// The job itself: it needs no pilot, or knows already what that has learned.
+    /// The job itself: it has no pilot, or its pilot is already done.
     Job(Box<Identified>),
     /// The pilot first.
     Pilot(Box<PilotRun>),
 }
 
-/// A pilot, and what is to follow it.
+/// A pilot and its main job.
 #[derive(Clone, Debug)]
 pub(crate) struct PilotRun {
     /// The small job.
     pub(crate) pilot: Identified,
-    /// The job that it learns for.
+    /// The main job.
     then: Identified,
     /// The output of both.
     out: String,
 }
 
 impl Plan {
-    /// What is to be run for a job with a pilot of so many images, or none, in an output.
+    /// The jobs to run in an output for a job with a pilot of `images` images, if any.
     pub(crate) async fn new(job: Identified, images: Option<u64>, out: &str, run: &RunArgs) -> anyhow::Result<Self> {
         let Some(images) = images else { return Ok(Self::Job(Box::new(job))) };
         let identity = pilot::identity(&job.identity, &job.models.model, images).map_err(as_usage)?;
@@ -50,14 +50,14 @@ impl Plan {
         }
         if JobRecord::read(&store).await?.is_some() {
             return Err(usage(format!(
-                "{out} holds a job that was begun without a pilot: leave --pilot out to go on with it, use another --out, or \
-                 discard it with --fresh"
+                "{out} holds a job that was started without a pilot: leave out --pilot to resume it, use another \
+                 --out, or discard it with --fresh"
             )));
         }
         Ok(pilot_run)
     }
 
-    /// Refuses what another job's pilot has learned. A job that is recorded says itself what it was begun with.
+    /// Refuses timesteps that another job's pilot has learned. If the main job has a record, that record is checked instead.
     async fn check_known(&self, store: &Store, out: &str) -> anyhow::Result<()> {
         if JobRecord::read(store).await?.is_some() {
             return Ok(());
@@ -71,7 +71,7 @@ impl Plan {
         Err(JobError::Different { location: learned_by.location().to_string(), differences }.into())
     }
 
-    /// The job that is run first.
+    /// The job to run first.
     pub(crate) fn first(&self) -> &Identified {
         match self {
             Self::Job(job) => job,
@@ -79,23 +79,23 @@ impl Plan {
         }
     }
 
-    /// Opens the job that is run first.
+    /// Opens the job to run first.
     pub(crate) async fn open(&self, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
         match self {
             Self::Job(job) => session::open(job.as_ref().clone(), out, run).await,
             Self::Pilot(pilot_run) => {
                 if run.fresh {
-                    // Now and not when the job is opened, which would discard what its pilot has learned.
+                    // Discard now: discarding when the main job is opened would also discard the pilot's timesteps.
                     discard(&Store::create(&Location::parse(out)?)?).await?;
                 }
-                // There is nothing else yet that could have been quarantined.
+                // `--recompute` is for the main job, which has no shards yet.
                 let run = RunArgs { recompute: Vec::new(), ..run.clone() };
                 session::open(pilot_run.pilot.clone(), &directory(out), &run).await
             }
         }
     }
 
-    /// The pilot, if there is one to be run.
+    /// The pilot, if one must run.
     pub(crate) fn pilot_run(self) -> Option<PilotRun> {
         match self {
             Self::Job(_) => None,
@@ -105,7 +105,7 @@ impl Plan {
 }
 
 impl PilotRun {
-    /// Learns from the pilot, which is done, and opens the job that it was for.
+    /// Learns from the finished pilot and opens the main job.
     pub(crate) async fn arrive(self) -> anyhow::Result<Job> {
         let Self { then, out, .. } = self;
         let store = Store::create(&Location::parse(&out)?)?;
@@ -119,7 +119,7 @@ impl PilotRun {
     }
 }
 
-/// Where a pilot's own results are.
+/// Directory of the pilot's own output.
 fn directory(out: &str) -> String {
     format!("{}/{}", out.trim_end_matches('/'), layout::PILOT)
 }

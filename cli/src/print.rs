@@ -1,6 +1,6 @@
-//! Printing for whoever reads it, which may be nobody: the only place that writes to stdout and stderr.
+//! Printing, also when the reader has gone. This is the only module that writes to stdout and stderr.
 //!
-//! `println!` and `eprintln!` panic where the reader has gone or the disk is full, as in `elbo report OUT | head`.
+//! `println!` and `eprintln!` panic when the reader has gone or the disk is full, as in `elbo report OUT | head`.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use elbo_core::text::printable_lines;
 use serde::Serialize;
 
-/// Prints on stdout what a command is for, without control characters that names from outside may have.
+/// Prints a command's result on stdout, without the control characters that names from outside may contain.
 pub(crate) fn text(text: impl Display) -> anyhow::Result<()> {
     raw(printable_lines(&text.to_string()))
 }
@@ -28,23 +28,23 @@ pub(crate) fn json(object: &impl Serialize) -> anyhow::Result<()> {
     raw(format_args!("{}\n", serde_json::to_string(object)?))
 }
 
-/// Tells something on stderr, on a line of its own, likewise. Where that can't be written, nobody is left to be told.
+/// Prints a line on stderr, also without control characters. Write errors are ignored: there is nowhere to report them.
 pub(crate) fn note(note: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{}", printable_lines(&note.to_string()));
 }
 
-/// Shows clap's help on stdout, or what it has against a command line on stderr.
+/// Prints clap's help on stdout, or its errors about a command line on stderr.
 pub(crate) fn help(told: &clap::Error) -> anyhow::Result<()> {
     let shown = told.print().and_then(|()| io::stdout().flush());
     if told.use_stderr() { Ok(()) } else { tolerated(shown) }
 }
 
-/// A reader that has gone has seen enough: the command goes on, and its exit code is its own. Anything else is an error.
+/// Ignores a closed pipe: the command continues and keeps its exit code. Anything else is an error.
 fn tolerated(written: io::Result<()>) -> anyhow::Result<()> {
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
             anyhow::bail!(
-                "writing to stdout: {error}; run the command again and send what it prints where there is room"
+                "writing to stdout: {error}; run the command again and redirect its output to a disk with space"
             )
         }
         _ => Ok(()),

@@ -1,4 +1,4 @@
-//! Showing how far a job is: a bar on a terminal, lines or JSON elsewhere. Always on stderr.
+//! Shows a job's progress on stderr: a bar on a terminal, lines or JSON elsewhere.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -11,16 +11,16 @@ use tokio::sync::watch;
 
 use crate::print;
 
-/// How progress is shown.
+/// Progress format.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum ProgressMode {
     /// A bar on a terminal, plain lines elsewhere
     #[default]
     Auto,
-    /// A line now and then
+    /// A line every 5 seconds
     Plain,
-    /// One JSON object a second
+    /// One JSON object per second
     Json,
     /// Nothing
     None,
@@ -39,7 +39,7 @@ pub(crate) async fn show(mode: ProgressMode, progress: watch::Receiver<Progress>
 async fn bar(mut progress: watch::Receiver<Progress>) {
     const STEPS: u64 = 10_000;
     let bar = ProgressBar::new(STEPS);
-    // The template is a constant: were it wrong, the default style would do.
+    // The template is a constant; if it were wrong, the default style would be fine.
     if let Ok(style) = ProgressStyle::with_template("{bar:30.cyan/dim} {percent:>3}%  {msg}") {
         bar.set_style(style.progress_chars("━╸─"));
     }
@@ -54,7 +54,7 @@ async fn bar(mut progress: watch::Receiver<Progress>) {
     }
 }
 
-/// Removes the bar when the task that draws it ends in whatever way.
+/// Removes the bar when the task that draws it ends, for whatever reason.
 struct Cleared(ProgressBar);
 
 impl Drop for Cleared {
@@ -65,7 +65,7 @@ impl Drop for Cleared {
 
 async fn lines(progress: watch::Receiver<Progress>, every: Duration, line: impl Fn(&Progress) -> String) {
     let mut tick = tokio::time::interval(every);
-    // The first tick is at once, when there is nothing to say.
+    // The first tick is immediate, when there is nothing to show yet.
     tick.tick().await;
     loop {
         tick.tick().await;
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_job_without_workers_says_that_it_waits() {
+    fn a_job_without_workers_shows_that_it_waits() {
         let waiting = Progress { samples: 1200, ..Progress::default() };
         assert_eq!(message(&waiting), "0/1,200 images, waiting for workers");
     }

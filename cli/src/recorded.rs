@@ -1,10 +1,10 @@
-//! What jobs wrote down: their records, and what they found out.
+//! Reads jobs' records and calibrations.
 
 use elbo_core::calibration::Calibration;
 use elbo_output::record::JobRecord;
 use elbo_store::{Location, Store};
 
-/// An output that holds a job.
+/// Opens an output that contains a job.
 pub(crate) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
     let store = Store::open(&Location::parse(out)?)?;
     let record = JobRecord::read(&store)
@@ -13,7 +13,7 @@ pub(crate) async fn open(out: &str) -> anyhow::Result<(Store, JobRecord)> {
     Ok((store, record))
 }
 
-/// What the job in an output found out about how sure its predictions are.
+/// The calibration that the job in an output has fitted.
 pub(crate) async fn calibration(out: &str) -> anyhow::Result<Calibration> {
     let (store, record) = open(out).await?;
     let confidence = record.confidence.ok_or_else(|| {

@@ -1,4 +1,4 @@
-//! What commands that run a job begin with: devices, limits, the HTTP side, the job's files and its output.
+//! The setup of commands that run a job: devices, limits, the HTTP server, the job's files and its output.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use crate::failure::usage;
 use crate::job_args::{JobArgs, Takes};
 use crate::{print, recorded};
 
-/// The devices asked for.
+/// The requested devices.
 pub(crate) fn devices(args: &DeviceArgs) -> anyhow::Result<Devices> {
     let devices: Devices = args.device.as_deref().map_or(Ok(Devices::default()), str::parse).map_err(usage)?;
     devices.find().map_err(usage)
@@ -32,20 +32,21 @@ pub(crate) fn threads(device: &DeviceArgs, workers: usize) -> NonZeroUsize {
     device.threads.unwrap_or(share)
 }
 
-/// Files that are open beside connections: the output's, the manifest's, logs.
+/// Open files besides connections: the output's, the manifest's, logs.
 const FILES: u64 = 128;
 
-/// Raises the soft limit of open files, usually 1,024, to the hard one: every worker is a connection. How many there can be.
+/// Raises the soft limit of open files, usually 1,024, to the hard limit, since every worker needs a connection. Returns how
+/// many connections are possible.
 pub(crate) fn allow_connections() -> Limits {
     let limits = Limits::default();
-    // Where raising it is refused, fewer workers can connect.
+    // If the limit can't be raised, fewer workers can connect.
     let files =
         rlimit::increase_nofile_limit(u64::MAX).or_else(|_| rlimit::getrlimit(rlimit::Resource::NOFILE).map(|l| l.0));
     let fit = files.map_or(limits.connections as u64, |files| files.saturating_sub(FILES).max(FILES));
     Limits { connections: limits.connections.min(usize::try_from(fit).unwrap_or(usize::MAX)), ..limits }
 }
 
-/// Starts to tell operators how this process is, where they asked for it.
+/// Starts the HTTP server for operators, if requested.
 pub(crate) async fn operate(args: HttpArgs) -> anyhow::Result<Operator> {
     let operator = Operator::default();
     if let Some(address) = args.http {
@@ -53,12 +54,12 @@ pub(crate) async fn operate(args: HttpArgs) -> anyhow::Result<Operator> {
             .await
             .with_context(|| format!("listening on {address}: choose another address with --http"))?;
         print::note(format_args!("status page on http://{}", listener.local_addr()?));
-        // It goes on until the process ends, so that the last state can be seen.
+        // The server runs until the process ends, so that it shows the last state.
         let hosts = Hosts::new(args.http_host.into_iter().chain([host()]));
         let serving = operator.clone().serve(listener, hosts, CancellationToken::new());
         tokio::spawn(async move {
             if let Err(error) = serving.await {
-                tracing::warn!(%error, "the HTTP side has stopped");
+                tracing::warn!(%error, "the HTTP server has stopped");
             }
         });
     }
@@ -70,20 +71,20 @@ pub(crate) fn host() -> String {
     hostname::get().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// A job whose files are here.
+/// A job whose files are on this machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Identified {
     /// The specification and the hashes of the files it names.
     pub(crate) identity: JobIdentity,
     /// The directories with its models' files.
     pub(crate) models: JobModels,
-    /// Origins that lists from the network may name. They are no part of the identity: they change no result.
+    /// Origins that lists from the network may name. They are not part of the identity because they don't change results.
     pub(crate) origins: Vec<Origin>,
-    /// Whether nothing may be passed over.
+    /// Whether to fail if the listing passes over anything.
     pub(crate) strict: bool,
 }
 
-/// Finds or fetches the model of a job, completes its specification and hashes its files.
+/// Finds or fetches a job's model, completes the job's specification and hashes its files.
 pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     let shortlist = flags.shortlist_source()?;
     let models = JobModels::find(&flags.model_source()?, shortlist.as_ref(), print::note).await?;
@@ -96,12 +97,12 @@ pub(crate) async fn identify(flags: &JobArgs) -> anyhow::Result<Identified> {
     Ok(Identified { identity, models, origins: flags.list_origins.clone(), strict: flags.strict })
 }
 
-/// The directory of a model, fetched if need be.
+/// The directory of a model, which is fetched if necessary.
 pub(crate) async fn resolve(model: &ModelSource, wanted: Wanted) -> anyhow::Result<PathBuf> {
     Ok(model.resolve(wanted, print::note).await?)
 }
 
-/// Takes a job up in an output.
+/// Opens or resumes a job in an output.
 pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::Result<Job> {
     let store = Store::create(&Location::parse(out)?)?;
     let options = JobOptions {
@@ -114,7 +115,7 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
     let opening = Job::open(job.identity, &job.models.model, store.clone(), options);
     let opened = tokio::select! {
         opened = opening => opened,
-        // The ledger would try again for minutes.
+        // Otherwise the ledger would retry for minutes.
         fault = store.broken() => return Err(fault.into()),
     };
     match opened {

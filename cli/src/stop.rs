@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: one signal stops cleanly, a second one at once.
+//! Ctrl-C and SIGTERM: the first signal stops cleanly, the second one immediately.
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -6,8 +6,8 @@ use tokio_util::sync::CancellationToken;
 use crate::failure::Interrupted;
 use crate::print;
 
-/// A token that is cancelled by the first signal; the second ends the process with exit code 3, which loses nothing
-/// acknowledged.
+/// A token that is cancelled by the first signal; the second ends the process with exit code 3. Acknowledged results are
+/// never lost.
 pub(crate) fn on_signal() -> std::io::Result<CancellationToken> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
@@ -24,15 +24,15 @@ pub(crate) fn on_signal() -> std::io::Result<CancellationToken> {
             if signals > 1 {
                 std::process::exit(3);
             }
-            print::note("stopping: finishing what is being computed (once more to stop at once)");
+            print::note("stopping: finishing the current computation (once more to stop immediately)");
             token.cancel();
         }
     });
     Ok(stop)
 }
 
-/// What `work` gives, or [`Interrupted`] as soon as `stop` is cancelled. It runs on a thread of its own, which nobody waits
-/// for then: a listing blocks, and a file system may hang.
+/// Returns the result of `work`, or [`Interrupted`] as soon as `stop` is cancelled. `work` runs on its own thread, which is
+/// abandoned when `stop` is cancelled, because a listing blocks and a file system may hang.
 pub(crate) async fn unless_stopped<T, W>(
     stop: &CancellationToken,
     work: impl FnOnce() -> W + Send + 'static,

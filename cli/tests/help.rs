@@ -1,9 +1,9 @@
-//! The command introduces itself. Also makes `cargo test` build it for the tests in `tests/`.
+//! Checks the help of every command. Also makes `cargo test` build it for the tests in `tests/`.
 
 use std::process::Command;
 
 #[test]
-fn every_command_explains_itself() {
+fn every_command_has_a_help_text() {
     for command in ["demo", "label", "coordinator", "worker", "status", "report", "verify", "plan", "inspect", "bench"]
     {
         let output = Command::new(env!("CARGO_BIN_EXE_elbo")).args([command, "--help"]).output().unwrap();

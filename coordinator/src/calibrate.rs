@@ -1,8 +1,8 @@
-//! Confidence, once every shard is committed: what is known of right and wrong is gathered from the predictions, and each of
-//! them is written again with the confidence that follows.
+//! Computes confidence once every shard is committed. The first pass gathers right and wrong predictions; the second pass
+//! rewrites all predictions with their confidence.
 //!
-//! Both passes read what is committed and nothing else, and what the second one writes is nothing that the first one reads.
-//! Interrupted anywhere, they are begun again and come to the same bytes.
+//! Both passes read only committed data, and the second pass writes nothing that the first one reads. If interrupted
+//! anywhere, they start again and produce the same bytes.
 
 use std::collections::BTreeMap;
 use std::pin::{Pin, pin};
@@ -28,12 +28,12 @@ use crate::commit::{self, Foreign};
 use crate::ledger::LedgerError;
 use crate::writer::{ATTEMPTS, WriteError, Writer};
 
-/// Labels that are enough: below, an audit is asked first.
+/// Enough labels for a calibration. With fewer, an audit is preferred.
 const FEW: usize = 30;
-/// Shards that are written side by side; each takes memory for its files.
+/// Shards that are written at the same time. Each takes memory for its files.
 const SHARDS: usize = 2;
 
-/// Confidence that can't be had.
+/// Confidence could not be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrateError {
     /// The predictions can't be read.
@@ -45,7 +45,7 @@ pub enum CalibrateError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The ledger failed, or belongs to another coordinator by now.
+    /// The ledger failed, or another coordinator has taken it over.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
     /// A file of predictions is damaged.
@@ -57,13 +57,13 @@ pub enum CalibrateError {
     /// A file of predictions can't be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// A background task ended by a panic, which is a defect.
+    /// A background task panicked, which is a defect.
     #[error("the encoder ended unexpectedly: run the same command again to resume, and report this")]
     Task,
 }
 
-/// Fits confidence to labels or an audit, unless the job brings its own, and writes it into every prediction; where there is
-/// neither, nothing is done. A coordinator that has been replaced writes nothing: rows may be others by now.
+/// Fits a calibration to labels or an audit, unless the job brings its own, and writes the confidence of every prediction.
+/// Does nothing if there is neither. A coordinator that has been replaced writes nothing, since the rows may have changed.
 pub(crate) async fn calibrate(
     writer: Writer<'_>,
     manifest: &Manifest,
@@ -78,7 +78,7 @@ pub(crate) async fn calibrate(
     let Some(Confidence { calibration, .. }) = record.confidence else {
         if spec.abstain_below.is_some() {
             tracing::warn!(
-                "--abstain-below had no effect: no image that has a label or was audited could be scored, so nothing tells how \
+                "--abstain-below had no effect: no image that has a label or was audited could be scored, so it is unknown how \
                  sure the others are; give a larger --audit or --calibration-from, with another --out"
             );
         }
@@ -91,7 +91,7 @@ pub(crate) async fn calibrate(
     Ok(writer.ledger.settle(written).await?)
 }
 
-/// The calibration of a job, and how good it is.
+/// The calibration of a job, and its quality.
 async fn find(output: &Output, record: &JobRecord) -> Result<Option<Confidence>, CalibrateError> {
     let spec = &record.identity.spec;
     let (mut by_labels, mut by_audit) = (Fitter::default(), Fitter::default());
@@ -117,7 +117,7 @@ async fn find(output: &Output, record: &JobRecord) -> Result<Option<Confidence>,
     Ok(fitter.finish(source, spec.calibration))
 }
 
-/// What the audit says of a sample, if it was audited; samples are asked for in the order of the audited ones.
+/// The audit's class for a sample, if it was audited. Samples must be requested in the order of the audited ones.
 async fn reference_class(
     mut audited: Pin<&mut Peekable<impl Stream<Item = Result<Audited, OutputError>>>>,
     sample: SampleId,
@@ -132,7 +132,7 @@ async fn reference_class(
     Ok(None)
 }
 
-/// Writes a shard's predictions with their confidence, unless they have it; what was written.
+/// Writes a shard's predictions with their confidence, unless they have it already. Returns the file.
 async fn write(
     writer: Writer<'_>,
     manifest: &Manifest,
@@ -144,7 +144,7 @@ async fn write(
     let spec = &record.identity.spec;
     let samples = if spec.candidates.is_some() { manifest.shard(shard).await? } else { Vec::new() };
     for _ in 0..ATTEMPTS {
-        // Before the rows are read, and before the ledger is written to: see [`crate::writer`].
+        // Look before the rows are read, and before the ledger is written to: see [`crate::writer`].
         let seen = writer.out.look(&path).await?;
         let Some(before) = writer.out.read(&path).await? else { return Ok(None) };
         Foreign::check(&path, &before, record)?;
@@ -161,7 +161,7 @@ async fn write(
     Err(WriteError::Contended(writer.out.location().below(path.as_ref())).into())
 }
 
-/// A file of predictions with the confidence that follows from a calibration.
+/// A file of predictions, with confidence from a calibration.
 async fn encode(
     before: Bytes,
     samples: Vec<Sample>,

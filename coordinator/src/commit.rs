@@ -1,18 +1,19 @@
 //! Writing a finished shard: final sums become Parquet files at fixed paths.
 //!
-//! The content is a pure function of the job, so that writing a shard twice, as after a crash between the put and the
-//! ledger's mark, is harmless.
+//! The content is a pure function of the job, so it is harmless to write a shard twice, as after a crash between the put
+//! and the ledger's mark.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use elbo_core::audit::Audited;
 use elbo_core::class::Classes;
 use elbo_core::ensemble::Contenders;
-use elbo_core::ids::{ClassIndex, Round, SampleId, ShardId};
+use elbo_core::failure::{FailureStage, SampleFailure};
+use elbo_core::ids::{SampleId, ShardId};
 use elbo_core::policy::Slot;
-use elbo_core::prediction::Outcome as RowOutcome;
-use elbo_core::prediction::{Labelled, Prediction, Score};
+use elbo_core::prediction::{Labelled, Outcome, Prediction, Score};
+use elbo_core::ranking::{ContenderScore, ScoredPrompt};
 use elbo_core::sample::Sample;
 use elbo_output::layout;
 use elbo_output::predictions::{self, ErrorRow, Quarantined};
@@ -21,22 +22,22 @@ use elbo_store::table::{TableError, note_of};
 use elbo_store::{Store, StoreError};
 use object_store::path::Path;
 
-use crate::scheduler::{Finished, Outcome, SampleFailure, ScoredPrompt, SlotError, UNREAD};
+use crate::scheduler::{Finished, SampleOutcome, SlotError};
 
-/// A finished shard on its way out.
+/// A finished shard that is to be written.
 #[derive(Debug)]
 pub struct Finishing {
     /// The shard.
     pub shard: ShardId,
     /// Its samples.
     pub manifest: Vec<Sample>,
-    /// How they ended, in the same order.
+    /// Their outcomes, in the same order.
     pub outcomes: Vec<Finished>,
-    /// The rows of samples that ended before the shard was opened again.
+    /// The rows of samples that ended before the shard was reopened.
     pub kept: Kept,
 }
 
-/// What an earlier commit of a shard wrote of its sound samples.
+/// The rows that an earlier commit of a shard wrote for its sound samples.
 #[derive(Clone, Debug, Default)]
 pub struct Kept {
     rows: BTreeMap<SampleId, Prediction>,
@@ -50,10 +51,10 @@ pub enum KeptError {
     /// The output can't be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A file of it is damaged.
+    /// One of its files is damaged.
     #[error("{0}; or compute the whole shard again with --recompute {1}")]
     Table(TableError, ShardId),
-    /// A file of it is another job's.
+    /// One of its files belongs to another job.
     #[error(transparent)]
     Foreign(#[from] Foreign),
 }
@@ -61,8 +62,8 @@ pub enum KeptError {
 /// A file that another job wrote.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{path} was written by another job, with the fingerprint {fingerprint}: nothing of it is overwritten; move it away, then \
-     run the same command again, which computes its shard"
+    "{path} was written by another job, with the fingerprint {fingerprint}, and is not overwritten: move it away, then \
+     run the same command again to compute its shard"
 )]
 pub struct Foreign {
     path: Path,
@@ -70,7 +71,7 @@ pub struct Foreign {
 }
 
 impl Foreign {
-    /// Refuses a file whose rows are not the job's own.
+    /// Refuses a file with another job's fingerprint.
     pub(crate) fn check(path: &Path, bytes: &Bytes, job: &JobRecord) -> Result<(), Self> {
         match note_of(bytes, FINGERPRINT) {
             Some(other) if other != job.fingerprint => Err(Self { path: path.clone(), fingerprint: other }),
@@ -80,7 +81,7 @@ impl Foreign {
 }
 
 impl Kept {
-    /// Reads the files of a job's shard; nothing where it was never committed.
+    /// Reads the files of a job's shard; empty if it was never committed.
     pub async fn read(out: &Store, shard: ShardId, job: &JobRecord) -> Result<Self, KeptError> {
         let mut kept = Self::default();
         let damaged = |source| KeptError::Table(source, shard);
@@ -105,30 +106,23 @@ impl Kept {
         Ok(kept)
     }
 
-    /// The samples, and the evaluations that each took.
+    /// The samples, with the evaluations that each took.
     pub fn evaluations(&self) -> Vec<(SampleId, u64)> {
         self.rows.iter().map(|(sample, row)| (*sample, u64::from(row.evaluations))).collect()
     }
 }
 
-/// How often a sample is tried before it is given up, by where it failed.
-fn attempts(stage: &str) -> u32 {
-    if [UNREAD, "evaluate"].contains(&stage) { 2 } else { 1 }
+/// How often a sample is tried before it is given up, by the stage of the failure.
+fn attempts(stage: FailureStage) -> u32 {
+    match stage {
+        FailureStage::Unread | FailureStage::Evaluate => 2,
+        FailureStage::Read | FailureStage::Decode | FailureStage::Preprocess | FailureStage::Encode => 1,
+    }
 }
 
-/// Where a sample failed, as outputs call it.
-fn shown(stage: &str) -> &str {
-    if stage == UNREAD { "read" } else { stage }
-}
-
-/// What a sample's row says of its failure.
-pub fn account(failure: &SampleFailure) -> String {
-    format!("{}: {}", shown(&failure.stage), failure.error)
-}
-
-/// The files of a finished shard, predictions last: where they are, so is all else. Where an earlier try left a quarantine
-/// (`had_quarantine`) and nobody is in it any more, it is written without rows: a deletion that arrives late could hit the
-/// quarantine of another coordinator.
+/// The files of a finished shard. Predictions come last, so that all other files exist once they do. If there was a
+/// quarantine before (`had_quarantine`) and it is now empty, it is written without rows: a deletion that arrives late could
+/// hit the quarantine of another coordinator.
 pub fn files(
     finishing: &Finishing,
     had_quarantine: bool,
@@ -143,26 +137,30 @@ pub fn files(
     let kept = &finishing.kept;
     for (sample, finished) in finishing.manifest.iter().zip(&finishing.outcomes) {
         rows.push(match &finished.outcome {
-            Outcome::Kept => {
+            SampleOutcome::Kept => {
                 errors.extend(kept.errors.get(&sample.id).into_iter().flatten().copied());
                 audited.extend(kept.audited.get(&sample.id).cloned());
                 let gone = || TableError::Rows {
                     table: "predictions",
-                    problem: format!("the row of {} is gone, which was there when the shard was opened", sample.key),
+                    problem: format!("the row of {} was there when the shard was opened and is gone now", sample.key),
                 };
                 kept.rows.get(&sample.id).cloned().ok_or_else(gone)?
             }
-            Outcome::Scored { prompts, errors: single, audit } => {
+            SampleOutcome::Scored { prompts, errors: single, audit } => {
                 let classes = sample.classes(&spec.classes);
                 let contenders = contenders.clone().unwrap_or_else(|| Contenders::prompts(prompts.len()));
                 errors.extend(single.iter().map(|e| error_row(sample, e, &classes, slots)));
-                let row = scored(sample, prompts, &classes, &contenders, spec.top_k);
+                let unscored = || TableError::Rows {
+                    table: "predictions",
+                    problem: format!("{} ended without a single evaluation, which is a defect", sample.key),
+                };
+                let row = scored(sample, prompts, &classes, &contenders, spec.top_k).ok_or_else(unscored)?;
                 if let (Some(audit), Some(labelled)) = (audit, row.labelled()) {
                     audited.push(audited_row(&row, labelled, audit, &classes, &contenders));
                 }
                 row
             }
-            Outcome::Quarantined(failure) => {
+            SampleOutcome::Quarantined(failure) => {
                 quarantined.push(quarantine_row(sample, failure));
                 given_up(sample, failure)
             }
@@ -196,7 +194,8 @@ fn pair(key: &str, value: impl ToString) -> (String, String) {
     (format!("elbo.{key}"), value.to_string())
 }
 
-/// What every file says of its job, so that it can be understood apart from `job.json`. A function of the job, like all the rest.
+/// The metadata about the job in every file, so that the file can be understood without `job.json`. Like everything else,
+/// it is a function of the job.
 fn job_metadata(job: &JobRecord) -> Vec<(String, String)> {
     let versions = &job.versions;
     vec![
@@ -206,10 +205,10 @@ fn job_metadata(job: &JobRecord) -> Vec<(String, String)> {
     ]
 }
 
-/// What a file with scores adds: how they came about, and the names of the classes they have by index.
+/// The further metadata of a file with scores: how the scores came about, and the class names by class index.
 fn score_metadata(job: &JobRecord) -> Vec<(String, String)> {
     let spec = &job.identity.spec;
-    // What is serialised is plain data whose keys are numbers: that does not fail.
+    // Plain data with numbers as keys always serialises.
     let policy = serde_json::to_string(&spec.policy).unwrap_or_default();
     let mut pairs = vec![pair("policy", policy), pair("loss", spec.loss)];
     pairs.extend(spec.top_k.map(|k| pair("top_k", k)));
@@ -219,34 +218,35 @@ fn score_metadata(job: &JobRecord) -> Vec<(String, String)> {
     pairs
 }
 
-/// Of the scores, the best `top_k` are kept; the margin is known before.
+/// The row of a sample with its best class; `None` if no prompt was evaluated. Only the best `top_k` scores are kept; the
+/// margin is computed before that.
 fn scored(
     sample: &Sample,
     prompts: &[ScoredPrompt],
     classes: &Classes,
     contenders: &Contenders,
     top_k: Option<u32>,
-) -> Prediction {
+) -> Option<Prediction> {
     let mut scores = class_scores(prompts, classes, contenders);
     let evaluations = prompts.iter().map(|p| p.sums.n).sum();
     let margin = match &scores[..] {
-        // Classes that left earlier have means over other slots, which don't compare.
+        // Classes that were eliminated earlier have means over other slots, which can't be compared.
         [best, second, ..] if best.round == second.round => Some(second.mean_error - best.mean_error),
         _ => None,
     };
+    let class = scores.first()?.class;
     scores.truncate(top_k.map_or(usize::MAX, |k| k as usize));
-    let class = scores.first().map_or(ClassIndex(0), |s| s.class);
     let labelled = Labelled { class, class_name: classes.name(class).to_owned(), confidence: None, margin, scores };
-    Prediction {
+    Some(Prediction {
         sample: sample.id,
         key: sample.key.clone(),
         label: sample.label.clone(),
         evaluations,
-        outcome: RowOutcome::Labelled(labelled),
-    }
+        outcome: Outcome::Labelled(labelled),
+    })
 }
 
-/// What the audit of a sample with this row came to.
+/// The result of the audit of a sample with this row.
 fn audited_row(
     row: &Prediction,
     labelled: &Labelled,
@@ -266,45 +266,19 @@ fn audited_row(
     }
 }
 
-/// A class scores as the best of its contenders does: as its best prompt, or as the mean of its prompts where they compete
-/// together. Best first: by the last round a class was in, then by mean error; ties by the lower prompt, as in the policy.
+/// The score of every class by its best contender, best first.
 fn class_scores(prompts: &[ScoredPrompt], classes: &Classes, contenders: &Contenders) -> Vec<Score> {
-    let mut groups: BTreeMap<u32, Vec<&ScoredPrompt>> = BTreeMap::new();
-    for prompt in prompts.iter().filter(|p| p.sums.n > 0 && !contenders.is_group(p.prompt)) {
-        groups.entry(contenders.of_prompt(prompt.prompt)).or_default().push(prompt);
-    }
-    let mut ranked: Vec<(f64, Score)> = groups.into_values().map(|group| contender_score(&group, classes)).collect();
-    // Stable, so that ties stay in the contenders' order.
-    ranked.sort_by(|(a, one), (b, other)| other.round.cmp(&one.round).then(a.total_cmp(b)));
-    let mut seen = BTreeSet::new();
-    ranked.into_iter().map(|(_, score)| score).filter(|score| seen.insert(score.class)).collect()
-}
-
-/// The score of prompts of one class that were evaluated on the same slots, with its mean error unrounded.
-fn contender_score(group: &[&ScoredPrompt], classes: &Classes) -> (f64, Score) {
-    let count = group.len() as f64;
-    let mean = group.iter().map(|p| p.sums.mean()).sum::<f64>() / count;
-    // On the same slots the prompts' errors rise and fall together: the standard error of their mean is at most the mean
-    // of their standard errors, and close to it.
-    let std_errors: Option<Vec<f64>> = group.iter().map(|p| p.sums.std_error()).collect();
-    let score = Score {
-        class: group.first().map_or(ClassIndex(0), |p| classes.class_of(p.prompt)),
-        mean_error: mean as f32,
-        std_error: std_errors.map(|all| (all.iter().sum::<f64>() / count) as f32),
-        n: group.iter().map(|p| p.sums.n).sum(),
-        round: group.iter().map(|p| p.round).max().unwrap_or(Round(0)),
-    };
-    (mean, score)
+    let score = |best: &ContenderScore| Score::new(classes.class_of(best.prompts[0].prompt), best);
+    contenders.class_ranking(prompts).iter().map(score).collect()
 }
 
 fn given_up(sample: &Sample, failure: &SampleFailure) -> Prediction {
-    let error = account(failure);
     Prediction {
         sample: sample.id,
         key: sample.key.clone(),
         label: sample.label.clone(),
         evaluations: 0,
-        outcome: RowOutcome::Quarantined { error },
+        outcome: Outcome::Quarantined { error: failure.to_string() },
     }
 }
 
@@ -312,9 +286,9 @@ fn quarantine_row(sample: &Sample, failure: &SampleFailure) -> Quarantined {
     Quarantined {
         sample: sample.id,
         key: sample.key.clone(),
-        stage: shown(&failure.stage).to_owned(),
+        stage: failure.stage.in_output(),
         error: failure.error.clone(),
-        attempts: attempts(&failure.stage),
+        attempts: attempts(failure.stage),
     }
 }
 
@@ -334,7 +308,7 @@ fn error_row(sample: &Sample, error: &SlotError, classes: &Classes, slots: &[Slo
 mod tests {
     use super::*;
     use elbo_core::ensemble::PromptEnsemble;
-    use elbo_core::ids::PromptIndex;
+    use elbo_core::ids::{PromptIndex, Round};
     use elbo_core::sums::Sums;
 
     fn prompt(index: u32, round: u16, n: u32, mean: f64) -> ScoredPrompt {
@@ -348,18 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_class_that_stayed_longer_beats_one_with_a_lower_mean_over_fewer_slots() {
-        let scores = class_scores(
-            &[prompt(0, 0, 2, 0.9), prompt(1, 1, 5, 0.8), prompt(2, 1, 5, 0.7), prompt(3, 0, 2, 0.1)],
-            &classes(),
-            &Contenders::prompts(4),
-        );
-        let order: Vec<_> = scores.iter().map(|s| (s.class.0, s.n)).collect();
-        assert_eq!(order, [(5, 5), (3, 5), (9, 2)]);
-    }
-
-    #[test]
-    fn the_margin_is_left_out_where_the_runner_up_saw_other_slots() {
+    fn there_is_no_margin_if_the_runner_up_was_evaluated_on_other_slots() {
         let sample = Sample {
             id: elbo_core::ids::SampleId(0),
             key: "k".into(),
@@ -371,17 +334,17 @@ mod tests {
             candidates: Vec::new(),
             pair: None,
         };
-        let all = Contenders::prompts(4);
-        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes(), &all, None);
+        let all = Contenders::of_classes(&classes(), PromptEnsemble::Max);
+        let same = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75)], &classes(), &all, None).unwrap();
         assert_eq!(same.labelled().unwrap().margin, Some(0.25));
-        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes(), &all, None);
+        let other = scored(&sample, &[prompt(0, 1, 5, 0.5), prompt(2, 0, 2, 0.75)], &classes(), &all, None).unwrap();
         assert_eq!(other.labelled().unwrap().margin, None);
         assert_eq!(other.labelled().unwrap().class_name, "cat");
         assert_eq!(other.evaluations, 7);
     }
 
     #[test]
-    fn of_the_scores_the_best_are_kept_and_nothing_else_changes() {
+    fn top_k_keeps_the_best_scores_and_changes_nothing_else() {
         let sample = elbo_core::sample::Sample {
             id: elbo_core::ids::SampleId(0),
             key: "k".into(),
@@ -394,11 +357,14 @@ mod tests {
             pair: None,
         };
         let prompts = [prompt(0, 1, 5, 0.5), prompt(2, 1, 5, 0.75), prompt(3, 0, 2, 0.1)];
-        let of = |top_k| scored(&sample, &prompts, &classes(), &Contenders::prompts(4), top_k);
+        let of = |top_k| {
+            let contenders = Contenders::of_classes(&classes(), PromptEnsemble::Max);
+            scored(&sample, &prompts, &classes(), &contenders, top_k).unwrap()
+        };
         let (mut all, one) = (of(None), of(Some(1)));
         assert_eq!(all.scores().len(), 3);
         assert_eq!(of(Some(7)), all);
-        if let RowOutcome::Labelled(labelled) = &mut all.outcome {
+        if let Outcome::Labelled(labelled) = &mut all.outcome {
             labelled.scores.truncate(1);
         }
         assert_eq!(one, all);
@@ -406,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_says_what_its_job_was_and_how_its_classes_are_called() {
+    fn metadata_describes_the_job_and_names_the_classes() {
         let spec = serde_json::json!({
             "images": "/secret/place", "model": "m", "top_k": 5,
             "classes": {"names": [[-1, "none"], [2, "\"two\""], [10, "ten"]], "prompts": []},
@@ -439,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn by_mean_a_class_scores_the_mean_of_its_prompts_and_not_its_best() {
+    fn with_ensemble_mean_a_class_scores_the_mean_of_its_prompts() {
         let prompts = [prompt(0, 1, 5, 0.1), prompt(1, 1, 5, 0.9), prompt(2, 1, 5, 0.4), prompt(3, 0, 2, 0.2)];
         let score = |ensemble| class_scores(&prompts, &classes(), &Contenders::of_classes(&classes(), ensemble));
         let order = |scores: &[Score]| scores.iter().map(|s| (s.class.0, s.n, s.mean_error)).collect::<Vec<_>>();
@@ -448,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn the_standard_error_of_prompts_on_the_same_slots_is_the_mean_of_theirs() {
+    fn the_standard_error_of_prompts_on_the_same_slots_is_the_mean_of_their_standard_errors() {
         let of = |sum, sum_sq| Sums { n: 4, sum, sum_sq };
         let scored = |index, sums| ScoredPrompt { prompt: PromptIndex(index), sums, round: Round(0) };
         // Errors 1, 2, 3, 4 and twice as much: standard errors sqrt(5/12) and 2 sqrt(5/12).

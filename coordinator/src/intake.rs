@@ -1,18 +1,15 @@
-//! What is borne from a peer that is broken or means harm, before anything of it comes to the scheduler.
+//! Protects the scheduler from broken or malicious peers.
 
+use elbo_core::failure::SampleFailure;
 use elbo_proto::{shortened, v1};
 use tonic::Status;
 
-use crate::ledger::{failure_from_wire, from_wire};
-use crate::scheduler::{Record, UNREAD};
+use crate::scheduler::{Record, UnitResult};
 
-/// Longest name of a worker, host or device.
+/// The longest name of a worker, host or device.
 const NAME_BYTES: usize = 256;
 
-/// Where a sample can fail.
-const STAGES: [&str; 6] = ["read", UNREAD, "decode", "preprocess", "encode", "evaluate"];
-
-/// Names go into logs, pages and metrics: they must be short and on one line.
+/// Checks names, which go into logs, pages and metrics: they must be short and on one line.
 pub fn check_names(join: &v1::JoinRequest) -> Result<(), Status> {
     if join.worker.is_empty() {
         return Err(Status::invalid_argument("a worker must have a name"));
@@ -37,31 +34,25 @@ pub fn check_names(join: &v1::JoinRequest) -> Result<(), Status> {
     Ok(())
 }
 
-/// What a report of a lease of `epoch` brings, or why it can be one of no job at all. Whether it is one of this, the scheduler
-/// checks.
+/// The record in a report of a lease of `epoch`, or why it is invalid for any job. The scheduler checks whether it is valid
+/// for this job.
 pub fn record(epoch: u64, results: Vec<v1::UnitResult>, failures: Vec<v1::SampleFailure>) -> Result<Record, String> {
-    // Epochs are counted from 1.
+    // Epochs start at 1.
     if epoch == 0 {
-        return Err("epoch 0 never was: its lease was never granted".into());
+        return Err("there is no epoch 0: its lease was never granted".into());
     }
     for result in &results {
         if result.errors.iter().any(|error| !error.is_finite() || *error < 0.0) {
             return Err("a single error is negative or not a number".into());
         }
     }
-    for failure in &failures {
-        if !STAGES.contains(&failure.stage.as_str()) {
-            return Err(format!("a sample can't fail at '{}'", failure.stage.chars().take(40).collect::<String>()));
-        }
-    }
-    let results = results.into_iter().map(from_wire).collect::<Option<Vec<_>>>();
+    let results = results.into_iter().map(UnitResult::try_from).collect::<Result<_, _>>();
+    // The work of a refused report is computed again, so do not refuse an honest report for a long text.
+    let cut = |failure: v1::SampleFailure| v1::SampleFailure { error: shortened(failure.error), ..failure };
+    let failures = failures.into_iter().map(cut).map(SampleFailure::try_from).collect::<Result<_, _>>();
     Ok(Record {
-        results: results.ok_or("a result names no unit of this contract")?,
-        // A report that is refused is computed again: an honest one must not be for being wordy.
-        failures: failures
-            .into_iter()
-            .map(|f| failure_from_wire(v1::SampleFailure { error: shortened(f.error), ..f }))
-            .collect(),
+        results: results.map_err(|_| "a result does not name a valid unit")?,
+        failures: failures.map_err(|error| error.to_string())?,
     })
 }
 
@@ -82,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_that_can_not_be_are_not_taken_and_long_ones_are_cut() {
+    fn impossible_errors_are_refused_and_long_messages_are_cut() {
         let with = |error| {
             let id = Some(v1::UnitId::default());
             vec![v1::UnitResult { id, errors: vec![0.5, error], ..v1::UnitResult::default() }]

@@ -1,8 +1,9 @@
-//! Taking a job up: a new one is listed and recorded, a known one must be the same job.
+//! Opening a job: a new one is listed and recorded; a known one must have the same settings.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use elbo_core::draw::Draw;
 use elbo_core::ensemble::Contenders;
 use elbo_core::ids::{Epoch, SampleId, ShardId};
 use elbo_core::job::JobSpec;
@@ -25,27 +26,27 @@ use crate::repair;
 use crate::scheduler::{JobShape, ShardTotals};
 use crate::writer::Writer;
 
-/// How a job is taken up.
+/// How to open a job.
 #[derive(Clone, Debug, Default)]
 pub struct JobOptions {
-    /// Discard what an earlier job left in the output.
+    /// Discard the results of an earlier job in the output.
     pub fresh: bool,
-    /// Give the samples that an earlier run quarantined another try.
+    /// Retry the samples that an earlier run quarantined.
     pub retry_quarantined: bool,
-    /// Compute these shards again, whatever they are like.
+    /// Compute these shards again, whatever their state.
     pub recompute: Vec<ShardId>,
-    /// Origins that lists from the network may name besides their own, for a job that is new.
+    /// For a new job: origins that lists from the network may name, in addition to their own.
     pub origins: Vec<Origin>,
-    /// Refuse a listing that passes over anything.
+    /// Fail if the listing passes over anything.
     pub strict: bool,
 }
 
 /// A job that is ready to run.
 #[derive(Debug)]
 pub struct Job {
-    /// Where results go.
+    /// The output.
     pub out: Store,
-    /// What is recorded in `job.json`.
+    /// The content of `job.json`.
     pub record: JobRecord,
     /// The dataset.
     pub manifest: Manifest,
@@ -53,14 +54,15 @@ pub struct Job {
     pub course: Course,
     /// The durable state.
     pub ledger: Ledger,
-    /// Shards committed already.
+    /// The committed shards.
     pub done: BTreeMap<ShardId, ShardTotals>,
-    /// Shards whose quarantined samples get another try, and since which epoch.
+    /// Shards whose quarantined samples are retried, with the epoch of the retry.
     pub retried: BTreeMap<ShardId, Epoch>,
 }
 
 impl Job {
-    /// Takes up the job `identity`, whose model is in the directory `model`, in `out`: lists and records a new one, resumes a known one, refuses a different one.
+    /// Opens the job `identity`, whose model is in the directory `model`, in `out`. A new job is listed and recorded, a
+    /// known one is resumed, and a different one is refused.
     pub async fn open(
         identity: JobIdentity,
         model: &std::path::Path,
@@ -69,7 +71,7 @@ impl Job {
     ) -> Result<Self, JobError> {
         let course = course_of(&identity, model)?;
         preflight::check(&out).await?;
-        // A job that is refused lists nothing, and fences nobody.
+        // A refused job lists nothing and fences no coordinator.
         let found = if options.fresh { None } else { known(&out, &identity).await? };
         let listed = match &found {
             Some(record) => {
@@ -84,7 +86,7 @@ impl Job {
             clear(&out, &ledger).await?;
         }
         out.sweep(&[&layout::WRITTEN[..], &[""]].concat());
-        // What was there before may be another coordinator's work by now.
+        // Another coordinator may have changed it since, so read it again.
         let (record, manifest) = match known(&out, &identity).await? {
             Some(record) => {
                 let manifest = Manifest::open(&out, &record.manifest, identity.spec.shard_size).await?;
@@ -116,8 +118,8 @@ impl Job {
         Ok(job)
     }
 
-    /// Opens the shards again whose files are missing or damaged, and those that are named. Of a job that is done, every byte
-    /// is looked at.
+    /// Reopens shards whose files are missing or damaged, and those that are `named`. If the job is done, every byte is
+    /// checked.
     async fn repair(&mut self, named: Vec<ShardId>) -> Result<(), JobError> {
         if let Some(shard) = named.iter().find(|shard| shard.0 >= self.manifest.shards()) {
             return Err(JobError::NoSuchShard(*shard, self.manifest.shards().saturating_sub(1)));
@@ -139,8 +141,8 @@ impl Job {
         Ok(())
     }
 
-    /// Says in `job.json` that a job that was done is not. It says so first: were what follows interrupted, the job would be
-    /// found done and say so again.
+    /// Marks a done job as unfinished in `job.json`. This must come first: if a later step were interrupted, the job would
+    /// still be found done.
     async fn reopen(&mut self) -> Result<(), JobError> {
         if self.record.state == JobState::Done {
             self.record.state = JobState::Unfinished;
@@ -154,7 +156,7 @@ impl Job {
         Writer { out: &self.out, ledger: &self.ledger }
     }
 
-    /// Opens the shards with quarantined samples again.
+    /// Reopens the shards with quarantined samples.
     async fn retry_quarantined(&mut self) -> Result<(), JobError> {
         let mut shards = self.ledger.begun().await?;
         shards.extend(self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(shard, _)| *shard));
@@ -170,7 +172,7 @@ impl Job {
         self.done.len() as u32 == self.manifest.shards()
     }
 
-    /// Closes a job that needs no work, after writing down its totals if the last coordinator died before it could.
+    /// Closes a job that needs no work. First writes its totals if the last coordinator died before it could.
     pub async fn close(mut self) -> Result<(), JobError> {
         if self.is_done() && self.record.state != JobState::Done {
             let mut totals = ShardTotals::default();
@@ -185,7 +187,7 @@ impl Job {
     }
 }
 
-/// The record of the job in an output, which must be this one.
+/// The record of the job in an output, which must be the same job.
 async fn known(out: &Store, identity: &JobIdentity) -> Result<Option<JobRecord>, JobError> {
     let Some(record) = JobRecord::read(out).await? else { return Ok(None) };
     let differences = identity.differences(&record.identity);
@@ -196,7 +198,7 @@ async fn known(out: &Store, identity: &JobIdentity) -> Result<Option<JobRecord>,
     }
 }
 
-/// Records a job that is new in an output.
+/// Records a new job in an output.
 async fn begin(
     out: &Store,
     ledger: &Ledger,
@@ -217,13 +219,14 @@ async fn begin(
     let writer = Writer { out, ledger };
     writer.write(files).await?;
     writer.write(vec![record.file(out)?]).await?;
-    // Last, so that a job that could not begin keeps no other one out.
+    // This is last, so that a job that fails to begin does not block another job.
     ledger.begin(&record.fingerprint, BTreeMap::new()).await?;
     let manifest = Manifest::open(out, &record.manifest, shard_size).await?;
     Ok((record, manifest))
 }
 
-/// Makes sure that the ledger is the job's. One that was lost begins with the shards whose files are there and whole.
+/// Checks that the ledger belongs to the job. If the ledger was lost, a new one starts with the shards whose files are
+/// there and whole.
 async fn adopt_ledger(
     out: &Store,
     ledger: &Ledger,
@@ -239,7 +242,7 @@ async fn adopt_ledger(
             let kept = repair::adopt(out, record, manifest, &shape).await?;
             if !kept.is_empty() {
                 tracing::warn!(
-                    "the ledger is gone: {} of {} shards are kept, whose files are whole; the others are computed again",
+                    "the ledger is gone: {} of {} shards are kept, since their files are whole; the others are computed again",
                     kept.len(),
                     manifest.shards()
                 );
@@ -256,19 +259,19 @@ fn other_ledger(out: &Store) -> JobError {
     }
 }
 
-/// What the evaluations of a job are.
+/// The shape of a job.
 pub(crate) fn shape(record: &JobRecord, manifest: &Manifest, course: &Course) -> JobShape {
     let spec = &record.identity.spec;
-    // Where every sample brings its own captions, nothing competes in those without.
+    // If every sample has its own captions, there are no other contenders.
     let contenders = spec.contenders().unwrap_or_else(|| Contenders::prompts(0));
     JobShape::new(course.clone(), contenders, manifest.caption_counts(), spec.shard_size, spec.write_errors)
         .with_audit(spec.audit.clone(), spec.seed)
 }
 
-/// The files of a manifest, and what `job.json` says of them.
+/// The files of a manifest, and its record in `job.json`.
 type Listed = (Vec<(Path, Bytes)>, ManifestRecord);
 
-/// Lists a job's images, of which enough must be known for what it asks.
+/// Lists a job's images, and checks the listing against the options.
 async fn list_all(identity: &JobIdentity, options: &JobOptions) -> Result<Listed, JobError> {
     let (manifest, passed_over) = list(identity, &options.origins).await?;
     let (files, listed) = manifest.finish()?;
@@ -278,7 +281,7 @@ async fn list_all(identity: &JobIdentity, options: &JobOptions) -> Result<Listed
     Ok((files, listed))
 }
 
-/// Whether nothing was passed over, where nothing may be.
+/// With `strict`, fails if anything was passed over.
 fn check_account(listed: &ManifestRecord, strict: bool) -> Result<(), JobError> {
     if strict && !listed.passed_over.is_empty() {
         return Err(JobError::PassedOver(listed.passed_over.clone()));
@@ -286,7 +289,7 @@ fn check_account(listed: &ManifestRecord, strict: bool) -> Result<(), JobError> 
     Ok(())
 }
 
-/// Whether it can be told how sure predictions are, where the job wants to know.
+/// With `abstain_below`, fails if there is nothing to compute confidence from.
 fn check_confidence(spec: &JobSpec, listed: &ManifestRecord) -> Result<(), JobError> {
     let can_tell = listed.labelled != Some(0) || spec.audit.is_some() || spec.calibration.is_some();
     if spec.abstain_below.is_some() && !can_tell { Err(JobError::NothingToCalibrate) } else { Ok(()) }
@@ -324,11 +327,11 @@ pub fn list_options<'a>(spec: &'a JobSpec, label_from: Option<&'a LabelSource>) 
     }
 }
 
-/// A manifest in the making, and the labels that are no class.
+/// A manifest under construction, and the labels that are not classes.
 struct Listing<'a> {
     spec: &'a JobSpec,
     manifest: ManifestWriter,
-    /// Those chosen so far, where the job makes do with some of the samples.
+    /// The samples chosen so far, if the job uses only some.
     chosen: Option<Chosen>,
     unknown: UnknownLabels,
 }
@@ -342,7 +345,7 @@ impl<'a> Listing<'a> {
 
 impl SampleSink for Listing<'_> {
     fn take(&mut self, sample: Sample) -> Result<(), DatasetError> {
-        // Where images bring captions, labels are captions: the listing saw to that.
+        // If images have captions, labels are captions, which the listing has checked.
         if self.spec.candidates.is_none() {
             self.unknown.note(&sample, &self.spec.classes);
         }
@@ -360,13 +363,11 @@ impl SampleSink for Listing<'_> {
     }
 }
 
-/// The samples whose keys have the lowest hashes: as good as random, always the same, and no more of them in memory than asked
-/// for.
+/// The samples with the lowest draws. Holds no more of them in memory than are needed.
 struct Chosen {
     seed: u64,
     count: usize,
-    /// By hash.
-    samples: BTreeMap<[u8; 16], Sample>,
+    samples: BTreeMap<Draw, Sample>,
 }
 
 impl Chosen {
@@ -375,17 +376,13 @@ impl Chosen {
     }
 
     fn offer(&mut self, sample: Sample) {
-        let mut hash = [0; 16];
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(b"subset").update(&self.seed.to_le_bytes()).update(sample.key.as_bytes());
-        hasher.finalize_xof().fill(&mut hash);
-        self.samples.insert(hash, sample);
+        self.samples.insert(Draw::new("subset", Some(self.seed), &sample.key), sample);
         if self.samples.len() > self.count {
             self.samples.pop_last();
         }
     }
 
-    /// The chosen samples in the order of the listing, with positions of their own.
+    /// The chosen samples in the order of the listing, with new positions.
     fn in_order(self) -> impl Iterator<Item = Sample> {
         let mut samples: Vec<_> = self.samples.into_values().collect();
         samples.sort_by_key(|sample| sample.id);
@@ -406,19 +403,20 @@ fn new_record(identity: JobIdentity, manifest: ManifestRecord) -> JobRecord {
     }
 }
 
-/// Discards the job in an output, and fences whoever works on it.
+/// Discards the job in an output, and fences its coordinator.
 pub async fn discard(out: &Store) -> Result<(), JobError> {
     let ledger = Ledger::open(out).await?;
     clear(out, &ledger).await?;
     Ok(ledger.close().await?)
 }
 
-/// Removes an earlier job from an output that this coordinator holds: from the ledger first, then `job.json`, so that an
-/// interruption leaves no half-deleted job behind. The ledger itself stays: it is what keeps others out.
+/// Removes an earlier job from an output whose ledger this coordinator holds. The ledger's entries go first, then
+/// `job.json`, so that an interruption leaves no half-deleted job. The ledger itself stays, since it fences other
+/// coordinators.
 async fn clear(out: &Store, ledger: &Ledger) -> Result<(), JobError> {
     let left = match JobRecord::read(out).await {
         Ok(record) => record.map(|record| record.fingerprint),
-        // What can't be understood is discarded all the same.
+        // An unreadable record is discarded too.
         Err(RecordError::Format { .. }) => None,
         Err(error) => return Err(error.into()),
     };
@@ -428,7 +426,7 @@ async fn clear(out: &Store, ledger: &Ledger) -> Result<(), JobError> {
     for directory in layout::WRITTEN {
         out.delete_all(directory).await?;
     }
-    // The pilot's ledger keeps others out of the pilot.
+    // The pilot's ledger stays too, since it fences other coordinators of the pilot.
     let ledger_of_pilot = Path::from(layout::PILOT).join(layout::LEDGER);
     let of_pilot = out.list(layout::PILOT).await?;
     Ok(out.delete_each(of_pilot.into_iter().filter(|path| !path.prefix_matches(&ledger_of_pilot))).await?)

@@ -1,4 +1,4 @@
-//! Why a job can't be taken up, and what to do about it.
+//! Errors when a job can't be opened, with remedies.
 
 use elbo_core::ids::ShardId;
 use elbo_core::policy::PolicyError;
@@ -13,7 +13,7 @@ use crate::calibrate::CalibrateError;
 use crate::ledger::LedgerError;
 use crate::writer::WriteError;
 
-/// A job that can't be taken up.
+/// A job that can't be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// The output belongs to another job.
@@ -21,10 +21,10 @@ pub enum JobError {
     Different {
         /// The output.
         location: String,
-        /// What differs, a line each.
+        /// The differences, one per line.
         differences: Vec<String>,
     },
-    /// The output holds predictions of a job that it does not know.
+    /// The output holds predictions of an unknown job.
     #[error(
         "{location} has no job.json, and predictions of another job, with the fingerprint {fingerprint}: use another --out, or \
          discard them with --fresh"
@@ -35,10 +35,10 @@ pub enum JobError {
         /// The other job's fingerprint.
         fingerprint: String,
     },
-    /// A shard that is to be computed again does not exist.
-    #[error("there is no shard {0} to be computed again: the job's shards are 0 to {1}")]
+    /// A shard to recompute does not exist.
+    #[error("there is no shard {0} to recompute: the job's shards are 0 to {1}")]
     NoSuchShard(ShardId, u32),
-    /// Something is no sample, and everything was to be.
+    /// Something was passed over, which `--strict` forbids.
     #[error("--strict: the listing of the images passed something over:\n  {}\ntake it out of the dataset, or leave out --strict", .0.passed_over().map(|passed| passed.to_string()).collect::<Vec<_>>().join("\n  "))]
     PassedOver(Account),
     /// The manifest can't be read, or is not the one that was listed.
@@ -47,7 +47,7 @@ pub enum JobError {
     /// Labels that are not classes.
     #[error("{}; add the classes, remove those images, or leave labels out with --label-from none", describe_unknown(.0))]
     UnknownLabels(Vec<(String, u64, String)>),
-    /// The scheduler's configuration is missing or can't be used.
+    /// The noise schedule's configuration is missing or invalid.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
     /// The policy does not fit model and classes.
@@ -71,10 +71,10 @@ pub enum JobError {
     /// The output can't be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// There is nothing that would tell how sure a prediction is.
+    /// There is nothing to compute confidence from.
     #[error(
         "--abstain-below needs to know how sure a prediction is, and no image has a label: bring some with --label-from, let \
-         the reference score a share of the images too with --audit 1%, or take over what a job with labels found out with \
+         the reference score a share of the images too with --audit 1%, or take the calibration of a job with labels with \
          --calibration-from"
     )]
     NothingToCalibrate,

@@ -1,15 +1,16 @@
-//! The coordinator: plans a job's shards and blocks, leases them to workers, reduces what they report, and commits finished
+//! The coordinator: plans a job's shards and blocks, leases them to workers, reduces their reports, and commits finished
 //! shards. It never sees the model; a sample's latents live on the workers.
 //!
-//! [`scheduler`] decides (a state machine without IO or clock), [`ledger`] remembers, [`commit`] makes a shard's files, `writer` puts them in place, and
-//! [`service`] connects them to workers; `calibrate` says at the end how sure every prediction is; [`operations`] and [`watchdog`] tell operators how a job is.
+//! [`scheduler`] makes the decisions (a state machine without IO or clock), [`ledger`] is the durable memory, [`commit`]
+//! makes a shard's files, `writer` writes them, and [`service`] connects all this to workers. `calibrate` computes the
+//! confidence of every prediction at the end. [`operations`] and [`watchdog`] show operators the state of a job.
 
-mod audit;
 mod calibrate;
 pub mod commit;
 pub mod intake;
 pub mod job;
 mod job_error;
+mod lease_log;
 pub mod ledger;
 pub mod operations;
 mod options;
@@ -28,6 +29,7 @@ mod writer;
 pub use job::{Job, JobOptions};
 pub use job_error::JobError;
 pub use operations::JobOperations;
-pub use options::{MaxBad, Options};
+pub use options::{CoordinatorOptions, MaxBad};
 pub use progress::Progress;
-pub use run::{Coordinator, Outcome, RunError};
+pub use run::{Coordinator, RunError, RunOutcome, Then};
+pub use server::{ServeError, Server};

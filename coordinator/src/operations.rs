@@ -1,4 +1,4 @@
-//! What a coordinator tells operators over HTTP.
+//! A coordinator's answers to operators over HTTP.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +13,7 @@ use crate::status::{self, JobStatus, Phase};
 #[derive(Debug)]
 pub struct JobOperations {
     shared: Arc<Shared>,
-    /// The coordinator is asked to stop.
+    /// Cancelled when the coordinator is asked to stop.
     stop: CancellationToken,
 }
 
@@ -32,11 +32,11 @@ impl JobOperations {
 impl Operations for JobOperations {
     fn ready(&self) -> Result<(), String> {
         match self.shared.phase() {
-            // What is being committed is finished first.
+            // Running commits are finished first.
             Phase::Working if self.stop.is_cancelled() => return Err("stopping".into()),
             Phase::Working => self.shared.ledger.check().map_err(|error| error.to_string())?,
             Phase::Stopping => return Err("stopping".into()),
-            // Its workers wait for the next job, which is being prepared.
+            // Its workers wait while the next job is prepared.
             Phase::Followed => return Err("starting".into()),
         }
         if self.shared.telemetry.serving.load(Ordering::Relaxed) { Ok(()) } else { Err("starting".into()) }
@@ -49,7 +49,7 @@ impl Operations for JobOperations {
     }
 
     fn status(&self) -> serde_json::Value {
-        // A struct of texts and numbers can be serialised.
+        // A struct of texts and numbers always serialises.
         serde_json::to_value(self.job_status().1).unwrap_or_default()
     }
 

@@ -4,12 +4,12 @@ use elbo_net::{Limits, ServerTls};
 
 use crate::scheduler::LeasePolicy;
 
-/// How many samples may be quarantined before the job is ended.
+/// How many samples may be quarantined before the job fails.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum MaxBad {
-    /// So many samples.
+    /// A number of samples.
     Count(u64),
-    /// So large a share of the dataset, in percent.
+    /// A share of the dataset, in percent.
     Percent(f64),
 }
 
@@ -45,17 +45,17 @@ impl std::str::FromStr for MaxBad {
     }
 }
 
-/// How a coordinator runs; nothing here changes a result.
+/// How a coordinator runs. Nothing here changes a result.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct CoordinatorOptions {
     /// How leases are sized and when they end.
     pub leases: LeasePolicy,
-    /// How many bad samples are borne.
+    /// How many samples may be quarantined before the job fails.
     pub max_bad: MaxBad,
-    /// The token every call must bring; without one, anyone who can connect is served.
+    /// The token that every call must carry. Without one, anyone who can connect is served.
     pub token: Option<String>,
-    /// Calls come over TLS only.
+    /// If set, calls must use TLS.
     pub tls: Option<ServerTls>,
-    /// What is borne from those who connect.
+    /// Limits on connections.
     pub limits: Limits,
 }

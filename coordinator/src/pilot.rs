@@ -1,8 +1,8 @@
-//! The pilot of a race: a small job that runs first and learns, without labels, where the race should look.
+//! The pilot of a race: a small job that runs first and learns, without labels, which timesteps the race should use.
 //!
-//! Some samples of the job, chosen by its seed, are scored over all timesteps. It is a job like any other, in a directory of
-//! the race's output, with workers, a ledger and everything, so it can be interrupted like any other. What it learned is
-//! written down beside it and is part of the race's specification from there on.
+//! It scores some of the job's samples, chosen by the job's seed, over all timesteps. It is an ordinary job in a directory
+//! of the race's output, with workers and a ledger, so it can be interrupted and resumed. The learned timesteps are written
+//! beside it and become part of the race's specification.
 
 use bytes::Bytes;
 use elbo_core::ensemble::Contenders;
@@ -16,12 +16,12 @@ use elbo_output::{Output, OutputError};
 use elbo_store::{Store, StoreError};
 use object_store::path::Path;
 
-/// A pilot that can't be carried out.
+/// An invalid or failed pilot.
 #[derive(Debug, thiserror::Error)]
 pub enum PilotError {
-    /// There is nothing to learn for.
+    /// The job is not a race that a pilot can help.
     #[error(
-        "a pilot learns where a race should look: leave --pilot out, or --candidates, --timesteps-from and whatever asks for \
+        "--pilot is for --policy race without other timesteps: leave --pilot out, or --candidates, --timesteps-from and any flag for \
          another policy than race"
     )]
     NoRace,
@@ -31,19 +31,21 @@ pub enum PilotError {
     /// The pilot's policy does not fit model and classes.
     #[error(transparent)]
     Policy(#[from] PolicyError),
-    /// What the pilot wrote can't be read.
+    /// The pilot's output can't be read.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// What it learned can't be read or written.
+    /// Its timesteps can't be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Somebody else writes it at the same time.
+    /// Another process writes the same file.
     #[error(
         "{0} was changed by something else: let one coordinator work on the output, then run the same command again"
     )]
     Contended(String),
-    /// What it learned is damaged.
-    #[error("{location}/{file} can't be understood ({source}): delete it, and the pilot is asked again")]
+    /// Its timesteps are damaged.
+    #[error(
+        "{location}/{file} can't be understood ({source}): delete it, and the timesteps are learned again from the pilot"
+    )]
     Format {
         /// The race's output.
         location: String,
@@ -54,7 +56,7 @@ pub enum PilotError {
     },
 }
 
-/// The pilot of a job: so many of its samples, over all timesteps.
+/// The pilot of a job: `samples` of its samples, over all timesteps.
 pub fn identity(of: &JobIdentity, model: &std::path::Path, samples: u64) -> Result<JobIdentity, PilotError> {
     let (_, _, contenders) = race(of)?;
     let mut identity = of.clone();
@@ -68,14 +70,14 @@ pub fn identity(of: &JobIdentity, model: &std::path::Path, samples: u64) -> Resu
     Ok(identity)
 }
 
-/// What an earlier pilot of the job in an output has learned.
+/// The timesteps that an earlier pilot of the job in an output has learned.
 pub async fn known(out: &Store) -> Result<Option<Timesteps>, PilotError> {
     let Some(bytes) = out.read(&Path::from(layout::PILOT_TIMESTEPS)).await? else { return Ok(None) };
     let learned = serde_json::from_slice(&bytes);
     learned.map(Some).map_err(|source| format_error(out, layout::PILOT_TIMESTEPS, source))
 }
 
-/// Learns from a pilot that is done, in `pilot`, where the race `of` should look, and writes it down in its output.
+/// Learns the timesteps of the race `of` from the finished pilot in `pilot`, and writes them to the race's output `out`.
 pub async fn learn(pilot: &Store, of: &JobIdentity, model: &std::path::Path, out: &Store) -> Result<Pilot, PilotError> {
     let (risk, max_slots, contenders) = race(of)?;
     let (_, scored) = recorded::read(&Output::new(pilot), contenders.prompt_count()).await?;
@@ -96,7 +98,7 @@ pub async fn learn(pilot: &Store, of: &JobIdentity, model: &std::path::Path, out
     Ok(learned)
 }
 
-/// The job with what its pilot has learned.
+/// The job with the timesteps that its pilot has learned.
 pub fn with_timesteps(mut identity: JobIdentity, learned: Timesteps) -> JobIdentity {
     if let Policy::Race { timesteps, .. } = &mut identity.spec.policy {
         *timesteps = learned;
@@ -104,11 +106,11 @@ pub fn with_timesteps(mut identity: JobIdentity, learned: Timesteps) -> JobIdent
     identity
 }
 
-/// Level, slots and contenders of a job that is a race and looks everywhere alike.
+/// Risk, slots and contenders of a job that is a race with even timesteps.
 fn race(identity: &JobIdentity) -> Result<(f64, u32, Contenders), PilotError> {
     match (&identity.spec.policy, identity.spec.contenders()) {
         (Policy::Race { risk, max_slots, timesteps }, Some(contenders)) if timesteps.is_even() => {
-            // A pilot compares the classes, whatever is above them.
+            // A pilot compares the classes themselves, without their groups.
             Ok((*risk, *max_slots, contenders.without_groups()))
         }
         _ => Err(PilotError::NoRace),

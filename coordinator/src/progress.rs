@@ -1,4 +1,4 @@
-//! How far a job is and how long it will take.
+//! A job's progress, and the time it will still take.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -22,25 +22,25 @@ pub struct Progress {
     pub samples_quarantined: u64,
     /// Evaluations reduced so far, in all runs of the job.
     pub evaluations: u64,
-    /// Those of them that were not known before this coordinator started.
+    /// Evaluations reduced since this coordinator started.
     pub evaluations_here: u64,
-    /// Evaluations workers have finished and not reported yet.
+    /// Evaluations that workers have finished but not reported yet.
     pub unreported: u64,
-    /// Evaluations the job takes in all, if no further sample is given up; at most so many where classes have unequally many
-    /// prompts. Of a race it is an estimate from the samples that have ended, `None` before there are any.
+    /// Evaluations of the whole job, if no further sample is given up. This is a maximum if classes have different numbers
+    /// of prompts. For a race it is an estimate from the samples that have ended, `None` before there are any.
     pub evaluations_total: Option<u64>,
-    /// Evaluations per second over the last half minute; `None` before there is a figure.
+    /// Evaluations per second over the last half minute; `None` before there is a value.
     pub rate: Option<f64>,
-    /// The workers that are there.
+    /// The current workers.
     pub workers: Vec<WorkerView>,
     /// Whether all shards are committed.
     pub done: bool,
-    /// Which part holds the job up, in a sentence.
+    /// A sentence that names the part that stalls the job, if any.
     pub stalled: Option<String>,
 }
 
 impl Progress {
-    /// The part of the work that is done, in [0, 1]; 0 while nobody can tell.
+    /// The share of the work that is done, in [0, 1]; 0 while unknown.
     pub fn share(&self) -> f64 {
         let share = |total: u64| (self.evaluations + self.unreported) as f64 / total.max(1) as f64;
         self.evaluations_total.map_or(0.0, share).min(1.0)
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rate_is_that_of_the_last_half_minute() {
+    fn the_rate_covers_the_last_half_minute() {
         let mut meter = Meter::default();
         assert_eq!(meter.rate(Duration::ZERO, 1_000), None);
         // A slow hundred seconds, then a fast one.
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_eta_is_what_is_left_at_the_current_rate() {
+    fn the_eta_is_the_remaining_work_at_the_current_rate() {
         let progress = Progress {
             evaluations: 50,
             unreported: 10,

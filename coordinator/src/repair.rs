@@ -1,4 +1,4 @@
-//! What became of committed files since: those that are gone, damaged or another job's are computed again.
+//! Checks committed files: shards whose files are gone, damaged or another job's are computed again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,11 +20,11 @@ use crate::ledger::Mark;
 use crate::scheduler::{JobShape, ShardTotals};
 use crate::writer::{WriteError, Writer};
 
-/// Shards that are looked at side by side.
+/// Shards that are checked at the same time.
 const SHARDS: usize = 4;
 
-/// The shards whose files are not those that were committed. Sizes are compared, which needs no more than a listing; if
-/// `thorough`, every byte is.
+/// The shards whose files differ from those that were committed. Compares sizes, which needs only a listing; if `thorough`,
+/// compares every byte.
 pub(crate) async fn damaged(
     out: &Store,
     done: &BTreeMap<ShardId, Mark>,
@@ -55,10 +55,10 @@ pub(crate) async fn damaged(
     Ok(damaged)
 }
 
-/// Whether the files of a shard are there, of the right sizes, and no others.
+/// Whether exactly the committed files of a shard are there, with the right sizes.
 fn looks_sound(shard: ShardId, mark: &Mark, present: &BTreeMap<Path, u64>) -> bool {
     if mark.files.is_empty() {
-        // An older version committed it, and said nothing of its files.
+        // An older version committed it, without checksums of its files.
         return present.contains_key(&layout::predictions(shard));
     }
     layout::TABLES.iter().all(|(_, of)| {
@@ -83,9 +83,9 @@ async fn is_whole(out: &Store, mark: &Mark) -> Result<bool, StoreError> {
     Ok(true)
 }
 
-/// Deletes what discarded jobs have written since, where every reader of the directories would see it: files that are not
-/// known to be this job's and say that they are of one of those. A put that found nothing at a path can't be told from late
-/// ones of this job but by what it says, so this is done when a job is taken up and again when it ends.
+/// Deletes files that discarded jobs have written since, from directories where every reader would see them: files that are
+/// not known to be this job's, and whose fingerprint is of a discarded job. A late put to a path without a file can't be
+/// prevented, only recognised by its fingerprint, so this runs when a job is opened and again when it ends.
 pub(crate) async fn clear_late(Writer { out, ledger }: Writer<'_>) -> Result<(), WriteError> {
     let discarded = ledger.discarded().await?;
     if discarded.is_empty() {
@@ -103,17 +103,18 @@ pub(crate) async fn clear_late(Writer { out, ledger }: Writer<'_>) -> Result<(),
         }
     }
     if !late.is_empty() {
-        // Whoever has taken over may have started over with the same settings: its files say the same.
+        // A coordinator that has taken over may have started over with the same settings: its files have the same
+        // fingerprint.
         ledger.hold().await?;
     }
     for path in late {
-        tracing::warn!(%path, "deleted: it is of a job that --fresh has discarded");
+        tracing::warn!(%path, "deleted: it belongs to a job that --fresh has discarded");
         out.delete(&path).await?;
     }
     Ok(())
 }
 
-/// Finds the fingerprint of some other job whose predictions are in an output.
+/// Finds the fingerprint of another job that has predictions in an output.
 pub(crate) async fn stranger(out: &Store, known: &BTreeSet<String>) -> Result<Option<String>, StoreError> {
     for path in out.list(layout::PREDICTIONS).await? {
         let Some(bytes) = out.read(&path).await? else { continue };
@@ -142,7 +143,7 @@ pub(crate) async fn adopt(
     marks.try_filter_map(|(shard, mark)| async move { Ok(mark.map(|mark| (shard, mark))) }).try_collect().await
 }
 
-/// What a committed shard's mark must have been; `None` where something is missing, damaged or not this job's.
+/// Rebuilds the mark of a committed shard; `None` if a file is missing, damaged or not this job's.
 async fn mark_of(
     out: &Store,
     record: &JobRecord,
@@ -168,8 +169,8 @@ async fn mark_of(
     Ok(Some(Mark { totals, files }))
 }
 
-/// How many of a shard's samples its files have as quarantined, and the evaluations they rest on; `None` where a file is missing
-/// or damaged, or they don't agree.
+/// The number of quarantined samples and the evaluations in a shard's files; `None` if a file is missing or damaged, or the
+/// files contradict each other.
 fn count(files: &BTreeMap<Path, Bytes>, job: &JobRecord, shard: ShardId, samples: &[Sample]) -> Option<(u64, u64)> {
     let spec = &job.identity.spec;
     let rows = decoded(files.get(&layout::predictions(shard)), true, predictions::decode_predictions)?;
@@ -191,7 +192,7 @@ fn count(files: &BTreeMap<Path, Bytes>, job: &JobRecord, shard: ShardId, samples
     agree.then(|| (given_up.len() as u64, of_rows.chain(of_audits).sum()))
 }
 
-/// The rows of a file, of which there may be none unless it is `wanted`; `None` where it is missing or damaged.
+/// The rows of a file; empty if it is missing and not `wanted`. `None` if it is damaged, or missing though wanted.
 fn decoded<R>(file: Option<&Bytes>, wanted: bool, decode: fn(Bytes) -> Result<Vec<R>, TableError>) -> Option<Vec<R>> {
     match file {
         Some(bytes) => decode(bytes.clone()).ok(),
@@ -214,12 +215,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_what_is_not_this_jobs_only_files_of_discarded_jobs_are_deleted_and_only_by_who_holds_the_ledger() {
+    async fn only_files_of_discarded_jobs_are_deleted_and_only_by_the_holder_of_the_ledger() {
         let out = Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap());
         let first = Ledger::open(&out).await.unwrap();
         first.begin("old", BTreeMap::new()).await.unwrap();
         first.discard([]).await.unwrap();
-        // Started over with the same settings: files of both say the same, and the ledger alone knows whose they are.
+        // The job starts over with the same settings: the files of both have the same fingerprint, and only the ledger
+        // knows whose they are.
         first.begin("old", BTreeMap::new()).await.unwrap();
         let paths = [0, 1, 2].map(|shard| layout::quarantine(ShardId(shard)));
         let files = [quarantine("old"), quarantine("old"), quarantine("another")];

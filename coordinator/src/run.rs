@@ -1,28 +1,23 @@
-//! Running a job: the server workers talk to, and the steward that opens, commits and ends.
+//! Running a job: the server for workers, and the steward that opens shards, commits them and ends the job.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use elbo_core::ids::{Epoch, SampleId, ShardId};
 use elbo_core::policy::Course;
 use elbo_core::sample::Sample;
 use elbo_data::manifest::{Manifest, ManifestError};
-use elbo_net::LimitedListener;
 use elbo_output::layout;
 use elbo_output::record::{JobState, RecordError, Timings, Totals};
 use elbo_proto::v1;
 use elbo_store::checksum::Checksum;
 use elbo_store::table::TableError;
-use elbo_store::{Fault, Seen, Store, StoreError};
+use elbo_store::{DiskFault, ObjectVersion, Store, StoreError};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
 use crate::calibrate::{self, CalibrateError};
@@ -30,24 +25,24 @@ use crate::commit::{self, Finishing, Kept, KeptError};
 use crate::job::{self, Job};
 use crate::ledger::{LedgerError, Mark};
 use crate::operations::JobOperations;
-use crate::options::{MaxBad, Options};
+use crate::options::{CoordinatorOptions, MaxBad};
 use crate::progress::Progress;
 use crate::repair;
 use crate::scheduler::{Record, Scheduler, Shard, ShardTotals};
-use crate::server::serve;
+use crate::server::{ServeError, Server};
 use crate::service::{Shared, to_sample};
-use crate::status;
+use crate::status::{self, Phase};
 use crate::telemetry::Use;
 use crate::watchdog::StallEvent;
 use crate::writer::{WriteError, Writer};
 
-/// How often silent workers are looked for and progress is published.
+/// How often to look for silent workers and publish the progress.
 const TICK: Duration = Duration::from_millis(200);
 
 /// Shards committed at a time: while one is uploaded, another is encoded. Each takes memory for its files.
 const COMMITS: usize = 2;
 
-/// Images that workers may try to read when they can't read one.
+/// Images that workers try to read when they can't read one.
 const WITNESSES: u64 = 16;
 
 /// A job that could not be finished.
@@ -59,9 +54,9 @@ pub enum RunError {
     /// The output failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The disk takes no more.
+    /// The disk is full or read-only.
     #[error("{0}")]
-    Disk(#[source] Fault),
+    Disk(#[source] DiskFault),
     /// A file of the output could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -74,7 +69,7 @@ pub enum RunError {
     /// The manifest could not be read.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// What an earlier commit wrote could not be read.
+    /// The files of an earlier commit could not be read.
     #[error(transparent)]
     Kept(#[from] KeptError),
     /// Confidence could not be written.
@@ -84,28 +79,23 @@ pub enum RunError {
     #[error("describing the job: {0}")]
     Json(#[from] serde_json::Error),
     /// The server failed.
-    #[error("serving on {address}: {source}")]
-    Serve {
-        /// Where.
-        address: SocketAddr,
-        /// Why not.
-        source: tonic::transport::Error,
-    },
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// Too many samples had to be given up.
     #[error(
-        "{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report {out}`, mend the cause and run the same command with --retry-quarantined, or raise --max-bad and run it again"
+        "{quarantined} of {samples} samples are quarantined, more than --max-bad {limit} allows; see why with `elbo report {out}`, fix the cause and run the same command with --retry-quarantined, or raise --max-bad and run it again"
     )]
     TooManyBad {
         /// Samples given up.
         quarantined: u64,
-        /// Samples in all.
+        /// All samples.
         samples: u64,
         /// The limit.
         limit: MaxBad,
         /// The output.
         out: String,
     },
-    /// A background task ended by a panic, which is a defect.
+    /// A background task panicked, which is a defect.
     #[error("the coordinator's {0} ended unexpectedly: run the same command again to resume, and report this")]
     Task(&'static str),
 }
@@ -116,13 +106,31 @@ impl From<CalibrateError> for RunError {
     }
 }
 
+/// What workers do once a job is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// They leave.
+    End,
+    /// They wait for another job at the same address.
+    AnotherJob,
+}
+
 /// How a run ended.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RunOutcome {
     /// Every sample is in predictions or quarantine.
     Done(Totals),
     /// Stopped on request; the same command resumes.
     Interrupted,
+}
+
+/// Why there is no more work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WorkEnd {
+    /// Every shard is committed.
+    Done,
+    /// The coordinator is to stop.
+    Stopped,
 }
 
 /// A coordinator for one job.
@@ -132,15 +140,15 @@ pub struct Coordinator {
     out: Store,
     manifest: Manifest,
     course: Arc<Course>,
-    /// Shards whose quarantined samples get another try, and since which epoch.
+    /// Shards whose quarantined samples are retried, and the epoch of the retry.
     retried: BTreeMap<ShardId, Epoch>,
-    options: Options,
+    max_bad: MaxBad,
     stop: CancellationToken,
 }
 
 impl Coordinator {
     /// A coordinator for an opened job; cancelling `stop` interrupts it.
-    pub fn new(job: Job, options: Options, stop: CancellationToken) -> Result<Self, RunError> {
+    pub fn new(job: Job, options: &CoordinatorOptions, stop: CancellationToken) -> Result<Self, RunError> {
         let Job { out, record, manifest, course, ledger, done, retried } = job;
         let shape = job::shape(&record, &manifest, &course);
         let scheduler = Scheduler::new(shape, ledger.epoch(), options.leases, done, ledger.waste());
@@ -148,7 +156,8 @@ impl Coordinator {
         let heartbeat = (options.leases.time_to_live / 10).max(Duration::from_millis(100));
         let shared = Arc::new(Shared::new(scheduler, ledger, record, heartbeat, CancellationToken::new())?);
         shared.publish();
-        Ok(Self { shared, out, manifest, course: Arc::new(course), retried, options, stop })
+        let (course, max_bad) = (Arc::new(course), options.max_bad);
+        Ok(Self { shared, out, manifest, course, retried, max_bad, stop })
     }
 
     /// Follows the job's progress.
@@ -156,91 +165,70 @@ impl Coordinator {
         self.shared.progress.subscribe()
     }
 
-    /// What operators are told of it.
+    /// The operators' view of the job.
     pub fn operations(&self) -> Arc<JobOperations> {
         Arc::new(JobOperations::new(Arc::clone(&self.shared), self.stop.clone()))
     }
 
-    /// Serves workers until the job is done, fails or is stopped.
-    pub async fn run(self, listener: TcpListener) -> Result<Outcome, RunError> {
-        let nothing: Option<std::future::Ready<()>> = None;
+    /// Works until the job is done, fails or is stopped, with the workers that connect to a server. `then` says what
+    /// workers do once the job is done. If no job follows, the server is closed.
+    ///
+    /// ```no_run
+    /// # async fn coordinate(job: elbo_coordinator::Job, options: elbo_coordinator::CoordinatorOptions)
+    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// use elbo_coordinator::{Coordinator, Server, Then};
+    /// use tokio_util::sync::CancellationToken;
+    ///
+    /// let listener = tokio::net::TcpListener::bind("0.0.0.0:7070").await?;
+    /// let coordinator = Coordinator::new(job, &options, CancellationToken::new())?;
+    /// let outcome = coordinator.run(&mut Server::new(listener, options), Then::End).await?;
+    /// println!("{outcome:?}");
+    /// # Ok(()) }
+    /// ```
+    pub async fn run(self, server: &mut Server, then: Then) -> Result<RunOutcome, RunError> {
         let span = self.shared.span.clone();
-        Ok(self.run_in_span(listener, nothing).instrument(span).await?.0)
-    }
-
-    /// The same, and once the job is done `next` while workers wait for another job at the same address; with what came of it.
-    pub async fn run_before<N: Future>(
-        self,
-        listener: TcpListener,
-        next: N,
-    ) -> Result<(Outcome, Option<N::Output>), RunError> {
-        let span = self.shared.span.clone();
-        self.run_in_span(listener, Some(next)).instrument(span).await
-    }
-
-    /// Runs until it ends, or the output's disk takes no more: then all that is acknowledged is on it, and nothing else helps
-    /// than to say so.
-    async fn run_in_span<N: Future>(
-        self,
-        listener: TcpListener,
-        next: Option<N>,
-    ) -> Result<(Outcome, Option<N::Output>), RunError> {
-        let out = self.out.clone();
-        let ended = tokio::select! {
-            ended = self.run_to_end(listener, next) => ended,
-            fault = out.broken() => return Err(RunError::Disk(fault)),
+        let run = async {
+            let out = self.out.clone();
+            let ended = tokio::select! {
+                ended = self.run_to_end(server, then) => ended,
+                // Everything acknowledged is on the disk. All that is left is to report that the disk takes no more.
+                fault = out.broken() => return Err(RunError::Disk(fault)),
+            };
+            ended.map_err(|error| out.fault().map_or(error, RunError::Disk))
         };
-        ended.map_err(|error| out.fault().map_or(error, RunError::Disk))
+        run.instrument(span).await
     }
 
-    async fn run_to_end<N: Future>(
-        self,
-        listener: TcpListener,
-        next: Option<N>,
-    ) -> Result<(Outcome, Option<N::Output>), RunError> {
+    async fn run_to_end(&self, server: &mut Server, then: Then) -> Result<RunOutcome, RunError> {
         let started = Instant::now();
         let _ = self.shared.witnesses.set(self.witnesses().await?);
-        let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
-        let hang_up = CancellationToken::new();
-        let door = LimitedListener::new(listener, self.options.limits);
-        let serving = serve(Arc::clone(&self.shared), &self.options, door, hang_up.clone());
-        let server = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
+        server.serve(&self.shared).await;
         let ended = self.steward().await;
-        let next = next.filter(|_| matches!(ended, Ok(true)));
-        self.shared.is_followed.store(next.is_some(), Ordering::Relaxed);
-        // Waiting workers are told to leave; those in the middle of a block get a moment to hand over what they have.
-        self.shared.closing.cancel();
-        let followed = match next {
-            Some(next) => {
-                let finished = self.finish(started).await;
-                let made = if finished.is_ok() { Some(next.await) } else { None };
-                Some((finished, made))
+        let is_followed = then == Then::AnotherJob && matches!(ended, Ok(WorkEnd::Done));
+        // Waiting workers are told to leave, or to wait for the next job. Workers in the middle of a block get a moment to
+        // hand over their results.
+        self.shared.close(if is_followed { Phase::Followed } else { Phase::Stopping });
+        let mut served = Ok(());
+        if !is_followed {
+            if !matches!(ended, Err(RunError::Ledger(_))) {
+                self.await_departures().await;
             }
-            None => {
-                if !matches!(ended, Err(RunError::Ledger(_))) {
-                    self.await_departures().await;
-                }
-                None
-            }
-        };
-        hang_up.cancel();
-        let served = server.await.map_err(|_| RunError::Task("server"))?;
-        let ended = match self.shared.take_failure() {
-            Some(error) => Err(error.into()),
-            None => ended,
-        };
-        let (outcome, made) = match (ended?, followed) {
-            (_, Some((finished, made))) => (Outcome::Done(finished?), made),
-            (true, None) => (Outcome::Done(self.finish(started).await?), None),
-            (false, None) => (Outcome::Interrupted, None),
+            served = server.close().await;
+        }
+        if let Some(error) = self.shared.take_failure() {
+            return Err(error.into());
+        }
+        let outcome = match ended? {
+            WorkEnd::Done => RunOutcome::Done(self.finish(started).await?),
+            WorkEnd::Stopped => RunOutcome::Interrupted,
         };
         self.shared.ledger.close().await?;
         self.shared.publish();
-        served.map_err(|source| RunError::Serve { address, source })?;
-        Ok((outcome, made))
+        served?;
+        Ok(outcome)
     }
 
-    /// Images from all over the dataset, so that no directory, archive or bucket stands for all.
+    /// Images from all over the dataset, so that they are not all from one directory, archive or bucket.
     async fn witnesses(&self) -> Result<Vec<v1::Sample>, RunError> {
         let samples = self.manifest.len();
         let count = WITNESSES.min(samples);
@@ -257,10 +245,11 @@ impl Coordinator {
         Ok(witnesses)
     }
 
-    /// Opens shards as work runs low, commits finished ones, takes silent workers' leases back. `true` when all is done.
+    /// Opens shards as work runs low, commits finished ones, and takes back the leases of silent workers, until all is done
+    /// or the coordinator must stop.
     ///
-    /// Neither a commit nor an opening keeps the others waiting, nor the workers.
-    async fn steward(&self) -> Result<bool, RunError> {
+    /// Commits and openings block neither each other nor the workers.
+    async fn steward(&self) -> Result<WorkEnd, RunError> {
         let mut commits = FuturesUnordered::new();
         let mut opening = FuturesUnordered::new();
         let mut tick = tokio::time::interval(TICK);
@@ -281,21 +270,21 @@ impl Coordinator {
             }
             self.check_quarantine()?;
             if shared.scheduler().is_done() {
-                return Ok(true);
+                return Ok(WorkEnd::Done);
             }
             tokio::select! {
                 () = shared.steward.notified() => {}
                 Some(committed) = commits.next() => committed?,
                 Some(opened) = opening.next() => opened?,
                 () = self.stop.cancelled() => break,
-                () = shared.closing.cancelled() => return Ok(false),
+                () = shared.closing.cancelled() => return Ok(WorkEnd::Stopped),
                 _ = tick.tick() => self.tick().await?,
             }
         }
         while let Some(committed) = commits.next().await {
             committed?;
         }
-        Ok(false)
+        Ok(WorkEnd::Stopped)
     }
 
     async fn tick(&self) -> Result<(), RunError> {
@@ -306,17 +295,17 @@ impl Coordinator {
             shared.work.notify_waiters();
         }
         if shared.scheduler().has_only_leased() {
-            // One that waits may be given a second lease on what is slow, which depends on the time.
+            // A waiting worker may get a backup of slow units, which depends on the time.
             shared.work.notify_one();
         }
         for worker in silent {
-            tracing::warn!(worker, "worker gave no sign of life: its leases go to others");
+            tracing::warn!(worker, "worker is silent: its leases go to others");
             shared.telemetry.workers_left.get_or_create(&[("how", "silent")]).inc();
         }
         let seen = status::observe(&shared.publish(), shared.now(), shared.telemetry.slowest());
         match shared.telemetry.look(&seen) {
             Some(StallEvent::Stalled(stall)) => tracing::warn!(part = stall.part.name(), "stalled: {}", stall.sentence),
-            Some(StallEvent::Resumed) => tracing::info!("the job gets on again"),
+            Some(StallEvent::Resumed) => tracing::info!("the job makes progress again"),
             None => {}
         }
         if !given_up.is_empty() {
@@ -335,7 +324,7 @@ impl Coordinator {
             None => Vec::new(),
         };
         if retried.is_some() {
-            // Who asks for another try may have put a sound file in the place of a bad one.
+            // The user may have replaced a bad file before the retry.
             for sample in samples.iter_mut().filter(|sample| sample.part.is_none()) {
                 (sample.size, sample.etag) = (0, None);
             }
@@ -350,7 +339,7 @@ impl Coordinator {
         Ok(())
     }
 
-    /// The next finished shard, which is being committed from here on.
+    /// Takes the next finished shard, which counts as being committed from here on.
     fn finishing(&self) -> Option<(Finishing, ShardTotals)> {
         let mut scheduler = self.shared.scheduler();
         let shard = *scheduler.finished_shards().first()?;
@@ -358,7 +347,8 @@ impl Coordinator {
         Some((Finishing { shard, manifest, outcomes, kept: Kept::default() }, totals))
     }
 
-    /// The commit rule: files first, by atomic puts of content that is a pure function of the job; then the ledger's mark.
+    /// Commits a shard: first the files, by atomic puts of content that is a pure function of the job; then the ledger's
+    /// mark.
     async fn commit_shard(&self, (mut finishing, totals): (Finishing, ShardTotals)) -> Result<(), RunError> {
         let _under_way = self.shared.telemetry.storage(Use::Commit);
         let shard = finishing.shard;
@@ -366,8 +356,8 @@ impl Coordinator {
         if is_retried {
             finishing.kept = Kept::read(&self.out, shard, &self.shared.record).await?;
         }
-        // Of an earlier try, or one that a coordinator before this has written and that has not arrived yet.
-        let had_quarantine = is_retried || self.out.look(&layout::quarantine(shard)).await? != Seen::Nothing;
+        // The quarantine may be from before a retry, or from an earlier coordinator whose write has not arrived yet.
+        let had_quarantine = is_retried || self.out.look(&layout::quarantine(shard)).await? != ObjectVersion::Nothing;
         let (shared, course) = (Arc::clone(&self.shared), Arc::clone(&self.course));
         let encode = move || {
             let files = commit::files(&finishing, had_quarantine, &shared.record, course.slots())?;
@@ -386,7 +376,7 @@ impl Coordinator {
 
     fn check_quarantine(&self) -> Result<(), RunError> {
         let (quarantined, samples) = (self.shared.scheduler().totals().quarantined, self.manifest.len());
-        let limit = self.options.max_bad;
+        let limit = self.max_bad;
         if limit.allows(quarantined, samples) {
             Ok(())
         } else {
@@ -394,7 +384,7 @@ impl Coordinator {
         }
     }
 
-    /// Waits, but not for long, until workers have left.
+    /// Waits briefly until the workers have left.
     async fn await_departures(&self) {
         let patience = tokio::time::Instant::now() + Duration::from_secs(5);
         while !self.shared.scheduler().is_alone() && tokio::time::Instant::now() < patience {
@@ -402,12 +392,13 @@ impl Coordinator {
         }
     }
 
+    /// Writes the results that need all shards: confidence, and `job.json`.
     async fn finish(&self, started: Instant) -> Result<Totals, RunError> {
         let totals = {
             let scheduler = self.shared.scheduler();
             scheduler.totals().of_job(scheduler.waste())
         };
-        // Once more, for what has arrived while this job ran.
+        // Clear again, since late files may have arrived while this job ran.
         repair::clear_late(self.writer()).await?;
         let mut record = self.shared.record.clone();
         calibrate::calibrate(self.writer(), &self.manifest, &mut record).await?;

@@ -1,34 +1,56 @@
-//! The gRPC server: the service behind its token, reflection likewise, and health without one.
+//! The gRPC server: the service and reflection need the token, health does not.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use elbo_net::{LimitedListener, RateLimitedLog};
+use elbo_net::{Door, LimitedListener, RateLimitedLog};
 use elbo_proto::{DESCRIPTORS, MAX_MESSAGE_BYTES, v1};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::Server;
 use tonic::{Request, Status};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+use tracing::Instrument;
 use v1::coordinator_server::CoordinatorServer;
 
-use crate::options::Options;
-use crate::service::{Service, Shared};
+use crate::options::CoordinatorOptions;
+use crate::service::{Current, Service, Shared};
+use crate::status::Phase;
 
-/// Calls of one connection at a time: a worker has one or two for each of its devices, and heartbeats.
+/// Concurrent calls per connection: a worker has one or two for each of its devices, and heartbeats.
 const STREAMS: u32 = 128;
 
-/// Bytes of a call's headers; a token and a few short ones.
+/// Bytes of a call's headers: a token and a few short ones.
 const HEADER_BYTES: u32 = 16 << 10;
 
-/// How often a connection is asked whether it is alive, and how long it may take to answer.
+/// How often a connection is pinged, and how long it may take to answer.
 const PING: Duration = Duration::from_secs(20);
+
+/// A server that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// It can't serve.
+    #[error("serving on {address}: {source}")]
+    Transport {
+        /// The address.
+        address: SocketAddr,
+        /// The cause.
+        source: tonic::transport::Error,
+    },
+    /// Its task ended by a panic, which is a defect.
+    #[error("the coordinator's server ended unexpectedly: run the same command again to resume, and report this")]
+    Panic,
+}
 
 /// Refuses calls without the right bearer token.
 #[derive(Clone)]
 struct Token {
     expected: Option<blake3::Hash>,
-    shared: Arc<Shared>,
+    current: Current,
     /// When calls without a token, and with a wrong one, were last logged.
     told: Arc<[RateLimitedLog; 2]>,
 }
@@ -43,7 +65,7 @@ impl tonic::service::Interceptor for Token {
             Some(_) => (&self.told[0], "the token is wrong", "use the coordinator's --token-file or ELBO_TOKEN"),
             None => (&self.told[1], "a token is needed", "give the coordinator's with --token-file or ELBO_TOKEN"),
         };
-        self.shared.telemetry.unauthorized.inc();
+        self.current.get().telemetry.unauthorized.inc();
         if log.is_due() {
             let peer = request.remote_addr().map(|peer| peer.to_string()).unwrap_or_default();
             tracing::warn!(peer, "call refused: {told}");
@@ -52,25 +74,116 @@ impl tonic::service::Interceptor for Token {
     }
 }
 
-/// Serves those who come through the door until `hang_up`.
-pub(crate) fn serve(
-    shared: Arc<Shared>,
-    options: &Options,
-    door: LimitedListener,
+/// The server at a coordinator's address. It outlives its jobs: workers of one job wait there for the next.
+#[derive(Debug)]
+pub struct Server {
+    options: CoordinatorOptions,
+    address: SocketAddr,
+    door: Door,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Calls wait in the socket's queue.
+    Bound(LimitedListener),
+    Serving(Serving),
+    Closed,
+}
+
+#[derive(Debug)]
+struct Serving {
+    current: Current,
+    health: HealthReporter,
+    /// The task that reports when the current job needs no more workers.
+    _telling: AbortOnDropHandle<()>,
+    task: AbortOnDropHandle<Result<(), tonic::transport::Error>>,
     hang_up: CancellationToken,
-) -> impl Future<Output = Result<(), tonic::transport::Error>> + use<> {
+}
+
+impl Server {
+    /// A server that answers calls once there is a job.
+    pub fn new(listener: TcpListener, options: CoordinatorOptions) -> Self {
+        let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
+        let listener = LimitedListener::new(listener, options.limits);
+        Self { options, address, door: listener.door(), state: State::Bound(listener) }
+    }
+
+    /// Serves another job from now on.
+    pub(crate) async fn serve(&mut self, shared: &Arc<Shared>) {
+        let _ = shared.telemetry.door.set(self.door.clone());
+        self.state = match std::mem::replace(&mut self.state, State::Closed) {
+            State::Bound(listener) => {
+                let (current, hang_up) = (Current::new(Arc::clone(shared)), CancellationToken::new());
+                let (health, serving) = answer(current.clone(), &self.options, listener, hang_up.clone());
+                let task = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
+                let _telling = tell(&health, shared).await;
+                State::Serving(Serving { current, health, _telling, task, hang_up })
+            }
+            State::Serving(serving) => {
+                serving.current.set(Arc::clone(shared));
+                let _telling = tell(&serving.health, shared).await;
+                State::Serving(Serving { _telling, ..serving })
+            }
+            State::Closed => State::Closed,
+        };
+    }
+
+    /// Closes the server, once running calls are answered.
+    pub(crate) async fn close(&mut self) -> Result<(), ServeError> {
+        let State::Serving(Serving { task, hang_up, .. }) = std::mem::replace(&mut self.state, State::Closed) else {
+            return Ok(());
+        };
+        hang_up.cancel();
+        let served = task.await.map_err(|_| ServeError::Panic)?;
+        served.map_err(|source| ServeError::Transport { address: self.address, source })
+    }
+}
+
+/// Reports that a job needs workers, until it needs none.
+async fn tell(health: &HealthReporter, shared: &Arc<Shared>) -> AbortOnDropHandle<()> {
+    health.set_serving::<CoordinatorServer<Service>>().await;
+    health.set_service_status("", ServingStatus::Serving).await;
+    shared.telemetry.serving.store(true, Ordering::Relaxed);
+    let (health, closing) = (health.clone(), shared.closing.clone());
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        closing.cancelled().await;
+        health.set_not_serving::<CoordinatorServer<Service>>().await;
+        health.set_service_status("", ServingStatus::NotServing).await;
+    }))
+}
+
+/// Ends the coordinator when its server ends for any reason, since no worker could reach it.
+struct EndsWithServer(Current);
+
+impl Drop for EndsWithServer {
+    fn drop(&mut self) {
+        let shared = self.0.get();
+        shared.telemetry.serving.store(false, Ordering::Relaxed);
+        shared.close(Phase::Stopping);
+    }
+}
+
+/// Serves the connections that the listener accepts, until `hang_up`. Also returns the reporter of the service's health.
+fn answer(
+    current: Current,
+    options: &CoordinatorOptions,
+    listener: LimitedListener,
+    hang_up: CancellationToken,
+) -> (HealthReporter, impl Future<Output = Result<(), tonic::transport::Error>> + use<>) {
     let token = Token {
         expected: options.token.as_ref().map(|t| blake3::hash(t.as_bytes())),
-        shared: Arc::clone(&shared),
+        current: current.clone(),
         told: Arc::default(),
     };
-    let span = shared.span.clone();
-    let mut server = Server::builder()
+    let of_job = current.clone();
+    let mut server = tonic::transport::Server::builder()
         .trace_fn(move |request| {
+            let span = of_job.get().span.clone();
             let call =
                 tracing::trace_span!(target: "elbo::trace", parent: &span, "call", method = request.uri().path());
-            // Where nobody traces, what is logged of a call is logged as the coordinator's.
-            if call.is_disabled() { span.clone() } else { call }
+            // Without tracing, log a call under the coordinator's span.
+            if call.is_disabled() { span } else { call }
         })
         .max_concurrent_streams(STREAMS)
         .concurrency_limit_per_connection(STREAMS as usize)
@@ -78,38 +191,26 @@ pub(crate) fn serve(
         .http2_keepalive_interval(Some(PING))
         .http2_keepalive_timeout(Some(PING));
     let tls = options.tls.clone();
-    let service = CoordinatorServer::new(Service { shared: Arc::clone(&shared) })
+    let service = CoordinatorServer::new(Service { current: current.clone() })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    // The descriptors are this build's own; were they not readable, reflection would be left out.
+    // The descriptors are this build's own. If they were not readable, reflection would be left out.
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .ok();
-    let _ = shared.telemetry.door.set(door.door());
-    async move {
-        // Without its server a coordinator ends too, whatever ended that: nobody could work any more.
-        let _closing = shared.closing.clone().drop_guard();
-        let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<CoordinatorServer<Service>>().await;
-        shared.telemetry.serving.store(true, Ordering::Relaxed);
-        let closing = shared.closing.clone();
-        let telling = tokio::spawn(async move {
-            closing.cancelled().await;
-            health.set_not_serving::<CoordinatorServer<Service>>().await;
-            health.set_service_status("", tonic_health::ServingStatus::NotServing).await;
-        });
-        let routes = server
-            .add_service(InterceptedService::new(service, token.clone()))
-            .add_service(health_service)
-            .add_optional_service(reflection.map(|reflection| InterceptedService::new(reflection, token)));
-        let served = match tls {
-            None => routes.serve_with_incoming_shutdown(door.incoming(), hang_up.cancelled()).await,
-            Some(tls) => routes.serve_with_incoming_shutdown(tls.incoming(door), hang_up.cancelled()).await,
-        };
-        telling.abort();
-        shared.telemetry.serving.store(false, Ordering::Relaxed);
-        served
-    }
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let routes = server
+        .add_service(InterceptedService::new(service, token.clone()))
+        .add_service(health_service)
+        .add_optional_service(reflection.map(|reflection| InterceptedService::new(reflection, token)));
+    let serving = async move {
+        let _guard = EndsWithServer(current);
+        match tls {
+            None => routes.serve_with_incoming_shutdown(listener.incoming(), hang_up.cancelled()).await,
+            Some(tls) => routes.serve_with_incoming_shutdown(tls.incoming(listener), hang_up.cancelled()).await,
+        }
+    };
+    (health, serving)
 }

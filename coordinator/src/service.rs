@@ -1,34 +1,34 @@
-//! The gRPC side of the coordinator: translates between the contract and the scheduler, and makes reports durable before they
-//! are acknowledged.
+//! The gRPC side of the coordinator: translates between the contract and the scheduler, and makes reports durable before it
+//! acknowledges them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::{Epoch, LeaseId, LeaseKey};
 use elbo_core::sample::{Part, Sample};
 use elbo_output::record::JobRecord;
-use elbo_proto::{FULL_MESSAGE_BYTES, PROTOCOL, check_size, shortened, v1};
+use elbo_proto::{FULL_MESSAGE_BYTES, LeaveReason, PROTOCOL, check_size, shortened, v1};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::ledger::{Ledger, LedgerError};
 use crate::progress::{Meter, Progress};
-use crate::scheduler::{Checked, Grant, Heartbeat, Record, ReportError, SampleFailure, Scheduler};
+use crate::scheduler::{Checked, Heartbeat, LeasedBlock, Record, ReportError, Scheduler};
 use crate::status::Phase;
 use crate::telemetry::{Telemetry, Use};
-use crate::{audit, intake, status};
+use crate::{intake, lease_log, status};
 
-/// Longest a lease request waits for work.
+/// The longest time a lease request waits for work.
 const LONGEST_POLL: Duration = Duration::from_secs(20);
 
-/// The beginning of a fingerprint, enough to tell jobs apart.
+/// The start of a fingerprint, long enough to tell jobs apart.
 pub(crate) fn short(fingerprint: &str) -> &str {
     fingerprint.get(..12).unwrap_or(fingerprint)
 }
 
-/// What the service and the steward share.
+/// State shared by the service and the steward.
 #[derive(Debug)]
 pub(crate) struct Shared {
     scheduler: Mutex<Scheduler>,
@@ -36,22 +36,22 @@ pub(crate) struct Shared {
     pub(crate) ledger: Ledger,
     pub(crate) record: JobRecord,
     job_json: String,
-    /// Images by which workers find out whether they can read any.
+    /// Images with which workers test whether they can read any.
     pub(crate) witnesses: OnceLock<Vec<v1::Sample>>,
     started: Instant,
     heartbeat: Duration,
-    /// Work became ready. One waiting worker is woken, and wakes the next if it leaves some: a report must not wake a
-    /// thousand workers to find work for one. What may suit some workers and not others wakes all.
+    /// Signals that work became ready. It wakes one waiting worker, which wakes the next if it leaves some work: a report
+    /// must not wake a thousand workers for the work of one. Work that may suit some workers and not others wakes all.
     pub(crate) work: Notify,
-    /// The steward has something to open or commit.
+    /// Signals that the steward has something to open or commit.
     pub(crate) steward: Notify,
-    /// No more leases: the job is done, or the coordinator stops.
+    /// Cancelled when no more leases are granted.
     pub(crate) closing: CancellationToken,
-    /// Another job follows, for which workers wait.
-    pub(crate) is_followed: AtomicBool,
+    /// The phase after working, once that is over.
+    ending: OnceLock<Phase>,
     pub(crate) progress: watch::Sender<Progress>,
     pub(crate) telemetry: Telemetry,
-    /// What every log line of this coordinator says of it.
+    /// Fields that every log line of this coordinator has.
     pub(crate) span: tracing::Span,
     /// The first error that ends the job.
     failure: Mutex<Option<LedgerError>>,
@@ -81,18 +81,18 @@ impl Shared {
             work: Notify::new(),
             steward: Notify::new(),
             closing,
-            is_followed: AtomicBool::new(false),
+            ending: OnceLock::new(),
             progress: watch::Sender::new(Progress::default()),
             failure: Mutex::new(None),
         })
     }
 
-    /// The scheduler; a panic while it was held leaves it usable, since every event is applied as a whole or refused.
+    /// The scheduler. A panic while it was locked leaves it usable, since every event is applied as a whole or refused.
     pub(crate) fn scheduler(&self) -> MutexGuard<'_, Scheduler> {
         self.scheduler.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a worker has joined another job than this; who does not say has joined this one.
+    /// Whether a worker has joined a different job. A worker that names no job has joined this one.
     fn is_other_job(&self, job: &str) -> bool {
         !job.is_empty() && job != short(&self.record.fingerprint)
     }
@@ -114,22 +114,33 @@ impl Shared {
         progress
     }
 
-    /// What this coordinator is about.
+    /// What this coordinator is doing.
     pub(crate) fn phase(&self) -> Phase {
-        match (self.closing.is_cancelled(), self.is_followed.load(Ordering::Relaxed)) {
-            (_, true) => Phase::Followed,
-            (true, false) => Phase::Stopping,
-            (false, false) => Phase::Working,
+        self.ending.get().copied().unwrap_or(Phase::Working)
+    }
+
+    /// Stops granting leases. The first call decides the reason.
+    pub(crate) fn close(&self, ending: Phase) {
+        let _ = self.ending.set(ending);
+        self.closing.cancel();
+    }
+
+    /// Why workers get no more leases.
+    fn leave_reason(&self) -> LeaveReason {
+        match self.phase() {
+            Phase::Followed => LeaveReason::NextJob,
+            Phase::Working | Phase::Stopping if self.scheduler().is_done() => LeaveReason::Done,
+            Phase::Working | Phase::Stopping => LeaveReason::Stopping,
         }
     }
 
     /// Ends the job because the ledger failed.
     pub(crate) fn fail(&self, error: LedgerError) {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        self.closing.cancel();
+        self.close(Phase::Stopping);
     }
 
-    /// Tells those concerned what an event has led to.
+    /// Wakes a worker or the steward if an event has left something for them to do.
     pub(crate) fn announce(&self, scheduler: &mut Scheduler) {
         if scheduler.has_ready() {
             self.work.notify_one();
@@ -157,7 +168,7 @@ impl Shared {
     }
 }
 
-/// Makes a record durable and merges it for a call, which fails if the ledger does; so does the job.
+/// Makes a record durable and merges it for a call. If the ledger fails, the call and the job fail too.
 async fn persist(shared: &Shared, record: Record, of: Option<(&str, LeaseKey)>) -> Result<(), Status> {
     shared.persist(record, of).await.map_err(|error| {
         let status = Status::unavailable(error.to_string());
@@ -166,17 +177,35 @@ async fn persist(shared: &Shared, record: Record, of: Option<(&str, LeaseKey)>) 
     })
 }
 
-/// The service workers talk to.
+/// The job that an address currently serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Current(Arc<RwLock<Arc<Shared>>>);
+
+impl Current {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self(Arc::new(RwLock::new(shared)))
+    }
+
+    pub(crate) fn get(&self) -> Arc<Shared> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set(&self, shared: Arc<Shared>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = shared;
+    }
+}
+
+/// The service for workers.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
-    pub(crate) shared: Arc<Shared>,
+    pub(crate) current: Current,
 }
 
 fn rejoin() -> Status {
     Status::not_found("this coordinator does not know the worker: join (again)")
 }
 
-/// A sample as it travels.
+/// A sample as it is sent.
 pub(crate) fn to_sample(s: Sample) -> v1::Sample {
     v1::Sample {
         id: s.id.0,
@@ -195,7 +224,7 @@ pub(crate) fn to_sample(s: Sample) -> v1::Sample {
 }
 
 /// A grant as it is sent.
-pub(crate) fn to_block(epoch: Epoch, grant: Grant) -> v1::Block {
+pub(crate) fn to_block(epoch: Epoch, grant: LeasedBlock) -> v1::Block {
     let samples = grant.samples.into_iter().map(to_sample).collect();
     let units = grant
         .units
@@ -229,7 +258,7 @@ impl v1::coordinator_server::Coordinator for Service {
             version = join.version,
             "worker joined"
         );
-        let shared = &self.shared;
+        let shared = &self.current.get();
         let job = short(&shared.record.fingerprint).to_owned();
         let reply = |epoch: Epoch| v1::JoinReply {
             epoch: epoch.0,
@@ -238,7 +267,7 @@ impl v1::coordinator_server::Coordinator for Service {
             witnesses: shared.witnesses.get().cloned().unwrap_or_default(),
         };
         if !join.job.is_empty() && join.job != job {
-            // What it has in hand is of no use here.
+            // Its blocks are of another job.
             return Ok(Response::new(reply(shared.scheduler().epoch())));
         }
         shared.telemetry.workers_joined.inc();
@@ -256,11 +285,12 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn describe(&self, request: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeReply>, Status> {
         let v1::DescribeRequest { job: asked, offset } = request.into_inner();
-        let job = short(&self.shared.record.fingerprint).to_owned();
+        let shared = self.current.get();
+        let job = short(&shared.record.fingerprint).to_owned();
         if asked != job {
             return Ok(Response::new(v1::DescribeReply { job, ..v1::DescribeReply::default() }));
         }
-        let whole = self.shared.job_json.as_bytes();
+        let whole = shared.job_json.as_bytes();
         let start = usize::try_from(offset).unwrap_or(usize::MAX).min(whole.len());
         let end = whole.len().min(start.saturating_add(FULL_MESSAGE_BYTES));
         Ok(Response::new(v1::DescribeReply { job, part: whole[start..end].to_vec(), total: whole.len() as u64 }))
@@ -269,7 +299,7 @@ impl v1::coordinator_server::Coordinator for Service {
     async fn lease(&self, request: Request<v1::LeaseRequest>) -> Result<Response<v1::LeaseReply>, Status> {
         use v1::lease_reply::Outcome;
         let v1::LeaseRequest { worker, evaluations_per_second, wait_ms, held, job } = request.into_inner();
-        let shared = &self.shared;
+        let shared = &self.current.get();
         if shared.is_other_job(&job) {
             return Err(rejoin());
         }
@@ -283,12 +313,11 @@ impl v1::coordinator_server::Coordinator for Service {
         let wait = Duration::from_millis(u64::from(wait_ms)).min(LONGEST_POLL);
         let deadline = tokio::time::Instant::now() + wait;
         loop {
-            // Registered before looking, so that a change in between is not missed.
+            // Register before looking, so that no change in between is missed.
             let work = shared.work.notified();
             if shared.closing.is_cancelled() {
-                let next = shared.is_followed.load(Ordering::Relaxed);
-                let leave = v1::Leave { done: !next && shared.scheduler().is_done(), next };
-                return Ok(Response::new(v1::LeaseReply { outcome: Some(Outcome::Leave(leave)) }));
+                let leave = Outcome::Leave(shared.leave_reason().into());
+                return Ok(Response::new(v1::LeaseReply { outcome: Some(leave) }));
             }
             {
                 let mut scheduler = shared.scheduler();
@@ -299,8 +328,8 @@ impl v1::coordinator_server::Coordinator for Service {
                     shared.announce(&mut scheduler);
                     let block = to_block(scheduler.epoch(), grant);
                     shared.telemetry.leases_granted.inc();
-                    // Before the scheduler is let go: what is acknowledged after this grant is logged after it.
-                    audit::granted(&worker, &block);
+                    // Log this before unlocking the scheduler, so that later acknowledgements are logged after this grant.
+                    lease_log::granted(&worker, &block);
                     drop(scheduler);
                     tracing::debug!(worker, lease = block.lease, units = block.units.len(), "leased");
                     let reply = v1::LeaseReply { outcome: Some(Outcome::Block(block)) };
@@ -321,9 +350,9 @@ impl v1::coordinator_server::Coordinator for Service {
     async fn report(&self, request: Request<v1::ReportRequest>) -> Result<Response<v1::ReportReply>, Status> {
         let v1::ReportRequest { worker, epoch, lease, results, failures, again, job } = request.into_inner();
         let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
-        let shared = &self.shared;
+        let shared = &self.current.get();
         let reports = |outcome| shared.telemetry.reports.get_or_create(&[("outcome", outcome)]).inc();
-        // Who is not known joins first: its results are as good as any, once it says who it is.
+        // An unknown worker must join first. Its results are accepted once it says who it is.
         if shared.is_other_job(&job) || !shared.scheduler().knows(&worker) {
             return Err(rejoin());
         }
@@ -337,7 +366,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let Checked { record, duplicates, postponed, outdated, .. } = match checked {
             Ok(checked) => checked,
             Err(error @ ReportError::NotOpen(_)) => {
-                // A report that outlived a coordinator: the steward opens the shard now.
+                // A report that outlived its coordinator: the steward opens the shard now.
                 shared.steward.notify_one();
                 reports("early");
                 return Err(Status::unavailable(format!("{error} yet: send the report again")));
@@ -353,19 +382,19 @@ impl v1::coordinator_server::Coordinator for Service {
             Err(error) => return Err(refused(error.to_string())),
         };
         for SampleFailure { sample, error, .. } in &postponed {
-            tracing::warn!(worker, %sample, error, "a worker could not read an image: it is blamed once another can't either");
+            tracing::warn!(worker, %sample, error, "a worker could not read an image: another worker tries before it is quarantined");
         }
         for SampleFailure { sample, error, .. } in &outdated {
-            tracing::info!(worker, %sample, error, "failed before it was given another try: it is tried again");
+            tracing::info!(worker, %sample, error, "a failure from before the retry: the sample is tried again");
         }
         let accepted = (record.results.len() + record.failures.len() + postponed.len() + outdated.len()) as u32;
-        let units = audit::units(&record);
+        let units = lease_log::units(&record);
         persist(shared, record, Some((&worker, key))).await?;
         if !postponed.is_empty() || !outdated.is_empty() {
-            // They are for others to look at.
+            // Other workers try them.
             shared.work.notify_waiters();
         }
-        audit::acknowledged(&worker, epoch, lease, units);
+        lease_log::acknowledged(&worker, epoch, lease, units);
         reports("accepted");
         let results = |outcome, count: u32| {
             shared.telemetry.results.get_or_create(&[("outcome", outcome)]).inc_by(u64::from(count));
@@ -377,18 +406,19 @@ impl v1::coordinator_server::Coordinator for Service {
 
     async fn heartbeat(&self, request: Request<v1::HeartbeatRequest>) -> Result<Response<v1::HeartbeatReply>, Status> {
         let beat = request.into_inner();
-        if self.shared.is_other_job(&beat.job) {
+        let shared = self.current.get();
+        if shared.is_other_job(&beat.job) {
             return Err(rejoin());
         }
-        let mut scheduler = self.shared.scheduler();
+        let mut scheduler = shared.scheduler();
         let sign = Heartbeat {
-            // No more than the job has, so that a sum of many workers' counts stays one.
+            // At most the job's own number, so that the sum over many workers does not overflow.
             unreported: beat.unreported_evaluations.min(scheduler.job().planned_evaluations()),
             held: beat.held.iter().map(LeaseKey::from).collect(),
             activity: beat.activity().into(),
             quiet: Duration::from_millis(beat.quiet_ms),
         };
-        let unwanted = scheduler.heartbeat(&beat.worker, sign, self.shared.now()).ok_or_else(rejoin)?;
+        let unwanted = scheduler.heartbeat(&beat.worker, sign, shared.now()).ok_or_else(rejoin)?;
         let unwanted = unwanted.into_iter().map(v1::HeldLease::from).collect();
         Ok(Response::new(v1::HeartbeatReply { epoch: scheduler.epoch().0, unwanted }))
     }
@@ -397,16 +427,16 @@ impl v1::coordinator_server::Coordinator for Service {
         let v1::ReleaseRequest { worker, epoch, leases, error, leaving, reason } = request.into_inner();
         let error = shortened(error);
         let reason = shortened(reason);
-        let shared = &self.shared;
+        let shared = &self.current.get();
         let returned = |how| shared.telemetry.leases_returned.get_or_create(&[("how", how)]).inc();
         let mut given_up: Vec<SampleFailure> = Vec::new();
         {
             let mut scheduler = shared.scheduler();
             for lease in leases {
                 let key = LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) };
-                // A lease that has ended is nobody's, and that of another is not this worker's to give.
+                // A lease that has ended can't be handed back, nor can another worker's lease.
                 if !scheduler.holds(&worker, key) {
-                    tracing::warn!(worker, epoch, lease, "a lease was handed back that the worker does not hold");
+                    tracing::warn!(worker, epoch, lease, "the worker handed back a lease that it does not hold");
                     continue;
                 }
                 returned(if error.is_empty() { "released" } else { "failed" });
@@ -427,7 +457,7 @@ impl v1::coordinator_server::Coordinator for Service {
             persist(shared, Record { results: Vec::new(), failures: given_up }, None).await?;
         }
         if !error.is_empty() {
-            // A block that failed is for anyone but the worker it failed on.
+            // Any worker except the one it failed on may take a failed block.
             shared.work.notify_waiters();
         }
         shared.announce(&mut shared.scheduler());
@@ -435,7 +465,8 @@ impl v1::coordinator_server::Coordinator for Service {
     }
 
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
-        let progress = self.shared.publish();
-        Ok(Response::new(status::reply(&progress, self.shared.phase())))
+        let shared = self.current.get();
+        let progress = shared.publish();
+        Ok(Response::new(status::reply(&progress, shared.phase())))
     }
 }

@@ -1,39 +1,39 @@
-//! How a job is, as `elbo status`, the HTTP side and scripts see it.
+//! The status of a job, for `elbo status`, the HTTP side and scripts.
 
-use std::fmt::Write;
 use std::time::Duration;
 
 use elbo_core::activity::Activity;
-use elbo_net::http::{document, escape};
+use elbo_net::http::document;
 use elbo_proto::v1;
+use maud::html;
 use serde::Serialize;
 
 use crate::progress::Progress;
 use crate::scheduler::WorkerView;
-use crate::watchdog::{Observation, Seen};
+use crate::watchdog::{Observation, WorkerSeen};
 
 /// The JSON object of `elbo status --json` and `/status`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct JobStatus {
-    /// starting, waiting for workers, running, stopping, done; or unfinished, of an output whose job nobody works on.
+    /// starting, waiting for workers, running, stopping, done; or unfinished, for an output whose job has no coordinator.
     pub state: String,
     /// The shards.
     pub shards: Shards,
     /// Samples that have ended, quarantined ones included.
     pub samples_done: u64,
-    /// Samples in all.
+    /// All samples.
     pub samples: u64,
     /// Samples given up.
     pub samples_quarantined: u64,
     /// Evaluations merged.
     pub evaluations: u64,
-    /// Evaluations a second.
+    /// Evaluations per second.
     pub evaluations_per_second: f64,
     /// The time left.
     pub eta_seconds: Option<f64>,
-    /// Which part holds the job up, in a sentence; `None` while it gets on.
+    /// A sentence that names the part that stalls the job; `None` while it makes progress.
     pub stalled: Option<String>,
-    /// The workers that are there.
+    /// The current workers.
     pub workers: Vec<Worker>,
 }
 
@@ -57,7 +57,7 @@ pub struct Worker {
     pub host: String,
     /// Its device.
     pub device: String,
-    /// loading, waiting, preparing or computing; `None` where it has not said.
+    /// loading, waiting, preparing or computing; `None` if it has not said.
     pub activity: Option<&'static str>,
     /// Leases it holds.
     pub leases: u32,
@@ -93,11 +93,11 @@ impl From<v1::StatusReply> for JobStatus {
     }
 }
 
-/// What the watchdog sees of a job.
+/// The watchdog's observation of a job.
 pub(crate) fn observe(progress: &Progress, now: Duration, storage: Option<(String, Duration)>) -> Observation {
     let seen = |worker: &WorkerView| {
         let WorkerView { activity, quiet, leases, rate, .. } = *worker;
-        Seen { worker: worker.worker.clone(), activity, quiet, leases, rate }
+        WorkerSeen { worker: worker.worker.clone(), activity, quiet, leases, rate }
     };
     Observation {
         now,
@@ -109,21 +109,21 @@ pub(crate) fn observe(progress: &Progress, now: Duration, storage: Option<(Strin
     }
 }
 
-/// What a coordinator is about.
+/// What a coordinator is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Its job.
+    /// Working on its job.
     Working,
-    /// Its end: no more leases are given.
+    /// Stopping: no more leases are granted.
     Stopping,
-    /// The job that follows, which is being prepared.
+    /// Preparing the next job.
     Followed,
 }
 
-/// A job's progress as the contract has it.
+/// A job's progress as a message of the contract.
 pub(crate) fn reply(progress: &Progress, phase: Phase) -> v1::StatusReply {
     let state = match (phase, progress.done, progress.workers.is_empty()) {
-        // A script that waits until all is done must not take a pilot's end for it.
+        // A script that waits until all is done must not mistake the end of a pilot for it.
         (Phase::Followed, _, _) => "starting",
         (_, true, _) => "done",
         (Phase::Stopping, false, _) => "stopping",
@@ -155,48 +155,45 @@ pub(crate) fn reply(progress: &Progress, phase: Phase) -> v1::StatusReply {
     }
 }
 
-/// A page for people: how far the job called `job` is.
+/// An HTML page with the progress of the job called `job`.
 pub(crate) fn page(job: &str, epoch: u64, progress: &Progress, status: &JobStatus) -> String {
-    let mut body = format!("<h1>elbo: job {} is {}</h1>", escape(job), escape(&status.state));
     let share = 100.0 * progress.share();
-    let left = progress.eta().map(|eta| format!(", {} left", duration(eta))).unwrap_or_default();
-    // Writing to a string does not fail.
-    let _ = write!(body, "<progress max=\"100\" value=\"{share:.2}\"></progress><p>{share:.1}%{left}</p>");
-    if let Some(stalled) = &status.stalled {
-        let _ = write!(body, "<p class=\"stalled\">{}</p>", escape(stalled));
-    }
     let Shards { done, active, pending } = status.shards;
-    body.push_str("<table>");
-    for (name, value) in [
+    let total = progress.evaluations_total.map_or("?".into(), |total| total.to_string());
+    let facts = [
         ("images", format!("{} of {}", status.samples_done, status.samples)),
         ("quarantined", status.samples_quarantined.to_string()),
         ("shards", format!("{done} done, {active} active, {pending} pending")),
-        (
-            "evaluations",
-            format!("{} of {}", status.evaluations, progress.evaluations_total.map_or("?".into(), |n| n.to_string())),
-        ),
+        ("evaluations", format!("{} of {total}", status.evaluations)),
         ("rate", format!("{:.1} evaluations/s", status.evaluations_per_second)),
         ("coordinator", format!("epoch {epoch}, elbo {}", env!("CARGO_PKG_VERSION"))),
-    ] {
-        let _ = write!(body, "<tr><th>{name}<td>{}", escape(&value));
-    }
-    body.push_str("</table><h1>workers</h1><table><tr><th>worker<th>host<th>device<th>activity");
-    body.push_str("<th class=\"number\">leases<th class=\"number\">evaluations<th class=\"number\">per second");
-    for worker in &status.workers {
-        let _ = write!(
-            body,
-            "<tr><td>{}<td>{}<td>{}<td>{}<td class=\"number\">{}<td class=\"number\">{}<td class=\"number\">{:.1}",
-            escape(&worker.worker),
-            escape(&worker.host),
-            escape(&worker.device),
-            worker.activity.unwrap_or("-"),
-            worker.leases,
-            worker.evaluations,
-            worker.evaluations_per_second
-        );
-    }
-    body.push_str("</table>");
-    document(&format!("{share:.0}% elbo {job}"), &body)
+    ];
+    // Workers choose their own names, which are escaped like all text.
+    let body = html! {
+        h1 { "elbo: job " (job) " is " (status.state) }
+        progress max="100" value=(format!("{share:.2}")) {}
+        p { (format!("{share:.1}%")) @if let Some(eta) = progress.eta() { ", " (duration(eta)) " left" } }
+        @if let Some(stalled) = &status.stalled { p.stalled { (stalled) } }
+        table {
+            @for (name, value) in facts { tr { th { (name) } td { (value) } } }
+        }
+        h1 { "workers" }
+        table {
+            tr {
+                th { "worker" } th { "host" } th { "device" } th { "activity" }
+                th.number { "leases" } th.number { "evaluations" } th.number { "per second" }
+            }
+            @for worker in &status.workers {
+                tr {
+                    td { (worker.worker) } td { (worker.host) } td { (worker.device) }
+                    td { (worker.activity.unwrap_or("-")) }
+                    td.number { (worker.leases) } td.number { (worker.evaluations) }
+                    td.number { (format!("{:.1}", worker.evaluations_per_second)) }
+                }
+            }
+        }
+    };
+    document(&format!("{share:.0}% elbo {job}"), body)
 }
 
 fn duration(time: Duration) -> String {
@@ -214,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_last_of_the_jobs_that_follow_each_other_is_done() {
+    fn only_the_last_of_several_jobs_is_reported_as_done() {
         let state = |done, phase| reply(&Progress { done, ..Progress::default() }, phase).state;
         assert_eq!(state(false, Phase::Working), "waiting for workers");
         assert_eq!(state(false, Phase::Stopping), "stopping");
@@ -223,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_shows_what_workers_call_themselves_as_text() {
+    fn the_page_escapes_the_names_of_workers() {
         let evil = "<script>alert('1')</script>";
         let progress = Progress { evaluations_total: Some(200), evaluations: 50, ..Progress::default() };
         let mut status = JobStatus::from(reply(&progress, Phase::Working));
@@ -239,7 +236,7 @@ mod tests {
         });
         let page = page("abc", 3, &progress, &status);
         assert!(!page.contains("<script") && !page.contains("<img"), "{page}");
-        assert!(page.contains("&lt;script&gt;alert(&#39;1&#39;)&lt;/script&gt;") && page.contains("a &amp; b"));
+        assert!(page.contains("&lt;script&gt;alert('1')&lt;/script&gt;") && page.contains("a &amp; b"));
         assert!(page.contains("25.0%") && page.contains("epoch 3"));
     }
 }

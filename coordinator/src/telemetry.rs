@@ -1,4 +1,4 @@
-//! What is counted and timed while a job runs, for metrics and the watchdog.
+//! Counters and timers of a running job, for metrics and the watchdog.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,12 +16,12 @@ use prometheus_client::registry::Registry;
 use crate::progress::Progress;
 use crate::watchdog::{Observation, Part, Stall, StallEvent, Watchdog};
 
-/// One label with one of a few values.
+/// A metric with one label that has a few values.
 type Labelled<M> = Family<[(&'static str, &'static str); 1], M>;
 type Float = Gauge<f64, AtomicU64>;
 type Latencies = Family<[(&'static str, &'static str); 1], Histogram, fn() -> Histogram>;
 
-/// Everything that is counted of one coordinator.
+/// All metrics of one coordinator.
 #[derive(Debug)]
 pub(crate) struct Telemetry {
     registry: Registry,
@@ -35,13 +35,13 @@ pub(crate) struct Telemetry {
     pub(crate) unauthorized: Counter,
     storage: Arc<Storage>,
     watchdog: Mutex<Watchdog>,
-    /// Workers are served.
+    /// Whether workers are served.
     pub(crate) serving: AtomicBool,
-    /// Connections, once there can be any.
+    /// The connection counters, once there is a listener.
     pub(crate) door: OnceLock<Door>,
 }
 
-/// What is read off when somebody asks.
+/// Metrics that are set on each request.
 #[derive(Debug, Default)]
 struct Gauges {
     shards: Labelled<Gauge>,
@@ -55,7 +55,7 @@ struct Gauges {
     connections: Labelled<Gauge>,
 }
 
-/// A job's name and the incarnation of its coordinator.
+/// A job's name and the epoch of its coordinator.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Job {
     job: String,
@@ -68,7 +68,7 @@ struct Job {
 pub(crate) enum Use {
     /// Making results durable.
     Append,
-    /// Reading a shard's samples and what the ledger has of them.
+    /// Reading a shard's samples and its ledger records.
     Open,
     /// Writing a finished shard.
     Commit,
@@ -100,7 +100,7 @@ struct Storage {
     seconds: Latencies,
 }
 
-/// From milliseconds on a local disk to the minutes an object store may be away.
+/// Buckets from milliseconds on a local disk to minutes when an object store is unavailable.
 fn latencies() -> Histogram {
     Histogram::new([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 120.0])
 }
@@ -128,7 +128,7 @@ impl Drop for UnderWay {
 }
 
 impl Telemetry {
-    /// For a job, in an epoch.
+    /// The telemetry of a job in an epoch.
     pub(crate) fn new(job: &str, epoch: u64) -> Self {
         let mut registry = Registry::with_prefix("elbo");
         let labels = Job { job: job.to_owned(), epoch, version: env!("CARGO_PKG_VERSION") };
@@ -166,8 +166,8 @@ impl Telemetry {
         registry.register("evaluations_per_second", "Evaluations per second over half a minute", g.rate.clone());
         registry.register("eta_seconds", "Time left at the current rate; NaN while unknown", g.eta.clone());
         registry.register("workers", "Workers by activity", g.workers.clone());
-        registry.register("leases", "Leases workers hold", g.leases.clone());
-        registry.register("stalled", "1 for the part that holds the job up", g.stalled.clone());
+        registry.register("leases", "Leases held by workers", g.leases.clone());
+        registry.register("stalled", "1 for the part that stalls the job", g.stalled.clone());
         registry.register(
             "connections",
             "Connections by state: open, refused (since the start)",
@@ -175,7 +175,11 @@ impl Telemetry {
         );
         registry.register("leases_granted", "Leases granted", this.leases_granted.clone());
         registry.register("leases_returned", "Leases handed back: released or failed", this.leases_returned.clone());
-        registry.register("workers_joined", "Workers that joined, again included", this.workers_joined.clone());
+        registry.register(
+            "workers_joined",
+            "Workers that joined, including those that joined again",
+            this.workers_joined.clone(),
+        );
         registry.register("workers_left", "Workers that left by themselves or fell silent", this.workers_left.clone());
         registry.register(
             "reports",
@@ -199,7 +203,7 @@ impl Telemetry {
         UnderWay { storage: Arc::clone(&self.storage), id }
     }
 
-    /// The use of the storage that takes longest at present.
+    /// The longest running use of the storage.
     pub(crate) fn slowest(&self) -> Option<(String, Duration)> {
         let under_way = self.storage.lock();
         let (what, began) = under_way.values().min_by_key(|(_, began)| *began)?;
@@ -210,12 +214,12 @@ impl Telemetry {
         self.watchdog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shows the watchdog how the job is.
+    /// Passes an observation of the job to the watchdog.
     pub(crate) fn look(&self, seen: &Observation) -> Option<StallEvent> {
         self.dog().look(seen)
     }
 
-    /// What holds the job up.
+    /// The current stall.
     pub(crate) fn stall(&self) -> Option<Stall> {
         self.dog().stall().cloned()
     }

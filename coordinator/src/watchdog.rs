@@ -1,30 +1,30 @@
-//! Names the part that holds a job up, once nothing has come of it for a while.
+//! Names the part that stalls a job, once there has been no progress for a while.
 //!
-//! A plain state machine over observations, with the time handed in. It goes by two clocks: that of evaluations merged,
-//! which stops when the output's storage does, and that of evaluations finished anywhere, which workers tell with their
-//! heartbeats and which stops when all of them do.
+//! A plain state machine over observations; the time is passed in. It uses two clocks. One counts merged evaluations, and
+//! stops when the output's storage does. The other counts evaluations finished anywhere, which workers report in their
+//! heartbeats, and stops when all workers do.
 
 use std::time::Duration;
 
 use elbo_core::activity::Activity;
 
-/// Nothing is wrong as long as something came of the job within this time.
+/// A job is stalled only if it made no progress for this long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A slow device needs longer for a batch: so many evaluations, three times over, are waited for.
+/// A slow device needs longer for a batch: wait for three batches of this many evaluations.
 const BATCH: f64 = 64.0;
 
-/// How often a stall that goes on is told again.
+/// How often a lasting stall is reported again.
 const REMINDER: Duration = Duration::from_secs(300);
 
-/// A worker, as far as it matters here.
+/// A worker, as the watchdog sees it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Seen {
+pub struct WorkerSeen {
     /// Its name.
     pub worker: String,
-    /// What it is at; `None` where it has not said.
+    /// What it is doing; `None` if it has not said.
     pub activity: Option<Activity>,
-    /// How long nothing has come out of that.
+    /// How long it has made no progress at that.
     pub quiet: Duration,
     /// Leases it holds.
     pub leases: u32,
@@ -39,17 +39,17 @@ pub struct Observation {
     pub now: Duration,
     /// Evaluations merged.
     pub merged: u64,
-    /// Evaluations workers have finished and not reported yet.
+    /// Evaluations that workers have finished but not reported yet.
     pub unreported: u64,
     /// Shards committed.
     pub committed: u64,
-    /// The use of the output's storage that is under way for longest, and for how long.
+    /// The longest running use of the output's storage, and its duration.
     pub storage: Option<(String, Duration)>,
-    /// The workers that are there.
-    pub workers: Vec<Seen>,
+    /// The current workers.
+    pub workers: Vec<WorkerSeen>,
 }
 
-/// What holds a job up.
+/// The part that stalls a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// There are no workers.
@@ -62,16 +62,16 @@ pub enum Part {
     Loader,
     /// The model's storage, or loading it.
     Model,
-    /// Workers ask in vain for work that is there.
+    /// Workers ask for work that exists, and get none.
     Coordinator,
 }
 
 impl Part {
-    /// All of them.
+    /// All parts.
     pub const ALL: [Self; 6] =
         [Self::Workers, Self::Storage, Self::Device, Self::Loader, Self::Model, Self::Coordinator];
 
-    /// As logs and metrics call it.
+    /// Its name in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Workers => "workers",
@@ -84,25 +84,25 @@ impl Part {
     }
 }
 
-/// A job that does not get on.
+/// A job that makes no progress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stall {
     /// The part at fault.
     pub part: Part,
-    /// What was seen and what to look at.
+    /// The observation, and what to check.
     pub sentence: String,
 }
 
 /// Something to tell an operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StallEvent {
-    /// The job is held up, by something else than before or still.
+    /// The job is stalled, by a new part or still by the same one.
     Stalled(Stall),
-    /// It gets on again.
+    /// The job makes progress again.
     Resumed,
 }
 
-/// A count, and since when it is what it is.
+/// A count, and the time of its last change.
 #[derive(Clone, Copy, Debug, Default)]
 struct Clock {
     count: u64,
@@ -110,7 +110,7 @@ struct Clock {
 }
 
 impl Clock {
-    /// How long the count has been the same.
+    /// How long the count has not changed.
     fn still(&mut self, now: Duration, count: u64) -> Duration {
         if count != self.count {
             *self = Self { count, since: now };
@@ -130,12 +130,12 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// What holds the job up at present.
+    /// The current stall.
     pub fn stall(&self) -> Option<&Stall> {
         self.stall.as_ref()
     }
 
-    /// Takes an observation in; what is to be told, if anything.
+    /// Takes in an observation. Returns the event to report, if any.
     pub fn look(&mut self, seen: &Observation) -> Option<StallEvent> {
         let stall = self.judge(seen);
         let before = std::mem::replace(&mut self.stall, stall);
@@ -151,7 +151,7 @@ impl Watchdog {
     }
 
     fn judge(&mut self, seen: &Observation) -> Option<Stall> {
-        // A commit merges nothing and yet gets the job on.
+        // A commit merges nothing, but is progress.
         let unmerged = self.merged.still(seen.now, seen.merged.wrapping_add(seen.committed));
         if let Some((what, lasts)) = &seen.storage
             && unmerged >= PATIENCE
@@ -176,7 +176,7 @@ impl Watchdog {
             });
         }
         if self.deserted.take().is_some() {
-            // The first worker that comes has to begin.
+            // Give the first new worker time to begin.
             self.finished.since = seen.now;
         }
         let unfinished = self.finished.still(seen.now, seen.merged.wrapping_add(seen.unreported));
@@ -184,15 +184,15 @@ impl Watchdog {
     }
 }
 
-/// How long nothing may come of these workers: the fastest must have had time for its batch.
-fn patience(workers: &[Seen]) -> Duration {
+/// How long these workers may go without progress: the fastest must have had time for its batch.
+fn patience(workers: &[WorkerSeen]) -> Duration {
     let fastest = workers.iter().map(|w| w.rate).fold(0.0, f64::max);
     let batch = if fastest > 0.0 { 3.0 * BATCH / fastest } else { 0.0 };
     Duration::try_from_secs_f64(batch).unwrap_or(PATIENCE).max(PATIENCE)
 }
 
-/// Which part workers that bring nothing have in common. Those nearest to a result say most.
-fn blame(workers: &[Seen], since: Duration) -> Option<Stall> {
+/// The part that most of the stalled workers have in common. On a tie, the activity nearest to a result wins.
+fn blame(workers: &[WorkerSeen], since: Duration) -> Option<Stall> {
     let at = |activity| workers.iter().filter(move |w| w.activity == Some(activity));
     let most = [Activity::Computing, Activity::Preparing, Activity::Loading, Activity::Waiting];
     let most = most.into_iter().rev().max_by_key(|activity| at(*activity).count());
@@ -201,7 +201,7 @@ fn blame(workers: &[Seen], since: Duration) -> Option<Stall> {
         return stalled(
             Part::Device,
             format!(
-                "{} workers with {leases} leases have brought nothing for {}: look at their logs and devices",
+                "{} workers with {leases} leases have made no progress for {}: look at their logs and devices",
                 workers.len(),
                 period(since)
             ),
@@ -213,13 +213,13 @@ fn blame(workers: &[Seen], since: Duration) -> Option<Stall> {
         Activity::Computing => stalled(
             Part::Device,
             format!(
-                "{who} compute and nothing has come of it for {since}: look at their devices, and the log of {name}"
+                "{who} are computing, but there has been no result for {since}: look at their devices, and the log of {name}"
             ),
         ),
         Activity::Preparing => stalled(
             Part::Loader,
             format!(
-                "{who} wait for images and nothing has come for {since}: look at the images' storage and the network to it, and the log of {name}"
+                "{who} are waiting for images, but none has come for {since}: look at the images' storage and the network to it, and the log of {name}"
             ),
         ),
         Activity::Loading => stalled(
@@ -231,7 +231,7 @@ fn blame(workers: &[Seen], since: Duration) -> Option<Stall> {
         Activity::Waiting => stalled(
             Part::Coordinator,
             format!(
-                "{who} ask for work and have been given none for {since}: look at this coordinator's log; it can be started again, nothing acknowledged is lost"
+                "{who} ask for work and have got none for {since}: look at this coordinator's log; you can restart it without losing acknowledged results"
             ),
         ),
     }
@@ -241,7 +241,7 @@ fn stalled(part: Part, sentence: String) -> Option<Stall> {
     Some(Stall { part, sentence })
 }
 
-/// A time for people.
+/// Formats a duration.
 fn period(time: Duration) -> String {
     let seconds = time.as_secs();
     if seconds < 120 { format!("{seconds} s") } else { format!("{} min", seconds / 60) }
@@ -251,15 +251,15 @@ fn period(time: Duration) -> String {
 mod tests {
     use super::*;
 
-    fn worker(activity: Option<Activity>) -> Seen {
-        Seen { worker: "w".into(), activity, quiet: Duration::from_secs(100), leases: 2, rate: 10.0 }
+    fn worker(activity: Option<Activity>) -> WorkerSeen {
+        WorkerSeen { worker: "w".into(), activity, quiet: Duration::from_secs(100), leases: 2, rate: 10.0 }
     }
 
     fn seconds(now: u64) -> Observation {
         Observation { now: Duration::from_secs(now), merged: 5, ..Observation::default() }
     }
 
-    /// What is told of a job that stands still from its 10th second on, by its 100th.
+    /// The part reported by the 100th second for a job that stalls in its 10th.
     fn part(seen: impl Fn(Observation) -> Observation) -> Option<Part> {
         let mut watchdog = Watchdog::default();
         assert_eq!(watchdog.look(&seen(seconds(10))), None);
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_part_that_stands_still_is_named() {
+    fn the_stalled_part_is_named() {
         let with = |workers: &[Option<Activity>]| {
             let workers: Vec<_> = workers.iter().map(|a| worker(*a)).collect();
             part(|seen| Observation { workers: workers.clone(), ..seen })
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_workers_finish_counts_except_where_storage_does_not_take_it() {
+    fn finished_evaluations_count_as_progress_unless_the_storage_stalls() {
         let mut watchdog = Watchdog::default();
         let mut seen = Observation { workers: vec![worker(Some(Activity::Computing))], ..seconds(0) };
         for now in (0..600).step_by(30) {
@@ -298,21 +298,23 @@ mod tests {
             assert_eq!(watchdog.look(&seen), None);
         }
         seen.storage = Some(("making results durable".into(), Duration::from_secs(300)));
-        let Some(StallEvent::Stalled(stall)) = watchdog.look(&seen) else { panic!("storage stands still") };
+        let Some(StallEvent::Stalled(stall)) = watchdog.look(&seen) else {
+            panic!("the storage stall was not reported")
+        };
         assert!(stall.sentence.contains("has not answered for 5 min (making results durable)"), "{}", stall.sentence);
     }
 
     #[test]
-    fn a_slow_device_gets_the_time_it_needs_for_a_batch() {
+    fn a_slow_device_gets_enough_time_for_a_batch() {
         let mut watchdog = Watchdog::default();
-        let slow = vec![Seen { rate: 0.5, ..worker(Some(Activity::Computing)) }];
+        let slow = vec![WorkerSeen { rate: 0.5, ..worker(Some(Activity::Computing)) }];
         assert_eq!(watchdog.look(&Observation { workers: slow.clone(), ..seconds(1) }), None);
         assert_eq!(watchdog.look(&Observation { workers: slow.clone(), ..seconds(384) }), None);
         assert!(watchdog.look(&Observation { workers: slow, ..seconds(386) }).is_some());
     }
 
     #[test]
-    fn a_stall_is_told_once_again_when_its_cause_changes_and_every_few_minutes_and_when_it_is_over() {
+    fn a_stall_is_reported_once_then_on_a_new_cause_every_few_minutes_and_at_its_end() {
         let mut watchdog = Watchdog::default();
         let mut told = Vec::new();
         for now in 0..=800 {

@@ -1,24 +1,25 @@
-//! Writing an output as its only coordinator, however late a write arrives.
+//! Writes an output so that only its current coordinator has an effect, however late a write arrives.
 //!
-//! A put can be held up on its way and arrive after another coordinator has taken over, finished the job or discarded it. So
-//! every put is conditional on the file that is to be replaced, and that is looked at *before* the coordinator makes sure,
-//! by a durable write to the ledger, that nobody has taken over:
+//! A put can be delayed and arrive after another coordinator has taken over, finished the job or discarded it. So every put
+//! is conditional on the version of the file that it replaces. The coordinator looks at that version *before* it makes
+//! sure, by a durable write to the ledger, that no other has taken over:
 //!
 //! 1. look at the file: version v;
 //! 2. write to the ledger, which fails if another coordinator has opened it;
 //! 3. put, if the file is still v.
 //!
-//! Whatever another coordinator writes comes after its opening, so after 2, and makes the file another than v: the put in 3
-//! then fails, whenever it arrives. Where it arrives first, the other coordinator's own put fails, and is made again.
+//! Another coordinator writes only after it has opened the ledger, so after step 2. Its write changes the version v, so the
+//! put in step 3 fails whenever it arrives later. If the put arrives first, the other coordinator's own put fails, and is
+//! repeated.
 
 use bytes::Bytes;
-use elbo_store::{Seen, Store, StoreError};
+use elbo_store::{ObjectVersion, Store, StoreError};
 use futures::future::try_join_all;
 use object_store::path::Path;
 
 use crate::ledger::{Ledger, LedgerError};
 
-/// How often a put is made again. Late puts of coordinators before this one are few; newer ones are noticed in the ledger.
+/// How often a put is repeated. Late puts of earlier coordinators are few; later coordinators are noticed in the ledger.
 pub(crate) const ATTEMPTS: usize = 20;
 
 /// A file that can't be written.
@@ -27,12 +28,12 @@ pub enum WriteError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The ledger failed, or belongs to another coordinator by now.
+    /// The ledger failed, or another coordinator has taken it over.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
-    /// Somebody else keeps writing the same file.
+    /// Another process keeps writing the same file.
     #[error(
-        "{0} is changed again and again by something else: let nothing but one coordinator write to the output, then run the \
+        "another process keeps changing {0}: let only one coordinator write to the output, then run the \
          same command again to resume"
     )]
     Contended(String),
@@ -48,7 +49,7 @@ pub(crate) struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// Writes files one after the other.
+    /// Writes files one after another.
     pub(crate) async fn write(&self, files: Vec<(Path, Bytes)>) -> Result<(), WriteError> {
         let seen = self.look(files.iter().map(|(path, _)| path)).await?;
         self.ledger.hold().await?;
@@ -58,13 +59,13 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// What files are before the ledger is written to.
-    async fn look(&self, paths: impl Iterator<Item = &Path>) -> Result<Vec<Seen>, WriteError> {
+    /// The versions of files before the ledger is written to.
+    async fn look(&self, paths: impl Iterator<Item = &Path>) -> Result<Vec<ObjectVersion>, WriteError> {
         Ok(try_join_all(paths.map(|path| self.out.look(path))).await?)
     }
 
     /// Writes a file that was looked at before the ledger was written to.
-    async fn replace(&self, path: &Path, bytes: Bytes, mut seen: Seen) -> Result<(), WriteError> {
+    async fn replace(&self, path: &Path, bytes: Bytes, mut seen: ObjectVersion) -> Result<(), WriteError> {
         for _ in 0..ATTEMPTS {
             if self.out.replace(path, bytes.clone(), &seen).await? {
                 return Ok(());
@@ -87,7 +88,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_put_of_a_replaced_coordinator_changes_nothing_however_late_it_comes() {
+    async fn a_late_put_of_a_replaced_coordinator_changes_nothing() {
         let directory = tempfile::TempDir::new().unwrap();
         let memory = Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap());
         for out in [memory, Store::create(&Location::Local(directory.path().to_owned())).unwrap()] {
@@ -100,7 +101,7 @@ mod tests {
             assert!(!out.replace(&path, "first".into(), &late).await.unwrap());
             assert_eq!(out.read(&path).await.unwrap().unwrap(), "second");
 
-            // The same where there was a file before.
+            // The same if there was a file before.
             let late = out.look(&path).await.unwrap();
             second.write(vec![(path.clone(), "again".into())]).await.unwrap();
             assert!(!out.replace(&path, "first".into(), &late).await.unwrap());
@@ -108,7 +109,7 @@ mod tests {
             assert!(matches!(refused, Err(WriteError::Ledger(LedgerError::Fenced))), "{refused:?}");
             assert_eq!(out.read(&path).await.unwrap().unwrap(), "again");
 
-            // One that comes first is written over.
+            // A late put that arrives first is overwritten.
             let late = out.look(&path).await.unwrap();
             let seen = late.clone();
             assert!(out.replace(&path, "first".into(), &late).await.unwrap());
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_put_that_was_made_and_not_answered_counts() {
+    async fn a_put_that_was_made_but_not_answered_counts() {
         let out = Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap());
         let path = Path::from("job.json");
         let seen = out.look(&path).await.unwrap();

@@ -1,9 +1,10 @@
 #!/bin/bash
-# nvcc, but for candle's kernels of quantised weights and mixtures of experts: no model of elbo's calls them, and they would
-# take minutes and 39 MB. Objects and PTX without code stand in for them, with functions that end the process where Rust names some.
+# Runs nvcc, but skips candle's kernels for quantised weights and mixtures of experts: no model of elbo calls them, and they
+# would take minutes and 39 MB. They are replaced by objects and PTX without code, and by functions that abort if Rust links to
+# them.
 set -euo pipefail
 source="${!#}"
-# What follows an option.
+# Prints the value of an option.
 after() {
     local option=$1 previous=
     shift

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Brings what building for CUDA takes where no toolkit is installed, into DIR, and prints the variables to build with:
+# Installs what a CUDA build needs into DIR, for machines without a toolkit, and prints the variables to build with:
 #   eval "$(deploy/cuda/toolkit.sh DIR)"
-# The compiler comes from PyPI: that of CUDA 13.0, whose PTX driver 580 loads. CUDA's libraries are opened when the program
-# runs, so to link it empty ones of their names will do.
+# The compiler comes from PyPI. It is that of CUDA 13.0, whose PTX driver 580 can load. CUDA's libraries are opened when the
+# program runs, so empty libraries with their names are enough to link it.
 set -euo pipefail
 dir=$(mkdir -p "${1:?usage: toolkit.sh DIR}" && cd "$1" && pwd)
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,7 +18,7 @@ for name in cuda cublas cublasLt curand nvrtc cudnn; do
     [ -e "$stubs/lib$name.so" ] || gcc -shared -o "$stubs/lib$name.so" -x c /dev/null
 done
 ln -sf "$home/lib/libcudart_static.a" "$stubs/libcudart.so"
-# candle's own kernels are compiled for one architecture, as PTX that newer devices translate.
+# candle's own kernels are compiled for one architecture, as PTX that the driver translates for newer devices.
 cat <<END
 export CUDA_HOME='$home' CUDA_PATH='$home' CUDARC_CUDA_VERSION=13000 CUDA_COMPUTE_CAP=80
 export NVCC='$here/nvcc.sh' PATH='$home/bin':"\$PATH"

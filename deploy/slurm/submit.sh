@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Submits a job to Slurm: a coordinator, and an array of workers that starts when the coordinator has.
+# Submits a job to Slurm: a coordinator, and an array of workers that start after the coordinator.
 #
 #     submit.sh JOB.toml OUT [RUN]
 #
-# OUT is what --out is: a directory all nodes share, or a URL. RUN is a directory all nodes share, for the token, the coordinator's
-# address and the logs; beside a local OUT by default. The same command takes up a job that ended early.
+# OUT is the value of --out: a directory shared by all nodes, or a URL. RUN is a directory shared by all nodes for the token,
+# the coordinator's address and the logs; the default is beside a local OUT. The same command resumes a job that ended early.
 #
-#     WORKERS=4              workers, one array task each
-#     GPUS=1                 GPUs of each; 0 computes on CPUs
-#     COORDINATOR_SBATCH=    more options for the coordinator's sbatch, like '--partition=cpu --time=2-0'
-#     WORKER_SBATCH=         ... and for the workers', like '--partition=gpu --time=4:00:00'
+#     WORKERS=4              number of workers, one array task each
+#     GPUS=1                 GPUs per worker; 0 computes on CPUs
+#     COORDINATOR_SBATCH=    more sbatch options for the coordinator, such as '--partition=cpu --time=2-0'
+#     WORKER_SBATCH=         more sbatch options for the workers, such as '--partition=gpu --time=4:00:00'
 #     ELBO=elbo              the program, on every node
 #     SBATCH_*, ELBO_*       as sbatch and elbo read them
 set -euo pipefail
@@ -38,7 +38,7 @@ export ELBO=${ELBO:-elbo}
 ELBO=$(command -v "$ELBO") || fail "there is no program elbo: put it on PATH, or name it with ELBO=/path/to/elbo"
 ELBO=$(realpath "$ELBO")
 
-# The token keeps everybody else who can reach the port from taking part; only its owner can read it.
+# The token keeps out everyone else who can reach the port; only the owner can read its file.
 mkdir -p "$run"
 run=$(realpath "$run")
 if [[ ! -s $run/token ]]; then
@@ -47,7 +47,7 @@ fi
 rm -f "$run/ended" "$run/address"
 
 export ELBO_RUN=$run ELBO_OUT=$out ELBO_TOKEN_FILE=$run/token
-# Paths in the job file are taken as they are: both jobs start in the directory this was called in.
+# Relative paths in the job file keep their meaning: both jobs start in the current directory.
 read -ra coordinator_options <<<"${COORDINATOR_SBATCH:-}"
 read -ra worker_options <<<"${WORKER_SBATCH:-}"
 if [[ $gpus -gt 0 ]]; then
@@ -67,4 +67,4 @@ if ! array=$(sbatch --parsable --export=ALL --output="$run/worker-%a.log" --arra
 fi
 array=${array%%;*}
 echo "coordinator: job $coordinator; workers: job $array; logs and address: $run"
-echo "how far it is:  $ELBO status $out;  to stop it:  scancel $coordinator $array"
+echo "progress: $ELBO status $out; to stop: scancel $coordinator $array"

@@ -1,4 +1,5 @@
-//! Any text as a class file, and as what groups its classes: classes whose prompts name them, groups of them, or an error.
+//! Parses any text as a class file and as a hierarchy of its classes. The result is an error, or classes and groups in which
+//! every prompt belongs to a known class.
 #![no_main]
 
 use elbo_core::class::{Classes, Hierarchy};

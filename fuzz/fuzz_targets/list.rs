@@ -1,4 +1,4 @@
-//! Any bytes as list.csv.
+//! Lists and reads any bytes as list.csv.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

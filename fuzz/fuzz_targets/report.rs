@@ -1,5 +1,5 @@
-//! Messages of workers, one after the other, to a coordinator's scheduler with a small job: whatever they say, nothing is counted
-//! twice or beyond what there is, and what is left can still be computed to the end.
+//! Sends arbitrary worker messages to a scheduler that runs a small job. Whatever they contain, the scheduler counts
+//! nothing twice and no more than the job has, and an honest worker can still finish the job.
 #![no_main]
 
 use std::collections::BTreeMap;
@@ -48,35 +48,36 @@ fn scheduler() -> Scheduler {
     scheduler
 }
 
-/// An honest result of a unit.
+/// A valid result for a unit.
 fn compute(unit: &Unit) -> UnitResult {
     let (slots, prompts) = (unit.slots.len() as u32, unit.prompts.len());
-    UnitResult {
-        id: unit.id,
+    let reported = v1::UnitResult {
+        id: Some(unit.id.into()),
         prompts: unit.prompts.iter().map(|p| p.0).collect(),
         slots,
         sum: vec![f64::from(slots); prompts],
         sum_sq: vec![f64::from(slots); prompts],
         errors: Vec::new(),
-    }
+    };
+    UnitResult { id: unit.id, reported }
 }
 
 fn key(epoch: u64, lease: u64) -> LeaseKey {
     LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) }
 }
 
-/// What the service does with a report.
+/// Handles a report as the service does.
 fn report(scheduler: &mut Scheduler, worker: &str, key: LeaseKey, again: bool, record: Record) {
     if let Ok(Checked { record, .. }) = scheduler.check(worker, key, record, again, Duration::ZERO) {
         scheduler.apply(record.clone(), Some((worker, key)));
         let once = scheduler.totals();
-        // A second copy that was checked at the same time counts nothing.
+        // A second copy that was checked at the same time must not count.
         scheduler.apply(record, Some((worker, key)));
         assert_eq!(once, scheduler.totals());
     }
 }
 
-/// One message: its kind, its worker, and its bytes.
+/// Handles one message. `kind` holds the message type and the worker.
 fn take(scheduler: &mut Scheduler, kind: u8, message: &[u8]) {
     let worker = WORKERS[usize::from(kind >> 7)];
     match kind & 3 {
@@ -131,7 +132,7 @@ fuzz_target!(|bytes: &[u8]| {
         let totals = scheduler.totals();
         assert!(totals.evaluations <= scheduler.job().planned_evaluations() && totals.samples <= SAMPLES);
     }
-    // An honest worker can end the job.
+    // An honest worker can finish the job.
     scheduler.join("honest", "host", "device", Duration::ZERO);
     WORKERS.iter().for_each(|worker| scheduler.leave(worker));
     while let Some(grant) = scheduler.grant("honest", 0.0, Duration::ZERO) {

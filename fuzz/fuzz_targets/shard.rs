@@ -1,4 +1,4 @@
-//! Any bytes as shard.tar.
+//! Lists and reads any bytes as shard.tar.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! Any bytes as table.parquet.
+//! Lists and reads any bytes as table.parquet.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

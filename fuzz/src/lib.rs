@@ -1,4 +1,4 @@
-//! What the targets over sources of images share.
+//! Code shared by the targets for image sources.
 
 use std::path::PathBuf;
 
@@ -6,9 +6,9 @@ use elbo_data::{ListOptions, Reader, list};
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-/// Samples that are read after they were listed.
+/// How many of the listed samples are read.
 const READ: usize = 8;
-/// The most an image may have: sources may claim anything.
+/// Maximum image size in bytes; a source may claim any size.
 const LIMIT: u64 = 1 << 20;
 
 struct World {
@@ -23,8 +23,9 @@ thread_local! {
     };
 }
 
-/// Lists `bytes` as a file of this name, with and without captions, and reads what was listed: samples with their positions
-/// for ids and within the limit, or errors. Never a panic, a hang or memory without bound.
+/// Lists `bytes` as a file of this name, with and without captions, and reads the listed samples. The samples have
+/// their positions as ids and stay within the limit, or there is an error; never a panic, a hang or unbounded memory
+/// use.
 pub fn list_and_read(name: &str, bytes: &[u8]) {
     WORLD.with(|world| {
         let path: PathBuf = world.directory.path().join(name);

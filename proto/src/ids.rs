@@ -1,6 +1,7 @@
-//! The contract's names of units and leases, and of what workers are at, to and from those the rest speaks of.
+//! Conversions of units, leases, failures and worker activities between the contract's types and those of `elbo_core`.
 
 use elbo_core::activity::Activity;
+use elbo_core::failure::{SampleFailure, UnknownStage};
 use elbo_core::ids::{Epoch, LeaseId, LeaseKey, Round, SampleId};
 use elbo_core::unit::UnitId;
 
@@ -13,7 +14,7 @@ impl From<UnitId> for v1::UnitId {
     }
 }
 
-/// A unit no job can have.
+/// The unit's numbers are larger than any job can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfRange;
 
@@ -36,6 +37,20 @@ impl From<LeaseKey> for v1::HeldLease {
 impl From<&v1::HeldLease> for LeaseKey {
     fn from(held: &v1::HeldLease) -> Self {
         Self { epoch: Epoch(held.epoch), lease: LeaseId(held.lease) }
+    }
+}
+
+impl From<SampleFailure> for v1::SampleFailure {
+    fn from(failure: SampleFailure) -> Self {
+        Self { sample: failure.sample.0, stage: failure.stage.name().to_owned(), error: failure.error }
+    }
+}
+
+impl TryFrom<v1::SampleFailure> for SampleFailure {
+    type Error = UnknownStage;
+
+    fn try_from(failure: v1::SampleFailure) -> Result<Self, UnknownStage> {
+        Ok(Self { sample: SampleId(failure.sample), stage: failure.stage.parse()?, error: failure.error })
     }
 }
 
@@ -63,8 +78,35 @@ impl From<v1::Activity> for Option<Activity> {
     }
 }
 
+/// Why a worker gets no more leases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaveReason {
+    /// The job is done.
+    Done,
+    /// The coordinator is stopping, and may come back.
+    Stopping,
+    /// Another job follows at its address.
+    NextJob,
+}
+
+impl From<LeaveReason> for v1::Leave {
+    fn from(reason: LeaveReason) -> Self {
+        Self { done: reason == LeaveReason::Done, next: reason == LeaveReason::NextJob }
+    }
+}
+
+impl From<v1::Leave> for LeaveReason {
+    fn from(leave: v1::Leave) -> Self {
+        match leave {
+            v1::Leave { next: true, .. } => Self::NextJob,
+            v1::Leave { done: true, .. } => Self::Done,
+            v1::Leave { .. } => Self::Stopping,
+        }
+    }
+}
+
 impl v1::Block {
-    /// The lease it was granted under.
+    /// The lease that granted the block.
     pub fn key(&self) -> LeaseKey {
         LeaseKey { epoch: Epoch(self.epoch), lease: LeaseId(self.lease) }
     }

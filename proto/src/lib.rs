@@ -3,7 +3,7 @@
 mod ids;
 mod size;
 
-pub use ids::OutOfRange;
+pub use ids::{LeaveReason, OutOfRange};
 pub use size::{ERROR_BYTES, FULL_MESSAGE_BYTES, MAX_MESSAGE_BYTES, TooLarge, bytes_of, check_size, shortened};
 
 /// Version 1 of the contract.

@@ -1,4 +1,4 @@
-"""Writes a directory of images (CLASS/NAME.png) anew as other programs write corpora.
+"""Writes a directory of images (CLASS/NAME.png) in the formats of other programs.
 
     python make.py IMAGES OUT
 

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Compiles every kernel for the GPUs elbo ships for: cubins for sm_80, sm_90 and sm_100, and PTX of compute_80 for others.
-# Fails if one does not compile, warns, or keeps registers in memory (spills, or a stack frame). Prints the registers and
-# static shared bytes of each kernel. Takes nvcc from $NVCC, else from PATH, and works in a temporary folder.
+# Compiles every kernel for all supported GPUs: cubins for sm_80, sm_90 and sm_100, and PTX of compute_80 for others. Fails if
+# a kernel does not compile, causes a warning, or keeps registers in memory (spills, or a stack frame). Prints the registers
+# and static shared bytes of each kernel. Uses nvcc from $NVCC, else from PATH, and works in a temporary directory.
 set -eu
 
 kernels=$(cd "$(dirname "$0")/../../worker/kernels/cuda" && pwd)
@@ -13,7 +13,7 @@ for source in "$kernels"/*.cu; do
     name=$(basename "$source" .cu)
     "$nvcc" -std=c++17 -O3 -Werror all-warnings -arch=compute_80 -ptx -o "$work/$name.ptx" "$source"
     for arch in sm_80 sm_90 sm_100; do
-        # A failed compilation says why in the log.
+        # The log says why a compilation failed.
         "$nvcc" -std=c++17 -O3 -Werror all-warnings -arch=$arch -cubin -Xptxas -v -o "$work/$name.cubin" "$source" \
             2>"$work/log" || { cat "$work/log"; exit 1; }
         awk -v arch=$arch '

@@ -1,23 +1,23 @@
-// Runs CUDA kernels on the CPU: with this header before it, a .cu file is plain C++17.
+// Runs CUDA kernels on the CPU: with this header included before it, a .cu file is plain C++17.
 //
 // The threads of a block are fibers on one OS thread, so a kernel's barriers, shuffles and shared memory behave as
 // they do on a GPU, while blocks run one after another. Warp-wide instructions (shuffles, votes, ldmatrix, mma.sync)
-// are carried out once, by the last lane to arrive, on the operands of all 32 lanes, with the fragment layouts of the
-// PTX ISA ("Warp-level matrix instructions"). What it shows beyond the values of a result:
+// run once, by the last lane to arrive, on the operands of all 32 lanes, with the fragment layouts of the PTX ISA
+// ("Warp-level matrix instructions"). Beyond the values of a result, it checks:
 //
 // - dynamic shared memory starts as NaN, and a guard behind it must survive the block;
-// - an asynchronous copy lands when it is waited for, not before, and its destination is NaN until then;
+// - an asynchronous copy lands only when it is waited for, and its destination is NaN until then;
 // - lanes that meet in different warp-wide instructions, or never meet, end the program with a message;
-// - `elbo_cuda_reverse` runs warps and lanes in the opposite order: a result that changes had a race.
+// - `elbo_cuda_reverse` runs warps and lanes in the opposite order: a result that changes has a race.
 //
-// It proves nothing about speed, registers, bank conflicts or the memory model.
+// It says nothing about speed, registers, bank conflicts or the memory model.
 //
 // Use: include this file, then the .cu files, then
 // `elbo_cuda_launch([&] { kernel(arguments...); }, grid, block, dynamic_shared_bytes)`. Launches from several OS threads
 // at once are independent of each other.
 #pragma once
 
-// Tells the kernels' common.cuh to take its instructions from here.
+// Makes the kernels' common.cuh take its instructions from here.
 #ifndef ELBO_CUDA_ON_CPU
 #define ELBO_CUDA_ON_CPU
 #endif
@@ -44,7 +44,7 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Blocks of one OS thread never overlap, so a static variable of that thread is the block's.
+// Blocks on one OS thread never overlap, so a static variable of that thread belongs to one block.
 #define __shared__ static thread_local
 
 // ---- vector types -------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ constexpr unsigned char GUARD = 0xa5, UNINITIALISED = 0xff;
     std::abort();
 }
 
-/// What a lane hands to, and gets from, a warp-wide instruction.
+/// A lane's operands and result of a warp-wide instruction.
 union Operands {
     uint64_t word;
     const void* address;
@@ -198,7 +198,7 @@ struct Fiber {
     uint3 thread;
     unsigned warp, lane;
     State state;
-    uint64_t awaited;  // generation of the barrier at which the fiber waits
+    uint64_t awaited;  // generation of the barrier that the fiber waits for
     std::vector<Copy> copies;
     uint64_t committed;
 };
@@ -284,7 +284,7 @@ inline void fiber_main() {
 
 inline void prepare(Fiber& fiber) {
 #if defined(__x86_64__)
-    // As switch_stack leaves it: six registers, the address to return to, and the alignment a call would give.
+    // The state that switch_stack leaves: six registers, the return address, and the alignment after a call.
     void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(&fiber_main);

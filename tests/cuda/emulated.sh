@@ -1,20 +1,22 @@
 #!/bin/bash
-# Runs the CUDA path on the processor, in parts, all by default (measure if its Python is named); builds what it needs below target/.
+# Runs the CUDA code path on the processor and builds what it needs below target/. By default it runs all parts (measure only
+# if its Python is given):
 #   tests/cuda/emulated.sh [operations] [jobs] [measure] [models]
-# operations: each against plain formulas, in f32, f16 and bf16; jobs: whole ones, against the processor's, and with failures
-# (tests/cuda/job.py); measure: the scripts that measure a GPU, from beginning to end (tests/cuda/rehearse.py), with the Python
-# that ELBO_TORCH_PYTHON names, which has PyTorch and transformers; models: every submodule and error against PyTorch's, which
-# takes an hour and more.
+# operations  compares each operation with plain formulas, in f32, f16 and bf16
+# jobs        compares whole jobs with the same jobs on the processor, and runs them with failures (tests/cuda/job.py)
+# measure     runs the scripts that measure a GPU from beginning to end (tests/cuda/rehearse.py); ELBO_TORCH_PYTHON names a Python
+#             with PyTorch and transformers
+# models      compares every submodule and error with PyTorch; takes more than an hour
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- operations jobs ${ELBO_TORCH_PYTHON:+measure} models
 libraries=${ELBO_EMULATED:-target/cuda-emulated}
 build() { deploy/cuda/build.sh "$@"; }
-# Fetches candle, whose own kernels are compiled for the processor too.
+# Fetches candle, since its own kernels are also compiled for the processor.
 build test -p elbo-kernels --no-run
 tests/cuda/driver/build.sh "$libraries"
 libraries=$(cd "$libraries" && pwd)
-# Cargo's runner: only the tests see these libraries.
+# Set through cargo's runner, so that only the tests see these libraries.
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_LIBRARY_PATH=$libraries ELBO_TEST_DEVICE=cuda:0"
 for part in "$@"; do
     case $part in
@@ -40,7 +42,7 @@ for part in "$@"; do
             build test -p elbo-tests --test parity
             ;;
         *)
-            echo "no part $part: operations, jobs, measure or models" >&2
+            echo "unknown part $part: use operations, jobs, measure or models" >&2
             exit 2
             ;;
     esac

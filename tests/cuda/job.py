@@ -3,10 +3,10 @@
 
     tests/cuda/job.py ELBO LIBRARIES
 
-ELBO is built with the feature cuda, LIBRARIES are what tests/cuda/driver/build.sh leaves. Three digits are labelled in every
-type, with a loss that is computed on the host, and with so little memory that batches have to be halved, which must not change
-a bit; with a cuDNN that does not start, refuses convolutions or lacks memory; and on a device that refuses a launch or is lost.
-`tests/cuda/emulated.sh jobs` does it all.
+ELBO is built with the feature cuda; LIBRARIES is the output of tests/cuda/driver/build.sh. Labels three digits in every type; with a
+loss that is computed on the host; with so little memory that batches have to be halved, which must not change a bit; with a cuDNN
+that does not start, refuses convolutions or lacks memory; and on a device that refuses a launch or is lost.
+`tests/cuda/emulated.sh jobs` does all of this.
 """
 import csv
 import os
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Largest relative difference of an image's errors, by type: f32 differs in the order of sums, the others in every rounding.
+# Largest relative difference of an image's errors, by type: f32 differs by the order of sums, the others by every rounding.
 TOLERANCES = {"f32": 2e-5, "f16": 5e-3, "bf16": 3e-2}
 # Exit code of a job whose only device is lost.
 LOST = 1
@@ -73,14 +73,14 @@ def main():
         _, said = label("no-room", *single, code=LOST, ELBO_EMULATED_CUDNN="no-memory")
         assert "smaller --batch" in said and "quarantine" not in said, said
         found, _ = label("no-room", *single)
-        assert compare(found, expected) < TOLERANCES["bf16"], "an evaluation without room changed a result"
-        print("no room for one evaluation: the job stops, blames no image and resumes")
+        assert compare(found, expected) < TOLERANCES["bf16"], "running out of memory changed a result"
+        print("no memory for one evaluation: the job stops, blames no image and resumes")
 
         device = [*unet, "--device", "cuda:0", "--batch", "20"]
         refused, said = label("refused", *device, ELBO_EMULATED_FAULT="stale@300")
         assert "block failed" in said, f"no launch was refused: {said}"
-        assert refused == whole, "a launch that was refused once changed a result"
-        print("a launch that was refused: the same bits, by the same device")
+        assert refused == whole, "a refused launch changed a result"
+        print("a refused launch: the same bits, by the same device")
         _, said = label("lost", *device, code=LOST, ELBO_EMULATED_FAULT="lost@300")
         assert "ILLEGAL_ADDRESS" in said and "panicked" not in said, said
         resumed, _ = label("lost", *device)

@@ -1,8 +1,8 @@
 // Compares every CUDA kernel, run on the CPU by cuda_on_cpu.h, with a naive reference in double precision.
 //
-// A case fails if an element is further from its reference than rounding explains, if an element is not written, if
-// memory next to a result is, if the result depends on the order in which warps run, or if an image's result differs in
-// one bit from what it is without the other images. Build and run:
+// A case fails if an element differs from its reference by more than rounding explains, if an element is not written, if
+// memory next to a result is written, if the result depends on the order of warps, or if an image's result differs in any
+// bit from its result without the other images. Build and run:
 //   g++ -std=c++17 -O2 -Wno-unknown-pragmas tests/cuda/kernels.cpp -o kernels && ./kernels
 #include "cuda_on_cpu.h"
 
@@ -92,7 +92,7 @@ struct Random {
     }
 } random_numbers;
 
-/// Elements between guards; `skew` elements past an address that is a multiple of 16.
+/// Elements between guards, starting `skew` elements after an address that is a multiple of 16.
 template <typename T>
 struct Buffer {
     static constexpr size_t GUARD = 64;
@@ -137,7 +137,7 @@ struct Report {
     void fail(const std::string& kernel, const std::string& why) { of(kernel).failures.push_back(why); }
 } report;
 
-/// Runs `kernel` in both orders of warps; the results in `out` must be the same bits.
+/// Runs `kernel` in both orders of warps; the results in `out` must have the same bits.
 template <typename T, typename Run>
 void run_both_ways(const std::string& kernel, const std::string& label, Buffer<T>& out, const Run& run) {
     const Buffer<T> before = out;
@@ -151,7 +151,7 @@ void run_both_ways(const std::string& kernel, const std::string& label, Buffer<T
     if (!out.intact()) report.fail(kernel, label + ": writes outside its result");
 }
 
-/// Compares with `want(i)`, allowing `allowed(i)` beside half a unit in the last place.
+/// Compares with `want(i)`, allowing `allowed(i)` in addition to half a unit in the last place.
 template <typename T, typename Want, typename Allowed>
 void compare(const std::string& kernel, const std::string& label, const Buffer<T>& got, const Want& want, const Allowed& allowed) {
     Record& record = report.of(kernel);
@@ -193,7 +193,7 @@ std::string shape(Numbers... numbers) {
     return text;
 }
 
-/// What f32 arithmetic may lose on values of the given size.
+/// The error that f32 arithmetic may have on values of the given size.
 double f32_noise(double size) { return 4e-7 * size; }
 
 // ---- elementwise --------------------------------------------------------------------------------------------------
@@ -530,7 +530,7 @@ void test_qk_norm() {
 struct AttentionCase {
     u32 q_len, kv_len;
     bool causal, packed;
-    double scale;    // of queries: large ones make a softmax of one key
+    double scale;    // of queries; a large scale makes the softmax select one key
     size_t skew = 0;  // elements by which q, k and v miss an aligned address
 };
 
@@ -545,7 +545,7 @@ void test_attention(u32 width, u32 dim, const AttentionCase& test) {
                                 : size_t(tile + 4 * (width <= 80 ? 64 : 32)) * (width + 8) * 2;
     Buffer<T> q = Buffer<T>::normal(size_t(images) * test.q_len * row, test.scale, 0, test.skew);
     Buffer<T> kv = Buffer<T>::normal(size_t(images) * test.kv_len * kv_row, 1, 0, test.skew);
-    // Packed: q, k and v side by side in one tensor.
+    // Packed: q, k and v are side by side in one tensor.
     Buffer<T>& source = test.packed ? q : kv;
     const size_t k_at = test.packed ? inner : 0, v_at = k_at + inner;
     const u64 q_image = u64(test.q_len) * row, kv_image = u64(test.kv_len) * kv_row;
@@ -560,8 +560,8 @@ void test_attention(u32 width, u32 dim, const AttentionCase& test) {
     };
     run_both_ways(kernel, label, out, [&] { run(out, indexed ? q_rows.data() : nullptr, indexed ? kv_rows.data() : nullptr, images); });
 
-    // Weighted by the softmax: values, their sizes; and the largest sum of sizes of a score's terms, whose rounding moves
-    // the weights.
+    // Weighted by the softmax: the values and their magnitudes. Also the largest sum of magnitudes of a score's terms, whose
+    // rounding changes the weights.
     std::vector<double> expected(out.length), mass(out.length), largest(out.length);
     std::vector<double> scores(test.kv_len);
     for (size_t image = 0; image < images; ++image)

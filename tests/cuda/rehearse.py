@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""deploy/cuda/measure.sh and sanitize.sh from beginning to end on the emulated device, in a folder that holds only what travels.
+"""Runs deploy/cuda/measure.sh and sanitize.sh on the emulated device, in a directory with only the files the GPU machine would get.
 
     tests/cuda/rehearse.py CARRY WHEELS LIBRARIES PYTHON
 
-CARRY and WHEELS are what deploy/cuda/build.sh leaves, LIBRARIES what tests/cuda/driver/build.sh leaves; PYTHON has the PyTorch of
-the machine that is to be measured, and transformers, but no diffusers. Networks and layers are small, PyTorch computes on the
-processor, and programs of tests/cuda/tools stand in for ncu, compute-sanitizer and nvidia-smi. `tests/cuda/emulated.sh measure`
-does it all.
+CARRY and WHEELS are outputs of deploy/cuda/build.sh, LIBRARIES is the output of tests/cuda/driver/build.sh. PYTHON has the same
+PyTorch as the machine to measure, and transformers, but no diffusers. Networks and layers are small, PyTorch computes on the
+processor, and programs in tests/cuda/tools replace ncu, compute-sanitizer and nvidia-smi. `tests/cuda/emulated.sh measure` does
+all of this.
 """
 import os
 import shutil
@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What is left must be easy to bring back: so many files of so many bytes.
+# The output must be easy to bring back: limits on the number of files and the bytes per file.
 MOST_FILES, MOST_BYTES = 8, 16 << 20
 
 
 def main():
     carry, wheels, libraries = (Path(path).resolve() for path in sys.argv[1:4])
-    python = Path(sys.argv[4]).absolute()  # a link in a virtual environment must stay one
+    python = Path(sys.argv[4]).absolute()  # not resolved: a link in a virtual environment must stay a link
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "copy"
         listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)

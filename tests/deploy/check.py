@@ -1,10 +1,10 @@
-"""Checks what is in deploy/ without a cluster. Prints one complaint a line, and nothing when all is well.
+"""Checks the files in deploy/ without a cluster. Prints one problem per line, and nothing if all is well.
 
     check.py REPOSITORY ELBO
 
-Manifests are rendered by kubectl's kustomize and checked against the schemas of Kubernetes, JobSet and the Prometheus operator; then for
-what schemas can't see: that names, labels, ports and mounts fit each other and the program's flags. Scripts go through shellcheck,
-container files through hadolint. All these programs come from the requirements.
+Manifests are rendered by kubectl's kustomize and checked against the schemas of Kubernetes, JobSet and the Prometheus
+operator. Then come checks beyond schemas: names, labels, ports and mounts must fit each other and the program's flags. Scripts
+are checked with shellcheck, container files with hadolint. All these programs come from the requirements.
 """
 
 import os
@@ -28,7 +28,7 @@ DEPLOY = REPOSITORY / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 # The oldest and newest Kubernetes whose schemas are checked.
 VERSIONS = ["1.34.0", "1.37.0"]
-# What is created by hand, see deploy/kubernetes/README.md: secrets and their keys.
+# Secrets that users create by hand (see deploy/kubernetes/README.md), with their keys.
 BY_HAND = {
     "elbo-token": {"token"},
     "elbo-coordinator-tls": {"tls.crt", "tls.key", "ca.crt"},
@@ -65,10 +65,10 @@ def render(directory, where):
 
 
 def lost(given, kept, path=""):
-    """Fields that a model did not keep, for it does not know them."""
+    """Fields that a model did not keep, so it does not know them."""
     if isinstance(given, dict) and isinstance(kept, dict):
         for key, value in given.items():
-            # Fields without a content are left out.
+            # Empty fields are left out.
             if key not in kept and value not in ({}, [], None):
                 yield f"{path}.{key}".lstrip(".")
             elif key in kept:
@@ -79,7 +79,7 @@ def lost(given, kept, path=""):
 
 
 def against_schema(where, document):
-    """Complains of what the schema of an object's kind does not allow."""
+    """Reports what the schema of an object's kind does not allow."""
     try:
         if document["kind"] == "JobSet":
             kept = JobsetV1alpha2JobSet.from_dict(document).to_dict()
@@ -89,7 +89,7 @@ def against_schema(where, document):
             for version in VERSIONS:
                 kubernetes_validate.validate(document, version, strict=True)
             return
-    except Exception as error:  # Each of the three has exceptions of its own.
+    except Exception as error:  # each of the three libraries has its own exceptions
         complain(where, " ".join(str(error).split())[:400])
         return
     for field in lost(document, kept):
@@ -97,7 +97,7 @@ def against_schema(where, document):
 
 
 def jobs_of(documents):
-    """The Jobs of a kustomization, those in JobSets as Jobs of their own."""
+    """The Jobs of a kustomization; those in JobSets are returned as separate Jobs."""
     for document in documents:
         if document["kind"] == "Job":
             yield document["metadata"]["name"], document
@@ -121,9 +121,9 @@ def check_job(where, job, documents):
             fates.update({code: rule["action"] for code in exits["values"]})
     check(where, fates == {2: "FailJob", 3: "Ignore"}, f"fates of exit codes: {fates}")
     check(where, any(r["action"] == "Ignore" and r.get("onPodConditions", [{}])[0].get("type") == "DisruptionTarget" for r in rules),
-          "pods that are preempted would count as failed")
+          "preempted pods would count as failed")
     if spec.get("completionMode") == "Indexed":
-        check(where, spec["completions"] == spec["parallelism"], "completions and parallelism differ: only alike can they be changed")
+        check(where, spec["completions"] == spec["parallelism"], "completions and parallelism differ: they can be changed only if equal")
     else:
         check(where, "backoffLimitPerIndex" not in spec, "backoffLimitPerIndex is for indexed Jobs")
         check(where, spec.get("podReplacementPolicy") == "Failed", "two coordinators could run at once")
@@ -131,7 +131,7 @@ def check_job(where, job, documents):
     check(where, pod["enableServiceLinks"] is False, "service links set variables ELBO_*")
     check(where, len(pod["containers"]) == 1, "one container")
 
-    # The Pod Security Standard "restricted", and a file system that can't be written to.
+    # The Pod Security Standard "restricted", and a read-only file system.
     security = pod["securityContext"]
     check(where, security["runAsNonRoot"] and security["runAsUser"] > 0, "runs as root")
     check(where, security["seccompProfile"]["type"] == "RuntimeDefault", "no seccomp profile")
@@ -149,10 +149,10 @@ def check_job(where, job, documents):
         mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
         check(where, set(mounts.values()) == volumes.keys(), f"mounts {sorted(mounts.values())} and volumes {sorted(volumes)} differ")
 
-        # Every file that is named must be in a volume.
+        # Every named file must be in a volume.
         environment = {e["name"]: e["value"] for e in container["env"]}
         check(where, re.sub(r".*/|:.*", "", container["image"]) in ("elbo", "elbo-cuda"), f"image {container['image']}: no container file makes it")
-        check(where, len(environment) == len(container["env"]), "a variable is there twice")
+        check(where, len(environment) == len(container["env"]), "a variable is set twice")
         named = [a for a in container["args"] if a.startswith("/")] + [v for v in environment.values() if v.startswith("/")]
         for path in named:
             mount = max((m for m in mounts if path == m or path.startswith(m + "/")), key=len, default=None)
@@ -175,19 +175,19 @@ def check_job(where, job, documents):
 
 
 def check_flags(where, container, environment):
-    """Flags and variables are those of the program."""
+    """Checks that the program has these flags and variables."""
     command = "worker" if container.get("command") else container["args"][0]
     known = run(ELBO, command, "--help").stdout
     for flag in [a for a in container["args"] if a.startswith("--")]:
         check(where, re.search(rf"{flag}\b", known), f"`elbo {command}` has no flag {flag}")
     for variable in environment:
-        # ELBO_CACHE is no flag.
+        # ELBO_CACHE has no flag.
         if variable.startswith("ELBO_") and variable != "ELBO_CACHE":
             check(where, re.search(rf"env: {variable}[=\]]", " ".join(known.split())), f"`elbo {command}` reads no variable {variable}")
 
 
 def check_ports(where, container, environment, names):
-    """What is listened on, offered, and asked for is the same."""
+    """Checks that listening, offered and requested ports are the same."""
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
     flags = dict(zip(container["args"], container["args"][1:], strict=False))
     check(where, flags.get("--http") == f"0.0.0.0:{ports['http']}", f"--http {flags.get('--http')}, port {ports['http']}")
@@ -201,7 +201,7 @@ def check_ports(where, container, environment, names):
 
 
 def check_selectors(where, documents, jobs):
-    """Whatever selects pods finds them, and the ports it names."""
+    """Checks that every selector finds pods, and that they have the ports it names."""
     pods = [(j["spec"]["template"]["metadata"]["labels"], j["spec"]["template"]["spec"]) for j in jobs]
 
     def find(selector):
@@ -234,7 +234,7 @@ def check_selectors(where, documents, jobs):
 
 
 def check_words(where, document):
-    """Words that are plain strings to a schema."""
+    """Checks words that a schema treats as plain strings."""
     kind, spec, metadata = document["kind"], document.get("spec", {}), document["metadata"]
     if kind == "NetworkPolicy":
         check(where, set(spec["policyTypes"]) <= {"Ingress", "Egress"}, f"policyTypes {spec['policyTypes']}")
@@ -257,7 +257,7 @@ def check_kustomization(directory, where):
     jobs = list(jobs_of(documents))
     check(where, sorted(name for name, _ in jobs) == ["elbo-coordinator", "elbo-worker"], f"Jobs {[name for name, _ in jobs]}")
     for name, job in jobs:
-        # What is in a JobSet goes through the Job's strict schema too.
+        # Jobs in a JobSet are also checked against the Job's strict schema.
         against_schema(f"{where}: Job {name}", job)
         check_job(f"{where}: {name}", job, documents)
         if name == "elbo-worker":
@@ -270,7 +270,7 @@ def check_kustomization(directory, where):
 
 
 def check_job_file(where, data):
-    """The program takes the job: it counts its evaluations, on the digits."""
+    """Checks that the program accepts the job, by planning it on the digits."""
     demo = REPOSITORY / "cli/demo"
     with tempfile.TemporaryDirectory() as home:
         for name, text in data.items():
@@ -281,7 +281,7 @@ def check_job_file(where, data):
 
 
 def check_worker_command(where, container):
-    """A worker that is told to stop ends with 3, whatever the program ends with; any other end is the program's."""
+    """Checks that a worker ends with 3 if it is asked to stop, and otherwise with the program's exit code."""
     with tempfile.TemporaryDirectory() as home:
         program = Path(home, "elbo")
 
@@ -290,7 +290,7 @@ def check_worker_command(where, container):
             program.chmod(0o755)
             worker = subprocess.Popen([*container["command"], *container["args"]], env={"PATH": f"{home}:/usr/bin:/bin"},
                                       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-            # It says so when it runs.
+            # The program prints a line once it runs.
             said = worker.stdout.readline().strip()
             if term:
                 worker.send_signal(signal.SIGTERM)
@@ -308,7 +308,7 @@ def check_worker_command(where, container):
 
 
 def check_readme():
-    """The kustomization that the document tells users to write."""
+    """Checks the kustomization in README.md."""
     text = (KUBERNETES / "README.md").read_text()
     example = re.search(r"((?:    .*\n)+)", text[text.index("    # my-job/kustomization.yaml"):]).group(1)
     with tempfile.TemporaryDirectory() as home:
@@ -335,7 +335,7 @@ def check_containers():
     files = sorted(DEPLOY.rglob("Containerfile"))
     check("deploy", len(files) == 2, f"container files {files}")
     for file in files:
-        # Debian's packages come from its snapshot of the day, with its security fixes.
+        # DL3008 wants pinned Debian packages, but we want the current ones with security fixes.
         done = run(TOOLS / "hadolint", "--ignore", "DL3008", file)
         check(file.relative_to(REPOSITORY), done.returncode == 0, done.stdout + done.stderr)
         stages = file.read_text().split("\nFROM ")
@@ -344,7 +344,7 @@ def check_containers():
 
 
 for kustomization in sorted(KUBERNETES.rglob("kustomization.yaml")):
-    # Components are seen in the overlays that use them.
+    # Components are checked through the overlays that use them.
     if yaml.safe_load(kustomization.read_text())["kind"] == "Kustomization":
         check_kustomization(kustomization.parent, kustomization.parent.relative_to(REPOSITORY))
 check_readme()

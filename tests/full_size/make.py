@@ -1,4 +1,4 @@
-"""Writes a model of full size with seeded random weights, and what diffusers computes with it in float32.
+"""Writes a model of full size with seeded random weights, and diffusers' outputs for it in float32.
 
     pip install torch==2.15.0 diffusers==0.36.0 transformers==4.57.6 safetensors
     python make.py sd15|sd2|bk-sdm-tiny DIR
@@ -54,7 +54,7 @@ MODELS = {
 
 
 def stored(model, path):
-    """Saves a model in f16 and returns it with the values that were saved, in f32."""
+    """Saves a model in f16 and returns it with the saved values, in f32."""
     model.half().save_pretrained(path, safe_serialization=True)
     return model.float().eval()
 

@@ -1,8 +1,8 @@
-"""Diffusion Classifier (Li et al. 2023) in plain PyTorch + diffusers: the peer that the benchmark measures against.
+"""Diffusion Classifier (Li et al. 2023) in plain PyTorch + diffusers: the peer that the benchmark compares with.
 
     python classify.py --model DIR --images DIR --prompts prompts.csv --keep 5,1 --samples 20,100 --limit 100
 
-Images lie in <images>/<class>/<file>; prompts.csv has the columns prompt,classname (a DiT brings its own classes). The
+Images are in <images>/<class>/<file>; prompts.csv has the columns prompt,classname (a DiT has its own classes). The
 schedule is the reference's: with N the largest number of samples and s = T // N, the grid is s//2, s//2 + s, ...; a stage
 of n samples takes every (N//n)th point of it less those done, and the j-th timestep ever evaluated uses noise row j.
 Prints one JSON object. Model loading, text encoding and a warm-up image are not timed; image decoding and VAE are.
@@ -40,8 +40,8 @@ def arguments():
     parser.add_argument("--samples", type=integers, default=[20, 100], help="timesteps of each stage")
     parser.add_argument("--loss", choices=LOSSES, default="l2")
     parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--limit", type=int, help="the first so many images, sorted by path")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, drawn for every image")
+    parser.add_argument("--limit", type=int, help="only this many images, sorted by path")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise, which is drawn for every image")
     parser.add_argument("--noise", type=Path, help="safetensors with 'noise' [N, C, H, W], used for every image")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
@@ -101,7 +101,7 @@ class Model:
         return torch.cat(of_batches)
 
     def epsilon(self, latent, t, noise, prompts):
-        """The noise the network sees in the latents at timesteps t."""
+        """The noise that the network predicts in the latents at timesteps t."""
         abar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = abar.sqrt() * latent + (1 - abar).sqrt() * noise
         if self.conditional:
@@ -114,7 +114,7 @@ class Model:
 
 
 def no_guidance(width):
-    """What a pipeline tells a network distilled with a guidance scale (an LCM) where guidance_scale is 1; else None."""
+    """A pipeline's condition at guidance_scale 1 for a network distilled with a guidance scale (an LCM); else None."""
     if width is None:
         return None
     return StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.zeros(1), embedding_dim=width)

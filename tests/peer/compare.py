@@ -1,9 +1,9 @@
-"""Runs elbo and the PyTorch + diffusers peer on the same digits, one after the other, and prints their ratio.
+"""Runs elbo and the PyTorch + diffusers peer on the same digits, one after the other, and prints the ratio of their speeds.
 
     cargo build --release && python tests/peer/compare.py [--limit 100] [--rounds 2]
 
-Same images, noise file, schedule (keep 5 1, samples 20 100, l2: 600 evaluations an image) and cores. elbo's time is that of the
-whole process, model loading, ledger and Parquet included; the peer's starts after loading and warm-up.
+Both use the same images, noise file, schedule (keep 5 1, samples 20 100, l2: 600 evaluations an image) and cores. elbo's time
+is that of the whole process, including model loading, ledger and Parquet; the peer's time starts after loading and warm-up.
 """
 import argparse
 import json
@@ -41,7 +41,7 @@ def peer(limit, *flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=100, help="images")
-    parser.add_argument("--rounds", type=int, default=2, help="the best of so many counts")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the best counts")
     args = parser.parse_args()
     programs = {"elbo": elbo, "eager": peer, "compiled": lambda limit: peer(limit, "--compile")}
     best = {name: max(run(args.limit) for _ in range(args.rounds)) for name, run in programs.items()}

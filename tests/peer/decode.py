@@ -1,12 +1,12 @@
-"""Images per second on one core: elbo beside Pillow and torchvision, on the same files in the same run.
+"""Images per second on one core: elbo, Pillow and torchvision on the same files in the same run.
 
     pip install numpy pillow torch torchvision && python tests/peer/decode.py [--seconds 2] [--python OTHER/bin/python]
 
-Files are photographs made up with texture and sharp edges, JPEG of quality 88: 500x375, 640x480 and 1024x768, 12 megapixels (as a phone
-makes them: also to be turned by EXIF, and progressive) and a PNG. `decode` ends with pixels in memory, `to 512` with the floats of a
-512x512 crop. Time is that of the processor, the best of several repetitions, so that a busy machine disturbs little. elbo runs its own
-benchmark (worker/images/benches/decode.rs), twice with different numbers of calls: the difference is that of the calls alone.
-`--python` times a Pillow in another environment too, for instance Pillow-SIMD.
+Files are artificial photographs with texture and sharp edges, JPEG of quality 88: 500x375, 640x480 and 1024x768, 12 megapixels
+(like a phone's: also rotated by EXIF, and progressive) and a PNG. `decode` ends with pixels in memory, `to 512` with the
+floats of a 512x512 crop. Times are processor times, the best of several repetitions, so that a busy machine matters little.
+elbo runs its own benchmark (worker/images/benches/decode.rs) twice with different numbers of calls: the difference is the time
+of the calls alone. `--python` also times a Pillow in another environment, such as Pillow-SIMD.
 """
 import argparse
 import json
@@ -105,7 +105,7 @@ def elbo(directory, seconds):
     program = next(path for line in built.splitlines() if (path := json.loads(line).get("executable")))
 
     def used(benchmark, calls):
-        """Seconds that a process with so many calls takes."""
+        """Seconds that a process with this many calls takes."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [program, "--bench", "--sample-count", str(calls), "--sample-size", "1", benchmark],
@@ -126,8 +126,8 @@ def elbo(directory, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2, help="for each figure")
-    parser.add_argument("--python", type=Path, help="a Python with another Pillow")
+    parser.add_argument("--seconds", type=float, default=2, help="seconds per measurement")
+    parser.add_argument("--python", type=Path, help="a Python with another Pillow, measured too")
     parser.add_argument("--pillow-only", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.pillow_only:

@@ -1,14 +1,14 @@
-"""Forward passes of the denoising network alone in PyTorch + diffusers: the peer that `elbo bench engine` is measured against.
+"""Forward passes of only the denoising network in PyTorch + diffusers: the peer that `elbo bench engine` compares with.
 
     python tests/peer/engine.py --model sd15 --batch 1,8,32 --dtype bf16 --device cuda
 
-Weights are drawn, so a configuration is enough: bench/configs/NAME.json is a published model's unet/ or transformer/config.json,
-`digits` the demo's, and a diffusers model directory brings its own. Every memory format, mode and batch is measured for itself:
-compiling, autotuning and warming up come first, then as many passes as take --seconds, --rounds times. On the CPU `max-autotune`
-is the same as `compile`. Prints one JSON object, which --out keeps in a file too, rewritten after every measurement.
-evaluations_per_second is the best round's, an evaluation being one latent through the network once; `best` is the fastest result.
-memory_bytes is the peak while measuring, weights included: of tensors on cuda, of the whole process on the CPU. What could not be
-measured stands with its `error` under `failures`.
+Weights are random, so a configuration is enough: bench/configs/NAME.json is a published model's unet/ or
+transformer/config.json, `digits` is the demo's, and a diffusers model directory has its own. Every memory format, mode and
+batch is measured separately: first compiling, autotuning and warming up, then as many passes as take --seconds, --rounds
+times. On the CPU `max-autotune` is the same as `compile`. Prints one JSON object; --out also writes it to a file, rewritten
+after every measurement. evaluations_per_second is that of the best round, where an evaluation is one latent through the
+network once; `best` is the fastest result. memory_bytes is the peak while measuring, including weights: of tensors on cuda, of
+the whole process on the CPU. Failed measurements are under `failures`, with their `error`.
 """
 import argparse
 import inspect
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["USE_FLAX"] = "0"  # diffusers 0.36 imports Flax's networks with PyTorch's, wherever Flax and JAX are installed
+os.environ["USE_FLAX"] = "0"  # otherwise diffusers 0.36 also imports Flax's networks if Flax and JAX are installed
 
 import diffusers
 import torch
@@ -33,7 +33,7 @@ NETWORKS = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "SD3Transformer2DModel": SD3Transformer2DModel,
     "DiTTransformer2DModel": DiTTransformer2DModel,
-    "Transformer2DModel": DiTTransformer2DModel,  # as DiT's published configuration calls it
+    "Transformer2DModel": DiTTransformer2DModel,  # the name in DiT's published configuration
 }
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 MODES = ["eager", "compile", "max-autotune"]
@@ -56,11 +56,11 @@ def arguments():
     parser.add_argument("--fuse-qkv", action="store_true", help="one product for queries, keys and values, if diffusers has it")
     parser.add_argument("--tf32", action="store_true", help="TF32 in f32's products and convolutions on cuda")
     parser.add_argument("--latent", type=int, metavar="SIDE", help="default: the configuration's sample_size")
-    parser.add_argument("--tokens", type=int, help="of a prompt; default: 77, for SD3 the pipeline's 77 + 256 of T5")
-    parser.add_argument("--prompts", type=int, default=1, help="scored at a noisy latent; here each is computed in full")
-    parser.add_argument("--seconds", type=float, default=2, help="a round takes at least")
+    parser.add_argument("--tokens", type=int, help="tokens of a prompt; default: 77, for SD3 the pipeline's 77 + 256 of T5")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts per noisy latent; here each is computed in full")
+    parser.add_argument("--seconds", type=float, default=2, help="least time of a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="rewritten after every measurement")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the result, rewritten after every measurement")
     args = parser.parse_args()
     if not set(args.modes) <= set(MODES):
         parser.error(f"--modes are {', '.join(MODES)}")
@@ -72,7 +72,7 @@ def arguments():
 
 
 def root():
-    """The repository; asked for only by name, since elbo hands this program to Python's standard input, where it has no path."""
+    """The repository. A function, since elbo passes this program to Python on standard input, where it has no path."""
     return Path(__file__).resolve().parents[2]
 
 
@@ -99,7 +99,7 @@ def load(args):
     if args.weights:
         net = network.from_pretrained(file.parent)
     else:
-        # Settings of Transformer2DModel that a DiT has no use for would be warned of one by one.
+        # Otherwise diffusers warns of every setting of Transformer2DModel that a DiT does not use.
         known = inspect.signature(network.__init__).parameters
         with torch.device(args.device):
             net = network.from_config({key: value for key, value in config.items() if key in known})
@@ -107,7 +107,7 @@ def load(args):
 
 
 def inputs(net, batch, args):
-    """Random latents [B, C, H, W], a timestep for each, and what they are conditioned on, as the pipelines give it."""
+    """Random latents [B, C, H, W], a timestep for each, and their conditions as the pipelines give them."""
     config, side = net.config, args.latent or net.config.sample_size
     drawn = lambda *shape: torch.randn(batch, *shape, device=args.device, dtype=DTYPES[args.dtype])
     below = lambda end: torch.randint(end, (batch,), device=args.device)
@@ -129,7 +129,7 @@ def inputs(net, batch, args):
 
 
 def seconds_of(passes, forward, device):
-    """The time so many passes take."""
+    """The time that this many passes take."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -152,7 +152,7 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """Bytes, or None where the system does not say."""
+    """Bytes, or None if the system does not tell."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if (PROCESS / "status").exists():
@@ -161,7 +161,7 @@ def peak_memory(device):
 
 @torch.inference_mode()
 def measure(net, mode, memory_format, batch, args):
-    """What so many latents at once cost."""
+    """The time and memory of passes over this many latents."""
     latents, condition = inputs(net, batch, args)
     latents = latents.to(memory_format=memory_format)
     autotune = "max-autotune" if mode == "max-autotune" and args.device == "cuda" else None
@@ -189,7 +189,7 @@ def measure(net, mode, memory_format, batch, args):
 
 
 def attempt(net, mode, memory_format, batch, args):
-    """What was measured, or the error."""
+    """The measurement, or the error."""
     try:
         return measure(net, mode, memory_format, batch, args)
     except Exception as error:  # out of memory, no compiler, an operator without a kernel
@@ -222,14 +222,14 @@ def device_name(device):
 
 
 def libraries(device):
-    """Paths of the cuDNN and cuBLAS that are mapped; none on the CPU, where PyTorch may load them but has no use for them."""
+    """Paths of the loaded cuDNN and cuBLAS; none on the CPU, where PyTorch may load them but does not use them."""
     if device == "cpu" or not (PROCESS / "maps").exists():
         return []
     return sorted(set(re.findall(r"/\S*/lib(?:cudnn|cublas)[^/\s]*\.so\S*", (PROCESS / "maps").read_text())))
 
 
 def report(facts, results, args):
-    """The JSON text about what is known after these results."""
+    """The JSON text of the report with these results."""
     measured = [result for result in results if "error" not in result]
     return json.dumps(facts | {
         "libraries": libraries(args.device),
@@ -269,7 +269,7 @@ def main():
         if args.out:
             temporary = args.out.with_name(f"{args.out.name}.tmp")
             temporary.write_text(report(facts, results, args))
-            temporary.replace(args.out)  # at once, so that a killed run leaves no half of it
+            temporary.replace(args.out)  # atomic: a killed run leaves no partial file
     print(report(facts, results, args))
     if all("error" in result for result in results):
         sys.exit("nothing could be measured")

@@ -1,11 +1,11 @@
-"""Reads the predictions of an output as people do with five programs, and checks that they see the same.
+"""Reads the predictions of an output with five programs, and checks that they see the same.
 
     python read_predictions.py OUT
 
-Prints {rows, columns, metadata, statistics, names, by_reader: {reader: rows}}: the types pyarrow sees, the file's own
-key-value pairs, the smallest and largest value of some columns of every file as DuckDB finds them, and the names DuckDB gives
-the classes by them. A row is [sample_id, key, label, predicted_class, predicted_index, margin, evaluations, status, error,
-number of scores, second-best class, its mean error, whether it has a standard error]. Exits with 1 where readers differ.
+Prints {rows, columns, metadata, statistics, names, by_reader: {reader: rows}}: the types that pyarrow sees, the file's own
+key-value pairs, the smallest and largest value of some columns of every file by DuckDB, and the class names that DuckDB reads
+from the files. A row is [sample_id, key, label, predicted_class, predicted_index, margin, evaluations, status, error, number
+of scores, second-best class, its mean error, whether it has a standard error]. Exits with 1 if readers differ.
 """
 import json
 import math
@@ -22,7 +22,7 @@ PLAIN = ["sample_id", "key", "label", "predicted_class", "predicted_index", "mar
 
 
 def row(record):
-    """A row of whatever dictionary-like thing a reader gives; missing values are None."""
+    """A row from any dictionary-like object that a reader returns; missing values are None."""
     plain = [record[name] for name in PLAIN]
     scores = list(record["scores"])
     second = scores[1] if len(scores) > 1 else {"class_index": None, "mean_error": None, "std_error": None}
@@ -78,7 +78,7 @@ def statistics(directory):
 
 
 def names(directory):
-    """The names of the classes, as SQL finds them in a file that has left its job behind."""
+    """The names of the classes, read by SQL from the prediction files alone."""
     found = duckdb.execute(
         """
         SELECT DISTINCT s.class_index, json_extract_string(m.classes, '$."' || s.class_index || '"')

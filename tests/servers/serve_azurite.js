@@ -1,5 +1,5 @@
-// Azurite's blob service: serve_azurite.js PROGRAM CONTAINER KEY [Azurite's arguments]. It makes the container, prints "ready", and
-// ends when its standard input does.
+// Runs Azurite's blob service: serve_azurite.js PROGRAM CONTAINER KEY [Azurite's arguments]. Creates the container, prints
+// "ready", and ends when its standard input closes.
 const crypto = require("crypto");
 
 const [program, container, key] = process.argv.splice(2, 3);
@@ -25,7 +25,7 @@ async function announce() {
 }
 
 process.stdin.on("end", () => process.exit(0)).resume();
-// What the service says itself goes elsewhere.
+// The service's own output goes elsewhere.
 console.log = console.error;
 require(program);
 announce();

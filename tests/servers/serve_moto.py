@@ -1,7 +1,7 @@
-"""moto's S3 server on a free port, which it prints; it ends when its standard input does.
+"""Runs moto's S3 server on a free port and prints the port; ends when its standard input closes.
 
-One request at a time: moto looks whether an object exists and then stores it, with nothing to keep another thread from doing
-the same in between.
+Handles one request at a time: moto checks whether an object exists and then stores it, and another thread could do the same in
+between.
 """
 
 import os

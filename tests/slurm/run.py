@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Labels the digits through Slurm with deploy/slurm/submit.sh while a node is lost, and compares with an undisturbed run.
+"""Labels the digits on Slurm with deploy/slurm/submit.sh while a node is lost, and compares the result with an undisturbed run.
 
     tests/slurm/run.py target/release/elbo
 
-One machine plays controller and two nodes: munged, slurmctld and two slurmd of Debian's packages, all below a temporary directory with
-a key, sockets and ports of their own, which this machine's own Slurm, if any, takes no notice of. Needs root: slurmd starts jobs as
-their owners. Missing packages are installed. Takes about two minutes; everything started here is ended, however this ends.
+One machine acts as controller and two nodes: munged, slurmctld and two slurmd from Debian's packages, all below a temporary
+directory with their own key, sockets and ports, so that they don't disturb a Slurm that this machine may have. Needs root,
+since slurmd starts jobs as their owners. Missing packages are installed. Takes about two minutes; all processes are ended,
+however the test ends.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ PACKAGES = ["slurm-wlm", "munge"]
 PROGRAMS = ["slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel", "sinfo"]
 WORKERS = 3
 SHARDS = 15
-# Longest that anything is waited for.
+# The longest wait.
 PATIENCE = 240
 
 SLURM_CONF = """\
@@ -37,7 +38,7 @@ SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={controller_port}
 AuthType=auth/munge
-# A requeued job starts when its old credential has expired.
+# A requeued job starts once its old credential has expired.
 AuthInfo=socket={home}/munge/socket,cred_expire=10
 CryptoType=crypto/munge
 StateSaveLocation={home}/state
@@ -52,7 +53,7 @@ SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
-# The node with most to spare gets a job, so that both get some.
+# A job goes to the node with the most free resources, so that both nodes get some.
 SelectTypeParameters=CR_Core,CR_LLN
 SchedulerParameters=sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
@@ -67,7 +68,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Failed(Exception):
-    """The test has failed, or can't be run."""
+    """The test failed or can't run."""
 
 
 def say(text):
@@ -80,7 +81,7 @@ def need(condition, complaint):
 
 
 def install():
-    """Installs what is missing of Slurm and munge."""
+    """Installs Slurm and munge if they are missing."""
     missing = [program for program in PROGRAMS if not shutil.which(program)]
     if not missing:
         return
@@ -112,7 +113,7 @@ def processes():
             name, rest = re.match(r"\d+ \((.*)\) . (\d+)", (entry / "stat").read_text(), re.S).groups()
             yield int(entry.name), int(rest), name, (entry / "environ").read_bytes().split(b"\0")
         except (OSError, AttributeError):
-            continue  # It has ended.
+            continue  # the process has ended
 
 
 class Cluster:
@@ -138,13 +139,14 @@ class Cluster:
             for i, port in enumerate(ports, 1)
         )
         self.conf.write_text(SLURM_CONF.format(home=home, host=host, controller_port=controller, nodes=nodes))
-        # Nothing here uses control groups, but slurmd wants a plugin for them: one that needs none, where it has that (23.02).
+        # Nothing here uses control groups, but slurmd needs a plugin for them: the disabled one, if this version has it
+        # (23.02).
         version = tuple(int(n) for n in re.findall(r"\d+", self.ask("slurmd", "-V"))[:2])
         plugin = "disabled" if version >= (23, 2) else f"cgroup/v1\nCgroupMountpoint={home}/cgroup"
         (home / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
 
         munge = home / "munge"
-        # --force: the temporary directory is below one that everybody may write to.
+        # --force: the temporary directory is below a world-writable one.
         self.daemon("munged", "--force", f"--key-file={key}", f"--socket={munge}/socket", f"--pid-file={munge}/pid",
                     f"--log-file={munge}/log", f"--seed-file={munge}/seed")
         self.daemon("slurmctld", "-c")
@@ -164,43 +166,43 @@ class Cluster:
     def until(self, what, condition, patience=PATIENCE):
         end = time.monotonic() + patience
         while not (seen := condition()):
-            need(time.monotonic() < end, f"waited {patience} s in vain: {what}")
+            need(time.monotonic() < end, f"timed out after {patience} s waiting for: {what}")
             time.sleep(0.2)
         return seen
 
     def job(self, number):
-        """What Slurm knows of a job, or of one task of an array."""
+        """Slurm's data about a job, or about one task of an array."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.ask("scontrol", "show", "job", str(number))))
 
     def of_node(self, node):
-        """The processes of a node: its slurmd, the step daemons, and the jobs'."""
+        """The processes of a node: its slurmd, the step daemons and the jobs' processes."""
         marks = {f"SLURM_CONF={self.conf}".encode(), f"SLURMD_NODENAME={node}".encode()}
         found = {process: parent for process, parent, _, environment in processes() if marks <= set(environment)}
         names = {process: name for process, _, name, _ in processes()}
-        # The step daemons are the jobs' parents, and have no variable that tells.
+        # The step daemons are the jobs' parents. They have no variable that identifies them.
         stepds = {parent for parent in found.values() if names.get(parent, "").startswith("slurmstepd")}
         slurmd = int((self.home / f"{node}.pid").read_text())
         return [slurmd, *stepds, *found]
 
     def lose(self, node):
-        """Takes a node away: everything that runs on it ends at once, and Slurm is told that it is down."""
+        """Takes a node away: kills everything on it and marks it as down in Slurm."""
         for process in self.of_node(node):
             kill(process)
         need(subprocess.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=lost"], env=self.environment).returncode == 0,
              f"{node} could not be marked down")
 
     def stop(self):
-        """Ends everything that was started below `home`."""
+        """Kills everything that was started below `home`."""
         mark = f"SLURM_CONF={self.conf}".encode()
         for _ in range(10):
-            # Jobs and daemons have the configuration in their environment.
+            # Jobs and daemons have this configuration in their environment.
             mine = [process for process, _, _, environment in processes() if mark in environment and process != os.getpid()]
             for process in mine:
                 kill(process)
             if not mine:
                 break
             time.sleep(0.2)
-        # They are this process's children now: see `adopt`.
+        # They are now children of this process: see `adopt`.
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -209,7 +211,7 @@ class Cluster:
 
 
 def adopt():
-    """Makes orphans below this process its children: in a container there may be nobody else who waits for them."""
+    """Makes orphans below this process its children: in a container there may be no other process that waits for them."""
     set_child_subreaper = 36
     ctypes.CDLL(None, use_errno=True).prctl(set_child_subreaper, 1, 0, 0, 0)
 
@@ -256,7 +258,7 @@ shard-size = 25
     print(submitted.stdout, end="")
     coordinator, workers = re.search(r"coordinator: job (\d+); workers: job (\d+)", submitted.stdout).groups()
     tasks = [f"{workers}_{i}" for i in range(WORKERS)]
-    need((run / "token").stat().st_mode & 0o77 == 0, "others can read the token")
+    need((run / "token").stat().st_mode & 0o77 == 0, "other users can read the token")
 
     def committed():
         return len(list(out.glob("predictions/*.parquet")))
@@ -267,9 +269,9 @@ shard-size = 25
 
     cluster.until("a shard", lambda: committed() >= 1)
     limited, *_ = tasks
-    say(f"the coordinator and worker {limited} come to their time limits")
+    say(f"the coordinator and worker {limited} reach their time limits")
     for number in [coordinator, limited]:
-        # What --signal does ahead of the limit.
+        # The signal that --signal sends ahead of the limit.
         scancel = ["scancel", "--batch", "--signal=USR1", number]
         need(subprocess.run(scancel, env=cluster.environment).returncode == 0, f"{number} can't be signalled")
     for number in [coordinator, limited]:
@@ -297,23 +299,23 @@ shard-size = 25
     need(restarts == expected, f"restarts {restarts}, not {expected}")
     for task in stay:
         followed = re.findall(r"working for (\S+)", (run / f"worker-{task.split('_')[1]}.log").read_text())
-        need(len(set(followed)) >= 2, f"worker {task}, never restarted, worked for {followed}, not for two addresses")
+        need(len(set(followed)) >= 2, f"worker {task} was never restarted but worked for {followed}, not for two addresses")
 
     verified = json.loads(elbo(program, "verify", out, "--json"))
     need(verified["ok"] and verified["predictions"] == 360, f"verify: {verified}")
     alone, together = predictions(work / "alone"), predictions(out)
-    need(len(alone) == SHARDS and alone == together, "the predictions are not those of an undisturbed run")
-    say("the same bytes as without Slurm and without a loss")
+    need(len(alone) == SHARDS and alone == together, "the predictions differ from an undisturbed run's")
+    say("the bytes are the same as without Slurm and without a lost node")
 
 
 def main():
     need(len(sys.argv) == 2, f"usage: {sys.argv[0]} ELBO")
     program = Path(sys.argv[1]).resolve()
-    need(os.access(program, os.X_OK), f"{program} is no program: build it with cargo build --release")
+    need(os.access(program, os.X_OK), f"{program} is not a program: build it with cargo build --release")
     need(os.geteuid() == 0, "slurmd starts jobs as their owners: run this as root")
     install()
     adopt()
-    # Whoever stops this test stops the cluster too.
+    # Stopping this test also stops the cluster.
     for number in [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     home = Path(tempfile.mkdtemp(prefix="elbo-slurm-"))

@@ -1,4 +1,4 @@
-//! A small disk of its own for an output: an ext4 on a loop device, which can lose its power, fill up or fail.
+//! A small separate disk for an output: ext4 on a loop device, which can lose power, fill up or fail.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// An empty disk, or why there can be none: loop devices are for root.
+    /// Creates an empty disk, or says why it can't: loop devices need root.
     pub fn new(megabytes: u64) -> Result<Self, String> {
         let directory = TempDir::new().map_err(|e| e.to_string())?;
         let image = directory.path().join("image");
@@ -24,8 +24,7 @@ impl Disk {
         Self::mounted(directory, image)
     }
 
-    /// The disk in an image. Nothing is written to it but what is flushed: the next commit of the journal by time is minutes
-    /// away.
+    /// Mounts the disk in an image. Only flushed data reaches it: the next timed commit of the journal is minutes away.
     fn mounted(directory: TempDir, image: PathBuf) -> Result<Self, String> {
         let mount = directory.path().join("mount");
         std::fs::create_dir_all(&mount).map_err(|e| e.to_string())?;
@@ -33,13 +32,13 @@ impl Disk {
         Ok(Self { image, mount, _directory: directory })
     }
 
-    /// Where it is mounted.
+    /// Its mount point.
     pub fn path(&self) -> &Path {
         &self.mount
     }
 
-    /// The disk as it would come back if the power failed now: what has reached the device, and nothing else. Whoever writes to
-    /// it must stand still meanwhile.
+    /// The disk as it would come back after a power failure now, with only the data that reached the device. Its writers must
+    /// be stopped meanwhile.
     pub fn after_power_cut(&self) -> Self {
         let directory = TempDir::new().expect("a directory");
         let image = directory.path().join("image");
@@ -47,10 +46,10 @@ impl Disk {
         Self::mounted(directory, image).expect("mounting what the power cut left")
     }
 
-    /// Takes all the room there is; what holds it.
+    /// Fills the disk; returns the file that takes the space.
     pub fn fill(&self) -> PathBuf {
         let filler = self.mount.join("filler");
-        // It ends when the disk is full, with an error.
+        // It ends with an error when the disk is full.
         let _ = command(Command::new("dd").args(["if=/dev/zero", "bs=64k"]).arg(format!("of={}", filler.display())));
         let _ = command(
             Command::new("dd")
@@ -60,7 +59,7 @@ impl Disk {
         filler
     }
 
-    /// Makes it read-only, or writable again; whether that was possible, which it is not while somebody is writing.
+    /// Makes the disk read-only, or writable again. Returns false if that failed, as it does while a process writes.
     pub fn remount(&self, mode: &str) -> bool {
         command(Command::new("mount").args(["-o", &format!("remount,{mode}")]).arg(&self.mount)).is_ok()
     }

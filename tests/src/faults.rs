@@ -1,4 +1,4 @@
-//! A store that wraps a store and fails now and then, from a seed.
+//! A store that wraps another store and fails occasionally, from a seed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,16 +17,16 @@ use object_store::{
 
 use crate::proxy::mixed;
 
-/// What goes wrong with an operation.
+/// A fault of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// 5xx, before anything is done.
+    /// 5xx; the operation is not done.
     Busy,
-    /// No answer for a while, before anything is done.
+    /// No answer for a while; the operation is not done.
     Timeout,
-    /// It is done, but the reply is lost.
+    /// The operation is done, but the reply is lost.
     LostReply,
-    /// The body ends in the middle.
+    /// The body breaks off in the middle.
     CutOff,
 }
 
@@ -36,7 +36,8 @@ pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
     seed: u64,
     percent: u64,
-    /// Claim of every so many conditional puts to a directory that the object exists, though nothing was done: S3's 409 Conflict.
+    /// Directory in which every n-th conditional put gets a false S3 409 Conflict: the store claims that the object exists, but
+    /// the put was not done. The second field is n.
     conflicts: Option<(&'static str, u64)>,
     operations: Arc<AtomicU64>,
     conditional: AtomicU64,
@@ -57,12 +58,12 @@ impl FaultyStore {
         }
     }
 
-    /// With a false conflict in every `n`-th conditional put to a directory.
+    /// Adds a false conflict to every `n`-th conditional put to a directory.
     pub fn with_conflicts(self, directory: &'static str, n: u64) -> Self {
         Self { conflicts: Some((directory, n)), ..self }
     }
 
-    /// Operations so far, and the faults among them.
+    /// The number of operations so far, and of faults among them.
     pub fn counts(&self) -> (u64, u64) {
         (self.operations.load(Ordering::Relaxed), self.injected.load(Ordering::Relaxed))
     }
@@ -76,7 +77,7 @@ impl FaultyStore {
         }
     }
 
-    /// Runs an operation, or fails before or after it.
+    /// Runs an operation, or injects a failure before or after it.
     async fn around<T>(&self, operation: impl Future<Output = Result<T>>) -> Result<T> {
         match self.dice().roll() {
             None | Some(Fault::CutOff) => operation.await,
@@ -89,7 +90,7 @@ impl FaultyStore {
     }
 }
 
-/// Decides about one operation after the other.
+/// Decides the fault of the next operation.
 #[derive(Clone)]
 struct Dice {
     seed: u64,

@@ -1,12 +1,13 @@
-//! What the end-to-end tests share: the real binary, real processes, and the digits they label.
+//! Helpers of the end-to-end tests: the real binary, real processes, and the digits they label.
 
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
-pub mod audit;
 pub mod disk;
 pub mod faults;
+pub mod lease_log;
 pub mod link;
 pub mod numbers;
+pub mod patience;
 pub mod proxy;
 pub mod servers;
 pub mod service;
@@ -14,17 +15,15 @@ pub mod web;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use elbo_core::prediction::Prediction;
 use elbo_output::predictions::decode_predictions;
 use tempfile::TempDir;
 
-/// How long a test waits for a process or a state before it calls it a hang. Slow machines take their time: jobs that end in
-/// seconds on one processor take minutes on another, and no result depends on it.
-pub const PATIENCE: Duration = Duration::from_secs(600);
+use self::patience::wait_until;
 
-/// The repository's root: where the tests were built, or `ELBO_TEST_ROOT` where they were carried elsewhere.
+/// The repository's root: where the tests were built, or `ELBO_TEST_ROOT` if they were moved.
 pub fn root() -> PathBuf {
     std::env::var_os("ELBO_TEST_ROOT").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
 }
@@ -86,7 +85,7 @@ pub fn sorted(directory: &Path) -> Vec<PathBuf> {
     entries
 }
 
-/// Copies a directory, for a test to damage.
+/// Copies a directory, so that a test can damage the copy.
 pub fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("a directory");
     for entry in sorted(from) {
@@ -114,18 +113,18 @@ pub fn job_flags(images: &Path, out: &Path) -> Vec<String> {
         ("--batch", "16".into()),
         ("--progress", "none".into()),
     ];
-    // Batch sizes change no result; measuring one takes time in every start.
+    // The batch size changes no result, and measuring one takes time at every start.
     flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
 }
 
-/// The flags of [`job_flags`] a coordinator takes, which computes nothing itself.
+/// The flags of [`job_flags`] that a coordinator takes; it computes nothing itself.
 pub fn coordinator_flags(images: &Path, out: &Path) -> Vec<String> {
     let flags = job_flags(images, out);
     let batch = flags.iter().position(|f| f == "--batch").expect("the flag");
     [&flags[..batch], &flags[batch + 2..]].concat()
 }
 
-/// Flags with other values for some of them.
+/// The flags with some values replaced.
 pub fn with(mut flags: Vec<String>, values: &[(&str, &str)]) -> Vec<String> {
     for (flag, value) in values {
         let at = flags.iter().position(|f| f == flag).expect("the flag");
@@ -134,7 +133,7 @@ pub fn with(mut flags: Vec<String>, values: &[(&str, &str)]) -> Vec<String> {
     flags
 }
 
-/// Every file of an output with rows of samples, with its bytes.
+/// The path and bytes of every file of an output that has rows of samples.
 pub fn results(out: &Path) -> Vec<(String, Vec<u8>)> {
     ["predictions", "errors", "audit", "quarantine"]
         .iter()
@@ -154,12 +153,12 @@ pub fn predictions(out: &Path) -> Vec<Prediction> {
     sorted(&out.join("predictions")).into_iter().flat_map(decode).collect()
 }
 
-/// Makes a named pipe.
+/// Creates a named pipe.
 pub fn make_pipe(path: &Path) {
     run_ok(Command::new("mkfifo").arg(path));
 }
 
-/// Runs a command to its end, with what it printed.
+/// Runs a command to its end and returns its output.
 pub fn run(command: &mut Command) -> Output {
     command.output().expect("running elbo")
 }
@@ -188,24 +187,24 @@ pub fn json(command: &mut Command) -> serde_json::Value {
 pub struct Process(pub Child);
 
 impl Process {
-    /// Starts a command in the background, silently.
+    /// Starts a command in the background, without output.
     pub fn start(command: &mut Command) -> Self {
         Self(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("starting elbo"))
     }
 
-    /// `kill -9`, of a process that is alive: else a test of kills tests nothing.
+    /// `kill -9` of a process that must be alive, or else the test would test nothing.
     pub fn kill(&mut self) {
         assert!(self.is_running(), "the process has ended before it could be killed");
         self.end();
     }
 
-    /// Ends a process that may have ended already.
+    /// Kills a process that may have ended already.
     pub fn end(&mut self) {
         self.0.kill().expect("killing");
         self.0.wait().expect("waiting");
     }
 
-    /// `kill -9` after a while; whether there was something to be killed.
+    /// `kill -9` after a while; returns whether the process was still alive.
     pub fn kill_after(&mut self, delay: Duration) -> bool {
         std::thread::sleep(delay);
         let is_alive = self.is_running();
@@ -213,41 +212,35 @@ impl Process {
         is_alive
     }
 
-    /// Sends a signal by name, like `TERM`.
+    /// Sends a signal by name, such as `TERM`.
     pub fn signal(&self, name: &str) {
         let sent = Command::new("kill").arg(format!("-{name}")).arg(self.0.id().to_string()).status();
         assert!(sent.expect("kill").success());
     }
 
-    /// Waits for the end, but not for ever; the exit code.
-    pub fn wait(&mut self, patience: Duration) -> Option<i32> {
-        let end = Instant::now() + patience;
-        loop {
-            if let Some(status) = self.0.try_wait().expect("waiting") {
-                return status.code();
-            }
-            assert!(Instant::now() < end, "the process did not end within {patience:?}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+    /// Waits for the end, with a limit; returns the exit code.
+    pub fn wait(&mut self) -> Option<i32> {
+        wait_until(|| "the process did not end", || !self.is_running());
+        self.0.wait().expect("waiting").code()
     }
 
-    /// Waits for the end, which must be good; the most memory it had at once, in bytes.
-    pub fn peak_memory(&mut self, patience: Duration) -> u64 {
-        let (end, status) = (Instant::now() + patience, format!("/proc/{}/status", self.0.id()));
+    /// Waits for the end, which must be a success; returns the peak memory in bytes.
+    pub fn peak_memory(&mut self) -> u64 {
+        let status = format!("/proc/{}/status", self.0.id());
         let mut peak = 0;
-        while self.is_running() {
-            assert!(Instant::now() < end, "the process did not end within {patience:?}");
+        let look = || {
             let text = std::fs::read_to_string(&status).unwrap_or_default();
             let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
             let kibibytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
             peak = kibibytes.map_or(peak, |kibibytes| kibibytes << 10);
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        assert_eq!(self.wait(patience), Some(0));
+            !self.is_running()
+        };
+        wait_until(|| "the process did not end", look);
+        assert_eq!(self.wait(), Some(0));
         peak
     }
 
-    /// Whether it still runs.
+    /// Whether it is still running.
     pub fn is_running(&mut self) -> bool {
         self.0.try_wait().expect("waiting").is_none()
     }

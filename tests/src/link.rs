@@ -1,4 +1,4 @@
-//! A network link between processes that can be cut, frozen and turned to another end, as networks do it to them.
+//! A network link between processes that can be cut, frozen and redirected, to imitate network faults.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// What a link does with what it is given.
+/// What a link does with the bytes it gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Passes it on.
+    /// Passes them on.
     Up = 0,
-    /// Breaks connections and takes no new ones.
+    /// Breaks connections and refuses new ones.
     Cut = 1,
-    /// Keeps connections and passes nothing on: neither end knows.
+    /// Keeps connections but passes nothing on; neither end notices.
     Frozen = 2,
 }
 
@@ -34,13 +34,13 @@ impl Shared {
 /// A running link; it stops when dropped.
 #[derive(Debug)]
 pub struct Link {
-    /// Where it takes connections.
+    /// The address where it accepts connections.
     pub address: String,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// How often a link looks what it is to do.
+/// How often a link checks what it should do.
 const MOMENT: Duration = Duration::from_millis(20);
 
 impl Link {
@@ -70,12 +70,12 @@ impl Link {
         Self { address, shared, thread: Some(thread) }
     }
 
-    /// Changes what it does.
+    /// Changes what the link does.
     pub fn set(&self, state: State) {
         self.shared.state.store(state as u8, Ordering::Relaxed);
     }
 
-    /// Leads new connections elsewhere.
+    /// Sends new connections to another address.
     pub fn turn_to(&self, target: &str) {
         target.clone_into(&mut self.shared.target.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -117,7 +117,7 @@ fn pass(shared: &Shared, mut from: TcpStream, mut to: TcpStream) {
             Ok(_) | Err(_) => {}
         }
     }
-    // Whoever hung up first, it is no error here.
+    // It is no error here if either end hangs up.
     let _ = from.shutdown(Shutdown::Both);
     let _ = to.shutdown(Shutdown::Both);
 }

@@ -1,4 +1,4 @@
-//! A proxy before an S3 server that injects what networks and busy servers do, from a seed.
+//! A proxy in front of an S3 server that injects faults of networks and busy servers, from a seed.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -16,13 +16,13 @@ pub enum Fault {
     Internal,
     /// The connection is closed without an answer; the server never sees the request.
     Refused,
-    /// The server answers, and the answer is lost with the connection.
+    /// The server answers, but the connection closes and the answer is lost.
     LostReply,
-    /// The server did what was asked, but `500` is the answer.
+    /// The server does what was asked, but the answer is `500`.
     Lied,
-    /// The answer ends in the middle of its body.
+    /// The answer breaks off in the middle of its body.
     CutOff,
-    /// The answer comes late.
+    /// The answer is late.
     Delay,
 }
 
@@ -32,7 +32,7 @@ const FAULTS: [Fault; 7] =
 /// A running proxy; it stops when dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    /// Where it listens.
+    /// Its own URL.
     pub endpoint: String,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -48,28 +48,28 @@ struct Shared {
     injected: Mutex<Vec<Fault>>,
     held: Mutex<Held>,
     changed: Condvar,
-    /// What every request is answered from some number on: status and code.
+    /// From this request number on, every request gets this status and code.
     refusal: Mutex<Option<(u64, &'static str, &'static str)>>,
 }
 
-/// A put that is held up on its way.
+/// The state of a put that the proxy delays.
 #[derive(Debug, Default)]
 enum Held {
-    /// None is to be.
+    /// No put is to be delayed.
     #[default]
     Nothing,
-    /// The next one of this path with this header is to be.
+    /// Delay the next put whose path and header match.
     Wanted(&'static str, &'static str),
-    /// It is there.
+    /// The put has arrived and waits.
     Waiting,
-    /// It may go on.
+    /// The put may go on.
     Released,
     /// The server has answered it.
     Answered(String),
 }
 
 impl Proxy {
-    /// Starts a proxy that spoils `percent` of the requests to `upstream`, an `http://` endpoint.
+    /// Starts a proxy that injects faults into `percent` of the requests to `upstream`, an `http://` endpoint.
     pub fn start(upstream: &str, seed: u64, percent: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
@@ -91,14 +91,14 @@ impl Proxy {
                     return;
                 }
                 let shared = Arc::clone(&serving);
-                // Whoever hangs up first, it is no error here.
+                // It is no error here if either end hangs up.
                 std::thread::spawn(move || drop(stream.and_then(|stream| shared.pass(stream))));
             }
         });
         Self { endpoint, shared, thread: Some(thread) }
     }
 
-    /// Refuses every request after so many more, as a store does whose caller's credentials expire.
+    /// Refuses every request after this many more, like a store once the caller's credentials have expired.
     pub fn refuse_after(&self, requests: u64, status: &'static str, code: &'static str) {
         let from = self.shared.requests.load(Ordering::Relaxed) + requests;
         *self.shared.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some((from, status, code));
@@ -109,24 +109,24 @@ impl Proxy {
         *self.shared.refusal.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// The faults so far.
+    /// The faults injected so far.
     pub fn injected(&self) -> Vec<Fault> {
         self.shared.injected.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 impl Proxy {
-    /// Holds up the next put to a path that ends so, with a header that begins so, until it is released.
+    /// Delays the next put whose path ends with `path` and that has a header starting with `header`, until it is released.
     pub fn hold(&self, path: &'static str, header: &'static str) {
         *self.shared.held() = Held::Wanted(path, header);
     }
 
-    /// Whether a put is being held up.
+    /// Whether a put is being delayed.
     pub fn is_holding(&self) -> bool {
         matches!(*self.shared.held(), Held::Waiting)
     }
 
-    /// Lets the put go on, whoever waits for it; the first line of the server's answer.
+    /// Lets the put go on, even if its client is gone; returns the first line of the server's answer.
     pub fn release(&self) -> String {
         let mut held = self.shared.held();
         *held = Held::Released;
@@ -150,7 +150,7 @@ impl Drop for Proxy {
     }
 }
 
-/// A well-mixed number of a seed and a position (SplitMix64).
+/// A well-mixed number from a seed and a position (SplitMix64).
 pub(crate) fn mixed(seed: u64, n: u64) -> u64 {
     let mut z = seed.wrapping_add(n.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -170,7 +170,7 @@ impl Shared {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while a request is held up; whether it was.
+    /// Waits while a request is delayed; returns whether it was.
     fn wait(&self, request: &[u8]) -> bool {
         let mut held = self.held();
         let Held::Wanted(path, header) = *held else { return false };
@@ -188,7 +188,7 @@ impl Shared {
         true
     }
 
-    /// Passes one request on; connections serve no second one.
+    /// Passes one request on; each connection serves one request.
     fn pass(&self, mut client: TcpStream) -> std::io::Result<()> {
         let Some(request) = read_request(&client)? else { return Ok(()) };
         let refusal = *self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
@@ -236,7 +236,7 @@ fn fail(client: &mut TcpStream, status: &str, code: &str) -> std::io::Result<()>
     write!(client, "HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}")
 }
 
-/// A whole request, told to close the connection after the answer; `None` where the client sent none.
+/// Reads a whole request and asks to close the connection after the answer; `None` if the client sent no request.
 fn read_request(stream: &TcpStream) -> std::io::Result<Option<Vec<u8>>> {
     let mut reader = BufReader::new(stream);
     let (mut request, mut length) = (Vec::new(), 0);

@@ -1,5 +1,5 @@
-//! Object stores on loopback for tests: moto's S3, s3s-fs and Azurite. What they need is installed below `target/` at first
-//! use. They end with the test, also with one that is killed.
+//! Object stores on loopback for tests: moto's S3, s3s-fs and Azurite. Their packages are installed below `target/` at first
+//! use. The servers end with the test, even if the test is killed.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -16,9 +16,9 @@ use tempfile::TempDir;
 
 use crate::{free_address, python, root, run_ok};
 
-/// The access key every test server takes.
+/// The access key that every test server accepts.
 pub const KEY: &str = "AKIATESTTESTTEST";
-/// Its secret, for which tests look where it must not be.
+/// The secret of that key. Tests check that it does not leak.
 pub const SECRET: &str = "planted-secret-0123456789";
 const BUCKET: &str = "corpus";
 
@@ -27,7 +27,7 @@ const BUCKET: &str = "corpus";
 pub struct Bucket {
     /// Its URL, such as `s3://corpus`.
     pub url: String,
-    /// The environment variables that lead to it.
+    /// The environment variables for reaching it.
     pub variables: Vec<(&'static str, String)>,
     store: Arc<dyn ObjectStore>,
     runtime: tokio::runtime::Runtime,
@@ -41,12 +41,13 @@ impl Bucket {
 
     /// A bucket of an S3 server.
     fn s3(endpoint: &str) -> Self {
+        elbo_store::tls::use_ring();
         let builder = AmazonS3Builder::new().with_bucket_name(BUCKET).with_endpoint(endpoint).with_allow_http(true);
         let store = builder.with_access_key_id(KEY).with_secret_access_key(SECRET).build().expect("a client");
         Self::new(&format!("s3://{BUCKET}"), s3_variables(endpoint), store)
     }
 
-    /// A command with the variables set, and no others that speak of storage.
+    /// A command with these variables set and all other storage variables removed.
     pub fn on(&self, command: Command) -> Command {
         with_variables(command, &self.variables)
     }
@@ -83,7 +84,7 @@ impl Bucket {
         keys.into_iter().map(|key| (key.clone(), self.get(&format!("{prefix}/{key}")))).collect()
     }
 
-    /// The predictions, errors and quarantine of an output, as [`crate::results`] gives them of a directory.
+    /// The predictions, errors and quarantine of an output, as [`crate::results`] returns them for a directory.
     pub fn results(&self, out: &str) -> Vec<(String, Vec<u8>)> {
         let of = |part: &str| {
             let found = self.download(&format!("{out}/{part}")).into_iter();
@@ -103,7 +104,7 @@ pub fn s3_variables(endpoint: &str) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// A command whose storage settings are these alone, whatever the tests' own environment says.
+/// A command with only these storage settings, whatever the environment of the tests has.
 pub fn with_variables(mut command: Command, variables: &[(&'static str, String)]) -> Command {
     let foreign = |name: &str| ["AWS_", "AZURE_", "GOOGLE_"].iter().any(|prefix| name.starts_with(prefix));
     for (name, _) in std::env::vars_os() {
@@ -111,7 +112,7 @@ pub fn with_variables(mut command: Command, variables: &[(&'static str, String)]
             command.env_remove(name);
         }
     }
-    // No profile of the person who runs the tests either.
+    // Also ignore the profiles of the person who runs the tests.
     command.env("AWS_CONFIG_FILE", "/dev/null").env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null");
     command.envs(variables.iter().map(|(name, value)| (name, value)));
     command
@@ -122,7 +123,7 @@ fn files(directory: &Path) -> Vec<PathBuf> {
     entries.flat_map(|entry| if entry.is_dir() { files(&entry) } else { vec![entry] }).collect()
 }
 
-/// A server process whose standard input is held open: it ends when that is closed, at the latest with this process.
+/// A server process that ends when its standard input closes, at the latest when this process ends.
 #[derive(Debug)]
 struct Server(Child);
 
@@ -139,7 +140,7 @@ impl Drop for Server {
     }
 }
 
-/// moto's S3 server, in memory, which takes any key.
+/// moto's S3 server, in memory. It accepts any key.
 #[derive(Debug)]
 pub struct Moto {
     /// Its endpoint.
@@ -165,21 +166,22 @@ impl Moto {
         Bucket::s3(&self.endpoint)
     }
 
-    /// Its bucket, as seen through another endpoint that leads to it.
+    /// Its bucket, reached through another endpoint such as a proxy.
     pub fn bucket_through(&self, endpoint: &str) -> Bucket {
         Bucket { variables: s3_variables(endpoint), ..self.bucket() }
     }
 }
 
 fn make_bucket(endpoint: &str) {
-    // object_store makes no buckets; moto makes one for anybody.
+    // object_store can't create buckets; moto creates one on any such request.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    elbo_store::tls::use_ring();
     let made = reqwest::Client::new().put(format!("{endpoint}/{BUCKET}")).send();
     let answer = runtime.block_on(made).expect("an answer");
     assert!(answer.status().is_success(), "{answer:?}");
 }
 
-/// s3s-fs within this process: S3 over a directory, which checks signatures.
+/// s3s-fs within this process: S3 over a directory. It checks signatures.
 #[derive(Debug)]
 pub struct S3sFs {
     /// Its endpoint.
@@ -189,9 +191,9 @@ pub struct S3sFs {
 }
 
 impl S3sFs {
-    /// Starts it with an empty bucket. It looks whether an object exists and then writes it, so that several puts at once may all
-    /// find none. `atomic` lets one put at a time into it, which makes its conditions hold; without, those that come within the
-    /// same 50 ms are let in together, as they meet on a busy server.
+    /// Starts it with an empty bucket. s3s-fs checks whether an object exists and then writes it, so concurrent puts may all
+    /// find no object. With `atomic`, puts run one at a time, which makes conditional puts correct. Without it, all puts that
+    /// arrive within the same 50 ms run together, as on a busy server.
     pub fn start(atomic: bool) -> Self {
         let directory = TempDir::new().expect("a directory");
         std::fs::create_dir(directory.path().join(BUCKET)).expect("the bucket");
@@ -269,6 +271,7 @@ impl Azurite {
     }
 
     fn client(&self) -> object_store::azure::MicrosoftAzure {
+        elbo_store::tls::use_ring();
         let builder = MicrosoftAzureBuilder::new().with_account(ACCOUNT).with_access_key(AZURITE_KEY);
         let builder = builder.with_endpoint(self.endpoint.clone()).with_allow_http(true).with_container_name(BUCKET);
         builder.build().expect("a client")

@@ -1,25 +1,25 @@
-//! A coordinator as operators run one: with a log, a token and whatever flags a test is about.
+//! A coordinator as operators run it: with a log, a token and the flags that a test needs.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::{PATIENCE, Process, coordinator_flags, elbo, free_address, job_flags, json, results, run_ok, some_images};
+use crate::patience::wait_until;
+use crate::{Process, coordinator_flags, elbo, free_address, job_flags, json, results, run_ok, some_images};
 
-/// The token of every coordinator here.
+/// The token of every coordinator in these tests.
 pub const TOKEN: &str = "a-secret-0f93";
 
-/// A job, and the address its coordinator listens on.
+/// A job and the addresses its coordinator listens on.
 #[derive(Debug)]
 pub struct Service {
     /// Host and port.
     pub address: String,
-    /// Those of the HTTP side.
+    /// Host and port of the HTTP endpoint.
     pub http: String,
     images: TempDir,
     /// A directory for this test's files.
@@ -33,27 +33,27 @@ impl Service {
         Self { address, http, images: some_images(per_class), files: TempDir::new().expect("a directory") }
     }
 
-    /// A file of this test.
+    /// The path of a file of this test.
     pub fn file(&self, name: &str) -> PathBuf {
         self.files.path().join(name)
     }
 
-    /// The output.
+    /// The path of the output.
     pub fn out(&self) -> PathBuf {
         self.file("out")
     }
 
-    /// Starts the coordinator with further flags, its log going to the file `coordinator.log`; waits until it is ready.
+    /// Starts the coordinator with further flags and waits until it is ready. Its log goes to the file `coordinator.log`.
     pub fn coordinator(&self, flags: &[&str]) -> Process {
         let mut command = elbo();
         command.arg("coordinator").args(coordinator_flags(self.images.path(), &self.out()));
         command.args(["--listen", &self.address, "--lease-seconds", "20", "--http", &self.http]).args(flags);
         let mut process = self.start(command.env("ELBO_TOKEN", TOKEN), "coordinator.log");
-        let end = Instant::now() + PATIENCE;
-        while !self.is_ready().unwrap_or(false) {
-            assert!(Instant::now() < end && process.is_running(), "{}", self.log());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let is_ready = || {
+            assert!(process.is_running(), "{}", self.log());
+            self.is_ready().unwrap_or(false)
+        };
+        wait_until(|| self.log(), is_ready);
         process
     }
 
@@ -66,13 +66,13 @@ impl Service {
         Ok(answer.starts_with("HTTP/1.1 200"))
     }
 
-    /// Starts a command with its log going to a file.
+    /// Starts a command and sends its log to a file.
     pub fn start(&self, command: &mut Command, log: &str) -> Process {
         let log = File::create(self.file(log)).expect("a log");
         Process(command.stdout(Stdio::null()).stderr(log).spawn().expect("starting elbo"))
     }
 
-    /// A worker's command with the right token, for this coordinator by another scheme or host.
+    /// A worker's command with the right token; `url` reaches this coordinator, perhaps by another scheme or host.
     pub fn worker(&self, url: &str) -> Command {
         let mut command = elbo();
         command.args(["worker", "--threads", "1", "--batch", "16", "--patience", "20", "--coordinator", url]);
@@ -80,12 +80,12 @@ impl Service {
         command
     }
 
-    /// What the coordinator has logged.
+    /// The coordinator's log so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.file("coordinator.log")).expect("the log")
     }
 
-    /// The job has ended with the bytes that an undisturbed run gives, and the output is whole.
+    /// Asserts that the output is complete and has the same bytes as an undisturbed run.
     pub fn check_results(&self) {
         let expected = self.file("expected");
         run_ok(elbo().arg("label").args(job_flags(self.images.path(), &expected)));

@@ -18,20 +18,20 @@ use crate::sorted;
 /// The files of one revision of a repository, by path.
 pub type Files = BTreeMap<String, Vec<u8>>;
 
-/// What a server has, and what it was asked.
+/// What a server has, and the requests it got.
 #[derive(Debug, Default)]
 pub struct Site {
     /// Repositories as `owner/name`, with their revisions' commits and files.
     pub models: BTreeMap<String, BTreeMap<String, (String, Files)>>,
-    /// The token without which the repositories below `private/` are refused.
+    /// The token that repositories below `private/` require.
     pub token: String,
-    /// Files of repositories whose last byte is another one when they are fetched.
+    /// Files of repositories that are served with a wrong last byte.
     pub spoilt: Vec<String>,
-    /// Bytes after which the first answer longer than that breaks off.
+    /// The first answer longer than this many bytes breaks off there.
     pub cut: Mutex<Option<usize>>,
-    /// The end of the paths whose content comes at a byte a second.
+    /// Paths that end with this are served at one byte a second.
     pub dribble: Mutex<Option<String>>,
-    /// Paths asked for, with the range if one was.
+    /// Paths that were requested, with the range if there was one.
     pub asked: Mutex<Vec<String>>,
 }
 
@@ -63,7 +63,7 @@ impl Web {
         Self::start(Site { models: [("plain/data".to_owned(), revisions.into())].into(), ..Site::default() })
     }
 
-    /// The URL of the directory that is served.
+    /// The URL of the served directory.
     pub fn files(&self) -> String {
         format!("{}/plain/data", self.url)
     }
@@ -80,14 +80,14 @@ impl Web {
                     return;
                 }
                 let site = Arc::clone(&serving);
-                // A client that goes away is no error here.
+                // It is no error here if a client disconnects.
                 std::thread::spawn(move || drop(stream.and_then(|stream| site.answer(stream))));
             }
         });
         Self { site, url, stopped, thread: Some(thread) }
     }
 
-    /// What was asked for so far.
+    /// The requests so far.
     pub fn asked(&self) -> Vec<String> {
         self.site.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -103,13 +103,13 @@ impl Drop for Web {
     }
 }
 
-/// What a request says.
+/// A parsed request.
 #[derive(Debug, Default)]
 struct Request {
     method: String,
     path: String,
     from: usize,
-    /// The position after the last byte asked for.
+    /// The position after the last requested byte.
     to: Option<usize>,
     token: String,
 }
@@ -122,7 +122,7 @@ impl Site {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(note);
         let ranged = request.from > 0 || request.to.is_some();
         let (status, body) = match self.find(&request) {
-            // Only WebDAV servers list.
+            // Only WebDAV servers can list.
             _ if !["get", "head"].contains(&request.method.as_str()) => (405, Vec::new()),
             Ok(body) => (if ranged { 206 } else { 200 }, body),
             Err(status) => (status, Vec::new()),
@@ -186,7 +186,7 @@ impl Site {
     }
 }
 
-/// A file in the listing of a hub: large ones are known by the SHA-256 of their content, others by the name Git gives them.
+/// A file in a hub's listing: large files have the SHA-256 of their content, others have their Git object name.
 fn described(path: &str, bytes: &[u8]) -> Value {
     let hex = |hash: &[u8]| hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     if path.ends_with(".safetensors") {

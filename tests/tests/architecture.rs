@@ -1,4 +1,4 @@
-//! What may depend on what: the core is pure, and what both sides speak needs no clients of stores.
+//! Which crates may depend on what: the core needs no IO, and the protocol no store clients. And what gets compiled twice.
 
 #![allow(clippy::unwrap_used)] // clippy's leave for tests does not reach their helpers
 
@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use elbo_tests::root;
+use tempfile::TempDir;
 
-/// The crates that `package` needs, without those of its build.
+/// The crates that `package` depends on, without build dependencies.
 fn needed_by(package: &str) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
         .args(["tree", "--locked", "--edges", "normal", "--prefix", "none", "--package", package])
@@ -39,4 +40,34 @@ fn models_need_neither_coordinators_nor_servers() {
     {
         assert!(!needed.contains(name), "elbo-models needs {name}");
     }
+}
+
+/// The units that a cargo command compiles or runs, each with its features and profile.
+fn units_of(command: &[&str]) -> BTreeSet<String> {
+    let scratch = TempDir::new().unwrap();
+    let output = Command::new(env!("CARGO"))
+        .args(command)
+        .args(["--release", "--locked", "-Z", "unstable-options", "--unit-graph"])
+        // Makes a stable compiler show its plan too; nothing is compiled.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_TARGET_DIR", scratch.path())
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let graph: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let unit = |unit: &serde_json::Value| {
+        let parts = ["pkg_id", "target", "mode", "platform", "features", "profile"].map(|key| unit[key].to_string());
+        parts.join(" ")
+    };
+    graph["units"].as_array().unwrap().iter().map(unit).collect()
+}
+
+/// `cargo run` builds only the program. If that changed a feature, everything would be compiled twice.
+#[test]
+fn running_and_testing_build_the_same_units() {
+    let (run, test) = (units_of(&["build", "--bin", "elbo"]), units_of(&["test", "--no-run"]));
+    let twice: Vec<_> = run.difference(&test).collect();
+    assert!(run.len() > 300 && twice.is_empty(), "{} of {} are compiled twice: {twice:#?}", twice.len(), run.len());
+    assert!(!run.iter().any(|unit| unit.contains("s3s")), "`cargo run` must not build what only tests need");
 }

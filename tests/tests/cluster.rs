@@ -1,13 +1,14 @@
-//! A coordinator and workers as separate processes: any of them may be killed.
+//! A coordinator and workers as separate processes, any of which may be killed.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::Path;
 use std::time::Duration;
 
+use elbo_tests::patience::{seconds, wait_until};
 use elbo_tests::{
-    PATIENCE, Process, coordinator_flags, copy_tree, elbo, free_address, images, job_flags, json, model, results, run,
-    run_ok, some_images, stderr,
+    Process, coordinator_flags, copy_tree, elbo, free_address, images, job_flags, json, model, results, run, run_ok,
+    some_images, stderr,
 };
 use tempfile::TempDir;
 
@@ -50,14 +51,13 @@ impl Cluster {
     }
 
     fn wait_for(&self, what: &str, reached: impl Fn(&serde_json::Value) -> bool) {
-        let end = std::time::Instant::now() + PATIENCE;
-        while !self.status().is_some_and(|s| reached(&s)) {
-            assert!(std::time::Instant::now() < end, "waiting for {what}: {:?}", self.status());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        wait_until(
+            || format!("waiting for {what}: {:?}", self.status()),
+            || self.status().is_some_and(|status| reached(&status)),
+        );
     }
 
-    /// The bytes an undisturbed `elbo label` gives.
+    /// The bytes of an undisturbed `elbo label`.
     fn expected(&self) -> Vec<(String, Vec<u8>)> {
         let out = self.outs.path().join("expected");
         run_ok(elbo().arg("label").args(job_flags(self.images.path(), &out)));
@@ -70,7 +70,7 @@ fn recomputed(out: &Path) -> u64 {
 }
 
 #[test]
-fn workers_and_coordinator_are_killed_and_the_job_ends_with_the_same_bytes() {
+fn a_job_whose_workers_and_coordinator_are_killed_ends_with_the_same_bytes() {
     let cluster = Cluster::new(10);
     let mut coordinator = cluster.coordinator();
     let mut victim = cluster.worker();
@@ -78,14 +78,14 @@ fn workers_and_coordinator_are_killed_and_the_job_ends_with_the_same_bytes() {
     victim.kill();
     let mut survivor = cluster.worker();
     cluster.wait_for("the second worker's results", |s| s["evaluations"].as_u64() > Some(2_000));
-    // The coordinator dies; its worker keeps what is not acknowledged and goes on with the next one.
+    // The coordinator dies. Its worker keeps unacknowledged results and continues with the next coordinator.
     coordinator.kill();
     assert!(survivor.is_running());
     let mut coordinator = cluster.coordinator();
     let mut late = cluster.worker();
-    assert_eq!(coordinator.wait(PATIENCE), Some(0));
-    assert_eq!(survivor.wait(PATIENCE), Some(0));
-    assert_eq!(late.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0));
+    assert_eq!(survivor.wait(), Some(0));
+    assert_eq!(late.wait(), Some(0));
     assert!(results(&cluster.out()) == cluster.expected());
     let verified = json(elbo().args(["verify", "--json"]).arg(cluster.out()));
     assert_eq!((verified["ok"].as_bool(), verified["missing"].as_u64()), (Some(true), Some(0)));
@@ -98,17 +98,17 @@ fn a_worker_leaves_on_sigterm_and_hands_its_leases_back() {
     let mut worker = cluster.worker();
     cluster.wait_for("a lease", |s| s["workers"][0]["leases"].as_u64() > Some(0));
     worker.signal("TERM");
-    assert_eq!(worker.wait(PATIENCE), Some(0));
+    assert_eq!(worker.wait(), Some(0));
     let status = cluster.status().unwrap();
     assert_eq!(status["workers"].as_array().map(Vec::len), Some(0));
     assert_eq!(status["state"], "waiting for workers");
     let _other = cluster.worker();
-    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0));
     assert_eq!(recomputed(&cluster.out()), 0);
 }
 
 #[test]
-fn a_second_coordinator_takes_over_and_the_first_says_so() {
+fn a_second_coordinator_takes_over_and_the_first_stops_with_an_error() {
     let cluster = Cluster::new(10);
     let mut first = elbo();
     first.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
@@ -125,17 +125,17 @@ fn a_second_coordinator_takes_over_and_the_first_says_so() {
     assert!(stderr(&output).contains("another coordinator has taken over"), "{}", stderr(&output));
     worker.end();
     let _worker = second.worker();
-    assert_eq!(second_coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(second_coordinator.wait(), Some(0));
     assert!(results(&cluster.out()) == cluster.expected());
 }
 
 #[test]
-fn a_label_whose_job_is_taken_over_ends_with_its_workers_at_once() {
+fn a_label_command_whose_job_is_taken_over_ends_with_its_workers_at_once() {
     let cluster = Cluster::new(20);
     let mut first = elbo();
     first.arg("label").args(job_flags(cluster.images.path(), &cluster.out())).args(["--threads", "1"]);
     let first = first.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    // In the middle of it.
+    // In the middle of the job.
     while !cluster.out().join("job.json").exists() {
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -146,12 +146,12 @@ fn a_label_whose_job_is_taken_over_ends_with_its_workers_at_once() {
     let output = first.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("another coordinator has taken over"), "{}", stderr(&output));
-    // A worker without a coordinator would wait a minute for another.
-    assert!(replaced.elapsed() < Duration::from_secs(30), "it ended after {:?}", replaced.elapsed());
+    // A worker without a coordinator would wait a minute for a new one.
+    assert!(replaced.elapsed() < seconds(30), "it ended only after {:?}", replaced.elapsed());
 }
 
 #[test]
-fn listening_beyond_this_machine_needs_a_token_and_a_wrong_one_is_refused() {
+fn listening_beyond_loopback_needs_a_token_and_a_wrong_token_is_refused() {
     let outs = TempDir::new().unwrap();
     let flags = coordinator_flags(&images(), &outs.path().join("out"));
     let refused = run(elbo().arg("coordinator").args(&flags).args(["--listen", "0.0.0.0:0"]));
@@ -164,22 +164,18 @@ fn listening_beyond_this_machine_needs_a_token_and_a_wrong_one_is_refused() {
     let mut command = elbo();
     command.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
     let mut coordinator = Process::start(command.args(["--listen", &cluster.address]).arg("--token-file").arg(&token));
-    let end = std::time::Instant::now() + PATIENCE;
-    while std::net::TcpStream::connect(&cluster.address).is_err() {
-        assert!(std::time::Instant::now() < end);
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    wait_until(|| "it never listens", || std::net::TcpStream::connect(&cluster.address).is_ok());
     let none = run(&mut cluster.worker_command());
     assert_eq!(none.status.code(), Some(1));
     assert!(stderr(&none).contains("a token is needed"), "{}", stderr(&none));
     let wrong = run(cluster.worker_command().env("ELBO_TOKEN", "wrong"));
     assert!(stderr(&wrong).contains("the token is wrong"), "{}", stderr(&wrong));
     run_ok(cluster.worker_command().arg("--token-file").arg(&token));
-    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0));
 }
 
 #[test]
-fn a_worker_that_cannot_load_the_model_says_so_and_leaves_while_another_does_the_job_with_two_engines() {
+fn a_worker_that_cannot_load_the_model_leaves_with_an_error_while_another_finishes_the_job() {
     let cluster = Cluster::new(5);
     let mut command = elbo();
     command.arg("coordinator").args(coordinator_flags(cluster.images.path(), &cluster.out()));
@@ -208,10 +204,10 @@ fn a_worker_that_cannot_load_the_model_says_so_and_leaves_while_another_does_the
             names.filter_map(|name| name.rsplit_once('/')).map(|(_, number)| number.to_owned()).collect();
         ends == ["0", "1"]
     });
-    assert_eq!(two.wait(PATIENCE), Some(0));
+    assert_eq!(two.wait(), Some(0));
     let ended = coordinator.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(0));
-    // Its operator need not look for it on the worker's machine.
+    // The operator does not have to look for the reason on the worker's machine.
     assert!(stderr(&ended).contains("is not the one the job was started with"), "{}", stderr(&ended));
     assert!(results(&cluster.out()) == cluster.expected());
 }

@@ -1,4 +1,4 @@
-//! Confidence as users meet it: fitted when a job ends, to labels or an audit, or taken over from another job.
+//! Confidence end to end: fitted to labels or an audit when a job ends, or taken from another job.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -11,7 +11,7 @@ use elbo_output::predictions::{self};
 use elbo_tests::{classes, elbo, json, model, predictions, results, run, run_ok, some_images, stderr};
 use tempfile::TempDir;
 
-/// A race that is cut short, so that some predictions are wrong.
+/// A short race, so that some predictions are wrong.
 fn label(images: &Path, out: &Path, flags: &[&str]) -> Command {
     let mut command = elbo();
     command.args(["label", "--batch", "16", "--progress", "none", "--shard-size", "50", "--risk", "0.3"]);
@@ -24,7 +24,7 @@ fn report(out: &Path) -> serde_json::Value {
     json(elbo().args(["report", "--json"]).arg(out))
 }
 
-/// How often predictions are right, and how often they claim to be.
+/// The accuracy of predictions and their mean confidence.
 fn right_and_claimed(rows: &[Prediction]) -> (f64, f64) {
     let labels = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
     let is_right = |row: &Prediction| {
@@ -37,7 +37,7 @@ fn right_and_claimed(rows: &[Prediction]) -> (f64, f64) {
 }
 
 #[test]
-fn with_labels_confidence_is_how_often_predictions_are_right_and_the_softmax_of_errors_is_not() {
+fn with_labels_confidence_matches_accuracy_and_the_softmax_of_errors_does_not() {
     let (images, outs) = (some_images(20), TempDir::new().unwrap());
     let out = outs.path().join("out");
     run_ok(&mut label(images.path(), &out, &["--label-from", "parent"]));
@@ -48,13 +48,13 @@ fn with_labels_confidence_is_how_often_predictions_are_right_and_the_softmax_of_
     let findings = &report["confidence"]["findings"];
     assert_eq!((&findings["source"], &findings["reliability"]["samples"]), (&"labels".into(), &200.into()));
     assert!(findings["reliability"]["ece"].as_f64().unwrap() < 0.06, "{findings}");
-    // A tenth for each of ten classes, whatever the image.
+    // The softmax gives each of the ten classes a tenth, whatever the image.
     let softmax = findings["softmax"].as_f64().unwrap();
     assert!((softmax - 0.1).abs() < 0.01 && findings["softmax_ece"].as_f64().unwrap() > 0.75, "{findings}");
     let bins = findings["reliability"]["bins"].as_array().unwrap();
     assert_eq!(bins.iter().map(|bin| bin["samples"].as_u64().unwrap()).sum::<u64>(), 200);
 
-    // Interrupted while confidences were written, a job ends with the same bytes.
+    // A job that was interrupted while writing confidences ends with the same bytes.
     let expected = results(&out);
     let mut record: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("job.json")).unwrap()).unwrap();
     record["state"] = "unfinished".into();
@@ -73,7 +73,7 @@ fn with_labels_confidence_is_how_often_predictions_are_right_and_the_softmax_of_
 }
 
 #[test]
-fn what_is_too_unsure_gets_no_class_and_a_calibration_serves_images_without_labels() {
+fn uncertain_images_get_no_class_and_a_calibration_works_for_images_without_labels() {
     let (images, outs) = (some_images(12), TempDir::new().unwrap());
     let (known, unknown) = (outs.path().join("known"), outs.path().join("unknown"));
     run_ok(&mut label(images.path(), &known, &["--label-from", "parent", "--abstain-below", "0.8"]));
@@ -99,13 +99,13 @@ fn what_is_too_unsure_gets_no_class_and_a_calibration_serves_images_without_labe
     run_ok(&mut label(images.path(), &unknown, &from));
     let again = predictions(&unknown);
     let of = |rows: &[Prediction]| rows.iter().map(|row| row.outcome.clone()).collect::<Vec<_>>();
-    assert_eq!(of(&again), of(&rows), "the same errors and calibration make the same confidence");
+    assert_eq!(of(&again), of(&rows), "the same errors and calibration must give the same confidence");
     let bare = run(&mut label(images.path(), &outs.path().join("x"), &["--calibration-from", "/nowhere"]));
     assert!(stderr(&bare).contains("/nowhere"), "{}", stderr(&bare));
 }
 
 #[test]
-fn without_labels_an_audit_tells_how_often_the_reference_agrees() {
+fn without_labels_an_audit_measures_agreement_with_the_reference() {
     let (images, outs) = (some_images(8), TempDir::new().unwrap());
     let out = outs.path().join("out");
     run_ok(&mut label(images.path(), &out, &["--label-from", "none", "--audit", "60%", "--samples", "10,40"]));

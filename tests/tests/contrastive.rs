@@ -1,4 +1,4 @@
-//! Contrastive models against transformers and open_clip, computed in double precision (`fixtures/contrastive/make.py`).
+//! Contrastive models compared with transformers and open_clip in double precision (`fixtures/contrastive/make.py`).
 
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
@@ -18,7 +18,7 @@ fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/contrastive")
 }
 
-/// Double precision: the rounding of single precision is then no excuse.
+/// Double precision, so that no difference can be blamed on rounding.
 fn double() -> LoadOptions {
     LoadOptions { precision: Precision { weights: DType::F64, compute: DType::F64 }, ..LoadOptions::default() }
 }
@@ -34,7 +34,7 @@ fn reference(kind: &str) -> (HashMap<String, Tensor>, Vec<String>) {
     (safetensors::load(dir.join("reference.safetensors"), &Device::Cpu).unwrap(), texts)
 }
 
-/// The three images as the model wants them, `[3, S, S, 3]`.
+/// The three images, preprocessed for the model, `[3, S, S, 3]`.
 fn pixels(model: &ContrastiveModel) -> Tensor {
     let preprocessing = model.preprocessing();
     let side = preprocessing.size as usize;
@@ -87,7 +87,7 @@ fn embeddings_and_logits_match_the_reference() {
 }
 
 #[test]
-fn the_plain_operations_give_the_same() {
+fn plain_operations_give_the_same_embeddings() {
     for kind in KINDS {
         let (tensors, texts) = reference(kind);
         let model = ContrastiveModel::load(&fixtures().join(kind), &double()).unwrap();
@@ -98,7 +98,7 @@ fn the_plain_operations_give_the_same() {
 }
 
 #[test]
-fn an_embedding_has_the_same_bits_in_any_batch() {
+fn an_embedding_has_the_same_bits_in_every_batch() {
     for kind in KINDS {
         let model = load(&fixtures().join(kind)).unwrap();
         let bits = |t: Tensor| t.to_vec2::<f32>().unwrap().concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
@@ -106,7 +106,7 @@ fn an_embedding_has_the_same_bits_in_any_batch() {
         let all = bits(model.encode_images(&pixels).unwrap());
         let alone = bits(model.encode_images(&pixels.narrow(0, 1, 1).unwrap()).unwrap());
         assert_eq!(alone, all[model.width()..2 * model.width()], "{kind}");
-        // More texts than are encoded at a time.
+        // More texts than fit into one encoder batch.
         let texts: Vec<String> = (0..40).map(|i| format!("number {i}")).collect();
         let all = bits(model.encode_texts(&texts).unwrap());
         let alone = bits(model.encode_texts(&texts[33..34]).unwrap());
@@ -119,18 +119,18 @@ fn an_embedding_has_the_same_bits_in_any_batch() {
 fn the_end_of_a_text_is_found_as_transformers_finds_it() {
     let (tensors, texts) = reference("clip");
     let model = copied("clip");
-    // The largest id, the end's in CLIP's vocabulary.
+    // The largest id: in CLIP's vocabulary, that of the end of text.
     edit(&model.path().join("config.json"), |json| json["text_config"]["eos_token_id"] = 2.into());
     let found = load(model.path()).unwrap().encode_texts(&texts).unwrap();
     assert_close("largest id", &found, &tensors["texts"], 1e-5);
-    // An id that never occurs: the first position.
+    // If the id never occurs: the first position.
     edit(&model.path().join("config.json"), |json| json["text_config"]["eos_token_id"] = 7000.into());
     let found = load(model.path()).unwrap().encode_texts(&texts).unwrap().to_vec2::<f32>().unwrap();
     assert!(found.iter().all(|row| *row == found[0]));
 }
 
 #[test]
-fn a_tokenizers_own_padding_and_truncation_do_not_count() {
+fn padding_and_truncation_of_a_tokenizer_file_are_ignored() {
     let (tensors, texts) = reference("siglip");
     let padding = json!({"strategy": {"Fixed": 77}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
         "pad_type_id": 0, "pad_token": "!"});
@@ -144,13 +144,13 @@ fn a_tokenizers_own_padding_and_truncation_do_not_count() {
 }
 
 #[test]
-fn a_processor_of_newer_versions_is_read() {
+fn a_processor_file_of_transformers_5_is_read() {
     let (tensors, _) = reference("clip");
     let model = copied("clip");
     let old = model.path().join("preprocessor_config.json");
     let settings: Value = serde_json::from_slice(&std::fs::read(&old).unwrap()).unwrap();
     std::fs::remove_file(&old).unwrap();
-    // As CLIPProcessor.save_pretrained of transformers 5 writes it.
+    // The format of CLIPProcessor.save_pretrained in transformers 5.
     let whole = model.path().join("processor_config.json");
     let file = json!({ "image_processor": settings, "processor_class": "CLIPProcessor" });
     std::fs::write(&whole, file.to_string()).unwrap();
@@ -164,7 +164,7 @@ fn a_processor_of_newer_versions_is_read() {
 }
 
 #[test]
-fn towers_within_models_and_variants_of_weights_are_found() {
+fn towers_inside_models_and_weight_variants_are_found() {
     for kind in ["clip", "siglip"] {
         let (tensors, texts) = reference(kind);
         let model = copied(kind);
@@ -184,7 +184,7 @@ fn towers_within_models_and_variants_of_weights_are_found() {
 }
 
 #[test]
-fn openclip_weights_are_found_beside_a_configuration_of_transformers() {
+fn openclip_weights_are_found_beside_a_transformers_configuration() {
     let model = copied("open_clip");
     std::fs::write(model.path().join("config.json"), r#"{"model_type": "clip"}"#).unwrap();
     let old = model.path().join("open_clip_model.safetensors");
@@ -198,11 +198,11 @@ fn openclip_weights_are_found_beside_a_configuration_of_transformers() {
 }
 
 #[test]
-fn contrastive_models_are_told_from_others() {
+fn contrastive_models_are_recognised() {
     assert!(KINDS.iter().all(|kind| is_contrastive(&fixtures().join(kind))));
     let diffusion = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/demo/model");
     assert!(!is_contrastive(&diffusion));
-    // A part of a diffusion model looks like one at first, and is refused by name.
+    // A component of a diffusion model looks like a contrastive model at first; the error names it.
     let error = load(&diffusion.join("text_encoder")).unwrap_err().to_string();
     assert!(error.contains("model_type") && error.contains("clip_text_model"), "{error}");
     assert!(!is_contrastive(Path::new("nowhere")));
@@ -239,7 +239,7 @@ fn unsupported_settings_are_named() {
 }
 
 #[test]
-fn a_sentencepiece_model_without_tokenizer_json_says_what_to_do() {
+fn a_sentencepiece_model_without_tokenizer_json_is_refused_with_a_remedy() {
     let model = copied("siglip");
     std::fs::rename(model.path().join("tokenizer.json"), model.path().join("spiece.model")).unwrap();
     let error = load(model.path()).unwrap_err().to_string();

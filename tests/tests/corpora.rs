@@ -1,17 +1,19 @@
-//! One corpus in every layout: the same images get the same scores, wherever they lie. And bad ones, which cost nobody else.
+//! One corpus in every layout: the same images get the same scores wherever they are stored. And bad images, which must not
+//! affect other images.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use elbo_core::prediction::Prediction;
 use elbo_output::predictions::decode_quarantine;
+use elbo_tests::patience::seconds;
 use elbo_tests::web::Web;
 use elbo_tests::{
-    PATIENCE, Process, classes, elbo, job_flags, json, make_pipe, predictions, python, results, root, run, run_ok,
-    some_images, sorted, stderr, with,
+    Process, classes, elbo, job_flags, json, make_pipe, predictions, python, results, root, run, run_ok, some_images,
+    sorted, stderr, with,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -31,7 +33,7 @@ fn label(images: &str, out: &Path) -> Vec<Prediction> {
     predictions(out)
 }
 
-/// What is said of the images, without what they are called.
+/// The predictions without the images' keys and labels.
 fn without_keys(rows: &[Prediction]) -> Vec<Prediction> {
     rows.iter().map(|row| Prediction { key: String::new(), label: None, ..row.clone() }).collect()
 }
@@ -50,7 +52,7 @@ fn text(path: PathBuf) -> String {
 }
 
 #[test]
-fn shards_and_tables_of_other_programs_score_as_the_files_do() {
+fn shards_and_tables_of_other_programs_score_like_plain_files() {
     let digits = some_images(2);
     let made = corpora(digits.path());
     let outs = TempDir::new().unwrap();
@@ -79,7 +81,7 @@ fn shards_and_tables_of_other_programs_score_as_the_files_do() {
         let rows = label(&images, &outs.path().join(name));
         assert_eq!(without_keys(&rows), without_keys(&expected), "{name}");
         assert!(rows[0].key.starts_with(first_key), "{name}: {}", rows[0].key);
-        // Labels are names or numbers, as the corpus has them; the report knows both.
+        // Labels are names or numbers, depending on the corpus; the report knows both.
         let report = json(elbo().args(["report", "--json"]).arg(outs.path().join(name)));
         let files = json(elbo().args(["report", "--json"]).arg(outs.path().join("files")));
         assert_eq!(report["accuracy"], files["accuracy"], "{name}");
@@ -87,7 +89,7 @@ fn shards_and_tables_of_other_programs_score_as_the_files_do() {
 }
 
 #[test]
-fn a_job_may_be_named_by_paths_that_go_up_and_is_the_same_job() {
+fn paths_with_parent_components_give_the_same_job() {
     let (digits, root) = (some_images(1), TempDir::new().unwrap());
     let here = root.path().join("here");
     std::fs::create_dir_all(here.join("x")).unwrap();
@@ -114,7 +116,7 @@ fn a_job_may_be_named_by_paths_that_go_up_and_is_the_same_job() {
 }
 
 #[test]
-fn a_server_that_can_not_list_says_what_to_give_instead() {
+fn a_server_that_cannot_list_is_refused_with_a_remedy() {
     let digits = some_images(1);
     let served = Web::serve(digits.path());
     let outs = TempDir::new().unwrap();
@@ -124,7 +126,7 @@ fn a_server_that_can_not_list_says_what_to_give_instead() {
     assert!(!outs.path().join("out/job.json").exists());
 }
 
-/// Replaces some of the images by what goes wrong with images; how many.
+/// Replaces some of the images with broken ones; returns how many are bad.
 fn spoil(images: &Path) -> usize {
     let at = |name: &str| images.join(name);
     let good = std::fs::read(elbo_tests::sorted(&at("one"))[0].clone()).unwrap();
@@ -134,13 +136,13 @@ fn spoil(images: &Path) -> usize {
     std::fs::write(at("two/c-page.jpg"), b"<!doctype html><html>not found</html>").unwrap();
     std::fs::write(at("two/d-bomb.ppm"), bomb).unwrap();
     std::os::unix::fs::symlink("/no/such/image.png", at("two/e-gone.png")).unwrap();
-    // No extension tells what a file is.
+    // The content decides the file type, not the extension.
     std::fs::write(at("two/f-really-a-png.jpg"), &good).unwrap();
     5
 }
 
 #[test]
-fn bad_images_are_quarantined_and_tried_again_when_they_are_mended() {
+fn bad_images_are_quarantined_and_tried_again_once_they_are_fixed() {
     let digits = some_images(2);
     let good = some_images(2);
     let bad = spoil(digits.path());
@@ -167,7 +169,7 @@ fn bad_images_are_quarantined_and_tried_again_when_they_are_mended() {
         assert!(*key == name && error.contains(part), "{key}: {error}");
     }
 
-    // Nothing is mended: the same again, and no other row moves.
+    // Nothing is fixed: the output stays the same.
     let bytes = results(&out);
     run_ok(job(&out).arg("--retry-quarantined"));
     assert!(results(&out) == bytes);
@@ -181,25 +183,25 @@ fn bad_images_are_quarantined_and_tried_again_when_they_are_mended() {
     run_ok(job(&out).arg("--retry-quarantined"));
     let after = predictions(&out);
     assert!(after.iter().all(|row| row.labelled().is_some()));
-    // It is not deleted: a deletion that arrives late could hit another coordinator's.
+    // The file is not deleted: a late deletion could hit a file of another coordinator.
     let quarantine = std::fs::read(out.join("quarantine/shard-00000.parquet")).unwrap();
     assert!(decode_quarantine(quarantine.into()).unwrap().is_empty());
-    // How sure they are is learned from all of them, and there are more now.
+    // Confidences are not compared: they are learned from all images, and there are more now.
     for (old, new) in before.iter().zip(&after).filter(|(old, _)| old.labelled().is_some()) {
         assert_eq!((&old.key, old.scores(), old.evaluations), (&new.key, new.scores(), new.evaluations));
     }
     let verified = json(elbo().args(["verify", "--json"]).arg(&out));
     assert_eq!((verified["ok"].as_bool(), verified["quarantined"].as_u64()), (Some(true), Some(0)));
 
-    // As if they had been good from the start: scores are a function of pixels and keys.
+    // The same as if the images had been good from the start: scores are a function of pixels and keys.
     let fresh = outs.path().join("fresh");
     run_ok(&mut job(&fresh));
     assert_eq!(predictions(&fresh), after);
 }
 
-/// What is no image is said wherever somebody looks, and may be forbidden.
+/// Files that are not images are listed by every command, and refused with `--strict`.
 #[test]
-fn what_is_passed_over_is_said_by_every_command() {
+fn every_command_reports_what_was_passed_over() {
     let (digits, outs) = (some_images(1), TempDir::new().unwrap());
     for (name, content) in [("one/new.avif", "x"), ("two/.DS_Store", "x"), ("labels.csv", "key,label")] {
         std::fs::write(digits.path().join(name), content).unwrap();
@@ -226,7 +228,7 @@ fn what_is_passed_over_is_said_by_every_command() {
     assert_eq!(job["manifest"]["passed_over"], json!(passed_over));
     assert_eq!(json(elbo().args(["report", "--json"]).arg(&out))["passed_over"], json!(passed_over));
     assert!(said(&String::from_utf8(run_ok(elbo().arg("report").arg(&out)).stdout).unwrap()));
-    // What was listed is known: the same command with --strict is refused as well.
+    // The listing is stored now: the same command with --strict is still refused.
     let again = run(elbo().arg("label").args(flags(&images, &out)).arg("--strict"));
     assert!(again.status.code() == Some(1) && said(&stderr(&again)), "{}", stderr(&again));
 
@@ -241,7 +243,7 @@ fn what_is_passed_over_is_said_by_every_command() {
 }
 
 #[test]
-fn too_many_bad_images_end_the_job_which_resumes_with_more_patience() {
+fn too_many_bad_images_end_the_job_and_it_resumes_with_a_higher_limit() {
     let digits = some_images(2);
     spoil(digits.path());
     let outs = TempDir::new().unwrap();
@@ -254,7 +256,7 @@ fn too_many_bad_images_end_the_job_which_resumes_with_more_patience() {
 }
 
 #[test]
-fn what_is_no_regular_file_is_never_waited_for() {
+fn files_that_are_not_regular_never_block_a_command() {
     let digits = some_images(1);
     let outs = TempDir::new().unwrap();
     make_pipe(&digits.path().join("one/a.png"));
@@ -266,7 +268,7 @@ fn what_is_no_regular_file_is_never_waited_for() {
         assert!(stderr(&labelled).contains(told), "{}", stderr(&labelled));
     }
 
-    // What is named must be what it is taken for.
+    // Paths that the user names must be regular files or directories.
     let list = outs.path().join("list.txt");
     std::fs::write(&list, format!("{}/one/a.png\n", digits.path().display())).unwrap();
     make_pipe(&digits.path().join("shard.tar"));
@@ -278,7 +280,7 @@ fn what_is_no_regular_file_is_never_waited_for() {
         assert!(stderr(&refused).contains("is a named pipe"), "{images}: {}", stderr(&refused));
     }
 
-    // A small text file may come out of a pipe.
+    // A small text file may be read from a pipe.
     let out = outs.path().join("piped");
     let mut command = elbo();
     let values = [("--classes", "/dev/stdin"), ("--label-from", "none")];
@@ -290,7 +292,7 @@ fn what_is_no_regular_file_is_never_waited_for() {
 }
 
 #[test]
-fn an_image_that_dribbles_is_given_up_and_holds_up_no_other_for_long() {
+fn a_very_slow_image_is_given_up_and_delays_no_other_image_for_long() {
     let digits = some_images(2);
     let slow = sorted(&digits.path().join("seven"))[0].file_name().unwrap().to_string_lossy().into_owned();
     let served = Web::serve(digits.path());
@@ -306,8 +308,8 @@ fn an_image_that_dribbles_is_given_up_and_holds_up_no_other_for_long() {
     let out = outs.path().join("out");
     let started = Instant::now();
     run_ok(elbo().arg("label").args(flags(&text(file), &out)).args(["--max-bad", "1"]));
-    // Two looks, of two attempts of half a minute each, since no other worker is there to look.
-    assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());
+    // No other worker can try the image, so there are two rounds of two attempts, each of half a minute.
+    assert!(started.elapsed() < seconds(300), "{:?}", started.elapsed());
     let rows = predictions(&out);
     let errors: Vec<_> = rows.iter().filter_map(|row| Some((row.key.as_str(), row.error()?))).collect();
     assert_eq!((rows.len(), errors.len()), (20, 1), "{errors:?}");
@@ -316,13 +318,13 @@ fn an_image_that_dribbles_is_given_up_and_holds_up_no_other_for_long() {
     assert_eq!(served.asked().iter().filter(|path| path.ends_with(&format!("seven/{slow}"))).count(), 5);
 }
 
-/// Makes a file with Python.
+/// Creates a file with Python.
 fn make(script: &str, target: &Path) {
     run_ok(Command::new(python("readers/requirements.txt")).arg("-c").arg(script).arg(target));
 }
 
 #[test]
-fn small_files_of_large_pictures_take_no_more_memory_than_is_allowed() {
+fn small_files_with_large_pictures_stay_within_the_memory_limit() {
     let outs = TempDir::new().unwrap();
     let images = outs.path().join("images");
     std::fs::create_dir(&images).unwrap();
@@ -345,15 +347,15 @@ fn small_files_of_large_pictures_take_no_more_memory_than_is_allowed() {
         let out = outs.path().join(out);
         let mut command = elbo();
         command.arg("label").args(flags(&text(images.into()), &out)).args(["--decode-memory", "512MiB"]).args(more);
-        let peak = Process::start(&mut command).peak_memory(PATIENCE);
+        let peak = Process::start(&mut command).peak_memory();
         let rows = predictions(&out);
         assert!(!rows.is_empty() && rows.iter().all(|row| row.error().is_none()));
         peak
     };
     let pictures = peak(&images, "pictures", &[]);
-    assert!(pictures < 1 << 30, "{} MiB for pictures", pictures >> 20);
+    assert!(pictures < 1 << 30, "pictures took {} MiB", pictures >> 20);
 
-    // 0.8 MB that 7,000 rows share: 5.6 GB of rows.
+    // One cell of 0.8 MB, shared by 7,000 rows: 5.6 GB if every row is copied.
     let table = outs.path().join("table.parquet");
     make(
         "import os, sys, zlib, struct, pyarrow as pa, pyarrow.parquet as pq\n\
@@ -368,11 +370,11 @@ fn small_files_of_large_pictures_take_no_more_memory_than_is_allowed() {
     );
     assert!(std::fs::metadata(&table).unwrap().len() < 2 << 20);
     let rows = peak(&table, "rows", &["--limit", "3"]);
-    assert!(rows < 1 << 30, "{} MiB for rows", rows >> 20);
+    assert!(rows < 1 << 30, "rows took {} MiB", rows >> 20);
 }
 
 #[test]
-fn what_the_error_and_the_report_advise_after_too_many_bad_images_works() {
+fn the_advice_of_error_and_report_after_too_many_bad_images_works() {
     let digits = some_images(2);
     let good = some_images(2);
     spoil(digits.path());
@@ -387,7 +389,7 @@ fn what_the_error_and_the_report_advise_after_too_many_bad_images_works() {
     assert_eq!(stopped.status.code(), Some(1));
     assert!(stderr(&stopped).contains(&format!("`elbo report {}`", out.display())), "{}", stderr(&stopped));
     assert!(stderr(&stopped).contains("--retry-quarantined"), "{}", stderr(&stopped));
-    // No shard is committed: the ledger alone knows what was given up, and is left as it is.
+    // No shard is committed: only the ledger knows which samples were given up, and `report` must not change it.
     assert!(!out.join("quarantine").exists());
     for _ in 0..2 {
         let report = json(elbo().args(["report", "--json"]).arg(&out));
@@ -397,7 +399,7 @@ fn what_the_error_and_the_report_advise_after_too_many_bad_images_works() {
     let text = run_ok(elbo().arg("report").arg(&out)).stdout;
     let text = String::from_utf8_lossy(&text).into_owned();
     assert!(text.contains("decode:") && text.contains("--retry-quarantined"), "{text}");
-    // Without any change the same command ends as before.
+    // Without a change, the same command fails as before.
     assert_eq!(run(&mut job()).status.code(), Some(1));
 
     let one = elbo_tests::sorted(&good.path().join("one"))[0].clone();

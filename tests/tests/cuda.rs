@@ -1,4 +1,4 @@
-//! The CUDA kernels, compiled for the processor and run there, against plain formulas in double precision.
+//! The CUDA kernels, compiled for the CPU and run there, compared with plain formulas in double precision.
 
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -6,13 +6,13 @@ use std::process::Command;
 
 use elbo_tests::root;
 
-/// Kernels, an attention for each width of heads among them, and the types each is there for.
+/// Number of kernels (one attention kernel per head width), and number of types of each kernel.
 const KERNELS: usize = 22;
 const TYPES: usize = 3;
 
-/// `tests/cuda/kernels.cpp` says what is compared; here it has to compile, pass, and have compared every kernel.
+/// `tests/cuda/kernels.cpp` says what is compared. This test checks that it compiles, passes and compares every kernel.
 #[test]
-fn the_kernels_compute_what_they_should() {
+fn kernels_match_plain_formulas() {
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("kernels");
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());

@@ -1,4 +1,4 @@
-//! What is in `deploy/` fits the systems it is for, and this program's flags.
+//! The files in `deploy/` fit their target systems and this program's flags.
 
 use std::process::Command;
 

@@ -1,5 +1,5 @@
-//! Power cuts, full and failing disks, bit rot, writes that arrive late: nothing that was acknowledged is lost, and what is
-//! damaged is found and computed again to the same bytes.
+//! Power cuts, full and failing disks, bit rot, late writes: no acknowledged result is lost, and damaged files are found and
+//! recomputed to the same bytes.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -14,11 +14,12 @@ use elbo_output::record::JobRecord;
 use elbo_output::verify::{Expected, Verification, verify};
 use elbo_store::{Location, Store};
 use elbo_tests::disk::Disk;
+use elbo_tests::patience::{seconds, wait_until};
 use elbo_tests::proxy::Proxy;
 use elbo_tests::servers::Moto;
 use elbo_tests::{
-    PATIENCE, Process, audit, coordinator_flags, copy_tree, elbo, free_address, job_flags, json, model, results, run,
-    run_ok, some_images, sorted, stderr, with,
+    Process, coordinator_flags, copy_tree, elbo, free_address, job_flags, json, lease_log, model, results, run, run_ok,
+    some_images, sorted, stderr, with,
 };
 use tempfile::TempDir;
 
@@ -36,7 +37,7 @@ fn label(out: &Path) -> Command {
     without(&command, at)
 }
 
-/// The command without the schedule of the reference, which a race does not have: `--keep` and `--samples`.
+/// The command without `--keep` and `--samples`, the reference's schedule, which a race does not have.
 fn without(command: &Command, at: usize) -> Command {
     let mut shorter = elbo();
     let kept = command.get_args().enumerate().filter(|(position, _)| !(at..at + 4).contains(position));
@@ -44,7 +45,7 @@ fn without(command: &Command, at: usize) -> Command {
     shorter
 }
 
-/// An undisturbed run's output.
+/// The output of an undisturbed run.
 static CALM: LazyLock<TempDir> = LazyLock::new(|| {
     let outs = TempDir::new().unwrap();
     run_ok(&mut label(&outs.path().join("out")));
@@ -55,7 +56,7 @@ fn calm() -> PathBuf {
     CALM.path().join("out")
 }
 
-/// A command in the background that logs what it grants and acknowledges, in JSON.
+/// Starts a command in the background that logs its grants and acknowledgements as JSON.
 fn start_logged(mut command: Command, log: &Path) -> Process {
     command.env("ELBO_LOG", "elbo::audit=debug,info").env("ELBO_LOG_FORMAT", "json");
     let log = std::fs::File::create(log).unwrap();
@@ -66,17 +67,9 @@ fn disk(megabytes: u64) -> Option<Disk> {
     match Disk::new(megabytes) {
         Ok(disk) => Some(disk),
         Err(reason) => {
-            eprintln!("skipped: no disk of its own can be had ({reason})");
+            eprintln!("skipped: a separate disk can't be created ({reason})");
             None
         }
-    }
-}
-
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -90,16 +83,16 @@ fn committed(out: &Path) -> usize {
 }
 
 #[test]
-fn after_a_power_cut_at_any_moment_the_job_resumes_to_the_same_bytes() {
+fn a_job_resumes_to_the_same_bytes_after_a_power_cut_at_any_moment() {
     let Some(disk) = disk(64) else { return };
     let (out, logs) = (disk.path().join("deep/out"), TempDir::new().unwrap());
     let log = logs.path().join("log");
     let mut process = start_logged(label(&out), &log);
     let mut cuts = Vec::new();
-    // While it has just begun, between commits, and while confidence may be being written.
-    for shards in [0, 1, 3, 5] {
-        wait_until("it never gets on", || out.join("job.json").exists() && committed(&out) >= shards);
-        std::thread::sleep(Duration::from_millis(if shards == 5 { 50 } else { 100 }));
+    // Shortly after the start, between commits with enough shards left, and possibly while confidence is written.
+    for shards in [0, 1, 2, 5] {
+        wait_until(|| "the job makes no progress", || out.join("job.json").exists() && committed(&out) >= shards);
+        std::thread::sleep(Duration::from_millis(50));
         if process.is_running() {
             process.signal("STOP");
             let said = std::fs::read(&log).unwrap();
@@ -107,53 +100,53 @@ fn after_a_power_cut_at_any_moment_the_job_resumes_to_the_same_bytes() {
             process.signal("CONT");
         }
     }
-    assert_eq!(process.wait(PATIENCE), Some(0));
-    assert!(cuts.len() >= 3, "it was over before the power was cut");
+    assert_eq!(process.wait(), Some(0));
+    assert!(cuts.len() >= 3, "the job ended before the power was cut");
     let finished = disk.after_power_cut();
-    assert!(results(&finished.path().join("deep/out")) == results(&calm()), "what is done is not on the disk");
+    assert!(results(&finished.path().join("deep/out")) == results(&calm()), "finished results are not on the disk");
     let mut acknowledged = 0;
     for (shards, disk, said) in cuts {
         let (out, logs) = (disk.path().join("deep/out"), TempDir::new().unwrap());
         for file in results(&out) {
             assert!(!file.1.is_empty(), "{} is empty after the power cut", file.0);
         }
-        assert!(committed(&out) >= shards, "after {shards} commits there are {}", committed(&out));
+        assert!(committed(&out) >= shards, "of {shards} commits only {} are left", committed(&out));
         std::fs::write(logs.path().join("before"), said).unwrap();
-        let before = audit::check(logs.path());
+        let before = lease_log::check(logs.path());
         let mut resumed = start_logged(label(&out), &logs.path().join("resumed"));
-        assert_eq!(resumed.wait(PATIENCE), Some(0), "after {shards} commits");
-        // Nothing that was acknowledged before the power cut is granted again.
-        audit::check(logs.path());
+        assert_eq!(resumed.wait(), Some(0), "after {shards} commits");
+        // No unit acknowledged before the power cut is granted again.
+        lease_log::check(logs.path());
         acknowledged += before.acknowledged;
         let (found, expected) = (results(&out), results(&calm()));
         let others = found.iter().zip(&expected).filter(|(found, expected)| found != expected);
         let others: Vec<_> = others.map(|(found, expected)| (&found.0, &expected.0)).collect();
-        assert!(found == expected, "after {shards} commits there are other bytes: {others:?}");
+        assert!(found == expected, "after {shards} commits the bytes differ: {others:?}");
         assert_eq!(json(elbo().args(["report", "--json"]).arg(&out))["evaluations_recomputed"], 0);
     }
-    assert!(acknowledged > 0, "nothing had been acknowledged");
+    assert!(acknowledged > 0, "no unit had been acknowledged");
 }
 
 #[test]
-fn a_full_or_read_only_disk_ends_the_job_at_once_and_it_resumes_when_that_is_mended() {
+fn a_full_or_read_only_disk_ends_the_job_at_once_and_it_resumes_once_that_is_fixed() {
     let Some(disk) = disk(24) else { return };
     let out = disk.path().join("out");
     let stopped = |break_it: &dyn Fn(&Process), says: &str| {
         let mut command = label(&out);
         let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut process = Process(child);
-        wait_until("it never begins", || out.join("job.json").exists());
+        wait_until(|| "it never begins", || out.join("job.json").exists());
         std::thread::sleep(Duration::from_millis(500));
         assert!(process.is_running());
         let began = Instant::now();
         break_it(&process);
-        let code = process.wait(PATIENCE);
+        let code = process.wait();
         let mut said = String::new();
         std::io::Read::read_to_string(process.0.stderr.as_mut().unwrap(), &mut said).unwrap();
         assert_eq!(code, Some(3), "{said}");
         assert!(said.contains(says) && said.contains("run the same command again"), "{said}");
         eprintln!("it took {:.1} s to say {says:?}", began.elapsed().as_secs_f64());
-        assert!(began.elapsed() < PATIENCE / 10, "it took {:?}", began.elapsed());
+        assert!(began.elapsed() < seconds(60), "it took {:?}", began.elapsed());
     };
     stopped(&|_| drop(disk.fill()), "is full: free some space");
     let again = run(&mut label(&out));
@@ -161,12 +154,15 @@ fn a_full_or_read_only_disk_ends_the_job_at_once_and_it_resumes_when_that_is_men
     assert!(stderr(&again).contains("is full: free some space"), "{}", stderr(&again));
     std::fs::remove_file(disk.path().join("filler")).unwrap();
     let freeze = |process: &Process| {
-        wait_until("it is always writing", || {
-            process.signal("STOP");
-            let is_read_only = disk.remount("ro");
-            process.signal("CONT");
-            is_read_only
-        });
+        wait_until(
+            || "it is always writing",
+            || {
+                process.signal("STOP");
+                let is_read_only = disk.remount("ro");
+                process.signal("CONT");
+                is_read_only
+            },
+        );
     };
     stopped(&freeze, "is read-only: mount it for writing");
     assert!(disk.remount("rw"));
@@ -187,7 +183,7 @@ fn verified(out: &Path, with_ledger: bool) -> Verification {
 }
 
 #[test]
-fn every_flipped_bit_is_found_and_the_same_command_mends_it() {
+fn every_flipped_bit_is_found_and_the_same_command_repairs_it() {
     let outs = TempDir::new().unwrap();
     let out = outs.path().join("out");
     copy_tree(&calm(), &out);
@@ -208,11 +204,11 @@ fn every_flipped_bit_is_found_and_the_same_command_mends_it() {
         }
         std::fs::write(&file, &sound).unwrap();
     }
-    // Without the ledger nobody knows of the footers, which are a small part of a real file.
-    eprintln!("{flips} flips, {found_without_ledger} of them found without the ledger");
+    // Flips in the footers, a small part of a real file, can't be found without the ledger.
+    eprintln!("{flips} flips; {found_without_ledger} were found without the ledger");
     assert!(flips > 100 && found_without_ledger > flips / 3, "{found_without_ledger} of {flips}");
 
-    // One is damaged, one is gone, one is of another job.
+    // One file is damaged, one is missing, one belongs to another job.
     let file = |shard: u32| out.join(format!("predictions/shard-{shard:05}.parquet"));
     let mut damaged = std::fs::read(file(1)).unwrap();
     damaged[100] ^= 4;
@@ -227,10 +223,10 @@ fn every_flipped_bit_is_found_and_the_same_command_mends_it() {
     assert!(said.contains("--recompute 1,3") && said.contains("belongs to another job"), "{said}");
     let mended = run_ok(&mut label(&out));
     assert!(stderr(&mended).contains("missing or damaged"), "{}", stderr(&mended));
-    assert!(results(&out) == results(&calm()), "mended to other bytes");
+    assert!(results(&out) == results(&calm()), "repaired to different bytes");
     assert_eq!(json(elbo().args(["verify", "--json"]).arg(&out))["ok"], true);
 
-    // By name, sound as it is.
+    // Named files are recomputed even if they are intact.
     let again = run_ok(label(&out).args(["--recompute", "predictions/shard-00004.parquet,0"]));
     assert!(!String::from_utf8_lossy(&again.stdout).contains("nothing was computed"));
     assert!(results(&out) == results(&calm()));
@@ -239,11 +235,11 @@ fn every_flipped_bit_is_found_and_the_same_command_mends_it() {
 }
 
 #[test]
-fn a_ledger_that_is_lost_or_damaged_costs_only_what_was_not_committed() {
+fn a_lost_or_damaged_ledger_costs_only_uncommitted_work() {
     let outs = TempDir::new().unwrap();
     let out = outs.path().join("out");
     copy_tree(&calm(), &out);
-    // Damaged: it says where, and what to do.
+    // Damaged: the message says where and what to do.
     for file in sorted(&out.join("ledger/wal")).into_iter().chain(sorted(&out.join("ledger/manifest"))) {
         let mut bytes = std::fs::read(&file).unwrap();
         let middle = bytes.len() / 2;
@@ -253,7 +249,7 @@ fn a_ledger_that_is_lost_or_damaged_costs_only_what_was_not_committed() {
     let told = run(&mut label(&out));
     assert_eq!(told.status.code(), Some(1), "{}", stderr(&told));
     assert!(stderr(&told).contains("ledger") && stderr(&told).contains("delete"), "{}", stderr(&told));
-    // Deleted, as it says: what is whole is kept, and the rest is computed.
+    // Deleted, as the message advises: intact shards are kept and the rest is computed.
     std::fs::remove_dir_all(out.join("ledger")).unwrap();
     let kept = run_ok(&mut label(&out));
     assert!(String::from_utf8_lossy(&kept.stdout).contains("nothing was computed"));
@@ -265,7 +261,7 @@ fn a_ledger_that_is_lost_or_damaged_costs_only_what_was_not_committed() {
     assert!(results(&out) == results(&calm()));
 }
 
-/// A coordinator and a worker for it.
+/// Starts a coordinator and a worker for it.
 fn cluster(out: &Path, more: &[&str], log: &Path) -> (Process, Process) {
     let address = free_address();
     let mut command = elbo();
@@ -283,7 +279,7 @@ fn with_args(mut command: Command, more: &[&str], address: &str) -> Command {
 }
 
 #[test]
-fn starting_over_beside_a_living_coordinator_leaves_one_job() {
+fn starting_over_beside_a_running_coordinator_leaves_one_job() {
     let outs = TempDir::new().unwrap();
     let (out, calm) = (outs.path().join("out"), outs.path().join("calm"));
     let other = |out: &Path| {
@@ -294,17 +290,17 @@ fn starting_over_beside_a_living_coordinator_leaves_one_job() {
     run_ok(&mut other(&calm));
     let log = outs.path().join("log");
     let (mut coordinator, mut worker) = cluster(&out, &[], &log);
-    wait_until("no shard is committed", || committed(&out) > 0);
-    assert!(coordinator.is_running(), "it was over before");
+    wait_until(|| "no shard is committed", || committed(&out) > 0);
+    assert!(coordinator.is_running(), "the job ended too early");
     run_ok(other(&out).arg("--fresh"));
-    assert_eq!(coordinator.wait(PATIENCE), Some(1), "it must notice that it was replaced");
+    assert_eq!(coordinator.wait(), Some(1), "the coordinator must notice that it was replaced");
     assert!(std::fs::read_to_string(&log).unwrap().contains("another coordinator has taken over"));
     worker.end();
     assert!(results(&out) == results(&calm), "the jobs are mixed");
     assert!(verified(&out, true).ok, "{:?}", verified(&out, true).problems);
 }
 
-/// A put that is held up on the wire arrives when its coordinator has long been replaced, and the job is done.
+/// A put delayed on the network arrives after its coordinator has been replaced and the job is done.
 #[test]
 fn a_write_that_arrives_late_changes_nothing() {
     let moto = Moto::start();
@@ -323,13 +319,14 @@ fn a_write_that_arrives_late_changes_nothing() {
         command
     };
     run_ok(&mut command(&moto.endpoint, "calm"));
-    // The first commit of a shard, and the confidence of one that has been committed: which is conditional on what is there.
+    // The first commit of a shard, which requires that no file exists, and the later write of its confidence, which requires
+    // that the file is unchanged.
     for (n, condition) in ["if-none-match:", "if-match:"].into_iter().enumerate() {
         let out = format!("late-{n}");
         let proxy = Proxy::start(&moto.endpoint, 0, 0);
         proxy.hold("predictions/shard-00001.parquet", condition);
         let mut first = Process::start(&mut command(&proxy.endpoint, &out));
-        wait_until("no put is held up", || proxy.is_holding());
+        wait_until(|| "no put was delayed", || proxy.is_holding());
         assert!(first.is_running());
         first.kill();
         run_ok(&mut command(&moto.endpoint, &out));

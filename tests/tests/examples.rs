@@ -1,4 +1,4 @@
-//! The job files in `examples/` are jobs: each labels some of the demo's images.
+//! Each job file in `examples/` labels some of the demo's images.
 
 use elbo_tests::{elbo, predictions, root, run_ok};
 use tempfile::TempDir;

@@ -1,4 +1,5 @@
-//! Whole jobs with models other than Stable Diffusion: class-conditional, contrastive, and one in front of the other.
+//! Whole jobs with other models than Stable Diffusion: class-conditional, contrastive, and a contrastive shortlist in front of
+//! another model.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
@@ -22,7 +23,7 @@ fn clip() -> PathBuf {
     fixture("contrastive/clip")
 }
 
-/// `elbo label` with flags, in a fresh output.
+/// Runs `elbo label` with flags into a new output.
 fn label(images: &Path, model: &Path, flags: &[&str]) -> TempDir {
     let out = TempDir::new().unwrap();
     let mut command = elbo();
@@ -31,7 +32,7 @@ fn label(images: &Path, model: &Path, flags: &[&str]) -> TempDir {
     out
 }
 
-/// What a refused `elbo label` says; it must be bad usage.
+/// The message of an `elbo label` that must be refused as bad usage.
 fn refusal(model: &Path, flags: &[&str]) -> String {
     let (digits, out) = (some_images(1), TempDir::new().unwrap());
     let mut command = elbo();
@@ -46,13 +47,13 @@ fn text(path: &Path) -> String {
 }
 
 #[test]
-fn a_class_map_makes_several_classes_of_the_model_one_of_the_users() {
+fn a_class_map_joins_several_model_classes_into_one() {
     let (digits, dir) = (some_images(2), TempDir::new().unwrap());
     let map = dir.path().join("map.csv");
     let names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
     let row = |(label, name): (usize, &&str)| {
         let class = if label < 5 { "small,40" } else { "large,70" };
-        // By label or by the model's own name.
+        // A class of the model is given by label or by its name.
         if label % 2 == 0 { format!("{label},{class}\n") } else { format!("{name},{class}\n") }
     };
     let rows: String = names.iter().enumerate().map(row).collect();
@@ -83,7 +84,7 @@ fn a_class_map_makes_several_classes_of_the_model_one_of_the_users() {
 }
 
 #[test]
-fn the_variational_bound_is_a_loss_of_models_that_learned_a_variance() {
+fn the_variational_bound_is_a_loss_for_models_with_learned_variance() {
     let digits = some_images(1);
     let flags = |loss| ["--policy", "exhaustive", "--samples", "4", "--noise-scope", "shared", "--loss", loss];
     let outs = ["l2", "vlb", "l2+vlb"].map(|loss| predictions(label(digits.path(), &dit(), &flags(loss)).path()));
@@ -100,7 +101,7 @@ fn the_variational_bound_is_a_loss_of_models_that_learned_a_variance() {
 }
 
 #[test]
-fn classes_a_class_conditional_model_lacks_are_refused() {
+fn classes_missing_from_a_class_conditional_model_are_refused() {
     let dir = TempDir::new().unwrap();
     let file = dir.path().join("classes.csv");
     std::fs::write(&file, "prompt,classname,classidx\na,eleven,11\n").unwrap();
@@ -113,7 +114,7 @@ fn classes_a_class_conditional_model_lacks_are_refused() {
     assert!(refused.contains("--class-map is for class-conditional models"), "{refused}");
 }
 
-/// 1 - cosine between each image's embedding and each class's, computed without the pipeline.
+/// 1 - cosine of each image's and each class's embeddings, computed without the pipeline.
 fn distances(model: &ContrastiveModel, images: &[PathBuf], classes: &Classes) -> Vec<Vec<f32>> {
     let texts: Vec<String> = classes.prompts.iter().map(|prompt| prompt.text.clone()).collect();
     let texts = model.encode_texts(&texts).unwrap();
@@ -129,7 +130,7 @@ fn distances(model: &ContrastiveModel, images: &[PathBuf], classes: &Classes) ->
 }
 
 #[test]
-fn a_contrastive_model_scores_all_classes_in_one_look() {
+fn a_contrastive_model_scores_all_classes_in_one_evaluation() {
     let digits = some_images(1);
     let out = label(digits.path(), &clip(), &["--classes", &text(&classes())]);
     let rows = predictions(out.path());
@@ -152,13 +153,13 @@ fn a_contrastive_model_scores_all_classes_in_one_look() {
     assert!(refused.contains("sees an image once"), "{refused}");
 }
 
-/// The job's description alone is larger than a message may be, and so are the results of all images.
+/// The job's description is larger than a message may be, and so are the results of all images.
 #[test]
-fn a_hundred_thousand_prompts_take_no_message_that_is_too_large() {
+fn a_hundred_thousand_prompts_stay_within_the_message_limit() {
     const CLASSES: usize = 100_000;
     let (digits, dir) = (some_images(2), TempDir::new().unwrap());
     let file = dir.path().join("classes.csv");
-    // What is beyond a text's end is cut off for the model, but is part of the job.
+    // The model never sees text beyond its token limit, but that text is part of the job.
     let rest = "of a kind that takes many words to tell from all the others ".repeat(6);
     let rows: String = (0..CLASSES).map(|i| format!("number {i} {rest},class {i},{i}\n")).collect();
     std::fs::write(&file, format!("prompt,classname,classidx\n{rows}")).unwrap();
@@ -186,7 +187,7 @@ fn a_hundred_thousand_prompts_take_no_message_that_is_too_large() {
 }
 
 #[test]
-fn a_shortlist_decides_who_the_diffusion_model_is_asked_about() {
+fn a_shortlist_decides_which_classes_the_diffusion_model_evaluates() {
     let digits = some_images(1);
     let (file, shortlist) = (text(&classes()), format!("{}:4", clip().display()));
     let schedule = ["--classes", &file, "--keep", "2,1", "--samples", "4,8"];
@@ -200,7 +201,7 @@ fn a_shortlist_decides_who_the_diffusion_model_is_asked_about() {
         let (listed, others) = scores.split_at(4);
         let picked: Vec<_> = contrastive.labelled().unwrap().scores[..4].iter().map(|score| score.class).collect();
         assert!(listed.iter().all(|score| picked.contains(&score.class) && score.round.0 > 0 && score.n >= 4));
-        // Whoever was not listed keeps the contrastive model's word; whoever was is judged by the diffusion model alone.
+        // Classes outside the shortlist keep the contrastive model's score; those on it get only the diffusion model's.
         for score in others {
             let first = contrastive.labelled().unwrap().scores.iter().find(|s| s.class == score.class).unwrap();
             assert_eq!((score.round.0, score.n, score.mean_error), (0, 1, first.mean_error));
@@ -233,12 +234,12 @@ fn a_race_follows_a_shortlist() {
     let alone = predictions(label(digits.path(), &model(), &["--classes", &file]).path());
     let mut compared = 0;
     for (row, alone) in rows.iter().zip(&alone) {
-        // Four prompts race on three slots at first; the others keep what the contrastive model said.
+        // Four prompts race on three slots at first; the others keep the contrastive model's score.
         let (listed, others) = row.scores().split_at(4);
         assert!(listed.iter().all(|score| score.round.0 > 0 && score.n >= 3), "{row:?}");
         assert!(others.iter().all(|score| score.round.0 == 0 && score.n == 1), "{row:?}");
         assert_eq!(row.evaluations, row.scores().iter().map(|score| score.n).sum::<u32>());
-        // On the same slots a class has the same errors, whoever else is in the race.
+        // On the same slots a class has the same errors, whichever other classes race.
         for score in listed {
             let same = alone.scores().iter().find(|s| s.class == score.class).unwrap();
             if same.n == score.n {
@@ -251,7 +252,7 @@ fn a_race_follows_a_shortlist() {
 }
 
 #[test]
-fn inspect_tells_what_a_model_is_and_what_is_wrong_with_it() {
+fn inspect_describes_a_model_and_its_problems() {
     for (name, family, prediction, size, latent) in [
         ("digits-dit/model", "DiT", "epsilon", 32, 4),
         ("sd2-v/model", "Stable Diffusion", "v_prediction", 128, 4),

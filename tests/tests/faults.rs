@@ -1,6 +1,6 @@
-//! Storage that fails now and then changes no byte of a result: a store that wraps a store, below the real coordinator, ledger
-//! and worker in this process. Storage that a worker can't read any more is blamed on no image: real processes, of which some
-//! have no mount or credentials that expire.
+//! Occasional storage failures change no byte of a result: a failing wrapper around a store, below the real coordinator, ledger
+//! and worker in this process. If a worker can no longer read its storage, no image is blamed: real processes, some without the
+//! mount or with expiring credentials.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -9,10 +9,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use elbo_coordinator::scheduler::LeasePolicy;
-use elbo_coordinator::{Coordinator, Job, JobOptions, MaxBad, Options, Outcome};
+use elbo_coordinator::{Coordinator, CoordinatorOptions, Job, JobOptions, MaxBad, RunOutcome, Server, Then};
 use elbo_core::prediction::Prediction;
 use elbo_hub::fingerprint::JobIdentity;
 use elbo_hub::model_source::JobModels;
@@ -21,13 +21,14 @@ use elbo_output::layout;
 use elbo_output::record::JobRecord;
 use elbo_store::{Location, Store};
 use elbo_tests::faults::FaultyStore;
+use elbo_tests::patience::{patience, wait_until};
 use elbo_tests::proxy::Proxy;
 use elbo_tests::servers::{Bucket, S3sFs, SECRET, s3_variables, with_variables};
 use elbo_tests::{
-    PATIENCE, Process, coordinator_flags, copy_tree, elbo, free_address, job_flags, json, model, predictions, results,
-    run, run_ok, some_images, sorted, stderr, with,
+    Process, coordinator_flags, copy_tree, elbo, free_address, job_flags, json, model, predictions, results, run,
+    run_ok, some_images, sorted, stderr, with,
 };
-use elbo_worker::engine::Problem;
+use elbo_worker::engine::LoadedJob;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 use tempfile::TempDir;
@@ -35,12 +36,12 @@ use tokio_util::sync::CancellationToken;
 
 type Files = Vec<(String, Vec<u8>)>;
 
-/// A small job, what an undisturbed run of it gives, and its model in memory.
+/// A small job, the results of an undisturbed run, and its model in memory.
 struct Case {
     _images: TempDir,
     identity: JobIdentity,
     expected: Files,
-    problem: Arc<Problem>,
+    problem: Arc<LoadedJob>,
 }
 
 impl Case {
@@ -55,26 +56,26 @@ impl Case {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let identity = runtime.block_on(JobRecord::read(&store)).unwrap().unwrap().identity;
         let models = JobModels { model: model(), shortlist: None };
-        let problem = Arc::new(Problem::load(&identity, &models, elbo_worker::Device::Cpu).unwrap());
+        let problem = Arc::new(LoadedJob::load(&identity, &models, elbo_worker::Device::Cpu).unwrap());
         Self { _images: images, identity, expected: results(&out), problem }
     }
 
-    /// Runs the job once, with one worker; `None` where it was cut short after `life`, as by `kill -9`.
-    async fn run(&self, store: Arc<dyn ObjectStore>, life: Duration) -> Option<Result<Outcome, String>> {
+    /// Runs the job once with one worker; `None` if it was cut short after `life`, as by `kill -9`.
+    async fn run(&self, store: Arc<dyn ObjectStore>, life: Duration) -> Option<Result<RunOutcome, String>> {
         tokio::time::timeout(life, self.run_to_end(store)).await.ok()
     }
 
-    async fn run_to_end(&self, store: Arc<dyn ObjectStore>) -> Result<Outcome, String> {
+    async fn run_to_end(&self, store: Arc<dyn ObjectStore>) -> Result<RunOutcome, String> {
         let out = Store::from_parts(store, Location::parse("s3://bucket/out").unwrap());
         let job = Job::open(self.identity.clone(), Path::new(&model()), out, JobOptions::default()).await;
         let job = job.map_err(|e| e.to_string())?;
         if job.is_done() {
             job.close().await.map_err(|e| e.to_string())?;
-            return Ok(Outcome::Interrupted);
+            return Ok(RunOutcome::Interrupted);
         }
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let coordinator = format!("http://{}", listener.local_addr().unwrap());
-        let options = Options {
+        let options = CoordinatorOptions {
             leases: LeasePolicy::default(),
             max_bad: MaxBad::Percent(0.0),
             token: None,
@@ -83,8 +84,8 @@ impl Case {
         };
         let stop = CancellationToken::new();
         let _stopped_when_dropped = stop.clone().drop_guard();
-        let running = Coordinator::new(job, options, stop.clone()).map_err(|e| e.to_string())?;
-        let worker = elbo_worker::Options {
+        let running = Coordinator::new(job, &options, stop.clone()).map_err(|e| e.to_string())?;
+        let worker = elbo_worker::WorkerOptions {
             decode_memory: 1 << 30,
             coordinator,
             token: None,
@@ -101,13 +102,14 @@ impl Case {
             stay: false,
         };
         let worker = tokio::spawn(elbo_worker::run(worker, stop));
-        let ended = running.run(listener).await.map_err(|e| e.to_string());
+        let mut server = Server::new(listener, options);
+        let ended = running.run(&mut server, Then::End).await.map_err(|e| e.to_string());
         worker.abort();
         ended
     }
 }
 
-/// What is in a store, as [`results`] gives it of a directory.
+/// The content of a store, as [`results`] returns it for a directory.
 async fn found(store: &Arc<dyn ObjectStore>) -> Files {
     let out = Store::from_parts(Arc::clone(store), Location::parse("s3://bucket/out").unwrap());
     let mut files = Files::new();
@@ -124,31 +126,31 @@ async fn record(store: &Arc<dyn ObjectStore>) -> JobRecord {
     JobRecord::read(&out).await.unwrap().unwrap()
 }
 
-/// Runs the job over a failing store, with kills, until it is done; the operations and the faults.
+/// Runs the job over a failing store, with kills, until it is done; returns the number of operations and of faults.
 async fn disturbed(case: &Case, seed: u64) -> (u64, u64) {
     let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
     let faulty = Arc::new(FaultyStore::new(Arc::clone(&memory), seed, 8));
     let mut errors = Vec::new();
     for start in 0.. {
-        assert!(start < 20, "seed {seed}: it is never done: {errors:?}");
-        // The first runs are cut short at some moment; the later ones may take as long as they need.
-        let life = if start < 2 { Duration::from_millis(300 + 170 * ((seed + start) % 9)) } else { PATIENCE };
+        assert!(start < 20, "seed {seed}: the job never finishes: {errors:?}");
+        // The first runs are cut short; later ones may take as long as they need.
+        let life = if start < 2 { Duration::from_millis(300 + 170 * ((seed + start) % 9)) } else { patience() };
         match case.run(Arc::clone(&faulty) as _, life).await {
             Some(Ok(_)) => break,
             Some(Err(error)) => errors.push(error),
             None => {}
         }
     }
-    assert!(found(&memory).await == case.expected, "seed {seed}: other results than without faults");
+    assert!(found(&memory).await == case.expected, "seed {seed}: the results differ from those without faults");
     let totals = record(&memory).await.totals.unwrap();
-    assert_eq!(totals.evaluations_recomputed, 0, "seed {seed}: what was acknowledged is not computed again");
+    assert_eq!(totals.evaluations_recomputed, 0, "seed {seed}: acknowledged evaluations were computed again");
     let clear = |error: &String| error.contains("run the same command again");
     assert!(errors.len() <= 3 && errors.iter().all(clear), "seed {seed}: {errors:?}");
     faulty.counts()
 }
 
 #[test]
-fn failing_storage_and_kills_change_no_byte() {
+fn storage_failures_and_kills_change_no_byte() {
     let case = Arc::new(Case::new());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (mut operations, mut faults) = (0, 0);
@@ -162,11 +164,11 @@ fn failing_storage_and_kills_change_no_byte() {
             (operations, faults) = (operations + o, faults + f);
         }
     }
-    println!("{operations} operations, {faults} of them spoilt");
+    println!("{operations} operations, {faults} of them with faults");
     assert!(operations > 2_000 && faults > 100, "{operations} operations, {faults} faults");
 }
 
-/// A false conflict can't be told from another coordinator's write, so the coordinator must stop; but nothing is lost.
+/// A false conflict looks like another coordinator's write, so the coordinator must stop; but nothing is lost.
 #[test]
 fn a_false_conflict_stops_the_coordinator_with_a_clear_error_and_the_job_resumes() {
     let case = Case::new();
@@ -176,8 +178,8 @@ fn a_false_conflict_stops_the_coordinator_with_a_clear_error_and_the_job_resumes
         let conflicting = Arc::new(FaultyStore::new(Arc::clone(&memory), 0, 0).with_conflicts("/wal/", 6));
         let mut stopped = 0;
         for start in 0.. {
-            assert!(start < 50, "it is never done");
-            match case.run(Arc::clone(&conflicting) as _, PATIENCE).await.unwrap() {
+            assert!(start < 50, "the job never finishes");
+            match case.run(Arc::clone(&conflicting) as _, patience()).await.unwrap() {
                 Ok(_) => break,
                 Err(error) => {
                     assert!(error.contains("another coordinator has taken over"), "{error}");
@@ -185,13 +187,13 @@ fn a_false_conflict_stops_the_coordinator_with_a_clear_error_and_the_job_resumes
                 }
             }
         }
-        assert!(stopped > 0, "no conflict was met");
+        assert!(stopped > 0, "no conflict occurred");
         assert!(found(&memory).await == case.expected);
         assert_eq!(record(&memory).await.totals.unwrap().evaluations_recomputed, 0);
     });
 }
 
-/// A job on the images of a place, its coordinator running, with the flags of a small schedule.
+/// A job with a small schedule on the images of a location, and its running coordinator.
 struct Cluster {
     files: TempDir,
     address: String,
@@ -206,11 +208,11 @@ impl Cluster {
         command.args(["--listen", &address, "--lease-seconds", "20", "--max-bad", "50%"]).current_dir(directory);
         let log = File::create(files.path().join("coordinator.log")).unwrap();
         let mut coordinator = Process(command.stdout(Stdio::null()).stderr(log).spawn().unwrap());
-        let end = Instant::now() + PATIENCE;
-        while std::net::TcpStream::connect(&address).is_err() {
-            assert!(Instant::now() < end && coordinator.is_running());
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let listens = || {
+            assert!(coordinator.is_running());
+            std::net::TcpStream::connect(&address).is_ok()
+        };
+        wait_until(|| "the coordinator does not listen", listens);
         Self { files, address, coordinator }
     }
 
@@ -218,7 +220,7 @@ impl Cluster {
         self.files.path().join("out")
     }
 
-    /// Starts a worker, its log going to a file of that name.
+    /// Starts a worker whose log goes to a file of that name.
     fn worker(&self, name: &str, command: Command, directory: &Path) -> Process {
         let (mut command, url) = (command, format!("http://{}", self.address));
         command
@@ -237,16 +239,16 @@ impl Cluster {
         status["samples_quarantined"].as_u64().unwrap()
     }
 
-    /// The job is done; nothing is quarantined, and every image has the scores of an undisturbed run.
+    /// Asserts that the job is done, nothing is quarantined, and every image has the scores of an undisturbed run.
     fn check(mut self, expected: &[Prediction]) {
-        assert_eq!(self.coordinator.wait(PATIENCE), Some(0), "{}", self.log("coordinator.log"));
-        assert!(predictions(&self.out()) == expected, "other predictions than undisturbed");
+        assert_eq!(self.coordinator.wait(), Some(0), "{}", self.log("coordinator.log"));
+        assert!(predictions(&self.out()) == expected, "the predictions differ from an undisturbed run's");
     }
 }
 
 const SMALLER: [(&str, &str); 3] = [("--keep", "2,1"), ("--samples", "2,4"), ("--shard-size", "10")];
 
-/// What an undisturbed run of the small schedule gives.
+/// The predictions of an undisturbed run with the small schedule.
 fn undisturbed(images: &Path) -> Vec<Prediction> {
     let outs = TempDir::new().unwrap();
     let out = outs.path().join("out");
@@ -255,10 +257,10 @@ fn undisturbed(images: &Path) -> Vec<Prediction> {
 }
 
 #[test]
-fn a_worker_whose_mount_is_missing_leaves_and_no_image_is_blamed() {
+fn a_worker_without_its_mount_leaves_and_no_image_is_blamed() {
     let images = some_images(4);
     let expected = undisturbed(images.path());
-    // Every process has a current directory of its own, as every machine has its own mounts.
+    // Each process has its own current directory, like each machine has its own mounts.
     let (with_mount, without, empty) = (TempDir::new().unwrap(), TempDir::new().unwrap(), TempDir::new().unwrap());
     copy_tree(images.path(), &with_mount.path().join("images"));
     std::fs::create_dir(empty.path().join("images")).unwrap();
@@ -267,23 +269,23 @@ fn a_worker_whose_mount_is_missing_leaves_and_no_image_is_blamed() {
         [("without", &without, "there is no /proc/self/cwd/images"), ("empty", &empty, "is empty here")]
     {
         let mut worker = cluster.worker(name, elbo(), directory.path());
-        assert_eq!(worker.wait(PATIENCE), Some(1), "{}", cluster.log(name));
+        assert_eq!(worker.wait(), Some(1), "{}", cluster.log(name));
         let log = cluster.log(name);
         assert!(log.contains(told) && log.contains("then start the worker again"), "{log}");
         assert_eq!(cluster.quarantined(), 0);
     }
-    // Beside one that has it, another comes and goes.
+    // A worker without the mount comes and goes while another one works.
     let mut sound = cluster.worker("sound", elbo(), with_mount.path());
     let mut blind = cluster.worker("blind", elbo(), without.path());
-    assert_eq!(sound.wait(PATIENCE), Some(0), "{}", cluster.log("sound"));
-    // It may have come too late to be given anything.
-    let code = blind.wait(PATIENCE);
+    assert_eq!(sound.wait(), Some(0), "{}", cluster.log("sound"));
+    // It may have come too late to get a lease.
+    let code = blind.wait();
     assert!(matches!(code, Some(0 | 1)), "{code:?}: {}", cluster.log("blind"));
-    assert!(cluster.log("coordinator.log").contains("none of them is blamed"), "it is told why they left");
+    assert!(cluster.log("coordinator.log").contains("none of them is blamed"), "the log must say why they left");
     cluster.check(&expected);
 }
 
-/// Images on a server that checks keys.
+/// Uploads images to a server that checks access keys.
 fn on_s3(images: &Path) -> (S3sFs, Bucket) {
     let server = S3sFs::start(true);
     let bucket = server.bucket();
@@ -305,24 +307,24 @@ fn a_worker_whose_credentials_expire_leaves_and_no_image_is_blamed() {
     for (status, code, told) in refusals {
         let cluster = Cluster::start(Path::new("s3://corpus/images"), |command| bucket.on(command), here.path());
         let proxy = Proxy::start(&server.endpoint, 0, 0);
-        // A few images are read before.
+        // A few images are read before that.
         proxy.refuse_after(5, status, code);
         let command = || with_variables(elbo(), &s3_variables(&proxy.endpoint));
         let mut refused = cluster.worker("refused", command(), here.path());
-        assert_eq!(refused.wait(PATIENCE), Some(1), "{code}: {}", cluster.log("refused"));
+        assert_eq!(refused.wait(), Some(1), "{code}: {}", cluster.log("refused"));
         let log = cluster.log("refused");
         assert!(log.contains(code) && log.contains(told) && !log.contains(SECRET), "{log}");
         assert_eq!(cluster.quarantined(), 0, "{code}");
         let mut other = cluster.worker("other", bucket.on(elbo()), here.path());
         let mut again = cluster.worker("again", command(), here.path());
-        assert_eq!(other.wait(PATIENCE), Some(0), "{code}: {}", cluster.log("other"));
-        assert!(matches!(again.wait(PATIENCE), Some(0 | 1)), "{code}: {}", cluster.log("again"));
+        assert_eq!(other.wait(), Some(0), "{code}: {}", cluster.log("other"));
+        assert!(matches!(again.wait(), Some(0 | 1)), "{code}: {}", cluster.log("again"));
         cluster.check(&expected);
     }
 }
 
 #[test]
-fn when_the_only_worker_can_read_nothing_any_more_the_job_stops_with_a_clear_error_and_resumes() {
+fn a_job_stops_with_a_clear_error_when_its_only_worker_loses_access_and_resumes() {
     let images = some_images(4);
     let (server, _bucket) = on_s3(images.path());
     let expected = undisturbed(images.path());
@@ -336,7 +338,7 @@ fn when_the_only_worker_can_read_nothing_any_more_the_job_stops_with_a_clear_err
             command.args(["--workers", workers]);
             command
         };
-        // Listing takes a few requests, and some images are read before.
+        // The listing takes a few requests, and some images are read before that.
         proxy.refuse_after(12, status, code);
         for workers in ["1", "3"] {
             let stopped = run(&mut label(workers));
@@ -350,12 +352,12 @@ fn when_the_only_worker_can_read_nothing_any_more_the_job_stops_with_a_clear_err
         }
         proxy.accept();
         run_ok(&mut label("2"));
-        assert!(predictions(&out) == expected, "{code}: other predictions than undisturbed");
+        assert!(predictions(&out) == expected, "{code}: the predictions differ from an undisturbed run's");
     }
 }
 
 #[test]
-fn images_that_are_truly_missing_are_quarantined_after_a_second_look_and_the_job_ends() {
+fn missing_images_are_quarantined_after_a_second_attempt_and_the_job_ends() {
     let images = some_images(4);
     let gone = ["three", "seven"];
     for class in gone {
@@ -370,7 +372,7 @@ fn images_that_are_truly_missing_are_quarantined_after_a_second_look_and_the_job
             assert_eq!(row.error().is_some_and(|error| error.starts_with("read: ")), is_gone, "{}", row.key);
         }
     };
-    // Alone, by engines of one process, and by processes that agree.
+    // With one engine, with several engines of one process, and with several processes that agree.
     let outs = TempDir::new().unwrap();
     for workers in ["1", "3"] {
         let out = outs.path().join(workers);
@@ -381,9 +383,9 @@ fn images_that_are_truly_missing_are_quarantined_after_a_second_look_and_the_job
     let here = outs.path();
     let mut cluster = Cluster::start(images.path(), |command| command, here);
     let mut workers = ["one", "two"].map(|name| cluster.worker(name, elbo(), here));
-    assert_eq!(cluster.coordinator.wait(PATIENCE), Some(0), "{}", cluster.log("coordinator.log"));
+    assert_eq!(cluster.coordinator.wait(), Some(0), "{}", cluster.log("coordinator.log"));
     for (worker, name) in workers.iter_mut().zip(["one", "two"]) {
-        assert_eq!(worker.wait(PATIENCE), Some(0), "{}", cluster.log(name));
+        assert_eq!(worker.wait(), Some(0), "{}", cluster.log(name));
     }
     check(&cluster.out());
 }

@@ -1,4 +1,4 @@
-//! Models of full size, with random weights: `tests/full_size/make.py` writes them, and says how this is run.
+//! Models of full size with random weights. `tests/full_size/make.py` writes them and says how to run this test.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -9,7 +9,7 @@ use candle_core::{DType, Device, safetensors};
 use elbo_models::{ClipTextModel, LoadOptions, Pass, Probe, TextEmbeddings, Unet, VaeEncoder};
 use elbo_tests::numbers::{assert_close, channels_last};
 
-/// Of the largest magnitude.
+/// Relative to the largest magnitude.
 const TOLERANCE: f64 = 1e-4;
 
 #[test]
@@ -34,7 +34,7 @@ fn a_model_of_full_size_matches_diffusers() {
 
     let started = Instant::now();
     let unet = Unet::load(&dir.join("unet"), &options).unwrap();
-    println!("the UNet was loaded in {:.1?}", started.elapsed());
+    println!("loading the UNet took {:.1?}", started.elapsed());
     let (started, timesteps) = (Instant::now(), integers("timestep"));
     let times = unet.time_cache(&timesteps, &timesteps.iter().map(|t| *t as f32).collect::<Vec<_>>()).unwrap();
     let texts = TextEmbeddings { tokens: reference["embeds"].clone(), pooled: None };

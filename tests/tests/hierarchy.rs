@@ -1,4 +1,4 @@
-//! Groups above classes: a race asks about the groups first.
+//! Groups of classes: a race evaluates the groups first.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -9,7 +9,7 @@ use std::process::Command;
 use elbo_tests::{classes, elbo, json, model, predictions, results, run, run_ok, some_images, stderr};
 use tempfile::TempDir;
 
-/// Groups are called like one of the digits in them, so that the model understands their prompts.
+/// Each group has the name of one of its digits, so that the model understands its prompt.
 const GROUPS: &str = "eight\n  three\n  five\n  six\nnine\n  four\n  seven\nzero\n  two\none\n";
 
 fn label(images: &Path, out: &Path, flags: &[&str]) -> Command {
@@ -21,7 +21,7 @@ fn label(images: &Path, out: &Path, flags: &[&str]) -> Command {
 }
 
 #[test]
-fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
+fn a_race_among_groups_ends_with_a_class_of_a_surviving_group() {
     let (images, outs) = (some_images(4), TempDir::new().unwrap());
     let tree = outs.path().join("tree.txt");
     std::fs::write(&tree, GROUPS).unwrap();
@@ -34,19 +34,19 @@ fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
     for row in &rows {
         let scored: Vec<i32> = row.scores().iter().map(|score| score.class.0).collect();
         let best = group_of[&scored[0]];
-        // The classes beside the best one were scored with it; a group's own prompt is no class's score.
+        // All classes of the best class's group were scored; the group's own prompt is not the score of a class.
         assert!(group_of.iter().all(|(class, group)| *group != best || scored.contains(class)), "{row:?}");
         assert!(scored.len() < 10 || row.evaluations >= 8 * 4, "{row:?}");
-        // Groups were asked about on at least two slots, with every prompt that is not in one.
+        // At least two slots for the groups and every prompt that is in no group.
         assert!(row.evaluations >= 2 * 4, "{row:?}");
     }
-    assert!(rows.iter().any(|row| row.scores().len() < 8), "some groups are never opened");
+    assert!(rows.iter().any(|row| row.scores().len() < 8), "every image opened all groups");
     let report = json(elbo().args(["report", "--json"]).arg(&out));
-    // Among all ten, whatever groups were left: five slots for all and fifteen for five.
+    // The reference scores all ten classes, whichever groups survived: five slots for ten, fifteen more for five.
     assert_eq!(report["audit"]["reference_evaluations"], 5.0 * 10.0 + 15.0 * 5.0);
     assert!(report["accuracy"]["top1"].as_f64().unwrap() > 0.5, "{report}");
 
-    // A class that stood beside groups and was asked about again is written down once a slot.
+    // A class that raced beside groups and was evaluated again has one row per slot.
     let mut errors = BTreeMap::new();
     for shard in 0..4 {
         let bytes = std::fs::read(out.join(format!("errors/shard-{shard:05}.parquet"))).unwrap();
@@ -57,7 +57,7 @@ fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
     assert!(!errors.is_empty() && errors.values().all(|count| *count == 1));
 
     let plan = json(elbo().args(["plan", "--json", "--classes"]).arg(classes()).args(grouped));
-    // Four that are in no group, on eight slots; then ten classes.
+    // First the four prompts that are in no group, on eight slots; then ten classes.
     assert_eq!(plan["rounds"][0], serde_json::json!({"slots": 8, "prompts": 4, "evaluations": 32}));
     assert_eq!(plan["prompts"], 10);
     let mut piloted = elbo();
@@ -71,10 +71,10 @@ fn a_race_among_groups_ends_with_a_class_of_a_group_that_was_left() {
 }
 
 #[test]
-fn a_hierarchy_that_does_not_fit_is_refused_with_the_remedy() {
+fn an_invalid_hierarchy_is_refused_with_a_remedy() {
     let (images, outs) = (some_images(1), TempDir::new().unwrap());
     let refused = |text: &str, flags: &[&str]| {
-        // An outline has no header, which a table must have.
+        // An outline has no header, but a table needs one.
         let tree = outs.path().join(if text == GROUPS { "tree.txt" } else { "tree.csv" });
         std::fs::write(&tree, text).unwrap();
         let output = run(label(images.path(), &outs.path().join("out"), flags).arg("--hierarchy").arg(&tree));
@@ -82,7 +82,7 @@ fn a_hierarchy_that_does_not_fit_is_refused_with_the_remedy() {
         stderr(&output)
     };
     assert!(refused("class,parent\nzero,round\neight,round\ncircle,round\n", &[]).contains("'circle' is not a class"));
-    assert!(refused("class,parent\nzero,round\nround,zero\neight,round\n", &[]).contains("in itself"));
+    assert!(refused("class,parent\nzero,round\nround,zero\neight,round\n", &[]).contains("contains itself"));
     assert!(refused(GROUPS, &["--policy", "exhaustive"]).contains("--hierarchy is for --policy race"));
     assert!(!outs.path().join("out").join("job.json").exists());
 }

@@ -1,5 +1,5 @@
-//! Everything a coordinator's port can be sent: noise, half-open connections, malformed and oversized messages, and well-formed
-//! lies from somebody with the token. All of it is refused and logged, and the job ends with the same bytes.
+//! Hostile input at a coordinator's port: noise, half-open connections, malformed and oversized messages, and well-formed but
+//! false messages from a client with the token. All of it is refused and logged, and the job ends with the same bytes.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use elbo_proto::v1;
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
+use elbo_tests::patience::seconds;
 use elbo_tests::service::{Service, TOKEN};
-use elbo_tests::{PATIENCE, Process, elbo, json};
+use elbo_tests::{Process, elbo, json};
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
-/// More than the coordinator takes.
+/// More than the coordinator accepts.
 const OVERSIZED: usize = elbo_proto::MAX_MESSAGE_BYTES + 1;
 
-/// Bytes as they are, in the place of messages.
+/// Raw bytes in place of messages.
 struct Raw;
 
 impl Codec for Raw {
@@ -57,7 +58,7 @@ impl Decoder for Raw {
     }
 }
 
-/// Somebody who can connect, with a token or without.
+/// A client that can connect, with or without a token.
 struct Caller {
     channel: Channel,
     token: Option<&'static str>,
@@ -118,7 +119,7 @@ impl Caller {
     }
 }
 
-/// What a worker would report of a block's first unit, with sums that could be.
+/// A report that a worker could send for a block's first unit, with plausible sums.
 fn report(worker: &str, block: &v1::Block) -> v1::ReportRequest {
     let unit = &block.units[0];
     let (slots, prompts) = (unit.slot_end - unit.slot_begin, unit.prompts.len());
@@ -134,7 +135,7 @@ fn report(worker: &str, block: &v1::Block) -> v1::ReportRequest {
     v1::ReportRequest { worker, epoch, lease, results: vec![result], ..v1::ReportRequest::default() }
 }
 
-/// Bytes that follow no rule, the same in every run.
+/// Pseudorandom bytes, the same in every run.
 fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
@@ -146,11 +147,11 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
     (0..length).map(|_| next()).collect()
 }
 
-/// Sends bytes to a port, and reads for a moment what comes.
+/// Sends bytes to a port and reads for a moment.
 fn send(address: &str, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-    // A server that has heard enough hangs up in the middle.
+    // The server may hang up in the middle.
     let _ = stream.write_all(bytes);
     let mut answer = vec![0; 1024];
     let length = stream.read(&mut answer).unwrap_or(0);
@@ -158,7 +159,7 @@ fn send(address: &str, bytes: &[u8]) -> Vec<u8> {
     answer
 }
 
-/// Noise, protocols of others, and beginnings without an end.
+/// Noise, other protocols, and messages that never end.
 fn pester(address: &str) {
     for seed in 0..40 {
         send(address, &noise(seed, 1 << (seed % 17)));
@@ -166,12 +167,12 @@ fn pester(address: &str) {
     let http1 = send(address, b"GET /metrics HTTP/1.1\r\nHost: elbo\r\n\r\n");
     assert!(!http1.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&http1));
     send(address, b"POST /elbo.v1.Coordinator/Status HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n");
-    // The beginning of a TLS handshake, and of an HTTP/2 connection with frames that are none.
+    // The start of a TLS handshake, and an HTTP/2 connection with invalid frames.
     send(address, &[&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3][..], &noise(1, 60)].concat());
     for seed in 0..20 {
         send(address, &[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec(), noise(seed, 500)].concat());
     }
-    // A frame said to be of 16 MB, and headers that never end.
+    // A frame that claims 16 MB, and headers that never end.
     send(address, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\x01\x04\0\0\0\x01");
     let continued = [&[0, 64, 0, 9, 0, 0, 0, 0, 1][..], &noise(3, 16_384)].concat();
     let greeting = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\0\x01\0\0\0\0\x01";
@@ -183,7 +184,7 @@ async fn connect(service: &Service, token: Option<&'static str>) -> Caller {
     Caller { channel, token }
 }
 
-/// Calls without the token, or with a wrong one, come to nothing.
+/// Calls without the token or with a wrong one are refused.
 async fn strangers(service: &Service) {
     for token in [None, Some("guessed"), Some("a-secret-0f93x")] {
         let stranger = connect(service, token).await;
@@ -195,14 +196,14 @@ async fn strangers(service: &Service) {
     }
 }
 
-/// Messages that are none, or too large.
+/// Invalid messages, and messages that are too large.
 async fn malformed(caller: &Caller) {
     for method in ["Join", "Lease", "Report", "Heartbeat", "Release"] {
         for seed in 1..20 {
-            // Most noise is no message; what happens to be one names no worker that has joined.
+            // Most noise is not a valid message; if it is, it names no worker that has joined.
             assert!(caller.raw(method, noise(seed, 300)).await.is_err(), "{method} {seed}");
         }
-        // A length that goes beyond the message, and a group that is never closed.
+        // A length beyond the end of the message, and a group that is never closed.
         assert!(caller.raw(method, vec![0x0a, 0xff, 0xff, 0xff, 0x7f]).await.is_err());
         assert!(caller.raw(method, vec![0x0b; 5_000]).await.is_err());
         let oversized = caller.raw(method, vec![0; OVERSIZED]).await.unwrap_err();
@@ -214,7 +215,7 @@ async fn malformed(caller: &Caller) {
     }
 }
 
-/// Well-formed reports of what was not asked for or can't be.
+/// Well-formed reports of units that were not leased, or with impossible values.
 async fn lies(caller: &Caller, block: &v1::Block) {
     let good = report("mallory", block);
     type Change = fn(&mut v1::ReportRequest);
@@ -222,10 +223,10 @@ async fn lies(caller: &Caller, block: &v1::Block) {
         ("a lease never granted", |r| r.lease += 1_000),
         ("the largest lease", |r| r.lease = u64::MAX),
         ("an epoch that never was", |r| r.epoch = 0),
-        ("a sum that is no number", |r| r.results[0].sum[0] = f64::NAN),
+        ("a sum that is not a number", |r| r.results[0].sum[0] = f64::NAN),
         ("a negative sum", |r| r.results[0].sum[0] = -1.0),
         ("an infinite sum", |r| r.results[0].sum[0] = f64::INFINITY),
-        ("squares that are no number", |r| r.results[0].sum_sq[0] = f64::NAN),
+        ("squares that are not a number", |r| r.results[0].sum_sq[0] = f64::NAN),
         ("squares too small for the sum", |r| r.results[0].sum_sq[0] = 0.0),
         ("too few sums", |r| r.results[0].sum.truncate(1)),
         ("too many squares", |r| r.results[0].sum_sq.push(1.0)),
@@ -252,7 +253,7 @@ async fn lies(caller: &Caller, block: &v1::Block) {
         let refused = caller.report(bad).await.map(|_| ()).unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{what}: {refused}");
     }
-    // A later coordinator may have granted it, for all this one knows: it takes nothing, and the worker is to look for that one.
+    // A later coordinator may have granted the lease: this one accepts nothing, and the worker should look for the later one.
     for epoch in [good.epoch + 1, u64::MAX] {
         let later = v1::ReportRequest { epoch, ..good.clone() };
         assert_eq!(caller.report(later).await.unwrap_err().code(), Code::Unavailable);
@@ -272,7 +273,7 @@ async fn lies(caller: &Caller, block: &v1::Block) {
     }
 }
 
-/// Well-formed reports of what somebody else was given, and of what nobody was.
+/// Well-formed reports of units leased to another worker, and of units leased to no worker.
 async fn forgeries(caller: &Caller, own: &v1::Block, alices: &v1::Block) {
     let refused = |report| async move {
         let refused = caller.report(report).await.map(|_| ()).unwrap_err();
@@ -282,15 +283,15 @@ async fn forgeries(caller: &Caller, own: &v1::Block, alices: &v1::Block) {
     let forged = report("mallory", alices);
     assert!(refused(forged.clone()).await.contains("granted to another worker"));
     let under_own = v1::ReportRequest { lease: own.lease, ..forged.clone() };
-    assert!(refused(under_own.clone()).await.contains("granted without"));
+    assert!(refused(under_own.clone()).await.contains("does not include"));
     let failure = v1::SampleFailure { sample: alices.samples[0].id, stage: "decode".into(), error: "broken".into() };
     let own_samples: Vec<_> = own.samples.iter().map(|sample| sample.id).collect();
-    assert!(!own_samples.contains(&failure.sample), "this says nothing");
+    assert!(!own_samples.contains(&failure.sample), "the failure must be of another worker's sample");
     for lie in [&forged, &under_own] {
         let (results, failures) = (Vec::new(), vec![failure.clone()]);
         refused(v1::ReportRequest { results, failures, ..lie.clone() }).await;
     }
-    // To say when joining that it is one's own helps nothing.
+    // Claiming the lease when joining does not help.
     let held = vec![v1::HeldBlock {
         epoch: alices.epoch,
         lease: alices.lease,
@@ -308,8 +309,8 @@ fn leases(status: &serde_json::Value, worker: &str) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whatever_comes_to_the_port_is_refused_and_the_job_ends_with_the_same_bytes() {
-    // A thousand connections are held further down.
+async fn hostile_input_is_refused_and_the_job_ends_with_the_same_bytes() {
+    // The test holds a thousand connections below.
     rlimit::increase_nofile_limit(4096).unwrap();
     let service = Service::new(4);
     let mut coordinator = service.coordinator(&[]);
@@ -329,7 +330,7 @@ async fn whatever_comes_to_the_port_is_refused_and_the_job_ends_with_the_same_by
     forgeries(&mallory, &block, &held).await;
     assert_eq!(status()["evaluations"], 0);
 
-    // What is alice's, mallory can't hand back nor blame.
+    // Mallory can neither hand back nor blame alice's lease.
     for _ in 0..3 {
         mallory.release("mallory", &held, "").await;
         mallory.release("mallory", &held, "poisoned").await;
@@ -341,7 +342,7 @@ async fn whatever_comes_to_the_port_is_refused_and_the_job_ends_with_the_same_by
     alice.release("alice", &held, "").await;
     assert_eq!(leases(&status(), "alice"), 0);
 
-    // A thousand who connect and say nothing, or half of something, keep nobody from working, and are cut off.
+    // A thousand clients that connect and send nothing, or half a message, don't stop the workers, and are disconnected.
     let mut idle: Vec<_> = (0..1_000).map(|_| TcpStream::connect(&service.address).unwrap()).collect();
     for (n, stream) in idle.iter_mut().enumerate() {
         stream.write_all(&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..n % 24]).unwrap();
@@ -350,13 +351,13 @@ async fn whatever_comes_to_the_port_is_refused_and_the_job_ends_with_the_same_by
     let mut worker = Process::start(&mut service.worker(&url));
     idle[7].set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let mut rest = Vec::new();
-    // Cut off by an end or a reset, not by this side's patience.
+    // The server closed or reset the connection; the read did not time out here.
     let cut = idle[7].read_to_end(&mut rest);
     assert!(cut.is_ok() || cut.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
-    assert!(since.elapsed() < Duration::from_secs(25), "{:?}", since.elapsed());
+    assert!(since.elapsed() < seconds(25), "{:?}", since.elapsed());
     drop((alice, mallory));
-    assert_eq!(coordinator.wait(PATIENCE), Some(0), "{}", service.log());
-    assert_eq!(worker.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0), "{}", service.log());
+    assert_eq!(worker.wait(), Some(0));
     service.check_results();
 
     let log = service.log();

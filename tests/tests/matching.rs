@@ -1,4 +1,4 @@
-//! Lists of images, captions of their own, pairs as in Winoground, and several prompts per class.
+//! Lists of images, captions per image, pairs as in Winoground, and several prompts per class.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 const THREE: &str = "a photo of the digit three";
 const EIGHT: &str = "a photo of the digit eight";
 
-/// A list of pairs of a three and an eight, the paths relative to it.
+/// A list of pairs of a three and an eight, with paths relative to the list.
 fn pairs(dir: &Path, count: usize) -> PathBuf {
     let (threes, eights) = (sorted(&images().join("three")), sorted(&images().join("eight")));
     let mut rows = String::from("path,label,caption_0,caption_1,pair\n");
@@ -71,7 +71,7 @@ fn pairs_are_scored_as_in_winoground() {
         let p = count / 6.0;
         let score = &report["pairs"][name];
         assert_eq!(score["score"].as_f64(), Some(p), "{name}: {report}");
-        // Wilson's interval.
+        // The Wilson interval.
         let square = 1.959_963_985f64.powi(2) / 6.0;
         let (centre, spread) = (p + square / 2.0, (square * p * (1.0 - p) + square * square / 4.0).sqrt());
         for (of, expected) in [("low", centre - spread), ("high", centre + spread), ("interval", spread)] {
@@ -83,14 +83,14 @@ fn pairs_are_scored_as_in_winoground() {
     let top1 = rows.iter().filter(|row| row.labelled().unwrap().class.0 == i32::from(row.key.starts_with("eight")));
     assert_eq!(report["accuracy"]["top1"].as_f64(), Some(top1.count() as f64 / 12.0));
 
-    // Whether an image is sure enough for a class is no part of these scores.
+    // These scores do not depend on whether an image is confident enough to get a class.
     let unsure =
         ["--candidates", "caption_0,caption_1", "--samples", "20", "--write-errors", "--abstain-below", "0.99"];
     let unsure = json(elbo().args(["report", "--json"]).arg(label(&list, &unsure).path()));
     assert!(unsure["uncertain"].as_u64() > Some(0), "{unsure}");
     assert_eq!(unsure["pairs"], report["pairs"]);
 
-    // Both images of a pair see the same noise: listed alone, each draws its own and scores otherwise.
+    // Both images of a pair share their noise. Listed alone, each draws its own noise and gets other scores.
     let apart = std::fs::read_to_string(&list).unwrap().replace(",pair 0\n", ",\n");
     std::fs::write(&list, apart).unwrap();
     let other = label(&list, &["--candidates", "caption_0,caption_1", "--samples", "20"]);
@@ -126,7 +126,7 @@ fn captions_may_be_a_json_array_of_any_length() {
 }
 
 #[test]
-fn an_image_whose_captions_are_the_same_tokens_is_quarantined_with_both_named() {
+fn an_image_whose_captions_have_the_same_tokens_is_quarantined_with_both_named() {
     let dir = TempDir::new().unwrap();
     let image = sorted(&images().join("three")).remove(0);
     let mut list = String::from("path\tc0\tc1\n");
@@ -143,18 +143,18 @@ fn an_image_whose_captions_are_the_same_tokens_is_quarantined_with_both_named() 
 }
 
 #[test]
-fn captions_in_blocks_of_other_samples_give_the_same_bytes() {
+fn captions_give_the_same_bytes_however_samples_are_grouped_into_blocks() {
     let dir = TempDir::new().unwrap();
     let list = pairs(dir.path(), 5);
     let flags = ["--candidates", "caption_0,caption_1", "--samples", "12", "--shard-size", "4", "--write-errors"];
-    // One worker takes whole shards into a block; three share them.
+    // One worker gets whole shards as blocks; three workers share them.
     let (one, three) = (label(&list, &flags), label(&list, &[&flags[..], &["--workers", "3"]].concat()));
     assert_eq!(results(one.path()).len(), 6);
     assert!(results(one.path()) == results(three.path()));
 }
 
 #[test]
-fn the_reference_policy_keeps_all_captions_where_there_are_few_and_leaves_such_pairs_unscored() {
+fn the_reference_policy_keeps_all_of_few_captions_and_mixed_pairs_stay_unscored() {
     let dir = TempDir::new().unwrap();
     let list = pairs(dir.path(), 1);
     let image = sorted(&images().join("two")).remove(0);
@@ -165,13 +165,13 @@ fn the_reference_policy_keeps_all_captions_where_there_are_few_and_leaves_such_p
     let flags = ["--candidates", "caption_0,caption_1,caption_2", "--policy", "reference", "--trials", "1"];
     let evaluations = |out: &TempDir| predictions(out.path()).iter().map(|row| row.evaluations).collect::<Vec<_>>();
 
-    // Four slots for all captions, four more for two of them.
+    // Four slots for all captions, then four more for two of them.
     let kept = label(&list, &[&flags[..], &["--keep", "2,1", "--samples", "4,8"]].concat());
     assert_eq!(evaluations(&kept), [16, 16, 20]);
     let report = json(elbo().arg("report").arg(kept.path()).arg("--json"));
     assert_eq!((report["pairs"]["n"].as_u64(), report["pairs"]["incomplete"].as_u64()), (Some(1), Some(0)));
 
-    // A pair whose captions were not all scored on the same slots is named, not silently scored.
+    // A pair whose captions were scored on different slots is named, not silently scored.
     let left = label(&list, &[&flags[..], &["--keep", "1,1", "--samples", "4,8"]].concat());
     assert_eq!(evaluations(&left), [12, 12, 16]);
     let report = json(elbo().arg("report").arg(left.path()).arg("--json"));
@@ -198,7 +198,7 @@ fn a_list_of_paths_is_labelled_like_its_directory() {
 }
 
 #[test]
-fn lists_that_can_not_be_used_say_where_and_why() {
+fn unusable_lists_are_refused_with_the_line_and_reason() {
     let dir = TempDir::new().unwrap();
     std::fs::copy(sorted(&images().join("one")).remove(0), dir.path().join("a.png")).unwrap();
     let refused = |name: &str, content: &str, flags: &[&str]| {
@@ -227,7 +227,7 @@ fn lists_that_can_not_be_used_say_where_and_why() {
 }
 
 #[test]
-fn a_class_scores_the_mean_over_its_prompts_or_its_best_one() {
+fn a_class_gets_the_mean_or_the_best_error_of_its_prompts() {
     let (digits, dir) = (some_images(1), TempDir::new().unwrap());
     let file = dir.path().join("classes.csv");
     let names = ["zero", "one", "two", "three"];
@@ -251,7 +251,7 @@ fn a_class_scores_the_mean_over_its_prompts_or_its_best_one() {
             assert!((f64::from(error_of(mean, class as i32)) / ((a + b) / 2.0) - 1.0).abs() < 1e-6);
         }
     }
-    // By mean, --keep counts classes, whose prompts stay together.
+    // With the mean, --keep counts classes, whose prompts are kept together.
     let kept = job(&["--prompt-ensemble", "mean", "--keep", "2,1", "--samples", "4,8"]);
     for row in predictions(kept.path()) {
         let rounds: Vec<_> = row.labelled().unwrap().scores.iter().map(|score| score.round.0).collect();

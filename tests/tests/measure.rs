@@ -1,5 +1,5 @@
-//! The scripts that measure a GPU (`deploy/cuda`), where there is none: a step that can't be run, fails or hangs costs itself.
-//! `tests/cuda/emulated.sh measure` runs them whole, on the emulated device.
+//! The scripts that measure a GPU (`deploy/cuda`), without a GPU: a step that can't run, fails or hangs affects no other step.
+//! `tests/cuda/emulated.sh measure` runs the complete scripts on the emulated device.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use elbo_tests::patience::seconds;
 use elbo_tests::{elbo, json, root, run};
 use tempfile::TempDir;
 
-/// A Python without packages, and a folder for the programs that are measured.
+/// A Python without packages, and a directory for the measured programs.
 struct Bench(TempDir);
 
 impl Bench {
@@ -28,7 +29,7 @@ impl Bench {
         self.0.path().join("carry").join(name)
     }
 
-    /// Puts a shell script in the place of both programs.
+    /// Replaces both programs with a shell script.
     fn script(&self, text: &str) {
         for name in ["elbo", "parity"] {
             std::fs::write(self.carry(name), format!("#!/bin/bash\n{text}\n")).unwrap();
@@ -36,7 +37,7 @@ impl Bench {
         }
     }
 
-    /// Runs one of the scripts on the CPU; what it said and its report.
+    /// Runs one of the scripts on the CPU; returns its output and report.
     fn run(&self, script: &str, seconds: &str) -> (Output, String) {
         let out = self.0.path().join("out");
         let tools = root().join("tests/cuda/tools");
@@ -51,7 +52,7 @@ impl Bench {
     }
 }
 
-/// The newest build of the parity tests, beside this one.
+/// The newest build of the parity tests, in the directory of this test.
 fn parity() -> PathBuf {
     let deps = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     let is_parity = |path: &PathBuf| {
@@ -62,7 +63,7 @@ fn parity() -> PathBuf {
     found.max_by_key(|path| path.metadata().unwrap().modified().unwrap()).unwrap()
 }
 
-/// What became of a step, in a report.
+/// The outcome of a step in a report.
 fn outcome<'a>(report: &'a str, step: &str) -> &'a str {
     let line = report.lines().find(|line| line.starts_with(&format!("| {step}")));
     line.and_then(|line| line.split('|').nth(2)).unwrap_or_default().trim()
@@ -79,7 +80,7 @@ fn without_a_gpu_or_pytorch_everything_else_is_measured() {
     for step in ["digits in bf16", "parity", "elbo: digits ", "elbo: digits, 10 prompts"] {
         assert_eq!(outcome(&report, step), "ok", "{step}: {said}{report}");
     }
-    // Nothing runs between the profiler's marks on a CPU.
+    // On a CPU, no kernel runs between the profiler's start and stop.
     assert_eq!(outcome(&report, "ncu: time of every kernel"), "failed", "{report}");
     for step in ["PyTorch: ceilings", "PyTorch, eager: digits", "PyTorch, max-autotune: digits"] {
         assert_eq!(outcome(&report, step), "skipped", "{step}: {report}");
@@ -91,7 +92,7 @@ fn without_a_gpu_or_pytorch_everything_else_is_measured() {
 }
 
 #[test]
-fn a_peer_that_is_missing_costs_the_comparison_alone() {
+fn a_missing_peer_only_skips_the_comparison() {
     let mut bench = elbo();
     bench.args([
         "bench",
@@ -110,14 +111,14 @@ fn a_peer_that_is_missing_costs_the_comparison_alone() {
     assert!(report["batches"].as_array().is_some_and(|batches| batches.len() == 2), "{report}");
     assert!(report["peer_error"].as_str().is_some_and(|error| error.contains("/nonexistent/python")), "{report}");
     assert!(report["peer"].is_null() && report["ratio"].is_null() && report["peak_flops"].is_null(), "{report}");
-    // The norm in front of a convolution is part of it on the CPU, and an operation of its own only elsewhere.
+    // On the CPU, the norm before a convolution is fused into it; elsewhere it is a separate operation.
     let operations: Vec<_> =
         report["operations"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap()).collect();
     assert!(operations.contains(&"conv2d") && operations.contains(&"feed-forward"), "{operations:?}");
 }
 
 #[test]
-fn a_program_that_is_wrong_is_looked_at_and_not_measured() {
+fn a_failing_program_is_inspected_but_not_measured() {
     let bench = Bench::new();
     bench.script("echo 'the device is on fire' >&2; exit 1");
     let (output, report) = bench.run("measure.sh", "60");
@@ -128,7 +129,7 @@ fn a_program_that_is_wrong_is_looked_at_and_not_measured() {
 }
 
 #[test]
-fn a_step_that_hangs_ends_in_time_with_all_it_started() {
+fn a_step_that_hangs_ends_in_time_with_all_its_processes() {
     let bench = Bench::new();
     let alive = bench.0.path().join("alive");
     bench.script(&format!(
@@ -137,7 +138,7 @@ fn a_step_that_hangs_ends_in_time_with_all_it_started() {
     ));
     let started = Instant::now();
     let (_, report) = bench.run("sanitize.sh", "30");
-    assert!(started.elapsed() < Duration::from_secs(120), "{:?}", started.elapsed());
+    assert!(started.elapsed() < seconds(120), "{:?}", started.elapsed());
     assert_eq!(outcome(&report, "elbo --version"), "timeout", "{report}");
     assert_eq!(outcome(&report, "CUDA's libraries"), "timeout", "{report}");
     assert_eq!(outcome(&report, "memcheck"), "skipped", "{report}");
@@ -145,11 +146,11 @@ fn a_step_that_hangs_ends_in_time_with_all_it_started() {
     assert!(alive.exists());
     std::fs::remove_file(&alive).unwrap();
     std::thread::sleep(Duration::from_millis(500));
-    assert!(!alive.exists(), "what a step had started must not outlive it");
+    assert!(!alive.exists(), "processes started by a step must not outlive it");
 }
 
 #[test]
-fn programs_that_were_not_built_are_asked_for() {
+fn missing_programs_are_named_with_the_command_that_builds_them() {
     let bench = Bench::new();
     std::fs::remove_dir(bench.0.path().join("carry")).unwrap();
     let (output, _) = bench.run("measure.sh", "10");

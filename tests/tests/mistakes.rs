@@ -1,4 +1,4 @@
-//! What goes wrong gets a clear message and the right exit code, and nothing is lost.
+//! Mistakes get a clear message and the right exit code, and nothing is lost.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -30,7 +30,7 @@ impl Case {
         command
     }
 
-    /// Runs the command; it must fail with `code` and a message that contains all of `words`.
+    /// Runs the command, which must fail with `code` and a message that contains all of `words`.
     #[track_caller]
     fn fails(&self, code: i32, words: &[&str]) {
         let output = run(&mut self.command());
@@ -68,7 +68,7 @@ fn impossible_flags_are_bad_usage() {
 }
 
 #[test]
-fn a_model_that_cannot_be_loaded_is_named_and_leaves_no_output() {
+fn a_model_that_cannot_be_loaded_is_named_and_no_output_is_created() {
     let outs = TempDir::new().unwrap();
     let broken = outs.path().join("model");
     Case { model: "/no/such/model".into(), ..Case::new(&outs) }.fails(1, &["/no/such/model", "diffusers layout"]);
@@ -79,12 +79,12 @@ fn a_model_that_cannot_be_loaded_is_named_and_leaves_no_output() {
     let weights = broken.join("unet/diffusion_pytorch_model.safetensors");
     std::fs::remove_file(&weights).unwrap();
     case.fails(1, &["unet", "diffusion_pytorch_model"]);
-    // Weights of another network: the VAE's.
+    // The weights of another network, the VAE.
     std::fs::copy(model().join("vae/diffusion_pytorch_model.safetensors"), &weights).unwrap();
     case.fails(1, &["unet/diffusion_pytorch_model.safetensors"]);
     std::fs::write(&weights, b"not safetensors").unwrap();
     case.fails(1, &["unet/diffusion_pytorch_model.safetensors"]);
-    // Right names, wrong shapes: a configuration with another width.
+    // Right names but wrong shapes: a configuration with another width.
     std::fs::copy(model().join("unet/diffusion_pytorch_model.safetensors"), &weights).unwrap();
     let config = broken.join("unet/config.json");
     let text = std::fs::read_to_string(&config).unwrap();
@@ -101,7 +101,7 @@ fn empty_missing_or_mislabelled_datasets_are_refused() {
     let empty = TempDir::new().unwrap();
     Case { images: "/no/such/images".into(), ..Case::new(&outs) }.fails(1, &["/no/such/images"]);
     Case { images: empty.path().into(), ..Case::new(&outs) }.fails(1, &["no image"]);
-    // A label that is no class.
+    // A label that is not a class.
     let digits = some_images(1);
     std::fs::rename(digits.path().join("zero"), digits.path().join("null")).unwrap();
     Case { images: digits.path().into(), flags: vec!["--label-from", "parent"], ..Case::new(&outs) }
@@ -121,7 +121,7 @@ fn wrong_class_files_are_refused_with_the_line() {
 }
 
 #[test]
-fn classes_that_cannot_be_told_apart_are_refused_before_anything_is_computed() {
+fn indistinguishable_classes_are_refused_before_anything_is_computed() {
     let outs = TempDir::new().unwrap();
     let file = outs.path().join("classes.csv");
     let case = Case {
@@ -140,7 +140,7 @@ fn classes_that_cannot_be_told_apart_are_refused_before_anything_is_computed() {
     std::fs::write(&file, "prompt,classname\nThe Digit,zero\nthe digit,one\n").unwrap();
     case.fails(1, &["'The Digit' of class 'zero' and", "'the digit' of class 'one'", "differ in their words"]);
     assert!(!case.out.exists(), "a job that can't run must leave nothing behind");
-    // What still differs is computed, with a warning.
+    // Prompts that still differ are computed, with a warning.
     std::fs::write(&file, format!("prompt,classname\nzero {long},zero\none {long},one\n")).unwrap();
     let output = run(&mut case.command());
     let message = stderr(&output);
@@ -148,7 +148,7 @@ fn classes_that_cannot_be_told_apart_are_refused_before_anything_is_computed() {
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_named() {
+fn an_unwritable_output_is_named() {
     let outs = TempDir::new().unwrap();
     let file = outs.path().join("file");
     std::fs::write(&file, "").unwrap();
@@ -157,7 +157,7 @@ fn an_output_that_cannot_be_written_is_named() {
 }
 
 #[test]
-fn noise_files_that_do_not_fit_are_refused() {
+fn noise_files_that_do_not_fit_the_model_are_refused() {
     let outs = TempDir::new().unwrap();
     let case = Case { flags: vec!["--noise", "/no/such/noise.safetensors"], ..Case::new(&outs) };
     case.fails(1, &["/no/such/noise.safetensors"]);
@@ -178,7 +178,7 @@ fn unreadable_images_are_quarantined_and_the_rest_is_labelled() {
     let whole = std::fs::read(&elbo_tests::sorted(&digits.path().join("two"))[0]).unwrap();
     std::fs::write(one.join("truncated.png"), &whole[..whole.len() / 2]).unwrap();
 
-    // Three of 23 are more than a tenth.
+    // Three of 23 images are more than a tenth.
     let flags = job_flags(digits.path(), &out);
     let ended = run(elbo().arg("label").args(&flags).args(["--max-bad", "2"]));
     assert_eq!(ended.status.code(), Some(1), "{}", stderr(&ended));
@@ -218,7 +218,7 @@ fn an_adapter_is_part_of_the_job() {
 }
 
 #[test]
-fn commands_on_something_else_than_an_output_say_so() {
+fn commands_refuse_a_path_that_is_not_an_output() {
     let empty = TempDir::new().unwrap();
     for command in ["report", "verify", "status"] {
         let output = run(elbo().arg(command).arg(empty.path()));

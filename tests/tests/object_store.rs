@@ -1,4 +1,4 @@
-//! The whole job on object storage: images, model, output and ledger on moto's S3, s3s-fs and Azurite, by real processes.
+//! Whole jobs on object storage with real processes: images, model, output and ledger on moto's S3, s3s-fs and Azurite.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -9,37 +9,39 @@ use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_output::predictions::{decode_errors, decode_predictions};
+use elbo_tests::patience::{seconds, wait_until};
 use elbo_tests::proxy::{Fault, Proxy};
 use elbo_tests::servers::{AZURITE_KEY, Azurite, Bucket, KEY, Moto, S3sFs, SECRET, s3_variables, with_variables};
 use elbo_tests::{
-    PATIENCE, Process, coordinator_flags, elbo, free_address, job_flags, json, model, results, run, run_ok,
-    some_images, stderr, with,
+    Process, coordinator_flags, elbo, free_address, job_flags, json, model, results, run, run_ok, some_images, stderr,
+    with,
 };
 use tempfile::TempDir;
 
 type Files = Vec<(String, Vec<u8>)>;
 
-/// What predictions and errors say, without the fingerprint in their metadata: it covers the images' entity tags, which every
-/// store makes in its own way.
+/// The rows of predictions and errors without the fingerprint in their metadata: it covers the images' entity tags, which
+/// differ between stores.
 fn rows(files: &Files) -> Vec<String> {
     let row = |(name, bytes): &(String, Vec<u8>)| {
         let bytes = bytes.clone().into();
-        match name.starts_with("errors") {
-            true => format!("{name}: {:?}", decode_errors(bytes).unwrap()),
-            false => format!("{name}: {:?}", decode_predictions(bytes).unwrap()),
+        if name.starts_with("errors") {
+            format!("{name}: {:?}", decode_errors(bytes).unwrap())
+        } else {
+            format!("{name}: {:?}", decode_predictions(bytes).unwrap())
         }
     };
     files.iter().map(row).collect()
 }
 
-/// The bytes of the first output on a bucket: all others there must be the same.
+/// The bytes of the first output on a bucket; all later outputs there must have the same.
 fn first_of(bucket: &Bucket, found: &Files) -> Files {
     static FIRST: Mutex<BTreeMap<String, Files>> = Mutex::new(BTreeMap::new());
     let mut first = FIRST.lock().unwrap_or_else(PoisonError::into_inner);
     first.entry(format!("{:?}", bucket.variables)).or_insert_with(|| found.clone()).clone()
 }
 
-/// One moto for all tests here; it ends with this process.
+/// One moto server for all tests here; it ends with this process.
 fn moto() -> &'static Moto {
     static MOTO: OnceLock<Moto> = OnceLock::new();
     MOTO.get_or_init(|| {
@@ -51,13 +53,13 @@ fn moto() -> &'static Moto {
 
 static IMAGES: LazyLock<TempDir> = LazyLock::new(|| some_images(3));
 
-/// Puts images and model into a bucket.
+/// Uploads images and model to a bucket.
 fn corpus(bucket: &Bucket) {
     bucket.upload(IMAGES.path(), "images");
     bucket.upload(&model(), "model");
 }
 
-/// What the job gives in a local directory.
+/// The results of the job in a local directory.
 static EXPECTED: LazyLock<Files> = LazyLock::new(|| {
     let outs = TempDir::new().unwrap();
     let out = outs.path().join("out");
@@ -104,11 +106,11 @@ impl<'a> Job<'a> {
         command
     }
 
-    /// Checks bytes, and what the commands that read an output say of it.
+    /// Checks the bytes of an output and the commands that read it.
     fn check(&self) {
         let found = self.bucket.results(self.out);
-        assert!(rows(&found) == rows(&EXPECTED), "{}: other rows than in a directory", self.url());
-        assert!(found == first_of(self.bucket, &found), "{}: other bytes than in another output", self.url());
+        assert!(rows(&found) == rows(&EXPECTED), "{}: the rows differ from those in a directory", self.url());
+        assert!(found == first_of(self.bucket, &found), "{}: the bytes differ from another output's", self.url());
         let ask = |command: &str| json(self.command().args([command, "--json"]).arg(self.url()));
         let verified = ask("verify");
         assert_eq!((verified["ok"].as_bool(), verified["predictions"].as_u64()), (Some(true), Some(30)));
@@ -121,18 +123,18 @@ impl<'a> Job<'a> {
     }
 }
 
-/// No secret may be in what is written or said.
+/// Asserts that no secret is in written files or messages.
 #[track_caller]
 fn assert_clean(what: &str, bytes: &[u8]) {
     for secret in [SECRET, AZURITE_KEY, "hush"] {
-        assert!(!bytes.windows(secret.len()).any(|window| window == secret.as_bytes()), "{what} has a secret in it");
+        assert!(!bytes.windows(secret.len()).any(|window| window == secret.as_bytes()), "{what} contains a secret");
     }
 }
 
-/// The whole job in one process, and by a coordinator and two workers.
+/// Runs the whole job in one process, and with a coordinator and two workers.
 fn whole_job(bucket: &Bucket) {
     let one = Job::new(bucket, "one");
-    // As much as can be logged.
+    // With the most detailed logs.
     let said = run_ok(one.label().env("ELBO_LOG", "trace,h2=info,hyper=info"));
     assert!(said.stderr.len() > 10_000);
     assert_clean("the log", &said.stderr);
@@ -150,9 +152,9 @@ fn whole_job(bucket: &Bucket) {
         Process::start(&mut command)
     };
     let mut workers = [worker(), worker()];
-    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0));
     for worker in &mut workers {
-        assert_eq!(worker.wait(PATIENCE), Some(0));
+        assert_eq!(worker.wait(), Some(0));
     }
     cluster.check();
 }
@@ -177,17 +179,17 @@ fn the_whole_job_on_azurite() {
 }
 
 #[test]
-fn killed_in_the_middle_it_resumes_on_s3() {
+fn a_killed_job_resumes_on_s3() {
     let bucket = moto().bucket();
     let job = Job::new(&bucket, "killed");
-    // The first dies soon after the ledger is begun, the second when a shard is committed.
+    // The first process dies soon after the ledger is created, the second once a shard is committed.
     for (begun, dies_after) in [("ledger/wal", 300), ("predictions", 0)] {
         let mut process = Process::start(&mut job.label());
-        let end = Instant::now() + PATIENCE;
-        while bucket.keys(&format!("killed/{begun}")).is_empty() {
-            assert!(Instant::now() < end && process.is_running(), "{begun} never comes");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let has_come = || {
+            assert!(process.is_running(), "{begun} never comes");
+            !bucket.keys(&format!("killed/{begun}")).is_empty()
+        };
+        wait_until(|| format!("{begun} never comes"), has_come);
         std::thread::sleep(Duration::from_millis(dies_after));
         process.kill();
     }
@@ -197,7 +199,7 @@ fn killed_in_the_middle_it_resumes_on_s3() {
 }
 
 #[test]
-fn a_network_that_fails_now_and_then_changes_no_byte() {
+fn occasional_network_failures_change_no_byte() {
     let mut seen = std::collections::BTreeSet::new();
     for seed in [1, 2] {
         let proxy = Proxy::start(&moto().endpoint, seed, 12);
@@ -209,17 +211,17 @@ fn a_network_that_fails_now_and_then_changes_no_byte() {
     }
     let all =
         [Fault::SlowDown, Fault::Internal, Fault::Refused, Fault::LostReply, Fault::Lied, Fault::CutOff, Fault::Delay];
-    assert_eq!(seen.into_iter().collect::<Vec<_>>(), all, "every fault must have been met");
+    assert_eq!(seen.into_iter().collect::<Vec<_>>(), all, "every fault must have occurred");
 }
 
-/// Runs a command that must fail with code 1, soon, and with a message that contains all of `words` and no secret.
+/// Runs a command that must soon fail with code 1, with a message that contains all of `words` and no secret.
 #[track_caller]
 fn fails(command: &mut Command, within: u64, words: &[&str]) {
     let started = Instant::now();
     let output = run(command);
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{message}");
-    assert!(started.elapsed() < Duration::from_secs(within), "after {:?}: {message}", started.elapsed());
+    assert!(started.elapsed() < seconds(within), "after {:?}: {message}", started.elapsed());
     for word in words {
         assert!(message.contains(word), "'{word}' is not in: {message}");
     }
@@ -227,7 +229,7 @@ fn fails(command: &mut Command, within: u64, words: &[&str]) {
     assert!(!message.contains("panicked"), "{message}");
 }
 
-/// `elbo label` of local images with an output elsewhere.
+/// `elbo label` of local images with an output at another location.
 fn label_to(out: &str, variables: &[(&'static str, String)]) -> Command {
     let mut command = with_variables(elbo(), variables);
     command.arg("label").args(job_flags(IMAGES.path(), Path::new(out)));
@@ -247,7 +249,7 @@ fn a_store_whose_conditional_puts_are_not_atomic_is_refused_before_anything_is_c
 }
 
 #[test]
-fn mistakes_with_buckets_and_keys_are_told_soon() {
+fn wrong_buckets_and_keys_are_reported_soon() {
     let variables = moto().bucket().variables;
     let no_bucket = ["s3://nosuchbucket/out", "no such bucket"];
     fails(&mut label_to("s3://nosuchbucket/out", &variables), 20, &no_bucket);
@@ -264,7 +266,7 @@ fn mistakes_with_buckets_and_keys_are_told_soon() {
     wrong_key.push(("AWS_SECRET_ACCESS_KEY", "hush".into()));
     fails(&mut label_to("s3://corpus/out", &wrong_key), 20, &["s3://corpus/out", "refuses these credentials"]);
 
-    // Nobody listens on the discard port.
+    // No server listens on the discard port.
     let nowhere = s3_variables("http://127.0.0.1:9");
     let words = ["trying again for up to 1", "s3://corpus/out", "check the endpoint"];
     fails(&mut label_to("s3://corpus/out", &nowhere), 45, &words);
@@ -279,7 +281,7 @@ fn mistakes_with_buckets_and_keys_are_told_soon() {
 }
 
 #[test]
-fn credentials_in_urls_reach_no_message() {
+fn credentials_in_urls_appear_in_no_message() {
     let variables = moto().bucket().variables;
     fails(&mut label_to("s3://id:hush@corpus/out", &variables), 20, &["s3://corpus/out", "environment"]);
     fails(&mut label_to("s3://corpus/out?X-Amz-Signature=hush", &variables), 20, &["environment"]);

@@ -1,4 +1,4 @@
-//! What operators see of a running job: probes, metrics, status, health, reflection, logs.
+//! The operator's view of a running job: probes, metrics, status, health, reflection, logs.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test that can't be set up must fail")]
 
@@ -6,9 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
+use elbo_tests::patience::patience;
 use elbo_tests::service::{Service, TOKEN};
 use elbo_tests::{
-    PATIENCE, Process, classes, coordinator_flags, elbo, free_address, images, json, model, run, some_images, stderr,
+    Process, classes, coordinator_flags, elbo, free_address, images, json, model, run, some_images, stderr,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -20,20 +21,22 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-/// Asks a process's HTTP side; its answer's code and text.
+/// Sends a request to a process's HTTP endpoint; returns the status code and text.
 async fn get(address: &str, path: &str) -> Option<(u16, String)> {
+    elbo_store::tls::use_ring();
     let answer = reqwest::get(format!("http://{address}{path}")).await.ok()?;
     Some((answer.status().as_u16(), answer.text().await.ok()?))
 }
 
-/// The answer's code where this process is called by a name.
+/// The status code of a request with this host name.
 async fn code_by_name(address: &str, path: &str, name: &str) -> u16 {
+    elbo_store::tls::use_ring();
     let request = reqwest::Client::new().get(format!("http://{address}{path}")).header("host", name);
     request.send().await.unwrap().status().as_u16()
 }
 
 async fn wait_for(address: &str, path: &str, reached: impl Fn(u16, &str) -> bool) -> String {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience();
     loop {
         let answer = get(address, path).await;
         if let Some((code, text)) = &answer
@@ -46,7 +49,7 @@ async fn wait_for(address: &str, path: &str, reached: impl Fn(u16, &str) -> bool
     }
 }
 
-/// The value of a series, as it is written.
+/// The value of a metric series.
 fn value(metrics: &str, series: &str) -> f64 {
     let line = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("no {series} in\n{metrics}")).parse().unwrap()
@@ -61,11 +64,11 @@ async fn probes_metrics_status_and_page_follow_a_job() {
         for name in ["localhost:7601", "ELBO.example", "elbo-coordinator:7601"] {
             assert_eq!(code_by_name(&service.http, path, name).await, 200, "{path} of {name}");
         }
-        // A page that had its own name point here would ask like this.
+        // A web page whose own name resolves to this address would send this host name.
         assert_eq!(code_by_name(&service.http, path, "evil.example").await, 421, "{path}");
     }
     assert_eq!(code_by_name(&service.http, "/livez", "evil.example").await, 200);
-    // Nobody works yet: it is alive and ready all the same, for it serves whoever comes.
+    // Without workers the coordinator is still alive and ready: it can serve workers that join.
     wait_for(&service.http, "/readyz", |code, _| code == 200).await;
     assert_eq!(get(&service.http, "/livez").await.unwrap(), (200, "alive\n".into()));
     let status: Value = serde_json::from_str(&get(&service.http, "/status").await.unwrap().1).unwrap();
@@ -73,7 +76,7 @@ async fn probes_metrics_status_and_page_follow_a_job() {
     let of_command = json(elbo().args(["status", "--json", &url]).env("ELBO_TOKEN", TOKEN));
     assert_eq!(status, of_command);
 
-    // A worker that has nobody to join is alive and not ready.
+    // A worker that can't reach a coordinator is alive but not ready.
     let (lost_http, lost) = (free_address(), format!("http://{}", free_address()));
     let mut command = service.worker(&lost);
     let _lost = Process::start(command.args(["--http", &lost_http]));
@@ -102,11 +105,11 @@ async fn probes_metrics_status_and_page_follow_a_job() {
     assert!(page.contains("<progress") && page.contains("workers"), "{page}");
     assert!(!page.contains("http://") && !page.contains(TOKEN), "{page}");
     assert_eq!(get(&service.http, "/nothing").await.unwrap().0, 404);
-    assert_eq!((coordinator.wait(PATIENCE), worker.wait(PATIENCE)), (Some(0), Some(0)));
+    assert_eq!((coordinator.wait(), worker.wait()), (Some(0), Some(0)));
 }
 
 #[tokio::test]
-async fn the_job_that_follows_its_pilot_is_shown_in_its_place() {
+async fn a_job_replaces_its_pilot_in_status_and_metrics() {
     let (images, files) = (some_images(8), TempDir::new().unwrap());
     let (address, http) = (free_address(), free_address());
     let url = format!("http://{address}");
@@ -131,7 +134,7 @@ async fn the_job_that_follows_its_pilot_is_shown_in_its_place() {
     };
     let is = |text: &str, samples: u64| {
         let status: Value = serde_json::from_str(text).unwrap();
-        // Whoever waits for the end must not take the pilot's for it.
+        // A client that waits for the end must not take the pilot's end for it.
         assert!(status["state"] != "done" || status["samples"] == 80, "{status}");
         status["samples"] == samples && status["state"] != "starting"
     };
@@ -146,15 +149,15 @@ async fn the_job_that_follows_its_pilot_is_shown_in_its_place() {
     shown(20).await;
     let mut first = worker();
     wait_for(&http, "/status", |code, text| code == 200 && is(text, 80)).await;
-    // Nobody works on it while it is looked at.
+    // No worker runs during these checks.
     first.kill();
     shown(80).await;
     let mut second = worker();
-    assert_eq!((coordinator.wait(PATIENCE), second.wait(PATIENCE)), (Some(0), Some(0)));
+    assert_eq!((coordinator.wait(), second.wait()), (Some(0), Some(0)));
 }
 
 #[test]
-fn logs_are_json_and_name_every_unit_that_is_granted_and_acknowledged() {
+fn json_logs_name_every_granted_and_acknowledged_unit() {
     let service = Service::new(3);
     let mut command = elbo();
     let flags = coordinator_flags(&images(), &service.out());
@@ -165,12 +168,12 @@ fn logs_are_json_and_name_every_unit_that_is_granted_and_acknowledged() {
     let log = |n: usize| format!("worker-{n}.log");
     let mut workers: Vec<_> =
         (0..2).map(|n| service.start(service.worker(&url).env("ELBO_LOG_FORMAT", "json"), &log(n))).collect();
-    assert_eq!(coordinator.wait(PATIENCE), Some(0), "{}", service.log());
-    assert!(workers.iter_mut().all(|worker| worker.wait(PATIENCE) == Some(0)));
+    assert_eq!(coordinator.wait(), Some(0), "{}", service.log());
+    assert!(workers.iter_mut().all(|worker| worker.wait() == Some(0)));
 
     let fingerprint = json(elbo().args(["verify", "--json"]).arg(service.out()))["fingerprint"].clone();
     let short = &fingerprint.as_str().unwrap()[..12];
-    // What is told to a terminal's user is text; the log is a JSON object a line.
+    // Messages for a user at a terminal are plain text; the log has one JSON object per line.
     let events = |text: &str| -> Vec<Value> {
         text.lines().filter(|line| line.starts_with('{')).map(|line| serde_json::from_str(line).unwrap()).collect()
     };
@@ -201,7 +204,7 @@ fn logs_are_json_and_name_every_unit_that_is_granted_and_acknowledged() {
         }
     }
     assert_eq!(shards, 2);
-    // 40 images: a round on 8 slots and one on 20, each a unit.
+    // 40 images with two rounds, one on 8 slots and one on 20; each round is one unit.
     assert_eq!(acknowledged.len(), 80);
     for n in 0..2 {
         let text = std::fs::read_to_string(service.file(&log(n))).unwrap();
@@ -214,7 +217,7 @@ fn logs_are_json_and_name_every_unit_that_is_granted_and_acknowledged() {
 }
 
 #[tokio::test]
-async fn health_answers_anyone_and_reflection_those_with_the_token() {
+async fn health_answers_anyone_but_reflection_needs_the_token() {
     let service = Service::new(1);
     let _coordinator = service.coordinator(&[]);
     let url = format!("http://{}", service.address);
@@ -247,7 +250,7 @@ async fn health_answers_anyone_and_reflection_those_with_the_token() {
 }
 
 #[test]
-fn what_operators_get_wrong_is_named() {
+fn mistakes_of_operators_are_named() {
     let service = Service::new(1);
     let fails = |command: &mut std::process::Command, code: i32, words: &[&str]| {
         let output = run(command);
@@ -266,10 +269,10 @@ fn what_operators_get_wrong_is_named() {
         fails(worker().arg("--token-file").arg(&file), 2, &["the token is empty"]);
     }
     std::fs::write(&file, "two words\n").unwrap();
-    fails(worker().arg("--token-file").arg(&file), 2, &["blanks", "printable ASCII"]);
+    fails(worker().arg("--token-file").arg(&file), 2, &["spaces", "printable ASCII"]);
     fails(worker().arg("--token-file").arg(service.files.path()), 1, &["reading the token file", "may read"]);
     fails(worker().env("ELBO_TOKEN", ""), 2, &["the token is empty"]);
-    fails(worker().env("ELBO_LOG", "elbo=chatty"), 2, &["ELBO_LOG", "no filter"]);
+    fails(worker().env("ELBO_LOG", "elbo=chatty"), 2, &["ELBO_LOG", "not a valid filter"]);
     fails(worker().args(["--log", "xml"]), 2, &["text", "json"]);
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let _held = std::net::TcpListener::bind(taken).unwrap();
@@ -286,13 +289,13 @@ fn what_operators_get_wrong_is_named() {
     open.args(["coordinator", "--images", "x", "--classes", "x", "--model", "/none", "--out", "x", "--listen"]);
     let message = stderr(&run(open.arg("0.0.0.0:0").env("ELBO_TOKEN", TOKEN)));
     assert!(message.contains("unencrypted") && message.contains("--tls-cert") && !message.contains(TOKEN), "{message}");
-    // A token that goes beyond the loopback address in clear is warned of, without being shown.
+    // A warning appears if the token would leave loopback unencrypted; it does not show the token.
     let output = run(worker().args(["--coordinator", "http://0.0.0.0:9"]).env("ELBO_TOKEN", TOKEN));
     assert!(stderr(&output).contains("unencrypted") && !stderr(&output).contains(TOKEN), "{}", stderr(&output));
 }
 
 #[tokio::test]
-async fn a_job_nobody_works_on_says_so_after_a_minute_and_no_more_once_somebody_does() {
+async fn a_job_without_workers_reports_a_stall_after_a_minute_until_a_worker_joins() {
     let service = Service::new(3);
     let mut coordinator = service.coordinator(&[]);
     let stalled = |text: &str| serde_json::from_str::<Value>(text).unwrap()["stalled"].clone();
@@ -303,9 +306,9 @@ async fn a_job_nobody_works_on_says_so_after_a_minute_and_no_more_once_somebody_
     assert_eq!(value(&metrics, "elbo_stalled{part=\"workers\"}"), 1.0);
     assert!(get(&service.http, "/").await.unwrap().1.contains(&sentence));
     assert!(service.log().contains(&sentence), "{}", service.log());
-    // It is up to the workers, and restarting the coordinator would mend nothing.
+    // The coordinator stays alive: the workers are missing, and restarting the coordinator would not help.
     assert_eq!(get(&service.http, "/livez").await.unwrap().0, 200);
     let mut worker = Process::start(&mut service.worker(&format!("http://{}", service.address)));
-    assert_eq!((coordinator.wait(PATIENCE), worker.wait(PATIENCE)), (Some(0), Some(0)));
-    assert!(service.log().contains("the job gets on again"), "{}", service.log());
+    assert_eq!((coordinator.wait(), worker.wait()), (Some(0), Some(0)));
+    assert!(service.log().contains("the job makes progress again"), "{}", service.log());
 }

@@ -1,4 +1,4 @@
-//! What people do with an output: keep fewer scores, report, export.
+//! Uses of an output: keep fewer scores, report, export.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -10,7 +10,7 @@ use elbo_core::ids::{ClassIndex, Round, SampleId, ShardId};
 use elbo_core::prediction::{Labelled, Outcome, Prediction, Score};
 use elbo_output::layout;
 use elbo_output::predictions::encode_predictions;
-use elbo_tests::{PATIENCE, Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr, with};
+use elbo_tests::{Process, elbo, job_flags, json, predictions, run, run_ok, some_images, stderr, with};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -21,7 +21,7 @@ fn label(images: &Path, out: &Path, more: &[&str]) -> std::process::Command {
 }
 
 #[test]
-fn a_job_that_keeps_few_scores_predicts_the_same_and_is_another_job() {
+fn a_job_that_keeps_fewer_scores_predicts_the_same_but_is_a_different_job() {
     let images = some_images(3);
     let outs = TempDir::new().unwrap();
     let (all, three) = (outs.path().join("all"), outs.path().join("three"));
@@ -103,7 +103,7 @@ fn an_output_is_reported_and_exported() {
     run_ok(&mut export("csv", &csv, &["--force"]));
     assert!(std::fs::read_to_string(&csv).unwrap().contains("class_5,error_5"));
 
-    // Beside the images.
+    // One file beside each image.
     run_ok(&mut export("json", images.path(), &[]));
     for row in &rows {
         let file = images.path().join(&row.key).with_extension("json");
@@ -119,23 +119,23 @@ fn an_output_is_reported_and_exported() {
     assert!(bad["status"] == "quarantined" && bad["error"].as_str().unwrap().contains("decode"), "{bad}");
 }
 
-/// A pipe whose reader has gone.
+/// A pipe whose reader is closed.
 fn gone() -> Stdio {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     writer.into()
 }
 
-/// A disk without room.
+/// A full disk.
 fn full() -> Stdio {
     std::fs::File::options().write(true).open("/dev/full").unwrap().into()
 }
 
 #[test]
-fn who_does_not_read_disturbs_no_command_and_a_full_disk_is_told() {
+fn a_closed_pipe_disturbs_no_command_and_a_full_disk_is_reported() {
     let images = some_images(1);
     let outs = TempDir::new().unwrap();
-    // A job goes on, whoever listens to its progress and reads its summary.
+    // A job continues even if its progress and summary can't be written.
     for (name, stderr_of) in [("gone", gone as fn() -> Stdio), ("full", full)] {
         let out = outs.path().join(name);
         let mut command = elbo();
@@ -172,7 +172,7 @@ fn who_does_not_read_disturbs_no_command_and_a_full_disk_is_told() {
         assert_eq!(ended.status.code(), Some(1), "{arguments:?}: {}", stderr(&ended));
         assert!(stderr(&ended).starts_with("error: writing to stdout: No space left"), "{}", stderr(&ended));
     }
-    // What a command is to say keeps its exit code where nobody hears it.
+    // A command keeps its exit code if its message can't be written.
     std::fs::remove_file(Path::new(&out).join("predictions/shard-00000.parquet")).unwrap();
     for nobody in [gone, full] {
         for (arguments, code) in
@@ -185,7 +185,7 @@ fn who_does_not_read_disturbs_no_command_and_a_full_disk_is_told() {
 }
 
 #[test]
-fn an_export_that_leaves_an_image_out_writes_the_rest_and_fails() {
+fn an_export_that_omits_an_image_writes_the_rest_and_fails() {
     let (out, to) = (thousand_classes(1), TempDir::new().unwrap());
     let shard = out.path().join(layout::predictions(ShardId(0)).as_ref());
     let mut rows = predictions(out.path());
@@ -203,7 +203,7 @@ fn an_export_that_leaves_an_image_out_writes_the_rest_and_fails() {
     assert_eq!(elbo_tests::sorted(&to.path().join("deep")).len(), 1);
 }
 
-/// The output of a done job with a thousand classes: `shards` files with the same 500 samples.
+/// The output of a finished job with a thousand classes: `shards` files with the same 500 samples.
 fn thousand_classes(shards: u32) -> TempDir {
     let out = TempDir::new().unwrap();
     let names: Vec<_> = (0..1000).map(|i| (i, format!("class number {i}, with a name as ImageNet has them"))).collect();
@@ -239,7 +239,7 @@ fn thousand_classes(shards: u32) -> TempDir {
         Prediction {
             sample: SampleId(id),
             key: format!("photos/{id:06}.jpg"),
-            // One in five is third-best, one in five unknown to the five best.
+            // For one sample in five the label is third-best, for another one in five it is not among the best five.
             label: Some(names[class([0, 0, 0, 2, 7][id as usize % 5]).0 as usize].1.clone()),
             evaluations: 25_000,
             outcome: Outcome::Labelled(labelled),
@@ -253,7 +253,7 @@ fn thousand_classes(shards: u32) -> TempDir {
     out
 }
 
-/// The most memory a command used, in MiB.
+/// The peak memory of a command in MiB.
 fn peak(command: &mut std::process::Command) -> u64 {
     let mut process = Process::start(command);
     let status = format!("/proc/{}/status", process.0.id());
@@ -265,12 +265,12 @@ fn peak(command: &mut std::process::Command) -> u64 {
         peak = peak.max(kib.unwrap_or_default() / 1024);
         std::thread::sleep(Duration::from_millis(2));
     }
-    assert_eq!(process.wait(PATIENCE), Some(0));
+    assert_eq!(process.wait(), Some(0));
     peak
 }
 
 #[test]
-fn an_output_with_a_thousand_classes_is_read_in_memory_that_does_not_grow_with_it() {
+fn reading_an_output_with_a_thousand_classes_takes_bounded_memory() {
     let (small, large) = (thousand_classes(24), thousand_classes(96));
     let report = json(elbo().arg("report").arg(large.path()).arg("--json"));
     assert_eq!(report["labelled"], 48_000);
@@ -290,7 +290,7 @@ fn an_output_with_a_thousand_classes_is_read_in_memory_that_does_not_grow_with_i
             peak(&mut elbo)
         };
         let (few, many) = (of(&small, "small"), of(&large, "large"));
-        // The additional rows alone would take 800 MiB.
+        // Holding the additional rows in memory would take 800 MiB.
         assert!(many < few + 100, "{command}: {few} MiB for 24 shards, {many} MiB for 96");
     }
 }

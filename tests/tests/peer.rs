@@ -1,4 +1,4 @@
-//! The whole job against PyTorch + diffusers: same images, same noise, same schedule (`tests/peer/classify.py`).
+//! Whole jobs compared with PyTorch and diffusers: same images, same noise, same schedule (`tests/peer/classify.py`).
 
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
@@ -47,6 +47,6 @@ fn stable_diffusion_labels_the_digits_as_pytorch_does() {
 
 #[test]
 fn dit_labels_the_digits_as_pytorch_does() {
-    // PyTorch computed in f32 as well, and this model's errors at high timesteps are a thousandth of those at low ones.
+    // PyTorch also computes in f32, and this model's errors at high timesteps are a thousandth of those at low timesteps.
     check("digits-dit", &[("--model", root().join("tests/fixtures/digits-dit/model"))], 2e-5);
 }

@@ -1,14 +1,13 @@
-//! A pilot goes before a race: with embedded workers, with others that stay, killed at any moment.
+//! Pilots before races: with embedded workers, with separate workers, and killed at any moment.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use elbo_tests::{
-    PATIENCE, Process, classes, elbo, free_address, json, model, results, run, run_ok, some_images, stderr,
-};
+use elbo_tests::patience::wait_until;
+use elbo_tests::{Process, classes, elbo, free_address, json, model, results, run, run_ok, some_images, stderr};
 use tempfile::TempDir;
 
 const FLAGS: [&str; 9] =
@@ -26,27 +25,27 @@ fn read_json(path: &Path) -> serde_json::Value {
 }
 
 #[test]
-fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whatever_is_killed() {
+fn a_race_uses_the_timesteps_of_its_pilot_with_any_workers_and_after_any_kill() {
     let (images, outs) = (some_images(8), TempDir::new().unwrap());
     let undisturbed = outs.path().join("undisturbed");
     let started = Instant::now();
     let said = stderr(&run_ok(&mut label(images.path(), &undisturbed)));
     let whole = started.elapsed();
-    assert!(said.contains("pilot: 20 images learn where to look"), "{said}");
-    assert!(said.contains("say to look at the timesteps from"), "{said}");
+    assert!(said.contains("pilot: 20 images to learn which timesteps to use"), "{said}");
+    assert!(said.contains("images to use the timesteps from"), "{said}");
     let expected = results(&undisturbed);
 
-    // What was learned is in job.json, and saved as --timesteps-from takes it.
+    // The learned timesteps are in job.json, and in a file that --timesteps-from accepts.
     let learned = read_json(&undisturbed.join("pilot/timesteps.json"));
     let record = read_json(&undisturbed.join("job.json"));
     assert_eq!(record["spec"]["policy"]["timesteps"], learned);
     let findings = read_json(&undisturbed.join("pilot/findings.json"));
     assert_eq!((&findings["samples"], &findings["window"]["start"]), (&20.into(), &learned[0]["from"]));
     assert!(findings["trials"].as_array().unwrap().len() > 10);
-    // A pilot is a job: twenty images of all classes, each on a hundred timesteps with every prompt.
+    // A pilot is a job of its own: twenty images of all classes, each on a hundred timesteps with every prompt.
     let pilot = json(elbo().args(["report", "--json"]).arg(undisturbed.join("pilot")));
     assert_eq!((&pilot["samples"], &pilot["evaluations"]), (&20.into(), &20_000.into()));
-    assert!(pilot["accuracy"]["mean_per_class"].as_f64().unwrap() > 0.8, "chosen from all over the dataset: {pilot}");
+    assert!(pilot["accuracy"]["mean_per_class"].as_f64().unwrap() > 0.8, "images come from the whole dataset: {pilot}");
 
     let killed = outs.path().join("killed");
     let mut kills = 0;
@@ -54,18 +53,18 @@ fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whate
         let mut process = Process::start(&mut label(images.path(), &killed));
         kills += u32::from(process.kill_after(whole * percent / 100));
     }
-    assert!(kills >= 2, "only {kills} kills met a living process");
+    assert!(kills >= 2, "only {kills} kills hit a running process");
     run_ok(&mut label(images.path(), &killed));
     assert!(results(&killed) == expected, "an interrupted pilot and race must give the bytes of undisturbed ones");
 
-    // What another job's pilot learned is not taken, as long as no race has been begun with it.
+    // The result of another job's pilot is refused; no race has begun with it.
     let other = outs.path().join("other");
     elbo_tests::copy_tree(&undisturbed.join("pilot"), &other.join("pilot"));
     let refused = run(label(images.path(), &other).args(["--seed", "7"]));
     assert!(stderr(&refused).contains("seed: 0 -> 7"), "{}", stderr(&refused));
     assert!(!other.join("job.json").exists());
 
-    // Killed when the pilot was done and nobody had looked at what it wrote yet.
+    // As if killed when the pilot was done but its findings were not written yet.
     for gone in ["job.json", "pilot/timesteps.json", "pilot/findings.json"] {
         std::fs::remove_file(killed.join(gone)).unwrap();
     }
@@ -73,9 +72,9 @@ fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whate
         std::fs::remove_dir_all(killed.join(gone)).unwrap();
     }
     run_ok(&mut label(images.path(), &killed));
-    assert!(results(&killed) == expected, "a race must not be computed with what was loaded for its pilot");
+    assert!(results(&killed) == expected, "the race must not run with data loaded for its pilot");
 
-    // Workers stay for the race when the pilot is done.
+    // Workers stay for the race after the pilot is done.
     let (address, shared) = (free_address(), outs.path().join("shared"));
     let mut coordinator = elbo();
     coordinator.arg("coordinator").args(FLAGS).arg(images.path()).arg("--classes").arg(classes());
@@ -88,21 +87,21 @@ fn a_pilot_learns_where_to_look_and_the_race_looks_there_whoever_works_and_whate
             Process::start(&mut worker)
         })
         .collect();
-    assert_eq!(coordinator.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0));
     for worker in &mut workers {
-        assert_eq!(worker.wait(PATIENCE), Some(0));
+        assert_eq!(worker.wait(), Some(0));
     }
     assert!(results(&shared) == expected);
     let report = json(elbo().args(["report", "--json"]).arg(&shared));
     assert_eq!((&report["samples"], &report["evaluations_recomputed"]), (&80.into(), &0.into()));
 
-    // Begun again from nothing, it is asked again.
+    // With --fresh, the pilot runs again.
     run_ok(label(images.path(), &shared).arg("--fresh"));
     assert!(results(&shared) == expected);
 }
 
 #[test]
-fn a_pilot_is_for_races_alone() {
+fn a_pilot_is_only_for_races() {
     let (images, outs) = (some_images(1), TempDir::new().unwrap());
     let out = outs.path().join("out");
     for flags in [&["--policy", "exhaustive"][..], &["--keep", "3,1", "--samples", "5,10"]] {
@@ -117,11 +116,11 @@ fn a_pilot_is_for_races_alone() {
     run_ok(without.arg("--model").arg(model()).arg("--out").arg(&out));
     let refused = run(&mut label(images.path(), &out));
     assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
-    assert!(stderr(&refused).contains("begun without a pilot"), "{}", stderr(&refused));
+    assert!(stderr(&refused).contains("started without a pilot"), "{}", stderr(&refused));
 }
 
 #[test]
-fn a_worker_whose_coordinator_comes_back_with_another_job_works_for_that_one() {
+fn a_worker_follows_its_coordinator_to_another_job() {
     let (images, outs, address) = (some_images(4), TempDir::new().unwrap(), free_address());
     let coordinator = |out: &str, seed: &str| {
         let mut command = elbo();
@@ -134,27 +133,26 @@ fn a_worker_whose_coordinator_comes_back_with_another_job_works_for_that_one() {
     let mut worker = elbo();
     worker.args(["worker", "--coordinator", &format!("http://{address}"), "--batch", "16"]);
     let mut worker = Process::start(&mut worker);
-    // In the middle of the first job, another takes its place.
+    // In the middle of the first job, another job takes its place.
     let begun = || {
         let status = run(elbo().args(["status", "--json", &format!("http://{address}")]));
         let status = serde_json::from_slice::<serde_json::Value>(&status.stdout).unwrap_or_default();
         status["evaluations"].as_u64() > Some(0)
     };
-    let patience = Instant::now() + PATIENCE;
-    while !begun() {
-        assert!(Instant::now() < patience, "the first job never got on");
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    wait_until(|| "the first job makes no progress", begun);
     first.kill();
-    assert!(!outs.path().join("first/predictions").join("shard-00000.parquet").exists(), "it was done too soon");
+    assert!(
+        !outs.path().join("first/predictions").join("shard-00000.parquet").exists(),
+        "the first job ended too early"
+    );
     let mut second = coordinator("second", "2");
-    assert_eq!(second.wait(PATIENCE), Some(0));
-    assert_eq!(worker.wait(PATIENCE), Some(0));
+    assert_eq!(second.wait(), Some(0));
+    assert_eq!(worker.wait(), Some(0));
 
     let alone = outs.path().join("alone");
     let mut label = elbo();
     label.args(["label", "--label-from", "parent", "--progress", "none", "--images"]).arg(images.path());
     label.arg("--classes").arg(classes()).arg("--model").arg(model()).arg("--out").arg(&alone);
     run_ok(label.args(["--seed", "2", "--policy", "exhaustive", "--samples", "200"]));
-    assert!(results(&outs.path().join("second")) == results(&alone), "nothing of the first job may be in the second");
+    assert!(results(&outs.path().join("second")) == results(&alone), "the first job must not affect the second");
 }

@@ -1,11 +1,12 @@
-//! Races as users run them: resumed, audited, replayed, and looking where a pilot says.
+//! Races end to end: resumed, audited, replayed, and with timesteps from a pilot.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use elbo_tests::patience::seconds;
 use elbo_tests::{Process, classes, elbo, json, model, predictions, results, run, run_ok, some_images, stderr};
 use tempfile::TempDir;
 
@@ -21,7 +22,7 @@ fn report(out: &Path) -> serde_json::Value {
 }
 
 #[test]
-fn killed_at_any_moment_an_audited_race_resumes_to_the_same_bytes() {
+fn an_audited_race_killed_at_any_moment_resumes_to_the_same_bytes() {
     let (images, outs) = (some_images(8), TempDir::new().unwrap());
     let flags = ["--write-errors", "--shard-size", "20", "--audit", "25%", "--keep", "3,1", "--samples", "8,20"];
     let undisturbed = outs.path().join("undisturbed");
@@ -29,7 +30,7 @@ fn killed_at_any_moment_an_audited_race_resumes_to_the_same_bytes() {
     run_ok(&mut label(images.path(), &undisturbed, &flags));
     let whole = started.elapsed();
     let expected = results(&undisturbed);
-    // Four shards with predictions, errors and audit.
+    // Four shards, each with predictions, errors and audit.
     assert_eq!(expected.len(), 12);
 
     let killed = outs.path().join("killed");
@@ -38,14 +39,14 @@ fn killed_at_any_moment_an_audited_race_resumes_to_the_same_bytes() {
         let mut process = Process::start(&mut label(images.path(), &killed, &flags));
         kills += u32::from(process.kill_after(whole * percent / 100));
     }
-    assert!(kills >= 3, "only {kills} kills met a living process");
+    assert!(kills >= 3, "only {kills} kills hit a running process");
     run_ok(label(images.path(), &killed, &flags).args(["--workers", "3"]));
     assert!(results(&killed) == expected, "an interrupted race must give the bytes of an undisturbed one");
 
     let report = report(&killed);
     assert_eq!(report["evaluations_recomputed"], 0);
     let audit = &report["audit"];
-    // The reference's evaluations: 3 prompts stay after 8 slots for 20 in all.
+    // The reference's evaluations: after 8 slots 3 prompts stay, up to 20 slots in all.
     assert_eq!(audit["reference_evaluations"], 8.0 * 10.0 + 12.0 * 3.0);
     let audited = audit["samples"].as_u64().unwrap();
     assert!((8..40).contains(&audited), "{audited} of 80");
@@ -56,7 +57,7 @@ fn killed_at_any_moment_an_audited_race_resumes_to_the_same_bytes() {
 }
 
 #[test]
-fn a_race_is_the_default_and_takes_as_long_as_an_image_is_hard() {
+fn a_race_is_the_default_and_harder_images_take_more_evaluations() {
     let (images, out) = (some_images(3), TempDir::new().unwrap());
     run_ok(&mut label(images.path(), out.path(), &[]));
     let record: serde_json::Value =
@@ -64,12 +65,12 @@ fn a_race_is_the_default_and_takes_as_long_as_an_image_is_hard() {
     assert_eq!(record["spec"]["policy"], serde_json::json!({"name": "race", "risk": 0.05, "max_slots": 250}));
     let rows = predictions(out.path());
     for row in &rows {
-        // Ten classes on two slots, then fewer on more.
+        // At least ten classes on two slots; then fewer classes on more slots.
         assert!(row.evaluations >= 20, "{row:?}");
         let scores = row.scores();
         assert_eq!(scores.iter().map(|score| score.n).sum::<u32>(), row.evaluations);
         assert!(row.labelled().unwrap().margin.is_some_and(|margin| margin > 0.0), "{row:?}");
-        // Whoever left earlier ranks lower.
+        // Classes that were eliminated earlier rank lower.
         assert!(scores.is_sorted_by(|a, b| a.round >= b.round));
     }
     let evaluations: Vec<_> = rows.iter().map(|row| row.evaluations).collect();
@@ -78,7 +79,7 @@ fn a_race_is_the_default_and_takes_as_long_as_an_image_is_hard() {
 }
 
 #[test]
-fn an_exhaustive_jobs_errors_tell_what_a_race_would_have_cost_and_where_it_should_look() {
+fn errors_of_an_exhaustive_job_predict_the_cost_of_a_race_and_its_best_timesteps() {
     let (images, outs) = (some_images(6), TempDir::new().unwrap());
     let all = outs.path().join("all");
     run_ok(&mut label(images.path(), &all, &["--policy", "exhaustive", "--samples", "50", "--write-errors"]));
@@ -95,16 +96,16 @@ fn an_exhaustive_jobs_errors_tell_what_a_race_would_have_cost_and_where_it_shoul
         rows.iter().find(|row| row["policy"].as_str().unwrap().starts_with(name)).unwrap().clone()
     };
     assert_eq!(row("exhaustive")["evaluations"], 500.0);
-    // What the same errors say with all slots is what the job said of them.
+    // On all slots, the replay gives the same accuracy as the job.
     assert_eq!(row("exhaustive")["accuracy"], report(&all)["accuracy"]["top1"]);
     assert_eq!(row("reference")["evaluations"], 10.0 * 10.0 + 40.0 * 5.0);
     let race = row("race, risk 0.05");
     assert!(race["evaluations"].as_f64().unwrap() < 150.0 && race["agreement"].as_f64().unwrap() > 0.9, "{race}");
     let lines = std::fs::read_to_string(&csv).unwrap();
     assert_eq!(lines.lines().count(), 1 + table["rows"].as_array().unwrap().len());
-    assert_eq!(json(&mut replay()), table, "a pilot is chosen by its seed");
+    assert_eq!(json(&mut replay()), table, "the seed must decide the pilot's images");
 
-    // What the pilot found is what a job takes, and records.
+    // A job accepts and records the timesteps that the pilot found.
     let found: serde_json::Value = serde_json::from_slice(&std::fs::read(&timesteps).unwrap()).unwrap();
     let out = outs.path().join("race");
     run_ok(&mut label(images.path(), &out, &["--timesteps-from", timesteps.to_str().unwrap()]));
@@ -117,14 +118,14 @@ fn an_exhaustive_jobs_errors_tell_what_a_race_would_have_cost_and_where_it_shoul
 }
 
 #[test]
-fn what_a_race_can_not_be_is_told_with_the_remedy() {
+fn invalid_race_settings_are_refused_with_a_remedy() {
     let (images, outs) = (some_images(1), TempDir::new().unwrap());
     let out = outs.path().join("out");
     let refused = |flags: &[&str]| {
         let started = Instant::now();
         let output = run(&mut label(images.path(), &out, flags));
         assert_eq!(output.status.code(), Some(2), "{flags:?}: {}", stderr(&output));
-        assert!(started.elapsed() < Duration::from_secs(20));
+        assert!(started.elapsed() < seconds(20));
         stderr(&output)
     };
     assert!(refused(&["--risk", "0.7"]).contains("below 0.5"));

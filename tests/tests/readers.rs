@@ -1,4 +1,4 @@
-//! Independent programs read the outputs as they are.
+//! Independent programs read the outputs directly.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
@@ -9,7 +9,7 @@ use elbo_tests::{elbo, job_flags, predictions, python, root, run_ok, some_images
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// What DuckDB, pyarrow, Polars, pandas and Hugging Face datasets agree to see.
+/// The rows on which DuckDB, pyarrow, Polars, pandas and Hugging Face datasets agree.
 fn read(out: &Path) -> Value {
     let home = TempDir::new().unwrap();
     let mut reader = Command::new(python("readers/requirements.txt"));
@@ -18,7 +18,7 @@ fn read(out: &Path) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Twenty digits and a file that is none, in shards of eight.
+/// Twenty digits and a file that is not an image, in shards of eight.
 fn label(images: &Path, out: &Path, more: &[&str]) {
     let mut flags = job_flags(images, out);
     let at = flags.iter().position(|flag| flag == "--shard-size").unwrap();
@@ -49,8 +49,8 @@ fn expected(out: &Path) -> Vec<Value> {
     predictions(out).into_iter().map(row).collect()
 }
 
-/// The value with its numbers in single precision, which is what the files hold: a double that was printed and parsed may differ
-/// in its last digit.
+/// The value with its numbers in single precision, as in the files: a double that was printed and parsed may differ in its last
+/// digit.
 fn single(value: Value) -> Value {
     match value {
         Value::Array(values) => values.into_iter().map(single).collect(),
@@ -79,7 +79,7 @@ fn five_programs_read_the_same_predictions() {
         assert_eq!(broken, [(Some("one/broken.png"), true, Some(0))]);
         assert!(seen["rows"].as_array().unwrap().iter().all(|row| row[7] == "quarantined" || row[9] == kept), "{seen}");
 
-        // What a file says of itself.
+        // The metadata of a file.
         let job: Value = serde_json::from_slice(&std::fs::read(out.join("job.json")).unwrap()).unwrap();
         let said = &seen["metadata"];
         assert_eq!(said["elbo.fingerprint"], job["fingerprint"]);
@@ -90,7 +90,7 @@ fn five_programs_read_the_same_predictions() {
         let zero = json!([0, "zero"]);
         assert!(names.len() == 10 && names.contains(&zero), "{names:?}");
 
-        // Every file knows the bounds of its columns, so that others need not be read.
+        // Every file has statistics of its columns, so that readers can skip files.
         let ids: Vec<_> = seen["statistics"].as_array().unwrap().iter().filter(|s| s[0] == "sample_id").collect();
         assert_eq!(ids, [&json!(["sample_id", 0, 7]), &json!(["sample_id", 8, 15]), &json!(["sample_id", 16, 20])]);
         assert_eq!(seen["statistics"].as_array().unwrap().len(), 6, "{seen}");

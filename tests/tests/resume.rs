@@ -1,14 +1,13 @@
-//! `kill -9` at any moment, then the same command again: the same bytes, and nothing acknowledged computed twice.
+//! `kill -9` at any moment, then the same command again: the bytes are the same, and acknowledged units are not recomputed.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use elbo_tests::patience::seconds;
 use elbo_tests::web::Web;
-use elbo_tests::{
-    PATIENCE, Process, elbo, job_flags, json, make_pipe, results, run, run_ok, some_images, sorted, stderr,
-};
+use elbo_tests::{Process, elbo, job_flags, json, make_pipe, results, run, run_ok, some_images, sorted, stderr};
 use tempfile::TempDir;
 
 const PER_CLASS: usize = 10;
@@ -19,14 +18,14 @@ fn label(images: &Path, out: &Path, workers: usize) -> std::process::Command {
     command
 }
 
-/// Evaluations in the ledger and the predictions, as the finished job counts them.
+/// The evaluation counts of a finished job, from the ledger and from the predictions.
 fn totals(out: &Path) -> serde_json::Value {
     let record: serde_json::Value = serde_json::from_slice(&std::fs::read(out.join("job.json")).unwrap()).unwrap();
     record["totals"].clone()
 }
 
 #[test]
-fn killed_at_any_moment_it_resumes_to_the_bytes_of_an_undisturbed_run() {
+fn a_job_killed_at_any_moment_resumes_to_the_bytes_of_an_undisturbed_run() {
     let images = some_images(PER_CLASS);
     let outs = TempDir::new().unwrap();
     let undisturbed = outs.path().join("one");
@@ -34,21 +33,21 @@ fn killed_at_any_moment_it_resumes_to_the_bytes_of_an_undisturbed_run() {
     run_ok(&mut label(images.path(), &undisturbed, 1));
     let whole = started.elapsed();
     let expected = results(&undisturbed);
-    // Four shards of 25 samples, with predictions and errors.
+    // Four shards of 25 samples, each with predictions and errors.
     assert_eq!(expected.len(), 8);
 
     let three = outs.path().join("three");
     run_ok(&mut label(images.path(), &three, 3));
     assert!(results(&three) == expected, "three workers must give the bytes of one");
 
-    // One run that is killed again and again, at moments that cover start, first round, commits and end.
+    // One job that is killed again and again, at the start, in the first round, during commits and near the end.
     let killed = outs.path().join("killed");
     let mut kills = 0;
     for percent in [5, 10, 12, 15, 16, 17] {
         let mut process = Process::start(&mut label(images.path(), &killed, 1 + percent % 3));
         kills += u32::from(process.kill_after(whole * percent as u32 / 100));
     }
-    assert!(kills >= 4, "only {kills} kills met a living process");
+    assert!(kills >= 4, "only {kills} kills hit a running process");
     run_ok(&mut label(images.path(), &killed, 2));
     assert!(results(&killed) == expected, "an interrupted run must give the bytes of an undisturbed one");
     let (interrupted, plain) = (totals(&killed), totals(&undisturbed));
@@ -59,7 +58,7 @@ fn killed_at_any_moment_it_resumes_to_the_bytes_of_an_undisturbed_run() {
     assert_eq!(verified["ok"], true);
     assert_eq!(verified["predictions"], PER_CLASS as u64 * 10);
 
-    // Done is done: the same command computes nothing and changes nothing.
+    // Once the job is done, the same command computes and changes nothing.
     let again = run_ok(&mut label(images.path(), &killed, 2));
     assert!(String::from_utf8_lossy(&again.stdout).contains("nothing was computed"));
     assert!(results(&killed) == expected);
@@ -75,7 +74,7 @@ fn signals_stop_cleanly_with_exit_code_3_and_say_how_to_resume() {
         command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped());
         let child = command.spawn().unwrap();
         let id = child.id().to_string();
-        // Once there is something durable.
+        // Once some results are durable.
         while !out.join("job.json").exists() {
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -91,14 +90,14 @@ fn signals_stop_cleanly_with_exit_code_3_and_say_how_to_resume() {
 }
 
 #[test]
-fn a_storage_that_hangs_keeps_nobody_from_stopping() {
+fn hanging_storage_does_not_delay_a_stop() {
     let images = some_images(1);
     let outs = TempDir::new().unwrap();
     let interrupted = |process: &mut Process, what: &str| {
         let since = Instant::now();
         process.signal("INT");
-        assert_eq!(process.wait(PATIENCE), Some(3), "{what}");
-        assert!(since.elapsed() < Duration::from_secs(20), "{what}: {:?}", since.elapsed());
+        assert_eq!(process.wait(), Some(3), "{what}");
+        assert!(since.elapsed() < seconds(20), "{what}: {:?}", since.elapsed());
     };
     let label = |list: &Path, out: &str| {
         let mut flags = job_flags(list, &outs.path().join(out));
@@ -109,7 +108,7 @@ fn a_storage_that_hangs_keeps_nobody_from_stopping() {
         command
     };
 
-    // Images that never come: the ten are asked for to be listed, and then to be read.
+    // Images that never arrive. There is one request per image for the listing (ten), then more for reading.
     let served = Web::serve(images.path());
     *served.site.dribble.lock().unwrap() = Some(".png".into());
     let list: String = sorted(images.path())
@@ -126,7 +125,7 @@ fn a_storage_that_hangs_keeps_nobody_from_stopping() {
     }
     interrupted(&mut reading, "reading");
 
-    // A listing that hangs in the file system: somebody has opened the pipe, and writes nothing.
+    // A listing that hangs in the file system: the pipe has a writer that writes nothing.
     let pipe = outs.path().join("pipe.txt");
     make_pipe(&pipe);
     let mut listing = Process::start(&mut label(&pipe, "listing"));
@@ -134,7 +133,7 @@ fn a_storage_that_hangs_keeps_nobody_from_stopping() {
     interrupted(&mut listing, "listing");
     drop(writer);
 
-    // And a remote one.
+    // A listing that hangs on the network.
     let directory = TempDir::new().unwrap();
     std::fs::write(directory.path().join("list.txt"), "a.png\n".repeat(100)).unwrap();
     let lists = Web::serve(directory.path());
@@ -148,7 +147,7 @@ fn a_storage_that_hangs_keeps_nobody_from_stopping() {
 }
 
 #[test]
-fn a_changed_job_over_an_old_output_is_refused_naming_what_differs() {
+fn a_changed_job_over_an_old_output_is_refused_and_the_differences_are_named() {
     let images = some_images(1);
     let outs = TempDir::new().unwrap();
     let out = outs.path().join("out");

@@ -1,12 +1,12 @@
-//! The benchmark of the coordinator at a small size: what many workers that come, straggle, die and answer at once report is
-//! reduced to the right predictions, and a killed coordinator is back at once.
+//! The coordinator's benchmark at a small size: reports of many workers that join, straggle, die and answer at the same time
+//! are reduced to the right predictions, and a killed coordinator is back at once.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use elbo_tests::{elbo, json, run, stderr};
 
 #[test]
-fn under_many_simulated_workers_every_prediction_is_right() {
+fn every_prediction_is_right_with_many_simulated_workers() {
     let report = json(elbo().args([
         "bench",
         "coordinator",

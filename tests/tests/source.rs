@@ -8,15 +8,13 @@ use std::process::Command;
 use std::sync::Mutex;
 
 use elbo_tests::web::{Files, Site, Web};
-use elbo_tests::{
-    PATIENCE, Process, classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr,
-};
+use elbo_tests::{Process, classes, elbo, job_flags, model, results, run, run_ok, some_images, sorted, stderr};
 use tempfile::TempDir;
 
 const COMMIT: &str = "1111111111111111111111111111111111111111";
 const OLD: &str = "2222222222222222222222222222222222222222";
 
-/// The digits model, with files beside it that nobody reads.
+/// The digits model, with unrelated files beside it.
 fn digits() -> Files {
     let mut files = Files::new();
     for entry in sorted(&model()) {
@@ -36,7 +34,7 @@ fn digits() -> Files {
     files
 }
 
-/// A hub with the digits, of which an old version has 500 timesteps.
+/// A hub with the digits model; an old version of it has 500 timesteps.
 fn site() -> Site {
     let mut old = digits();
     let scheduler = old.get_mut("scheduler/scheduler_config.json").unwrap();
@@ -52,7 +50,7 @@ fn site() -> Site {
     }
 }
 
-/// `elbo` with a hub and caches of its own.
+/// `elbo` with a test hub and separate caches.
 fn elbo_with(url: &str, home: &Path) -> Command {
     let mut command = elbo();
     for variable in ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_HUB_OFFLINE"] {
@@ -63,7 +61,7 @@ fn elbo_with(url: &str, home: &Path) -> Command {
     command
 }
 
-/// `elbo label` of a few images with a model from somewhere.
+/// `elbo label` of a few images with a model from a given source.
 fn label(url: &str, home: &Path, model: &str, images: &Path, out: &Path) -> Command {
     let mut flags = job_flags(images, out);
     let at = flags.iter().position(|f| f == "--model").unwrap();
@@ -73,7 +71,7 @@ fn label(url: &str, home: &Path, model: &str, images: &Path, out: &Path) -> Comm
     command
 }
 
-/// `elbo plan` of one stage with so many timesteps.
+/// `elbo plan` of one stage with this many timesteps.
 fn plan(url: &str, home: &Path, model: &str, samples: &str) -> Command {
     let mut command = elbo_with(url, home);
     command.args(["plan", "--model", model, "--keep", "1", "--samples", samples, "--classes"]).arg(classes());
@@ -99,7 +97,7 @@ fn a_hub_model_is_fetched_once_and_gives_the_same_bytes_without_the_hub() {
     }
     let (before, again) = (asked.len(), run_ok(&mut label(&url, home.path(), name, images.path(), &out("first"))));
     assert!(!stderr(&again).contains("fetching"), "{}", stderr(&again));
-    assert_eq!(web.asked().len(), before + 1, "more than the listing was asked for again");
+    assert_eq!(web.asked().len(), before + 1, "only the listing may be requested again");
     drop(web);
 
     let offline = run_ok(&mut label(&url, home.path(), name, images.path(), &out("offline")));
@@ -121,7 +119,7 @@ fn processes_that_start_together_fetch_a_model_once() {
     let start = |i| Process::start(&mut label(&web.url, home.path(), "hf://test/digits", images.path(), &out(i)));
     let mut processes: Vec<Process> = (0..3).map(start).collect();
     for process in &mut processes {
-        assert_eq!(process.wait(PATIENCE), Some(0));
+        assert_eq!(process.wait(), Some(0));
     }
     let weights =
         |path: &&String| path.contains("resolve") && path.contains("unet/diffusion_pytorch_model.safetensors");
@@ -130,7 +128,7 @@ fn processes_that_start_together_fetch_a_model_once() {
 }
 
 #[test]
-fn the_revision_decides_and_a_plan_fetches_the_schedule_alone() {
+fn a_model_is_fetched_at_its_revision_and_a_plan_fetches_only_the_schedule() {
     let (home, web) = (TempDir::new().unwrap(), Web::start(site()));
     run_ok(&mut plan(&web.url, home.path(), "hf://test/digits", "600"));
     for revision in ["v1", OLD] {
@@ -143,7 +141,7 @@ fn the_revision_decides_and_a_plan_fetches_the_schedule_alone() {
 }
 
 #[test]
-fn a_refusal_names_the_token_and_an_unknown_model_its_name() {
+fn a_private_model_needs_the_token_and_an_unknown_model_is_named() {
     let (home, web) = (TempDir::new().unwrap(), Web::start(site()));
     let refused = run(&mut plan(&web.url, home.path(), "hf://private/digits", "10"));
     assert_eq!(refused.status.code(), Some(1));
@@ -161,7 +159,7 @@ fn a_refusal_names_the_token_and_an_unknown_model_its_name() {
 }
 
 #[test]
-fn what_other_programs_or_a_power_cut_left_is_not_taken_for_a_model() {
+fn files_left_by_other_programs_or_a_power_cut_are_not_used_as_a_model() {
     let (home, images, web) = (TempDir::new().unwrap(), some_images(1), Web::start(site()));
     let label = |name: &str| {
         label(
@@ -173,7 +171,7 @@ fn what_other_programs_or_a_power_cut_left_is_not_taken_for_a_model() {
         )
     };
     run_ok(&mut label("whole"));
-    // Files of the right size, full of zeros: as another program reserves them, and as this one may have left them.
+    // Files of the right size but full of zeros, such as another program's reserved files or this program's after a power cut.
     let blobs = "hf/hub/models--test--digits/blobs";
     for blob in sorted(&home.path().join("whole").join(blobs)) {
         let (name, zeros) =
@@ -191,7 +189,7 @@ fn what_other_programs_or_a_power_cut_left_is_not_taken_for_a_model() {
 }
 
 #[test]
-fn a_file_that_comes_damaged_is_fetched_once_more_and_then_told() {
+fn a_file_that_arrives_damaged_is_fetched_once_more_and_then_refused() {
     let images = some_images(1);
     for file in ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"] {
         let home = TempDir::new().unwrap();
@@ -209,7 +207,7 @@ fn a_file_that_comes_damaged_is_fetched_once_more_and_then_told() {
 }
 
 #[test]
-fn a_cached_file_that_was_cut_off_or_changed_is_fetched_again_or_told_without_the_hub() {
+fn a_truncated_or_changed_cached_file_is_fetched_again_or_refused_offline() {
     let (home, images) = (TempDir::new().unwrap(), some_images(1));
     let out = home.path().join("out");
     let web = Web::start(site());
@@ -237,7 +235,7 @@ fn a_cached_file_that_was_cut_off_or_changed_is_fetched_again_or_told_without_th
 }
 
 #[test]
-fn names_that_lead_out_of_the_cache_are_refused() {
+fn file_names_that_escape_the_cache_are_refused() {
     let (home, images) = (TempDir::new().unwrap(), some_images(1));
     let mut files = digits();
     let index = String::from_utf8(files["model_index.json"].clone()).unwrap();
@@ -253,7 +251,7 @@ fn names_that_lead_out_of_the_cache_are_refused() {
 }
 
 #[test]
-fn a_mirror_is_checked_by_its_list_of_hashes_and_says_where_it_has_none() {
+fn a_mirror_is_checked_against_its_hashes_and_missing_hashes_are_reported() {
     let (home, images) = (TempDir::new().unwrap(), some_images(1));
     let served = |files: Files| {
         let versions = BTreeMap::from([("main".to_owned(), (COMMIT.to_owned(), files))]);
@@ -285,7 +283,7 @@ fn a_model_at_a_url_is_fetched_once() {
 }
 
 #[test]
-fn a_list_from_the_web_names_what_is_there_and_nothing_of_this_machine() {
+fn a_list_from_the_web_names_only_files_of_its_own_origin() {
     let (home, images) = (TempDir::new().unwrap(), some_images(1));
     let (files, local) = (TempDir::new().unwrap(), sorted(&sorted(images.path())[0])[0].clone());
     std::fs::copy(&local, files.path().join("here.png")).unwrap();
@@ -313,6 +311,6 @@ fn a_list_from_the_web_names_what_is_there_and_nothing_of_this_machine() {
     run_ok(label("list.txt").env("ELBO_LIST_ORIGINS", "https://cdn.example,file://"));
     let wrong = run(label("list.txt").args(["--list-origins", "cdn.example"]));
     assert_eq!(wrong.status.code(), Some(2));
-    // What may be named is no part of the job: it is known, and resumed, without the flag.
+    // The allowed origins are not part of the job: it resumes without the flag.
     run_ok(&mut label("list.txt"));
 }

@@ -1,18 +1,19 @@
-//! TLS and mutual TLS between real processes: it works, and every mistake is named with its remedy.
+//! TLS and mutual TLS between real processes: both work, and every mistake is named with its remedy.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't be set up must fail")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use elbo_tests::link::{Link, State};
+use elbo_tests::patience::wait_until;
 use elbo_tests::service::{Service, TOKEN};
-use elbo_tests::{PATIENCE, Process, elbo, json, run, stderr};
+use elbo_tests::{Process, elbo, json, run, stderr};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 use tempfile::TempDir;
 
-/// Signs certificates; all files are in one directory.
+/// A certificate authority; all its files are in one directory.
 struct Authority {
     directory: PathBuf,
     issuer: Issuer<'static, KeyPair>,
@@ -20,7 +21,7 @@ struct Authority {
     pem: PathBuf,
 }
 
-/// A certificate's file and that of its key.
+/// The file of a certificate and the file of its key.
 struct Pair(PathBuf, PathBuf);
 
 impl Authority {
@@ -57,7 +58,7 @@ fn status(url: &str, flags: &[&str]) -> Command {
     command
 }
 
-/// The command fails with `code` and a message with all of `words`.
+/// Asserts that the command fails with `code` and a message that contains all of `words`.
 #[track_caller]
 fn fails(command: &mut Command, code: i32, words: &[&str]) {
     let output = run(command);
@@ -70,7 +71,7 @@ fn fails(command: &mut Command, code: i32, words: &[&str]) {
 }
 
 #[test]
-fn a_job_over_mutual_tls_ends_like_any_other_and_who_can_not_take_part_learns_why() {
+fn a_job_over_mutual_tls_works_and_refused_processes_are_told_why() {
     let service = Service::new(2);
     let (ours, other) =
         (Authority::new(service.files.path(), "authority"), Authority::new(service.files.path(), "other"));
@@ -108,13 +109,13 @@ fn a_job_over_mutual_tls_ends_like_any_other_and_who_can_not_take_part_learns_wh
             .env("ELBO_TLS_CERT", &client.0)
             .env("ELBO_TLS_KEY", &client.1),
     );
-    assert_eq!(coordinator.wait(PATIENCE), Some(0), "{}", service.log());
-    assert_eq!((first.wait(PATIENCE), second.wait(PATIENCE)), (Some(0), Some(0)));
+    assert_eq!(coordinator.wait(), Some(0), "{}", service.log());
+    assert_eq!((first.wait(), second.wait()), (Some(0), Some(0)));
     service.check_results();
 }
 
 #[test]
-fn certificates_that_are_over_or_for_another_name_and_ports_without_tls_are_told_apart() {
+fn expired_certificates_wrong_names_and_ports_without_tls_have_different_errors() {
     let files = TempDir::new().unwrap();
     let ours = Authority::new(files.path(), "authority");
     let ca = ["--tls-ca", ours.pem.to_str().unwrap()];
@@ -132,7 +133,7 @@ fn certificates_that_are_over_or_for_another_name_and_ports_without_tls_are_told
 }
 
 #[test]
-fn files_that_are_replaced_are_used_without_a_restart_and_the_job_goes_on() {
+fn replaced_certificate_files_are_used_without_a_restart() {
     let service = Service::new(10);
     let ours = Authority::new(service.files.path(), "authority");
     let server = ours.issue("server", &["127.0.0.1"], 2021);
@@ -144,7 +145,7 @@ fn files_that_are_replaced_are_used_without_a_restart_and_the_job_goes_on() {
     fails(&mut status(&url, &ca), 1, &["has expired"]);
     ours.issue("server", &["127.0.0.1"], 2090);
     assert_eq!(json(&mut status(&url, &ca))["state"], "waiting for workers");
-    // In the middle of being written.
+    // A half-written certificate file.
     std::fs::write(&server.0, "-----BEGIN CERTIFICATE-----\nMII").unwrap();
     assert_eq!(json(&mut status(&url, &ca))["state"], "waiting for workers");
     assert!(service.log().contains("the old ones stay in use"), "{}", service.log());
@@ -152,25 +153,21 @@ fn files_that_are_replaced_are_used_without_a_restart_and_the_job_goes_on() {
 
     let link = Link::start(&service.address);
     let mut worker = Process::start(service.worker(&format!("https://{}", link.address)).args(ca));
-    let end = Instant::now() + PATIENCE;
-    while json(&mut status(&url, &ca))["evaluations"] == 0 {
-        assert!(Instant::now() < end, "{}", service.log());
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    // From now on both ends know another authority alone, and have to meet anew.
+    wait_until(|| service.log(), || json(&mut status(&url, &ca))["evaluations"] != 0);
+    // From now on both ends only know another authority, and have to reconnect.
     let next = Authority::new(service.files.path(), "next");
     next.issue("server", &["127.0.0.1"], 2090);
     std::fs::copy(&next.pem, &trusted).unwrap();
     link.set(State::Cut);
     std::thread::sleep(Duration::from_millis(300));
     link.set(State::Up);
-    assert_eq!(coordinator.wait(PATIENCE), Some(0), "{}", service.log());
-    assert_eq!(worker.wait(PATIENCE), Some(0));
+    assert_eq!(coordinator.wait(), Some(0), "{}", service.log());
+    assert_eq!(worker.wait(), Some(0));
     service.check_results();
 }
 
 #[test]
-fn files_that_are_no_certificates_or_keys_are_named() {
+fn invalid_certificate_and_key_files_are_named() {
     let files = TempDir::new().unwrap();
     let ours = Authority::new(files.path(), "authority");
     let (one, two) = (ours.issue("one", &["localhost"], 2090), ours.issue("two", &["localhost"], 2090));

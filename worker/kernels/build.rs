@@ -1,10 +1,11 @@
-//! With the feature `cuda`, compiles the device's kernels into one image for several architectures.
+//! With the feature `cuda`, compiles the CUDA kernels into one image for several architectures.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-/// Machine code for Ampere, Hopper and Blackwell; other devices of these generations run the nearest, newer ones the PTX.
+/// Machine code for Ampere, Hopper and Blackwell. Other devices of these generations run the nearest one; newer devices
+/// run the PTX.
 const ARCHITECTURES: [&str; 4] = [
     "arch=compute_80,code=sm_80",
     "arch=compute_90,code=sm_90",
@@ -22,11 +23,13 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=cuda");
     if let Err(error) = compile() {
-        println!("cargo::error=compiling the CUDA kernels: {error}; deploy/cuda/build.sh brings what it takes");
+        println!(
+            "cargo::error=compiling the CUDA kernels: {error}; deploy/cuda/build.sh installs what the build needs"
+        );
     }
 }
 
-/// `$NVCC`, or the one in `$CUDA_HOME`, or the one on the path.
+/// The compiler: `$NVCC`, or nvcc in `$CUDA_HOME`, or nvcc on the path.
 fn nvcc() -> PathBuf {
     match (env::var_os("NVCC"), env::var_os("CUDA_HOME")) {
         (Some(nvcc), _) => nvcc.into(),
@@ -43,7 +46,7 @@ fn compile() -> Result<(), String> {
         .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
         .collect();
     sources.sort();
-    // One translation unit, so that one image holds them all.
+    // One translation unit, so that one image holds all kernels.
     let all = out.join("kernels.cu");
     let includes = sources.iter().map(|path| {
         let path = fs::canonicalize(path).map_err(|error| error.to_string())?;
@@ -56,8 +59,9 @@ fn compile() -> Result<(), String> {
     command.args(ARCHITECTURES.iter().flat_map(|architecture| ["-gencode", architecture]));
     command.arg("-o").arg(out.join("kernels.fatbin")).arg(&all);
     let done = command.output().map_err(|error| format!("starting {}: {error}", nvcc.display()))?;
-    match done.status.success() {
-        true => Ok(()),
-        false => Err(format!("{}: {}", nvcc.display(), String::from_utf8_lossy(&done.stderr))),
+    if done.status.success() {
+        Ok(())
+    } else {
+        Err(format!("{}: {}", nvcc.display(), String::from_utf8_lossy(&done.stderr)))
     }
 }

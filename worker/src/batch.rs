@@ -1,6 +1,6 @@
-//! How many evaluations make a batch: found by measuring, and kept for the next worker on such a device with such a job.
+//! The number of evaluations in a batch: measured, and kept for the next worker on such a device with such a job.
 //!
-//! What is kept is a hint: where the file can't be read or written, sizes are measured again.
+//! The kept size is a hint: if the file can't be read or written, sizes are measured again.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,10 +16,10 @@ use elbo_hub::model_source::own_cache;
 use elbo_kernels::gpu;
 use elbo_models::ModelError;
 
-use crate::engine::{Evaluation, Problem, UnitWork, batches_of};
+use crate::engine::{Evaluation, LoadedJob, UnitWork, batches_of};
 
-/// The batch size that was found for such a job on such a device before, or is found now.
-pub(crate) fn find(problem: &Problem, identity: &JobIdentity, lanes: usize) -> Result<usize, ModelError> {
+/// The batch size: kept from an earlier measurement for such a job on such a device, or measured now.
+pub(crate) fn find(problem: &LoadedJob, identity: &JobIdentity, lanes: usize) -> Result<usize, ModelError> {
     let device = problem.stages.last().map_or_else(String::new, |stage| gpu::name(stage.device()).unwrap_or_else(cpu));
     let (situation, kept) = (Situation::new(&device, lanes, identity), KeptBatches::default());
     if let Some(batch) = kept.get(&situation) {
@@ -30,33 +30,30 @@ pub(crate) fn find(problem: &Problem, identity: &JobIdentity, lanes: usize) -> R
     Ok(batch)
 }
 
-/// What this machine's processor is called, where Linux tells.
+/// The name of this machine's processor, as Linux gives it.
 fn cpu() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
 }
 
-impl Problem {
-    /// The batch size with the most evaluations per second, found by measuring it as it will run: on every lane at once.
+impl LoadedJob {
+    /// The batch size with the most evaluations per second, measured under real conditions: on every lane at once.
     fn measure_batch(&self, lanes: usize) -> Result<usize, ModelError> {
-        /// Past this a larger batch isn't tried: a lane should not sit on one batch for long.
+        /// No larger batch is tried beyond this: a lane should not be busy with one batch for long.
         const LONGEST_BATCH: Duration = Duration::from_millis(500);
-        /// On a core, and on a GPU, which takes many to fill.
-        const LARGEST_BATCH: [usize; 2] = [64, 512];
-        /// Batches of a lane in a round: on a GPU lanes take turns, which shows over a few.
-        const BATCHES: [usize; 2] = [1, 2];
-        /// For how long a GPU is kept busy first, so that its clocks are those of a long job.
+        /// How long a GPU is kept busy first, so that its clocks are those of a long job.
         const WARM_UP: Duration = Duration::from_secs(1);
         let on_gpu = !self.stages.last().is_none_or(|stage| stage.device().is_cpu());
-        let largest = LARGEST_BATCH[usize::from(on_gpu)];
+        // A GPU needs many evaluations to be fully used. Its lanes take turns, which shows over a few batches.
+        let (largest, passes): (usize, usize) = if on_gpu { (512, 2) } else { (64, 1) };
         let (last, slots) = (self.stages.len() - 1, self.course.slots().len());
         let round = Round(u16::from(self.course.scored_by(Round(0)) == ScoredBy::Shortlist));
         let stage = &self.stages[last];
         let conditions = match &stage.conditions {
             Some(conditions) => Arc::clone(conditions),
             None => {
-                // Captions are all as long for the network: padded.
+                // The network pads all captions to the same length.
                 let caption = |class| Prompt { text: "a photo".into(), class: ClassIndex(class), label: None };
                 Arc::new(stage.conditions_of(&[caption(0), caption(1)])?)
             }
@@ -77,7 +74,6 @@ impl Problem {
                 }
             })
             .collect();
-        let passes = BATCHES[usize::from(on_gpu)];
         let round = |evaluations: &[Evaluation]| {
             side_by_side(lanes, || (0..passes).try_for_each(|_| self.errors(&units, &of_stages, evaluations).map(drop)))
         };
@@ -85,7 +81,7 @@ impl Problem {
         let (mut best, mut best_rate) = (1, 0.0);
         for batch in std::iter::successors(Some(1), |size| Some(2 * size)).take_while(|size| *size <= largest) {
             let evaluations = batches_of(&units, batch).swap_remove(0);
-            // Lanes of a GPU compute one after the other.
+            // Lanes of a GPU compute one after another.
             let at_a_time = if on_gpu { lanes * passes } else { passes };
             let longest = LONGEST_BATCH * at_a_time as u32;
             let warm_up = on_gpu.then(|| WARM_UP.saturating_sub(started.elapsed()));
@@ -108,15 +104,15 @@ impl Problem {
     }
 }
 
-/// The fastest of three rounds, since disturbances only ever slow one down, or the first that takes `longest`; after others that are
-/// not counted, for so long and one at least, where `warm_up` is given.
+/// The fastest of three rounds, since disturbances only slow rounds down; or the first round that takes `longest`. With
+/// `warm_up`, first runs rounds that are not counted: for that long, and at least one.
 fn fastest_of_three(
     warm_up: Option<Duration>,
     longest: Duration,
     round: &dyn Fn() -> Result<Duration, ModelError>,
 ) -> Result<Duration, ModelError> {
     if let Some(warm_up) = warm_up {
-        // On a GPU the first round of a size makes plans for it.
+        // On a GPU, the first round of each size makes plans for that size.
         let started = Instant::now();
         round()?;
         while started.elapsed() < warm_up {
@@ -133,25 +129,25 @@ fn fastest_of_three(
     Ok(fastest)
 }
 
-/// How long it takes so many lanes to do some work each at the same time.
+/// The time that `lanes` lanes take to each do some work at the same time.
 fn side_by_side(lanes: usize, work: impl Fn() -> Result<(), ModelError> + Sync) -> Result<Duration, ModelError> {
     let started = Instant::now();
     std::thread::scope(|scope| {
         let running: Vec<_> = (0..lanes.max(1)).map(|_| scope.spawn(&work)).collect();
         let crashed = |_| Err(ModelError::Crashed("a lane ended while its batch size was measured".into()));
-        // All are waited for, whatever the first says.
+        // Wait for all of them, even if the first fails.
         let ended: Vec<_> = running.into_iter().map(|lane| lane.join().unwrap_or_else(crashed)).collect();
         ended.into_iter().collect::<Result<(), _>>()
     })?;
     Ok(started.elapsed())
 }
 
-/// What a batch size is good for.
+/// The conditions for which a batch size was measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Situation(String);
 
 impl Situation {
-    /// A job's model on a device (by its name) with so many lanes.
+    /// A job's model on a device (by its name) with this many lanes.
     pub(crate) fn new(device: &str, lanes: usize, identity: &JobIdentity) -> Self {
         let spec = &identity.spec;
         let files = identity.model_files.iter().map(|(file, hash)| format!("{file}={hash}\n")).collect::<String>();
@@ -164,7 +160,7 @@ impl Situation {
     }
 }
 
-/// The file batch sizes are kept in.
+/// The file that keeps batch sizes.
 #[derive(Clone, Debug)]
 pub(crate) struct KeptBatches(PathBuf);
 
@@ -207,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_kept_by_situation_and_a_damaged_file_is_nothing_kept() {
+    fn sizes_are_kept_by_situation_and_a_damaged_file_counts_as_empty() {
         let dir = tempfile::tempdir().unwrap();
         let kept = KeptBatches(dir.path().join("cache/batches.json"));
         let (here, there) = (Situation("here".into()), Situation("there".into()));

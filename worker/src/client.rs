@@ -1,4 +1,4 @@
-//! The connection to the coordinator: every call is retried until it is answered or patience runs out.
+//! The connection to the coordinator. Every call is retried until it is answered or patience runs out.
 
 use std::error::Error;
 use std::net::IpAddr;
@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use elbo_core::causes::with_causes;
 use elbo_core::ids::LeaseKey;
 use elbo_net::{ClientTls, TlsError, TlsProblem, tls};
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
 use elbo_proto::{MAX_MESSAGE_BYTES, PROTOCOL, check_size, shortened, v1};
+use elbo_store::retry;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -32,29 +34,29 @@ impl Interceptor for Bearer {
     }
 }
 
-/// How long a worker that leaves waits for an answer.
+/// How long a leaving worker waits for an answer.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
 
-/// A coordinator's stub, which brings the token.
+/// A coordinator's stub, which sends the token.
 type Stub = CoordinatorClient<InterceptedService<Channel, Bearer>>;
 
-/// How a coordinator is connected to.
+/// How to connect to a coordinator.
 #[derive(Clone, Debug)]
 struct Line {
-    /// Without TLS.
+    /// The endpoint without TLS.
     endpoint: Endpoint,
     tls: Option<ClientTls>,
     token: Bearer,
 }
 
 impl Line {
-    /// A stub that connects when first used, with the TLS files as they are now; and which these are.
+    /// A stub that connects when first used, with the current TLS files; and their generation.
     fn connect(&self) -> Result<(Stub, u64), TlsError> {
         let mut endpoint = self.endpoint.clone();
         let mut generation = 0;
         if let Some(tls) = &self.tls {
             let (config, current) = tls.config();
-            let setup = |e: tonic::transport::Error| TlsError::Setup(whole(&e));
+            let setup = |e: tonic::transport::Error| TlsError::Setup(with_causes(&e));
             endpoint = endpoint.tls_config(config).map_err(setup)?;
             generation = current;
         }
@@ -65,20 +67,20 @@ impl Line {
     }
 }
 
-/// A coordinator, as a worker sees it.
+/// A worker's client for a coordinator.
 #[derive(Clone, Debug)]
 pub struct Client {
-    /// The stub, and which TLS files it was made with.
+    /// The stub, and the generation of its TLS files.
     stub: Arc<Mutex<(Stub, u64)>>,
     line: Arc<Line>,
     address: String,
     /// Host and port.
     peer: Arc<(String, u16)>,
-    /// The coordinator has answered a call: address and TLS are right.
+    /// Whether the coordinator has answered a call, so that address and TLS are right.
     answered: Arc<AtomicBool>,
     /// The worker's name, unique for its process.
     pub worker: String,
-    /// What all engines of the process say, if it has several.
+    /// The process name shared by all its engines, if it has several.
     process: String,
     /// The job it has joined.
     job: Arc<OnceLock<String>>,
@@ -86,8 +88,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that connects when first used. `patience` is how long an unreachable coordinator is waited for. With
-    /// `https://`, TLS is spoken as `tls` says, or else with whom the system trusts.
+    /// A client that connects when first used. `patience` is how long to wait for an unreachable coordinator. With
+    /// `https://`, it uses `tls`, or the system's trusted certificates if that is absent.
     pub fn new(
         address: &str,
         token: Option<&str>,
@@ -113,13 +115,13 @@ impl Client {
         if token.is_some() && tls.is_none() && !is_this_machine(&host) {
             tracing::warn!(
                 coordinator = address,
-                "the token goes over the network unencrypted: whoever can listen there can use it; give the coordinator --tls-cert and --tls-key, and use https://"
+                "the token is sent over the network unencrypted: anyone who can listen there can use it; give the coordinator --tls-cert and --tls-key, and use https://"
             );
         }
         let token = token.map(|t| MetadataValue::try_from(format!("Bearer {t}")));
         let mut token = token.transpose().map_err(|_| ClientError::Token)?;
         if let Some(token) = &mut token {
-            // It is left out where headers are shown.
+            // This hides it where headers are shown.
             token.set_sensitive(true);
         }
         let line = Line { endpoint, tls, token: Bearer(token) };
@@ -133,13 +135,13 @@ impl Client {
         self.stub.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
-    /// A client for an engine of a process that has others.
+    /// A client for one of several engines of a process.
     pub fn of_process(self, process: &str) -> Self {
         Self { process: process.to_owned(), ..self }
     }
 
-    /// After a call that was not answered: where the TLS files have changed, the next one goes over a new connection. One
-    /// that stands is left alone, however old its certificates.
+    /// After an unanswered call: if the TLS files have changed, makes a new connection for the next call. A connection that
+    /// works is left alone, however old its certificates.
     fn renew(&self) {
         let Some(tls) = &self.line.tls else { return };
         let (_, generation) = tls.config();
@@ -152,13 +154,13 @@ impl Client {
         }
     }
 
-    /// Calls until answered, with growing pauses while the coordinator can't be reached.
+    /// Repeats a call until it is answered, with growing pauses while the coordinator can't be reached.
     async fn call<T, F>(&self, call: impl Fn(Stub) -> F) -> Result<T, CallError>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let mut silent_since: Option<tokio::time::Instant> = None;
-        let mut pause = Duration::from_millis(100);
+        let mut pauses = retry::pauses(Duration::from_millis(100));
         loop {
             let status = match call(self.stub()).await {
                 Ok(response) => {
@@ -168,7 +170,7 @@ impl Client {
                 Err(status) => status,
             };
             let mut reason = status.message().to_owned();
-            if let Some(cause) = status.source().map(whole).filter(|cause| !reason.contains(cause)) {
+            if let Some(cause) = status.source().map(with_causes).filter(|cause| !reason.contains(cause)) {
                 reason = format!("{reason}: {cause}");
             }
             match status.code() {
@@ -176,7 +178,7 @@ impl Client {
                     metrics().left(&self.worker);
                     return Err(CallError::Rejoin);
                 }
-                // It would be as large the next time.
+                // It would be just as large the next time.
                 Code::OutOfRange => {
                     let address = self.address.clone();
                     return Err(CallError::Fatal(ClientError::Oversized { address, reason }));
@@ -189,7 +191,7 @@ impl Client {
                 _ => {}
             }
             self.renew();
-            // A coordinator that has answered before speaks TLS as this worker does: then it is just away.
+            // A coordinator that has answered before has matching TLS settings: it is only away.
             if silent_since.is_none() && !self.answered.load(Ordering::Relaxed) {
                 let (host, port) = &*self.peer;
                 match tls::diagnose(host, *port, self.line.tls.as_ref()).await {
@@ -208,22 +210,21 @@ impl Client {
             }
             metrics().retries.inc();
             tracing::debug!(code = ?status.code(), reason, "no answer from the coordinator, trying again");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(5));
+            tokio::time::sleep(pauses.next().unwrap_or_default()).await;
         }
     }
 
-    /// How far the job is.
+    /// The progress of the job.
     pub async fn status(&self) -> Result<v1::StatusReply, CallError> {
         self.call(|mut c| async move { c.status(v1::StatusRequest {}).await }).await
     }
 
-    /// The job it has joined; none yet where that is empty.
+    /// The job it has joined; empty if none yet.
     fn job(&self) -> String {
         self.job.get().cloned().unwrap_or_default()
     }
 
-    /// Introduces the worker, with the blocks it has in hand, and learns which job it is for, the same every time.
+    /// Joins, with the blocks that the worker has in hand, and learns the job, which must be the same every time.
     pub async fn join(&self, host: &str, device: &str, held: Vec<v1::HeldBlock>) -> Result<v1::JoinReply, CallError> {
         let request = v1::JoinRequest {
             protocol: PROTOCOL,
@@ -252,7 +253,7 @@ impl Client {
         joined
     }
 
-    /// The identity of the job it has joined, as JSON, fetched part by part.
+    /// The identity of the job it has joined, as JSON, fetched in parts.
     pub async fn describe(&self) -> Result<Vec<u8>, CallError> {
         let mut whole = Vec::new();
         loop {
@@ -273,7 +274,7 @@ impl Client {
         }
     }
 
-    /// Asks for a block, telling which leases are held already.
+    /// Asks for a block, and lists the leases that are held already.
     pub async fn lease(
         &self,
         evaluations_per_second: f64,
@@ -290,7 +291,7 @@ impl Client {
         .await
     }
 
-    /// Delivers results; answered when they are durable. Notes in the report whether it was sent without an answer.
+    /// Delivers results; the answer comes when they are durable. Notes in the report whether it was sent without an answer.
     pub async fn report(&self, report: &mut v1::ReportRequest) -> Result<v1::ReportReply, CallError> {
         check_size("a report", &*report)?;
         let (before, attempts) = (report.again, AtomicU32::new(0));
@@ -301,16 +302,16 @@ impl Client {
                 async move { c.report(request).await }
             })
             .await;
-        // All attempts but the last went unanswered, or else there was no further one.
+        // All attempts except the last went unanswered.
         report.again = before || attempts.into_inner() > 1;
         metrics().reported(report, &answer);
         answer
     }
 
-    /// Says that the worker is alive, and what it is at.
+    /// Sends a heartbeat: the worker is alive, and its activity.
     pub async fn heartbeat(&self, sign: v1::HeartbeatRequest) -> Result<v1::HeartbeatReply, CallError> {
         let request = v1::HeartbeatRequest { worker: self.worker.clone(), job: self.job(), ..sign };
-        check_size("a sign of life", &request)?;
+        check_size("a heartbeat", &request)?;
         metrics().beats(&request);
         self.call(|mut c| {
             let request = request.clone();
@@ -319,7 +320,7 @@ impl Client {
         .await
     }
 
-    /// Hands a lease back; with an error if it failed.
+    /// Hands a lease back, with an error if it failed.
     pub async fn release(&self, key: LeaseKey, error: &str) -> Result<v1::ReleaseReply, CallError> {
         let request = v1::ReleaseRequest {
             worker: self.worker.clone(),
@@ -335,8 +336,8 @@ impl Client {
         .await
     }
 
-    /// Leaves for good, in one short attempt: a coordinator that is gone needs no goodbye. The `reason` is empty where the worker
-    /// was asked to, or the job is done.
+    /// Leaves for good, in one short attempt: a coordinator that is gone needs no goodbye. The `reason` is empty if the
+    /// worker was asked to leave, or the job is done.
     pub async fn leave(&self, reason: &str) {
         let (worker, reason) = (self.worker.clone(), shortened(reason.to_owned()));
         let request = v1::ReleaseRequest { worker, leaving: true, reason, ..v1::ReleaseRequest::default() };
@@ -350,26 +351,10 @@ impl Client {
     }
 }
 
-/// Whether nothing that is sent to a host leaves this machine.
+/// Whether a host is this machine, so that nothing sent to it leaves the machine.
 fn is_this_machine(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     address.map_or_else(|_| host.eq_ignore_ascii_case("localhost"), |address| address.is_loopback())
-}
-
-/// An error with its causes, leaving out what an outer message repeats.
-fn whole(error: &(dyn Error + 'static)) -> String {
-    let mut text = String::new();
-    let mut next = Some(error);
-    while let Some(error) = next {
-        let cause = error.to_string();
-        if text.is_empty() {
-            text = cause;
-        } else if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        next = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

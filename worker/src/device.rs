@@ -1,16 +1,17 @@
-//! What the engines of a worker compute on, as `--device` says it.
+//! The devices of a worker's engines, as given by `--device`.
 
 use std::fmt;
 use std::str::FromStr;
 
 use elbo_kernels::gpu::{self, Unavailable};
 
-/// What one engine computes on.
+/// The device of one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Device {
     /// Cores of this machine.
     Cpu,
-    /// A CUDA device by its number; every one there is where it has none, until [`Devices::find`] has numbered them.
+    /// A CUDA device by its number. Without a number it stands for every CUDA device, until [`Devices::find`] has numbered
+    /// them.
     Cuda(Option<usize>),
 }
 
@@ -31,9 +32,9 @@ pub struct Devices(Vec<Device>);
 /// A list of devices that can't be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    /// It is none.
+    /// It is not a device.
     #[error(
-        "'{0}' is no device: use cpu, or a list like cpu,cpu or cuda:0,1; to name GPUs by UUID or MIG name, list them in \
+        "'{0}' is not a device: use cpu, or a list like cpu,cpu or cuda:0,1; to name GPUs by UUID or MIG name, list them in \
          CUDA_VISIBLE_DEVICES and use cuda"
     )]
     Unknown(String),
@@ -60,7 +61,7 @@ impl Device {
 }
 
 impl Devices {
-    /// The devices themselves in place of `cuda`, which stands for all of them; an error where one is not there.
+    /// Replaces `cuda` by all CUDA devices; an error if a device does not exist.
     pub fn find(self) -> Result<Self, DeviceError> {
         let mut found = Vec::new();
         for device in self.0 {
@@ -82,12 +83,12 @@ impl Devices {
         Ok(Self(found))
     }
 
-    /// The engines of a worker that has `count` of them, taking turns with the devices.
+    /// The devices of `count` engines, taken from the list in turn.
     pub fn engines(&self, count: usize) -> Vec<Device> {
         self.0.iter().copied().cycle().take(count).collect()
     }
 
-    /// How many there are.
+    /// The number of devices.
     pub fn count(&self) -> usize {
         self.0.len()
     }
@@ -112,7 +113,7 @@ impl FromStr for Devices {
                 _ if item == "cuda" => Device::Cuda(None),
                 _ => return Err(DeviceError::Unknown(item.to_owned())),
             };
-            // After cuda:0 a bare number is another one.
+            // After cuda:0, a bare number is another CUDA device.
             numbered = matches!(device, Device::Cuda(Some(_)));
             devices.push(device);
         }
@@ -125,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_names_an_engine_for_each_of_its_devices() {
+    fn each_device_of_a_list_gets_an_engine() {
         let devices = |list: &str| list.parse::<Devices>();
         assert_eq!(devices("cpu"), Ok(Devices::default()));
         assert_eq!(devices("cpu, cpu").unwrap().count(), 2);
@@ -141,7 +142,7 @@ mod tests {
 
     #[cfg(not(feature = "cuda"))]
     #[test]
-    fn a_gpu_that_can_not_be_had_is_an_error_that_tells_the_way() {
+    fn an_unavailable_gpu_is_an_error_with_a_remedy() {
         for (list, first) in [("cuda", "cuda"), ("cuda:1,0", "cuda:1"), ("cpu,cuda:3", "cuda:3")] {
             let error = list.parse::<Devices>().unwrap().find().unwrap_err().to_string();
             assert!(error.starts_with(&format!("--device {first}: this program was built without CUDA")), "{error}");

@@ -1,12 +1,12 @@
 //! The engine of one device: turns (sample, slot, prompt) evaluations into errors.
 //!
-//! A CPU device runs one *lane* per core: a thread that evaluates whole batches by itself, so that activations stay in
-//! its cache and no thread waits for another inside a layer. Blocks are cut into batches that cross samples, slots and
-//! prompts; lanes take them from one short queue, so the next block's batches follow the last one's without a gap.
-//! On the CPU an evaluation's error does not depend on the batch it is in (see [`elbo_kernels`]), so neither does any result.
+//! A CPU device runs one *lane* per core: a thread that evaluates whole batches by itself, so that activations stay in its
+//! cache and no thread waits for another inside a layer. Blocks are cut into batches that cross samples, slots and prompts.
+//! Lanes take batches from one short queue, so the batches of the next block follow without a gap. On the CPU, an
+//! evaluation's error does not depend on its batch (see [`elbo_kernels`]), and neither does any result.
 //!
-//! A GPU has a few lanes too: while it computes one's batch, the next one's noise is made and copied. NVIDIA's libraries may
-//! round another way in another batch.
+//! A GPU also has a few lanes: while it computes one lane's batch, another lane makes and copies the noise of the next
+//! batch. NVIDIA's libraries may round differently in another batch.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -26,19 +26,19 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::latent::Latent;
 use crate::metrics::metrics;
-use crate::stage::{PointWork, Stage};
+use crate::stage::{ModelStage, PointWork};
 
-/// Images that a GPU encodes at a time.
+/// The most images that a GPU encodes at a time.
 const IMAGES_AT_ONCE: usize = 8;
 
-/// Everything an evaluation depends on beside its sample.
+/// Everything that an evaluation depends on, except its sample.
 #[derive(Debug)]
-pub struct Problem {
-    /// The models: the job's, last, and what makes its shortlist in front of it.
-    pub stages: Vec<Stage>,
+pub struct LoadedJob {
+    /// The models: the job's model last, and the shortlist's model before it.
+    pub stages: Vec<ModelStage>,
     /// The slots of every round.
     pub course: Course,
-    /// Whether single errors are reported, and not sums.
+    /// Whether single errors are reported instead of sums.
     pub reports_errors: bool,
 }
 
@@ -47,37 +47,37 @@ pub struct Problem {
 pub struct UnitWork {
     /// The unit.
     pub unit: Unit,
-    /// What its noise is drawn from: the sample's key, or the pair's.
+    /// The key of its noise: the sample's key, or the pair's.
     pub key: Arc<str>,
-    /// What its round's model made of the sample.
+    /// The sample's latent from its round's model.
     pub latent: Latent,
-    /// Which of the problem's stages scores its round.
+    /// The problem's stage that scores its round.
     pub stage: usize,
-    /// Where the sample's prompts start among the stage's conditions of the block.
+    /// The position of the sample's first prompt among the stage's conditions for the block.
     pub first_condition: u32,
 }
 
-/// The result of a finished unit: every single error where the job wants them, else their sums.
+/// The result of a finished unit: every single error if the job wants them, otherwise their sums.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnitErrors {
     /// The unit.
     pub unit: Unit,
-    /// Sums by prompt, slots added in order; none where there are single errors, from which they follow.
+    /// Sums by prompt, with slots added in order; empty if there are single errors, from which they follow.
     pub sums: Vec<Sums>,
-    /// Every error, prompt by prompt, or none.
+    /// Every error, prompt by prompt; empty if there are sums.
     pub errors: Vec<f32>,
 }
 
-/// What an engine says of a block while it works on it.
+/// An engine's event about a block in progress.
 #[derive(Debug)]
 pub enum BlockEvent {
     /// A unit is finished.
     Unit(UnitErrors),
-    /// The block can't be finished: some batch of it failed.
+    /// The block can't be finished: one of its batches failed.
     Failed(String),
-    /// The device failed for good: that is no block's fault.
+    /// The device failed for good: the block is not at fault.
     Lost(String),
-    /// Nothing more of this block will come.
+    /// The block has no more events.
     End,
 }
 
@@ -90,18 +90,18 @@ pub(crate) struct Evaluation {
 }
 
 #[derive(Debug)]
-struct Block {
+struct BlockInWork {
     units: Vec<UnitWork>,
-    /// Of every stage.
+    /// The conditions of every stage.
     conditions: Vec<Arc<Conditions>>,
     progress: Mutex<Vec<UnitProgress>>,
-    /// The engine was told to stop.
+    /// Whether the engine was told to stop.
     cancelled: Arc<AtomicBool>,
-    /// Nobody needs the block any more.
+    /// Whether the block is no longer needed.
     unwanted: Arc<AtomicBool>,
     failed: AtomicBool,
     batches_left: AtomicU64,
-    /// Where it is full, the lanes wait.
+    /// The lanes wait while it is full.
     events: mpsc::Sender<BlockEvent>,
 }
 
@@ -114,7 +114,7 @@ struct UnitProgress {
 
 #[derive(Debug)]
 struct Batch {
-    block: Arc<Block>,
+    block: Arc<BlockInWork>,
     evaluations: Vec<Evaluation>,
 }
 
@@ -131,24 +131,35 @@ pub struct Engine {
     batches: Option<Sender<Batch>>,
     encodes: Option<Sender<Encode>>,
     lanes: Vec<JoinHandle<()>>,
-    /// Evaluations of a batch; less once they did not fit into the device's memory.
+    /// Evaluations in a batch; fewer once they did not fit into the device's memory.
     batch: Arc<AtomicUsize>,
     evaluated: Arc<AtomicU64>,
-    /// Batches that are not done.
+    /// The number of unfinished batches.
     queued: Arc<AtomicU64>,
     cancelled: Arc<AtomicBool>,
-    /// Nobody waits for the lanes to end.
+    /// If set, dropping the engine does not wait for its lanes.
     abandoned: AtomicBool,
 }
 
-/// Work that could not be given to the engine because its lanes are gone, which is a defect.
+/// Work could not be given to the engine because its lanes are gone, which is a defect.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the engine has stopped: restart the worker")]
 pub struct EngineStopped;
 
+/// An image that was not encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// The model can't encode it.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The engine is gone.
+    #[error(transparent)]
+    Stopped(#[from] EngineStopped),
+}
+
 impl Engine {
     /// Starts `lanes` lanes that evaluate batches of `batch` evaluations.
-    pub fn start(problem: Arc<Problem>, lanes: usize, batch: usize) -> std::io::Result<Self> {
+    pub fn start(problem: Arc<LoadedJob>, lanes: usize, batch: usize) -> std::io::Result<Self> {
         let (batches, batch_queue) = bounded(2 * lanes);
         let (encodes, encode_queue) = unbounded();
         let (evaluated, queued) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
@@ -177,16 +188,16 @@ impl Engine {
         self.queued.load(Ordering::Relaxed) > 0
     }
 
-    /// Encodes a preprocessed image, [S, S, 3], into what a stage's model makes of it.
-    pub async fn encode(&self, stage: usize, pixels: Vec<f32>) -> Result<Result<Vec<f32>, ModelError>, EngineStopped> {
+    /// Encodes a preprocessed image, [S, S, 3], with a stage's model.
+    pub async fn encode(&self, stage: usize, pixels: Vec<f32>) -> Result<Vec<f32>, EncodeError> {
         let (reply, answer) = oneshot::channel();
         let sender = self.encodes.as_ref().ok_or(EngineStopped)?;
         sender.send(Encode { stage, pixels, reply }).map_err(|_| EngineStopped)?;
-        answer.await.map_err(|_| EngineStopped)
+        Ok(answer.await.map_err(|_| EngineStopped)??)
     }
 
-    /// Gives a block to the lanes; blocks while their queue is full. What is said of it goes to `events`, for which the lanes
-    /// wait; what is left of it is passed over once it is `unwanted`.
+    /// Gives a block to the lanes; blocks while their queue is full. The block's events go to `events`; the lanes wait
+    /// while that is full. The rest of the block is skipped once it is `unwanted`.
     pub fn submit(
         &self,
         units: Vec<UnitWork>,
@@ -203,7 +214,7 @@ impl Engine {
             .collect();
         let batches = batches_of(&units, self.batch.load(Ordering::Relaxed));
         let batches_left = AtomicU64::new(batches.len() as u64);
-        let block = Arc::new(Block {
+        let block = Arc::new(BlockInWork {
             units,
             conditions,
             progress: Mutex::new(progress),
@@ -225,12 +236,12 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes the lanes pass over all batches they have not begun.
+    /// Makes the lanes skip all batches that they have not begun.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// Makes dropping the engine not wait for what its lanes are in the middle of: the process is to end.
+    /// Lets the engine be dropped without waiting for running batches, since the process is to end.
     pub fn abandon(&self) {
         self.abandoned.store(true, Ordering::Relaxed);
     }
@@ -251,8 +262,8 @@ impl Drop for Engine {
 
 /// A block's evaluations in batches of at most `size`: units in order, slots in order, all prompts of a slot together.
 ///
-/// Evaluations of one slot share their noisy latent and the class-independent part of the network, so a batch ends between
-/// slots where it can.
+/// Evaluations of one slot share their noisy latent and the class-independent part of the network, so batches end between
+/// slots where possible.
 pub(crate) fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>> {
     let mut batches: Vec<Vec<Evaluation>> = Vec::new();
     for (unit, work) in (0u32..).zip(units) {
@@ -270,7 +281,8 @@ pub(crate) fn batches_of(units: &[UnitWork], size: usize) -> Vec<Vec<Evaluation>
     batches
 }
 
-/// What some work gives; a panic in it, which is a defect, must not take the lane along and leave a block waiting for it.
+/// Runs some work and turns a panic, which is a defect, into an error. Otherwise the lane would end, and a block would wait
+/// for it.
 fn caught<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelError> {
     let crashed = |panic: Box<dyn Any + Send>| {
         let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
@@ -280,7 +292,7 @@ fn caught<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelErr
 }
 
 struct Lane {
-    problem: Arc<Problem>,
+    problem: Arc<LoadedJob>,
     batch: Arc<AtomicUsize>,
     evaluated: Arc<AtomicU64>,
     queued: Arc<AtomicU64>,
@@ -289,7 +301,7 @@ struct Lane {
 impl Lane {
     fn run(&self, batches: &Receiver<Batch>, encodes: &Receiver<Encode>) {
         loop {
-            // Encoding first: it is short, and a whole block may wait for it.
+            // Encode first: it is short, and a whole block may wait for it.
             if let Ok(encode) = encodes.try_recv() {
                 self.encode(encode, encodes);
                 continue;
@@ -307,7 +319,7 @@ impl Lane {
         }
     }
 
-    /// Encodes an image; on a GPU, together with others that wait for the same.
+    /// Encodes an image; on a GPU, together with other waiting images.
     fn encode(&self, first: Encode, waiting: &Receiver<Encode>) {
         let on_gpu = !self.problem.stages[first.stage].device().is_cpu();
         let others = if on_gpu { IMAGES_AT_ONCE - 1 } else { 0 };
@@ -324,8 +336,8 @@ impl Lane {
         }
     }
 
-    /// What a stage makes of images; in halves where it can't be had at once, so that none fails for another's sake.
-    fn encoded(&self, stage: &Stage, images: &[Vec<f32>]) -> Vec<Result<Vec<f32>, ModelError>> {
+    /// Encodes images with a stage. If that fails, encodes them in halves, so that no image fails because of another.
+    fn encoded(&self, stage: &ModelStage, images: &[Vec<f32>]) -> Vec<Result<Vec<f32>, ModelError>> {
         match caught(|| stage.encode(images)) {
             Ok(encoded) => encoded.into_iter().map(Ok).collect(),
             Err(error) => {
@@ -355,7 +367,7 @@ impl Lane {
                 }
                 Err(error) => {
                     if !block.failed.swap(true, Ordering::Relaxed) {
-                        // A single evaluation that does not fit is no fault of its block's either.
+                        // If a single evaluation does not fit, its block is not at fault either.
                         let lost = error.is_out_of_memory()
                             || self.problem.stages.iter().any(|stage| gpu::is_lost(stage.device()));
                         let event = if lost { BlockEvent::Lost } else { BlockEvent::Failed };
@@ -370,14 +382,14 @@ impl Lane {
         }
     }
 
-    /// The errors of evaluations; in halves, now and from now on, where they do not fit into the device's memory.
-    fn errors(&self, block: &Block, evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
+    /// The errors of evaluations. If they do not fit into the device's memory, halves them and all later batches.
+    fn errors(&self, block: &BlockInWork, evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
         match caught(|| self.problem.errors(&block.units, &block.conditions, evaluations)) {
             Err(error) if error.is_out_of_memory() && evaluations.len() > 1 => {
                 self.problem.stages.iter().for_each(|stage| gpu::recover(stage.device()));
                 let half = evaluations.len().div_ceil(2);
                 if self.batch.fetch_min(half, Ordering::Relaxed) > half {
-                    tracing::warn!(batch = half, %error, "a smaller batch, since the last one did not fit into memory");
+                    tracing::warn!(batch = half, %error, "using a smaller batch, since the last one did not fit into memory");
                 }
                 let (first, second) = evaluations.split_at(half);
                 let mut errors = self.errors(block, first)?;
@@ -389,8 +401,8 @@ impl Lane {
     }
 }
 
-impl Block {
-    /// Notes a batch's errors and reports the units they complete.
+impl BlockInWork {
+    /// Notes a batch's errors, and reports the units that are now complete.
     fn take(&self, evaluations: &[Evaluation], errors: &[f32], reports_errors: bool) {
         let mut finished = Vec::new();
         {
@@ -406,17 +418,18 @@ impl Block {
             }
         }
         for (unit, errors) in finished {
-            let (sums, errors) = match reports_errors {
-                true => (Vec::new(), errors),
-                false => (errors.chunks(unit.slots.len().max(1)).map(Sums::of).collect(), Vec::new()),
+            let (sums, errors) = if reports_errors {
+                (Vec::new(), errors)
+            } else {
+                (errors.chunks(unit.slots.len().max(1)).map(Sums::of).collect(), Vec::new())
             };
             let _ = self.events.blocking_send(BlockEvent::Unit(UnitErrors { unit, sums, errors }));
         }
     }
 }
 
-impl Problem {
-    /// Which of the stages scores a round.
+impl LoadedJob {
+    /// The stage that scores a round.
     pub fn stage_of(&self, round: Round) -> usize {
         match self.course.scored_by(round) {
             ScoredBy::Shortlist => 0,
@@ -424,7 +437,7 @@ impl Problem {
         }
     }
 
-    /// The errors of a batch of evaluations, in their order; all of one stage.
+    /// The errors of a batch of evaluations, in their order. All are of one stage.
     pub(crate) fn errors(
         &self,
         units: &[UnitWork],
@@ -453,7 +466,7 @@ impl Problem {
         self.stages[stage].errors(&works, &conditions[stage], &pairs)
     }
 
-    /// A slot of a unit, which was checked to be of the course.
+    /// A slot of a unit, which was checked to be in the course.
     fn slot(&self, work: &UnitWork, slot: u32) -> Result<Slot, ModelError> {
         let position = work.unit.slots.start + slot as usize;
         self.course
@@ -476,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_hold_every_evaluation_once_in_order_and_end_between_slots() {
+    fn batches_contain_every_evaluation_once_in_order_and_end_between_slots() {
         let units = [work(0, 3, 10), work(1, 2, 5), work(2, 1, 40)];
         let batches = batches_of(&units, 16);
         let sizes: Vec<_> = batches.iter().map(Vec::len).collect();

@@ -1,4 +1,4 @@
-//! Why a block or a whole worker failed, and what to do about it.
+//! Errors of a block or a whole worker, with remedies.
 
 use elbo_data::ReadError;
 use elbo_models::ModelError;
@@ -7,23 +7,23 @@ use crate::call_error::{CallError, ClientError};
 use crate::engine::EngineStopped;
 use crate::problem::ProblemError;
 
-/// A block that can't be prepared as a whole.
+/// A whole block can't be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
-    /// It speaks of samples, rounds or prompts that are not the job's.
+    /// It refers to samples, rounds or prompts that are not the job's.
     #[error(
-        "the block speaks of a sample, round or prompt this job does not have: run the same version of elbo everywhere"
+        "the block refers to a sample, round or prompt that this job does not have: run the same version of elbo everywhere"
     )]
     Foreign,
-    /// Some of its samples' captions can't be encoded.
+    /// The captions of some samples can't be encoded.
     #[error("encoding the captions: {0}")]
     Captions(ModelError),
-    /// The images' storage does not answer.
+    /// The images' storage does not respond.
     #[error("{0}; check the storage of the images, then start the worker again")]
     Storage(ReadError),
     /// This worker can't read any image.
     #[error(
-        "the images of {images} can't be read here, and none of them is blamed for it: {problem}; mend this machine's access to them (mount, credentials, clock), then start the worker again (where it was `elbo label`, the same command, which resumes)"
+        "the images of {images} can't be read here, and none of them is blamed for it: {problem}; fix this machine's access to them (mount, credentials, clock), then start the worker again (for `elbo label`, run the same command, which resumes)"
     )]
     Access {
         /// The job's images.
@@ -33,7 +33,7 @@ pub enum BlockError {
     },
     /// The device failed, or has no room for one image.
     #[error(
-        "the device failed: {0}; start the worker again (with a smaller --batch if memory ran out): what it had in hand is not lost"
+        "the device failed: {0}; start the worker again (with a smaller --batch if memory ran out): the work in hand is not lost"
     )]
     Device(String),
     /// The engine is gone.
@@ -41,30 +41,30 @@ pub enum BlockError {
     Stopped(#[from] EngineStopped),
 }
 
-/// A worker that had to give up.
+/// A worker that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The coordinator can't be worked for.
+    /// The coordinator can't be used.
     #[error(transparent)]
     Client(#[from] ClientError),
     /// The job can't be worked on here.
     #[error(transparent)]
-    Problem(#[from] ProblemError),
-    /// A block made no sense.
+    LoadedJob(#[from] ProblemError),
+    /// A block failed.
     #[error(transparent)]
     Block(#[from] BlockError),
     /// The engine's threads could not be started.
     #[error("starting the engine: {0}")]
     Start(#[from] std::io::Error),
-    /// It was told to stop and could not report in time.
+    /// It was told to stop, and could not report in time.
     #[error(
         "told to stop, the worker could not deliver its results within {0} s: what was not acknowledged will be computed again"
     )]
     Grace(u64),
-    /// The coordinator has another job: it is joined afresh.
+    /// The coordinator has another job: join again.
     #[error("the coordinator has another job now: start the worker again")]
     OtherJob,
-    /// A background task ended by a panic, which is a defect.
+    /// A background task panicked, which is a defect.
     #[error("the worker's {0} ended unexpectedly: start the worker again, and report this")]
     Task(&'static str),
 }
@@ -75,7 +75,7 @@ impl From<EngineStopped> for WorkerError {
     }
 }
 
-/// Why a worker ends whose call was not answered.
+/// The error of a worker whose call was not answered.
 pub(crate) fn no_answer(error: CallError) -> WorkerError {
     match error {
         CallError::Fatal(error) => error.into(),

@@ -1,16 +1,16 @@
-//! What there is to report of a block: errors of a unit, or a sample that is beyond help.
+//! The parts of a report on a block: errors of a unit, or a sample that failed.
 
+use elbo_core::failure::SampleFailure;
 use elbo_proto::{bytes_of, shortened, v1};
 
 use crate::engine::UnitErrors;
-use crate::prepare::BadSample;
 
 /// Something to report.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Finding {
     /// A unit is finished.
     Unit(v1::UnitResult),
-    /// A sample is beyond help.
+    /// A sample failed.
     Bad(v1::SampleFailure),
 }
 
@@ -37,9 +37,8 @@ impl From<UnitErrors> for Finding {
     }
 }
 
-impl From<BadSample> for Finding {
-    fn from(bad: BadSample) -> Self {
-        let BadSample { sample, stage, error } = bad;
-        Self::Bad(v1::SampleFailure { sample: sample.0, stage: stage.to_owned(), error: shortened(error) })
+impl From<SampleFailure> for Finding {
+    fn from(bad: SampleFailure) -> Self {
+        Self::Bad(SampleFailure { error: shortened(bad.error), ..bad }.into())
     }
 }

@@ -1,6 +1,6 @@
-//! A worker's signs of life: that it is there, what it is at, and which blocks it has in hand.
+//! A worker's heartbeats: they say that it is alive, what it is doing, and which blocks it has in hand.
 //!
-//! They are sent apart from asking for work, so that a long batch or a slow storage never looks like a dead worker.
+//! They are sent separately from requests for work, so that a long batch or a slow storage never looks like a dead worker.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,7 @@ use crate::client::Client;
 use crate::engine::Engine;
 use crate::held::Held;
 
-/// What a worker tells of itself.
+/// The state that a worker's heartbeats report.
 #[derive(Debug, Default)]
 pub(crate) struct Heartbeats {
     engine: Mutex<Option<Arc<Engine>>>,
@@ -26,19 +26,19 @@ pub(crate) struct Heartbeats {
 }
 
 impl Heartbeats {
-    /// The model is loaded, and its engine runs.
+    /// Sets the engine, once the model is loaded.
     pub(crate) fn start(&self, engine: Arc<Engine>) {
         *self.engine.lock().unwrap_or_else(PoisonError::into_inner) = Some(engine);
     }
 
-    /// The process is to end, whatever its engine is in the middle of.
+    /// Lets the process end without waiting for the engine's running batches.
     pub(crate) fn abandon(&self) {
         if let Some(engine) = self.engine.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
             engine.abandon();
         }
     }
 
-    /// Evaluations done, and what the worker is at.
+    /// Evaluations done, and the worker's activity.
     fn now(&self) -> (u64, v1::Activity) {
         let engine = self.engine.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(engine) = engine.as_ref() else { return (0, v1::Activity::Loading) };
@@ -50,7 +50,7 @@ impl Heartbeats {
         (engine.evaluated(), activity)
     }
 
-    /// Sends signs of life for ever, or until the coordinator wants no more.
+    /// Sends heartbeats until the coordinator wants no more.
     pub(crate) async fn beat(&self, client: &Client, host: &str, device: &str, every: Duration) {
         let mut last = (v1::Activity::Unspecified, 0);
         let mut since = Instant::now();

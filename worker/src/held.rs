@@ -1,4 +1,4 @@
-//! The blocks a worker has in hand: leased, and not acknowledged as a whole.
+//! The blocks that a worker has in hand: leased and not completely acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,31 +11,31 @@ use elbo_proto::v1;
 use crate::finding::Finding;
 
 #[derive(Debug)]
-struct Block {
-    /// Units that are not acknowledged, and whether something was found of them that is to be reported.
+struct HeldBlock {
+    /// Unacknowledged units, and whether each has a finding to report.
     units: BTreeMap<UnitId, bool>,
     unwanted: Arc<AtomicBool>,
 }
 
-/// The blocks in hand, shared by those who compute, report and ask for more.
+/// The blocks in hand, shared by the tasks that compute, report and ask for work.
 #[derive(Clone, Debug, Default)]
-pub struct Held(Arc<Mutex<BTreeMap<LeaseKey, Block>>>);
+pub struct Held(Arc<Mutex<BTreeMap<LeaseKey, HeldBlock>>>);
 
 impl Held {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<LeaseKey, Block>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<LeaseKey, HeldBlock>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a block in hand. What is given back becomes true when nobody needs its results any more.
+    /// Adds a block. The returned flag becomes true when its results are no longer needed.
     pub fn add(&self, block: &v1::Block) -> Arc<AtomicBool> {
         let named = block.units.iter().filter_map(|unit| unit.id?.try_into().ok());
         let unwanted = Arc::new(AtomicBool::new(false));
         let units = named.map(|unit| (unit, false)).collect();
-        self.lock().insert(block.key(), Block { units, unwanted: Arc::clone(&unwanted) });
+        self.lock().insert(block.key(), HeldBlock { units, unwanted: Arc::clone(&unwanted) });
         unwanted
     }
 
-    /// Something was found that will be reported: how many units it is of.
+    /// Notes a finding that will be reported. Returns how many units it covers.
     pub(crate) fn found(&self, key: LeaseKey, finding: &Finding) -> usize {
         let mut held = self.lock();
         let Some(block) = held.get_mut(&key) else { return 0 };
@@ -60,7 +60,7 @@ impl Held {
         }
     }
 
-    /// Results of a block were acknowledged, and samples of it given up; a block without more is out of hand.
+    /// Removes units whose results were acknowledged or whose samples were given up. An empty block is removed.
     pub fn acknowledge(&self, key: LeaseKey, report: &v1::ReportRequest) {
         let mut held = self.lock();
         let Some(block) = held.get_mut(&key) else { return };
@@ -74,8 +74,8 @@ impl Held {
         }
     }
 
-    /// A block is handed back, or given up. What was found of it is still to be reported, so as far as that it stays in hand: a
-    /// coordinator that was started again takes only what the worker says it holds.
+    /// Removes a block that is handed back or given up. Its units with findings stay until these are reported, since a
+    /// restarted coordinator accepts only units that the worker says it holds.
     pub fn remove(&self, key: LeaseKey) {
         let mut held = self.lock();
         let Some(block) = held.get_mut(&key) else { return };
@@ -85,7 +85,7 @@ impl Held {
         }
     }
 
-    /// Nobody needs these blocks' results any more.
+    /// Marks blocks whose results are no longer needed.
     pub fn abandon(&self, keys: impl IntoIterator<Item = LeaseKey>) {
         let held = self.lock();
         for block in keys.into_iter().filter_map(|key| held.get(&key)) {
@@ -93,7 +93,7 @@ impl Held {
         }
     }
 
-    /// Whether there is none.
+    /// Whether there are no blocks.
     pub fn is_empty(&self) -> bool {
         self.lock().is_empty()
     }
@@ -105,7 +105,7 @@ impl Held {
 
     /// The leases with their units, for a coordinator that does not know of them.
     pub fn blocks(&self) -> Vec<v1::HeldBlock> {
-        let block = |(key, block): (&LeaseKey, &Block)| v1::HeldBlock {
+        let block = |(key, block): (&LeaseKey, &HeldBlock)| v1::HeldBlock {
             epoch: key.epoch.0,
             lease: key.lease.0,
             units: block.units.keys().map(|unit| (*unit).into()).collect(),
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_found_of_a_block_that_is_given_up_stays_in_hand_until_it_is_acknowledged() {
+    fn findings_of_a_block_that_is_given_up_stay_in_hand_until_they_are_acknowledged() {
         let id = |sample, slots| v1::UnitId { sample, round: 0, slots, prompts: 0 };
         let unit = |sample, slots| v1::Unit { id: Some(id(sample, slots)), ..v1::Unit::default() };
         let units = vec![unit(1, 0), unit(1, 1), unit(2, 0), unit(3, 0)];

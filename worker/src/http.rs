@@ -1,18 +1,17 @@
-//! What a worker process tells operators over HTTP.
-
-use std::fmt::Write;
+//! A worker process's answers to operators over HTTP.
 
 use elbo_net::Operations;
-use elbo_net::http::{document, encode, escape};
+use elbo_net::http::{document, encode};
+use maud::html;
 
 use crate::metrics::metrics;
 
-/// This process, as operators see it.
+/// The operators' view of this process.
 #[derive(Clone, Debug)]
 pub struct WorkerOperations {
     /// The coordinator's URL.
     pub coordinator: String,
-    /// What it computes on.
+    /// Its devices.
     pub device: String,
 }
 
@@ -57,15 +56,15 @@ impl Operations for WorkerOperations {
     }
 
     fn page(&self) -> String {
-        let mut body = format!("<h1>elbo: worker is {}</h1><table>", self.state());
-        if let serde_json::Value::Object(status) = self.status() {
-            for (name, value) in status {
-                let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-                // Writing to a string does not fail.
-                let _ = write!(body, "<tr><th>{}<td>{}", escape(&name.replace('_', " ")), escape(&text));
+        let status = self.status();
+        let facts = status.as_object().into_iter().flatten();
+        let text = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let body = html! {
+            h1 { "elbo: worker is " (self.state()) }
+            table {
+                @for (name, value) in facts { tr { th { (name.replace('_', " ")) } td { (text(value)) } } }
             }
-        }
-        body.push_str("</table>");
-        document("elbo worker", &body)
+        };
+        document("elbo worker", body)
     }
 }

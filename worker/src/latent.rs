@@ -1,51 +1,34 @@
-//! Latents of the samples a worker is busy with, so that a sample's next round needs no second look at its image.
+//! Latents of the samples a worker is busy with, so that a sample's next round need not read its image again.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use elbo_core::ids::SampleId;
+use quick_cache::sync::Cache;
 
-/// What a model made of an image: a scaled latent `x0` in [H, W, C] order, or an embedding.
+/// A model's encoding of an image: a scaled latent `x0` in [H, W, C] order, or an embedding.
 pub type Latent = Arc<Vec<f32>>;
 
-/// A sample and the stage that looked at it.
+/// A sample and the stage that encoded it.
 pub type Key = (SampleId, usize);
 
-/// Latents by sample and stage, bounded by memory, oldest out first.
+/// Latents by sample and stage, bounded by memory.
 #[derive(Debug)]
-pub struct LatentCache {
-    inner: Mutex<Inner>,
-    capacity: usize,
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    latents: HashMap<Key, Latent>,
-    order: VecDeque<Key>,
-}
+pub struct LatentCache(Cache<Key, Latent>);
 
 impl LatentCache {
-    /// A cache for at most `bytes` of latents of `elements` elements each, at least one of them.
+    /// A cache for at most `bytes` of latents with `elements` elements each, but for at least one latent.
     pub fn new(bytes: usize, elements: usize) -> Self {
-        Self { inner: Mutex::default(), capacity: (bytes / (4 * elements.max(1))).max(1) }
+        Self(Cache::new((bytes / (4 * elements.max(1))).max(1)))
     }
 
-    /// What a stage's model made of a sample, if it is still here.
+    /// A sample's latent from a stage, if it is still here.
     pub fn get(&self, key: Key) -> Option<Latent> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).latents.get(&key).cloned()
+        self.0.get(&key)
     }
 
     /// Keeps a latent.
     pub fn put(&self, key: Key, latent: Latent) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.latents.insert(key, latent).is_none() {
-            inner.order.push_back(key);
-        }
-        while inner.order.len() > self.capacity {
-            if let Some(oldest) = inner.order.pop_front() {
-                inner.latents.remove(&oldest);
-            }
-        }
+        self.0.insert(key, latent);
     }
 }
 
@@ -54,10 +37,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_latents_make_room() {
-        let cache = LatentCache::new(2 * 4 * 3, 3);
-        (0..3).for_each(|i| cache.put((SampleId(i), 0), Arc::new(vec![i as f32; 3])));
-        assert!(cache.get((SampleId(0), 0)).is_none());
-        assert_eq!(cache.get((SampleId(2), 0)).unwrap()[0], 2.0);
+    fn a_full_cache_drops_latents() {
+        let (capacity, elements) = (100, 3);
+        let cache = LatentCache::new(capacity * 4 * elements, elements);
+        (0..1000).for_each(|i| cache.put((SampleId(i), 0), Arc::new(vec![i as f32; elements])));
+        let left: Vec<_> = (0..1000).filter_map(|i| Some((i, cache.get((SampleId(i), 0))?))).collect();
+        assert!((capacity / 2..=capacity).contains(&left.len()), "{}", left.len());
+        assert!(left.iter().all(|(i, latent)| latent[0] == *i as f32));
+        let one = LatentCache::new(1, 1000);
+        one.put((SampleId(1), 0), Arc::new(vec![1.0]));
+        assert!(one.get((SampleId(1), 0)).is_some());
     }
 }

@@ -1,11 +1,11 @@
-//! The lease loop of one engine: asks for blocks, prepares them side by side, computes them one after the other.
+//! The lease loop of one engine: asks for blocks, prepares them in parallel, and computes them one after another.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use elbo_core::ids::LeaseKey;
-use elbo_proto::{FULL_MESSAGE_BYTES, MAX_MESSAGE_BYTES, v1};
+use elbo_proto::{FULL_MESSAGE_BYTES, LeaveReason, MAX_MESSAGE_BYTES, v1};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -21,13 +21,14 @@ use crate::held::Held;
 use crate::prepare::Preparer;
 use crate::report::{BACKLOG, Findings};
 
-/// Blocks an engine has in hand: one being computed, one being prepared.
+/// Blocks that an engine has in hand: one being computed, one being prepared.
 const BLOCKS: usize = 2;
 
-/// What lanes may say of a block before somebody listens.
+/// Events that lanes may send about a block before they are received.
 const EVENTS: usize = 1024;
 
-// A unit takes less among the blocks in hand, which go with every join, than in its block, or than its result in the backlog.
+// A unit takes less room among the blocks in hand, which go with every join, than in its block or as a result in the
+// backlog.
 const _: () = assert!(BLOCKS * FULL_MESSAGE_BYTES + BACKLOG < MAX_MESSAGE_BYTES / 8 * 7);
 
 /// Measured evaluations per second, smoothed over leases.
@@ -47,7 +48,7 @@ impl Rate {
     }
 }
 
-/// Who asks for blocks.
+/// Asks for blocks and computes them.
 pub(crate) struct LeaseLoop {
     client: Client,
     preparer: Arc<Preparer>,
@@ -56,15 +57,15 @@ pub(crate) struct LeaseLoop {
     rate: Rate,
 }
 
-/// What a lease loop needs to know beside its parts.
+/// What a lease loop needs besides its parts.
 pub(crate) struct Terms<'a> {
     /// The host it runs on, for people.
     pub(crate) host: &'a str,
-    /// Its device, likewise.
+    /// Its device, for people.
     pub(crate) device: &'a str,
     /// Whether to wait for a coordinator that stopped before the job was done.
     pub(crate) stay: bool,
-    /// Asks for no more.
+    /// Stops the loop when cancelled.
     pub(crate) stop: &'a CancellationToken,
 }
 
@@ -78,10 +79,10 @@ impl LeaseLoop {
         let Terms { host, device, stay, stop } = terms;
         let this = Arc::new(self);
         let places = Arc::new(Semaphore::new(BLOCKS));
-        // Blocks are prepared side by side but computed one after the other, in the order they were leased.
+        // Blocks are prepared in parallel but computed one after another, in the order they were leased.
         let turn = Arc::new(tokio::sync::Mutex::new(()));
         let mut blocks: JoinSet<Result<(), WorkerError>> = JoinSet::new();
-        // Images may take long to be read, and the storage may hang: what is not prepared by then is handed back.
+        // Images may take long to read, and the storage may hang: blocks that are not prepared by then are handed back.
         let ending = stop.child_token();
         let ended = loop {
             let place = tokio::select! {
@@ -113,15 +114,14 @@ impl LeaseLoop {
                         tracing::trace_span!(target: "elbo::trace", "block", epoch = key.epoch.0, lease = key.lease.0);
                     blocks.spawn(computing.instrument(span).in_current_span());
                 }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { done, next })) })
-                    if !next && (done || !stay) =>
-                {
-                    break Ok(());
-                }
-                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(v1::Leave { next, .. })) }) => {
-                    match next {
-                        true => tracing::info!("waiting for the job that follows"),
-                        false => tracing::info!("the coordinator is stopping: waiting for it to come back"),
+                Ok(v1::LeaseReply { outcome: Some(Outcome::Leave(leave)) }) => {
+                    match LeaveReason::from(leave) {
+                        LeaveReason::Done => break Ok(()),
+                        LeaveReason::Stopping if !stay => break Ok(()),
+                        LeaveReason::Stopping => {
+                            tracing::info!("the coordinator is stopping: waiting for it to come back");
+                        }
+                        LeaveReason::NextJob => tracing::info!("waiting for the next job"),
                     }
                     tokio::select! {
                         () = tokio::time::sleep(Duration::from_secs(1)) => {}
@@ -131,13 +131,13 @@ impl LeaseLoop {
                 Ok(_) => {}
                 Err(CallError::Rejoin) => match this.client.join(host, device, this.held.blocks()).await {
                     Err(CallError::OtherJob) => break Err(WorkerError::OtherJob),
-                    // Whatever it is, the next call runs into it too.
+                    // The next call runs into any other error too.
                     _ => continue,
                 },
                 Err(error) => break Err(no_answer(error)),
             }
         };
-        // Finish what the device is in the middle of, report it, and hand the rest back.
+        // Finish the running batches, report them, and hand the rest back.
         ending.cancel();
         this.preparer.engine.cancel();
         while let Some(block) = blocks.join_next().await {
@@ -148,7 +148,7 @@ impl LeaseLoop {
         ended
     }
 
-    /// Hands something to the reporter, once that has room.
+    /// Hands a finding to the reporter, once that has room.
     async fn find(&self, key: LeaseKey, finding: Finding) {
         let units = self.held.found(key, &finding);
         self.findings.find(key, finding, units).await;
@@ -172,10 +172,10 @@ impl LeaseLoop {
             prepared => prepared?,
         };
         for bad in prepared.bad {
-            tracing::warn!(epoch = key.epoch.0, lease = key.lease.0, sample = %bad.sample, stage = bad.stage, error = bad.error, "bad sample");
+            tracing::warn!(epoch = key.epoch.0, lease = key.lease.0, sample = %bad.sample, stage = bad.stage.name(), error = bad.error, "bad sample");
             self.find(key, bad.into()).await;
         }
-        // The turn ends when all batches are queued: the next block's then follow without a gap.
+        // The turn ends when all batches are queued, so that the next block's batches follow without a gap.
         let own_turn = turn.lock().await;
         let started = Instant::now();
         let evaluations: u64 = prepared.units.iter().map(|u| u.unit.evaluations()).sum();
@@ -210,23 +210,23 @@ impl LeaseLoop {
                 tracing::info!(
                     epoch = key.epoch.0,
                     lease = key.lease.0,
-                    "the block's results are known already: it is dropped"
+                    "the block is dropped, since its results are already known"
                 );
                 self.held.remove(key);
             }
             None => self.rate.note(evaluations, started.elapsed().as_secs_f64()),
         }
         if !self.preparer.engine.is_busy() {
-            // Somebody may be waiting for the last results.
+            // The coordinator may be waiting for the last results.
             self.findings.flush();
         }
         Ok(())
     }
 
-    /// Hands a block back that can't be finished.
+    /// Hands back a block that can't be finished.
     async fn give_up(&self, key: LeaseKey, error: &str) -> Result<(), WorkerError> {
         tracing::error!(epoch = key.epoch.0, lease = key.lease.0, error, "block failed");
-        // As long as it counts as held, a request for work does not hand it back without the blame.
+        // While it counts as held, a request for work does not hand it back without the failure.
         let released = self.client.release(key, error).await;
         self.held.remove(key);
         match released {

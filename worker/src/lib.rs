@@ -1,9 +1,10 @@
 //! The worker: leases blocks from a coordinator, evaluates them on its devices, and reports sums.
 //!
-//! [`worker`] is the life of a worker from joining to leaving; [`prepare`] turns a leased block into latents
-//! ([`elbo_images`], then the model's VAE), and [`access`] says whose fault it is when one can't be read; [`engine`] evaluates them with the networks of [`elbo_models`], which are written in
-//! the operations of [`elbo_kernels`]; [`report`] delivers the results and keeps what is not acknowledged. [`http`] and [`metrics`] tell operators how it
-//! is.
+//! [`worker`] is the life of a worker from joining to leaving. [`prepare`] turns a leased block into latents
+//! ([`elbo_images`], then the model's VAE), and [`access`] decides what is at fault when an image can't be read. [`engine`]
+//! evaluates latents with the networks of [`elbo_models`], which use the operations of [`elbo_kernels`]. [`report`]
+//! delivers the results and keeps those that are not acknowledged. [`http`] and [`metrics`] show operators the state of the
+//! worker.
 
 pub mod access;
 mod batch;
@@ -29,4 +30,4 @@ pub mod worker;
 pub use call_error::{CallError, ClientError};
 pub use device::{Device, Devices};
 pub use error::{BlockError, WorkerError};
-pub use worker::{Options, run};
+pub use worker::{WorkerOptions, run};

@@ -1,12 +1,13 @@
-//! What this process has done as a worker, in counters that Prometheus reads.
+//! Counters of this worker process, for Prometheus.
 //!
-//! There is one set for the process, as there is one process for an operator to look at; its engines add up.
+//! There is one set per process, since an operator looks at processes. It adds up the engines.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 use elbo_core::activity::Activity;
+use elbo_core::failure::FailureStage;
 use elbo_proto::v1;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -31,19 +32,19 @@ pub struct Metrics {
     /// Samples given up, by stage.
     bad: Labelled<Counter>,
     reports: Labelled<Counter>,
-    /// Calls that were not answered and tried again.
+    /// Calls that were not answered and were repeated.
     pub(crate) retries: Counter,
     pub(crate) leases: Gauge,
     activity: Labelled<Gauge>,
     quiet: Gauge,
-    /// The engines that have joined, and what each told last.
+    /// The engines that have joined, with their last heartbeats.
     engines: Mutex<BTreeMap<String, Beat>>,
-    /// It has asked for work, and so has loaded its model.
+    /// Whether it has asked for work, and so has loaded its model.
     loaded: AtomicBool,
     job: Mutex<String>,
 }
 
-/// What an engine told with its last heartbeat.
+/// An engine's last heartbeat.
 #[derive(Debug, Default)]
 struct Beat {
     unreported: u64,
@@ -52,7 +53,7 @@ struct Beat {
     activity: v1::Activity,
 }
 
-/// Those of this process.
+/// The metrics of this process.
 pub fn metrics() -> &'static Metrics {
     static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
     &METRICS
@@ -61,9 +62,6 @@ pub fn metrics() -> &'static Metrics {
 fn name(activity: v1::Activity) -> &'static str {
     Option::from(activity).map_or("unknown", Activity::name)
 }
-
-/// The stages samples are given up at, of which a label may be made.
-const STAGES: [&str; 5] = ["read", "unread", "decode", "preprocess", "encode"];
 
 impl Metrics {
     fn new() -> Self {
@@ -96,18 +94,18 @@ impl Metrics {
             this.bad.clone(),
         );
         registry.register("reports", "Reports: acknowledged or refused", this.reports.clone());
-        registry.register("retries", "Calls that were not answered and tried again", this.retries.clone());
+        registry.register("retries", "Calls that were not answered and were repeated", this.retries.clone());
         registry.register("leases", "Leases it works on, as of the last heartbeat", this.leases.clone());
-        registry.register("activity", "Engines by what they were at by their last heartbeat", this.activity.clone());
+        registry.register("activity", "Engines by activity, as of their last heartbeat", this.activity.clone());
         registry.register(
             "quiet_milliseconds",
-            "How long nothing has come of that, of the one that has been quiet longest",
+            "How long the quietest engine has made no progress",
             this.quiet.clone(),
         );
         Self { registry, ..this }
     }
 
-    /// A batch is computed.
+    /// Counts a computed batch.
     pub(crate) fn computed(&self, evaluations: u64) {
         self.batches.inc();
         self.evaluations.inc_by(evaluations);
@@ -126,12 +124,12 @@ impl Metrics {
         self.loaded.store(true, Ordering::Relaxed);
     }
 
-    /// An engine has taken leave, or is not known any more.
+    /// Removes an engine that has left or is no longer known.
     pub(crate) fn left(&self, worker: &str) {
         self.engines().remove(worker);
     }
 
-    /// A report was answered; one that is sent again, after joining, is not yet.
+    /// Counts an answered report. A report that is sent again after joining is not counted yet.
     pub(crate) fn reported(&self, report: &v1::ReportRequest, answer: &Result<v1::ReportReply, CallError>) {
         let outcome = match answer {
             Ok(_) => "acknowledged",
@@ -145,13 +143,13 @@ impl Metrics {
         let evaluations = report.results.iter().map(|r| u64::from(r.slots) * r.prompts.len() as u64).sum();
         self.acknowledged.inc_by(evaluations);
         for failure in &report.failures {
-            if let Some(stage) = STAGES.into_iter().find(|stage| *stage == failure.stage) {
-                self.bad.get_or_create(&[("stage", stage)]).inc();
+            if let Ok(stage) = failure.stage.parse::<FailureStage>() {
+                self.bad.get_or_create(&[("stage", stage.name())]).inc();
             }
         }
     }
 
-    /// The coordinator is told how an engine is.
+    /// Notes an engine's heartbeat.
     pub(crate) fn beats(&self, beat: &v1::HeartbeatRequest) {
         let mut engines = self.engines();
         let Some(engine) = engines.get_mut(&beat.worker) else { return };
@@ -175,7 +173,7 @@ impl Metrics {
         }
     }
 
-    /// What its engines were at by their last heartbeats: the busiest of them.
+    /// The activity of its busiest engine, as of the last heartbeats.
     pub(crate) fn activity(&self) -> Option<&'static str> {
         self.engines().values().filter_map(|engine| engine.activity.into()).max().map(Activity::name)
     }
@@ -188,7 +186,7 @@ impl Metrics {
         self.loaded.load(Ordering::Relaxed)
     }
 
-    /// The names of the engines that have joined, and their job's; empty before any has.
+    /// The names of the joined engines and of their job; empty before any has joined.
     pub(crate) fn names(&self) -> (String, String) {
         let engines = self.engines().keys().cloned().collect::<Vec<_>>().join(", ");
         (engines, self.job.lock().unwrap_or_else(PoisonError::into_inner).clone())

@@ -1,16 +1,17 @@
-//! From the bytes of an image file to the pixels a model takes, within the memory there is for that.
+//! Turns the bytes of an image file into a model's input pixels, within a memory budget.
 
 use bytes::Bytes;
-use elbo_data::budget::{Budget, Share};
+use elbo_core::failure::FailureStage;
+use elbo_data::budget::{Budget, Reservation};
 use elbo_images::{ImageError, Preprocessing};
 
-/// Pixels as a model takes them.
+/// A model's input pixels.
 #[derive(Debug)]
 pub(crate) struct Picture {
     /// [S, S, 3].
     pub(crate) pixels: Vec<f32>,
     /// Their memory.
-    pub(crate) share: Share,
+    pub(crate) share: Reservation,
 }
 
 /// Why there are no pixels.
@@ -24,16 +25,16 @@ pub(crate) enum PictureError {
 }
 
 impl PictureError {
-    /// What was being done, as the quarantine table names it.
-    pub(crate) fn stage(&self) -> &'static str {
+    /// The failed stage, as the quarantine table names it.
+    pub(crate) fn stage(&self) -> FailureStage {
         match self {
-            Self::Image(error) => error.stage(),
-            Self::Crashed => "decode",
+            Self::Image(ImageError::Resize { .. }) => FailureStage::Preprocess,
+            Self::Image(_) | Self::Crashed => FailureStage::Decode,
         }
     }
 }
 
-/// Decodes and prepares an image, once its share of `memory` is free: how much it takes is known from its header.
+/// Decodes and preprocesses an image, once its share of `memory` is free. The image's header tells how much it needs.
 pub(crate) async fn picture(
     file: Bytes,
     preprocessing: Preprocessing,
@@ -47,7 +48,7 @@ pub(crate) async fn picture(
     Ok(Picture { pixels, share })
 }
 
-/// Computes on a thread that may take its time.
+/// Computes on a blocking thread.
 async fn working<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
 ) -> Result<T, PictureError> {
@@ -65,7 +66,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pictures_that_are_decoded_at_once_keep_within_the_budget() {
+    async fn pictures_decoded_at_the_same_time_stay_within_the_budget() {
         let preprocessing = Preprocessing::stable_diffusion(64);
         let needed = preprocessing.memory(&pgm(2000)).unwrap();
         assert!(needed > 4_000_000, "{needed}");
@@ -76,22 +77,22 @@ mod tests {
         let mut decoded = futures::future::join_all([2000; 16].map(one)).await;
         assert!(decoded.iter().all(|picture| picture.as_ref().is_ok_and(|p| p.pixels.len() == 64 * 64 * 3)));
         assert!((2 * needed..=total).contains(&budget.peak()), "{} of {total}", budget.peak());
-        // What is prepared holds as much as it is, in units of 64 KiB.
+        // A prepared picture holds its own size, in units of 64 KiB.
         assert_eq!(total - budget.free(), 16 * (64 << 10));
         decoded.clear();
         assert_eq!(budget.free(), total);
-        // One that needs more than there is, is taken alone.
+        // An image that needs more than the budget is decoded alone.
         let small = Budget::new(1 << 20);
         let one = async || picture(pgm(2000), preprocessing.clone(), &small).await.is_ok();
         assert_eq!(futures::future::join(one(), one()).await, (true, true));
     }
 
     #[tokio::test]
-    async fn what_is_no_picture_takes_no_memory() {
+    async fn an_invalid_picture_takes_no_memory() {
         let budget = Budget::new(1 << 30);
         let bomb = Bytes::from_static(b"P5 60000 60000 255\n");
         let error = picture(bomb, Preprocessing::stable_diffusion(64), &budget).await.unwrap_err();
-        assert_eq!((error.stage(), budget.peak()), ("decode", 0));
+        assert_eq!((error.stage(), budget.peak()), (FailureStage::Decode, 0));
         assert!(error.to_string().contains("16384"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! From a leased block to work for the engine: images are read, decoded and encoded while the device computes the block
-//! before.
+//! Turns a leased block into work for the engine: reads, decodes and encodes images while the device computes the previous
+//! block.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,6 +7,7 @@ use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
 use elbo_core::class::{Classes, Prompt};
+use elbo_core::failure::{FailureStage, SampleFailure};
 use elbo_core::ids::{PromptIndex, Round, SampleId};
 use elbo_core::sample::Part;
 use elbo_core::text::excerpt;
@@ -20,36 +21,45 @@ use elbo_proto::v1;
 use futures::StreamExt;
 
 use crate::access::{Access, Unread};
-use crate::engine::{Engine, Problem, UnitWork};
+use crate::engine::{EncodeError, Engine, LoadedJob, UnitWork};
 use crate::error::BlockError;
 use crate::latent::{Key, Latent, LatentCache};
 use crate::metrics::metrics;
 use crate::picture::{Picture, picture};
-use crate::stage::Stage;
+use crate::stage::ModelStage;
 
-/// Images read and decoded at a time, as far as there is memory for them.
+/// The most images read and decoded at a time, if there is memory for them.
 const AHEAD: usize = 16;
-
-/// A sample whose image can't be turned into a latent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BadSample {
-    /// The sample.
-    pub sample: SampleId,
-    /// Where it failed: read, decode, preprocess or encode; or unread, where others may be able to read it.
-    pub stage: &'static str,
-    /// Why.
-    pub error: String,
-}
 
 /// A block ready for the engine.
 #[derive(Debug)]
 pub struct Prepared {
     /// Units of the samples that have a latent.
     pub units: Vec<UnitWork>,
-    /// What every stage's model needs to know of their prompts.
+    /// Every stage's conditions for their prompts.
     pub conditions: Vec<Arc<Conditions>>,
-    /// Samples that have none.
-    pub bad: Vec<BadSample>,
+    /// Samples that have no latent.
+    pub bad: Vec<SampleFailure>,
+}
+
+/// Why a sample has no latent.
+enum Unprepared {
+    /// The sample is at fault.
+    Sample(SampleFailure),
+    /// The block can't be prepared.
+    Block(BlockError),
+}
+
+impl Unprepared {
+    fn sample(sample: SampleId, stage: FailureStage, error: impl ToString) -> Self {
+        Self::Sample(SampleFailure { sample, stage, error: error.to_string() })
+    }
+}
+
+impl From<BlockError> for Unprepared {
+    fn from(error: BlockError) -> Self {
+        Self::Block(error)
+    }
 }
 
 /// Turns blocks into work.
@@ -57,31 +67,31 @@ pub struct Prepared {
 pub struct Preparer {
     /// The device's engine, which encodes.
     pub engine: Arc<Engine>,
-    /// Latents at hand.
+    /// The latents at hand.
     pub cache: LatentCache,
     /// Reads images.
     pub reader: Reader,
-    /// What decoding them may take.
+    /// The memory for decoding images.
     pub memory: Budget,
-    /// What is at fault when one can't be read.
+    /// Decides what is at fault when an image can't be read.
     pub access: Access,
     /// The job: its course, its models, and its prompts or the text encoders for its samples' captions.
-    pub problem: Arc<Problem>,
+    pub problem: Arc<LoadedJob>,
     /// Samples read and encoded so far.
     pub prepared: Arc<AtomicU64>,
 }
 
-/// What every stage's model needs to know of a block's prompts.
+/// Every stage's conditions for a block's prompts.
 struct BlockConditions {
     conditions: Vec<Arc<Conditions>>,
-    /// Where each sample's prompts start, and how many it has.
+    /// The start and the number of each sample's prompts.
     of_sample: HashMap<SampleId, (u32, usize)>,
-    /// Samples whose captions can't be told apart, and which.
+    /// Samples with captions that the model can't tell apart, with a message that names the captions.
     same: HashMap<SampleId, String>,
 }
 
 impl Preparer {
-    /// Reads, decodes and encodes what a block needs.
+    /// Reads, decodes and encodes the samples of a block.
     pub async fn prepare(&self, block: v1::Block) -> Result<Prepared, BlockError> {
         let BlockConditions { conditions, of_sample, mut same } = self.conditions(&block.samples).await?;
         let units = block.units.into_iter().map(|u| self.unit(u, &of_sample)).collect::<Option<Vec<_>>>();
@@ -97,20 +107,21 @@ impl Preparer {
             let same = same.remove(&SampleId(sample.id));
             async {
                 match same {
-                    Some(error) => Ok(Err(BadSample { sample: SampleId(sample.id), stage: "encode", error })),
+                    Some(error) => Err(Unprepared::sample(SampleId(sample.id), FailureStage::Encode, error)),
                     None => self.latents(sample, stages).await,
                 }
             }
         }))
-        // One that comes slowly holds up no other.
+        // A slow image does not hold up others.
         .buffer_unordered(AHEAD);
         while let Some(of_sample) = pending.next().await {
-            match of_sample? {
+            match of_sample {
                 Ok(of_sample) => {
                     self.prepared.fetch_add(1, Ordering::Relaxed);
                     latents.extend(of_sample);
                 }
-                Err(bad) => prepared.bad.push(bad),
+                Err(Unprepared::Sample(bad)) => prepared.bad.push(bad),
+                Err(Unprepared::Block(error)) => return Err(error),
             }
         }
         drop(pending);
@@ -127,7 +138,7 @@ impl Preparer {
         Ok(prepared)
     }
 
-    /// The stages whose models must look at each sample.
+    /// The stages that need each sample's latent.
     fn stages_of(&self, units: &[Unit]) -> HashMap<SampleId, BTreeSet<usize>> {
         let mut stages: HashMap<SampleId, BTreeSet<usize>> = HashMap::new();
         for unit in units {
@@ -150,7 +161,7 @@ impl Preparer {
         }
         let problem = Arc::clone(&self.problem);
         let encoding = tokio::task::spawn_blocking(move || {
-            let encode = |stage: &Stage| Ok(Arc::new(stage.conditions_of(&captions)?));
+            let encode = |stage: &ModelStage| Ok(Arc::new(stage.conditions_of(&captions)?));
             let conditions = problem.stages.iter().map(encode).collect::<Result<Vec<_>, ModelError>>()?;
             let same = same_captions(&problem.stages, &captions, &of_sample)?;
             Ok(BlockConditions { conditions, of_sample, same })
@@ -159,7 +170,7 @@ impl Preparer {
         encoded.map_err(BlockError::Captions)
     }
 
-    /// A unit of the contract as one of ours; `None` where it is not of this job.
+    /// Converts a unit of the contract; `None` if it is not of this job.
     fn unit(&self, unit: v1::Unit, of_sample: &HashMap<SampleId, (u32, usize)>) -> Option<Unit> {
         let id = unit.id?;
         let id = UnitId {
@@ -177,14 +188,9 @@ impl Preparer {
         fits.then(|| Unit { id, slots, prompts: unit.prompts.into_iter().map(PromptIndex).collect() })
     }
 
-    /// What the models of some stages make of a sample.
-    async fn latents(
-        &self,
-        sample: v1::Sample,
-        stages: BTreeSet<usize>,
-    ) -> Result<Result<Vec<(Key, Latent)>, BadSample>, BlockError> {
+    /// A sample's latents for some stages.
+    async fn latents(&self, sample: v1::Sample, stages: BTreeSet<usize>) -> Result<Vec<(Key, Latent)>, Unprepared> {
         let id = SampleId(sample.id);
-        let bad = |stage, error: String| Ok(Err(BadSample { sample: id, stage, error }));
         let mut latents = Vec::new();
         let mut bytes: Option<Bytes> = None;
         for stage in stages {
@@ -195,40 +201,44 @@ impl Preparer {
             }
             let file = match bytes.take() {
                 Some(bytes) => bytes,
-                None => match self.access.read(&self.reader, &image_of(&sample)).await? {
+                None => match self.access.read(&self.reader, &image_of(&sample)).await {
                     Ok(bytes) => {
                         metrics().images_read.inc();
                         bytes
                     }
-                    Err(Unread { stage, error }) => return bad(stage, error.to_string()),
+                    Err(Unread::Image { stage, error }) => return Err(Unprepared::sample(id, stage, error)),
+                    Err(Unread::Access(error)) => return Err(error.into()),
                 },
             };
             bytes = Some(file.clone());
             let preprocessing = self.problem.stages[stage].preprocessing();
-            // Its share of the memory is held until it is encoded.
+            // Hold its share of the memory until it is encoded.
             let Picture { pixels, share: _share } = match picture(file, preprocessing, &self.memory).await {
                 Ok(picture) => picture,
-                Err(error) => return bad(error.stage(), error.to_string()),
+                Err(error) => return Err(Unprepared::sample(id, error.stage(), error)),
             };
-            match self.engine.encode(stage, pixels).await? {
-                Ok(latent) => {
-                    let latent = Arc::new(latent);
-                    self.cache.put(key, Arc::clone(&latent));
-                    latents.push((key, latent));
+            let latent = match self.engine.encode(stage, pixels).await {
+                Ok(latent) => Arc::new(latent),
+                Err(EncodeError::Stopped(stopped)) => return Err(BlockError::from(stopped).into()),
+                Err(EncodeError::Model(error))
+                    if error.is_out_of_memory() || gpu::is_lost(self.problem.stages[stage].device()) =>
+                {
+                    return Err(BlockError::Device(error.to_string()).into());
                 }
-                Err(error) if error.is_out_of_memory() || gpu::is_lost(self.problem.stages[stage].device()) => {
-                    return Err(BlockError::Device(error.to_string()));
+                Err(EncodeError::Model(error)) => {
+                    return Err(Unprepared::sample(id, FailureStage::Encode, error));
                 }
-                Err(error) => return bad("encode", error.to_string()),
-            }
+            };
+            self.cache.put(key, Arc::clone(&latent));
+            latents.push((key, latent));
         }
-        Ok(Ok(latents))
+        Ok(latents)
     }
 }
 
-/// The samples of which two captions are the same to one of the models; and says which captions are not read to their end.
+/// The samples with two captions that are the same to one of the models. Also warns about captions that are cut off.
 fn same_captions(
-    stages: &[Stage],
+    stages: &[ModelStage],
     captions: &[Prompt],
     of_sample: &HashMap<SampleId, (u32, usize)>,
 ) -> Result<HashMap<SampleId, String>, ModelError> {
@@ -251,7 +261,7 @@ fn same_captions(
     Ok(same)
 }
 
-/// Where a sample's image lies.
+/// The location of a sample's image.
 pub(crate) fn image_of(sample: &v1::Sample) -> Image {
     let part = sample.part.as_ref().map(|part| match part {
         v1::sample::Part::Member(v1::Member { offset }) => Part::Member { offset: *offset },
@@ -261,10 +271,10 @@ pub(crate) fn image_of(sample: &v1::Sample) -> Image {
     Image { location: sample.location.clone(), part, size: sample.size, etag }
 }
 
-/// The captions of a block's samples one list after the other, each different list once: where each sample's start among
-/// them, and how many it has.
+/// The captions of a block's samples, one list after another, each distinct list once. Also returns where each sample's
+/// list starts, and its length.
 ///
-/// Lists rather than captions are shared, since an evaluation finds a caption by its position in its sample's list.
+/// Lists are shared, not captions, since an evaluation finds a caption by its position in its sample's list.
 fn gather_captions(samples: &[v1::Sample]) -> (Vec<Prompt>, HashMap<SampleId, (u32, usize)>) {
     let (mut prompts, mut starts, mut of_sample) = (Vec::new(), HashMap::new(), HashMap::new());
     for sample in samples {

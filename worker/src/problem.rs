@@ -1,4 +1,4 @@
-//! Getting a worker ready for a job: the model is checked and loaded, the prompts are encoded, once per worker.
+//! Prepares a worker for a job: checks and loads the model, and encodes the prompts, once per worker.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -19,8 +19,8 @@ use elbo_models::{
 };
 
 use crate::device::{Device, DeviceError};
-use crate::engine::Problem;
-use crate::stage::{Diffusion, Model, Stage};
+use crate::engine::LoadedJob;
+use crate::stage::{Diffusion, Model, ModelStage};
 
 /// A job this worker can't work on.
 #[derive(Debug, thiserror::Error)]
@@ -47,10 +47,10 @@ pub enum ProblemError {
     /// An adapter is not the job's.
     #[error("the adapter {0} is not the one the job was started with: give every worker the same file")]
     OtherLora(String),
-    /// The scheduler's configuration is missing or can't be used.
+    /// The noise schedule's configuration is missing or invalid.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
-    /// The loss can't be had of the model.
+    /// The model does not support the loss.
     #[error(transparent)]
     Score(#[from] ScoreError),
     /// The policy does not fit.
@@ -62,17 +62,17 @@ pub enum ProblemError {
     /// The model knows classes by their labels and can't read captions.
     #[error("--candidates needs a model with a text encoder, and this one is conditioned on classes: use --classes")]
     NoCaptions,
-    /// What is to make the shortlist is a diffusion model.
+    /// The model for the shortlist is not a contrastive model.
     #[error(
-        "--shortlist needs a CLIP, SigLIP or OpenCLIP model, and {0} is none: give one of these in front of --model"
+        "--shortlist needs a CLIP, SigLIP or OpenCLIP model, and {0} is not one: give one of these as --shortlist, in front of --model"
     )]
     Shortlist(PathBuf),
     /// The image size does not fit.
     #[error("--size {size} does not fit the model: it must be a multiple of {factor} pixels")]
     Size {
-        /// As asked for.
+        /// The requested size.
         size: u32,
-        /// What it must be a multiple of.
+        /// It must be a multiple of this.
         factor: usize,
     },
     /// The device can't be used.
@@ -83,7 +83,7 @@ pub enum ProblemError {
     Source(#[from] SourceError),
     /// The device has no room for the model.
     #[error(
-        "the device has no room for the model ({0}): compute in less with --dtype bf16, end what else uses the device, or take one \
+        "the device has no room for the model ({0}): use less with --dtype bf16, end other programs on the device, or use a device \
          with more memory"
     )]
     NoRoom(ModelError),
@@ -98,9 +98,9 @@ impl From<ModelError> for ProblemError {
     }
 }
 
-impl Problem {
-    /// Loads what the job needs on a device, from the directories its models were found in or fetched to, and encodes its
-    /// prompts.
+impl LoadedJob {
+    /// Loads the job's models on a device, from the directories in which they were found or to which they were fetched, and
+    /// encodes the job's prompts.
     pub fn load(identity: &JobIdentity, models: &JobModels, device: Device) -> Result<Self, ProblemError> {
         check_files(identity, models)?;
         let spec = &identity.spec;
@@ -113,18 +113,19 @@ impl Problem {
             }
             stages.push(contrastive(spec, shortlist, &device)?);
         }
-        stages.push(match is_contrastive(&models.model) {
-            true => contrastive(spec, &models.model, &device)?,
-            false => diffusion(spec, &models.model, &course, &device)?,
+        stages.push(if is_contrastive(&models.model) {
+            contrastive(spec, &models.model, &device)?
+        } else {
+            diffusion(spec, &models.model, &course, &device)?
         });
         let reports_errors = course.reports_errors(spec.write_errors);
         Ok(Self { stages, course, reports_errors })
     }
 }
 
-fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<Stage, ProblemError> {
+fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<ModelStage, ProblemError> {
     let model = ContrastiveModel::load(directory, &LoadOptions::new(device.clone(), spec.dtype))?;
-    let mut stage = Stage { model: Model::Contrastive(Box::new(model)), conditions: None };
+    let mut stage = ModelStage { model: Model::Contrastive(Box::new(model)), conditions: None };
     if spec.candidates.is_none() {
         check_prompts(spec, &spec.classes.prompts, |texts| stage.readings(texts))?;
         stage.conditions = Some(Arc::new(stage.conditions_of(&spec.classes.prompts)?));
@@ -137,7 +138,7 @@ fn diffusion(
     directory: &Path,
     course: &Course,
     device: &candle_core::Device,
-) -> Result<Stage, ProblemError> {
+) -> Result<ModelStage, ProblemError> {
     let mut schedule = elbo_hub::model_config::schedule(directory)?;
     if let Some(shift) = spec.timestep_shift {
         schedule = schedule.with_shift(shift)?;
@@ -168,7 +169,7 @@ fn diffusion(
     let times = network.time_cache(&timesteps, &inputs)?;
     let scorer = Scorer::new(schedule, spec.loss, network.in_channels(), learned_variance)?;
     let conditions = match spec.candidates {
-        // Captions are encoded as they come, block by block.
+        // Captions are encoded block by block.
         Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
         Some(_) => None,
         None => {
@@ -179,13 +180,13 @@ fn diffusion(
             Some(Arc::new(conditions))
         }
     };
-    Ok(Stage {
+    Ok(ModelStage {
         model: Model::Diffusion(Box::new(Diffusion { model, scorer, noise, times, turn: Mutex::default() })),
         conditions,
     })
 }
 
-/// Refuses prompts of two classes that are the same to the model, and says which it does not read to their end.
+/// Refuses prompts of two classes that are the same to the model, and warns about prompts that are cut off.
 fn check_prompts(
     spec: &JobSpec,
     prompts: &[Prompt],
@@ -206,7 +207,7 @@ fn check_prompts(
     Ok(())
 }
 
-/// How a job's model is loaded.
+/// The options to load a job's model.
 fn load_options(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<LoadOptions, ModelError> {
     let mut options = LoadOptions::new(device.clone(), spec.dtype);
     for lora in &spec.lora {
@@ -215,7 +216,7 @@ fn load_options(spec: &JobSpec, directory: &Path, device: &candle_core::Device) 
     Ok(options)
 }
 
-/// Refuses to compute with other files than the job was started with.
+/// Refuses files that differ from those the job was started with.
 fn check_files(identity: &JobIdentity, models: &JobModels) -> Result<(), ProblemError> {
     let here = JobIdentity::new(identity.spec.clone(), models)?;
     let shortlist = models.shortlist.as_deref().unwrap_or(&models.model);

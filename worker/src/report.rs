@@ -1,7 +1,7 @@
-//! Delivering results: what is not acknowledged is kept and sent again, to a restarted coordinator too.
+//! Delivers results. Unacknowledged results are kept and sent again, also to a restarted coordinator.
 //!
-//! What is kept is bounded: while the coordinator takes nothing, whoever computes waits. So are the reports, whatever has come
-//! together meanwhile.
+//! The backlog is bounded: while the coordinator accepts nothing, computing waits. Reports are bounded too, however much
+//! has accumulated.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,20 +17,21 @@ use crate::client::Client;
 use crate::finding::Finding;
 use crate::held::Held;
 
-/// Results are gathered this long before they are sent: a crash loses no more than this and what is being computed.
+/// Results are gathered this long before they are sent. A crash loses at most this and the work in progress.
 const GATHER: Duration = Duration::from_millis(500);
 
-/// Bytes of findings that may wait to be acknowledged: several full reports, so that a device goes on while one is under way.
+/// Bytes of findings that may wait to be acknowledged: several full reports, so that a device goes on while one is under
+/// way.
 pub(crate) const BACKLOG: usize = 4 * FULL_MESSAGE_BYTES;
 
-/// Bytes that a unit takes among the blocks in hand, at most.
+/// The most bytes that a unit takes among the blocks in hand.
 const HELD_UNIT: usize = 32;
 
-/// How often in a row a coordinator that has just been joined may not know the worker, or its lease, before a report is dropped:
-/// one that comes and goes does not do that so often.
+/// How often in a row a coordinator may not know the worker or its lease just after a join, before a report is dropped. A
+/// coordinator that only restarts does not do this so often.
 const REJOINS: u32 = 20;
 
-/// A finding with its place in the backlog, which is free again once it is dropped.
+/// A finding with its place in the backlog. Dropping it frees the place.
 #[derive(Debug)]
 struct Found {
     key: LeaseKey,
@@ -39,35 +40,35 @@ struct Found {
     place: Option<OwnedSemaphorePermit>,
 }
 
-/// Where findings go.
+/// The sending end of the backlog.
 #[derive(Debug)]
 pub struct Findings {
-    /// A finding, or that nothing more will come for a while, so that what there is should be sent now.
+    /// A finding; or `None` if nothing more comes for a while, so that the gathered findings should be sent now.
     sender: mpsc::UnboundedSender<Option<Found>>,
     room: Arc<Semaphore>,
 }
 
-/// Where they come out.
+/// The receiving end of the backlog.
 #[derive(Debug)]
 pub struct Inbox(mpsc::UnboundedReceiver<Option<Found>>);
 
-/// The way from those who compute to the reporter, with room for `bytes` that are not acknowledged.
+/// The channel from the engine to the reporter, with room for `bytes` that are not acknowledged.
 pub fn backlog(bytes: usize) -> (Findings, Inbox) {
     let (sender, receiver) = mpsc::unbounded_channel();
     (Findings { sender, room: Arc::new(Semaphore::new(bytes)) }, Inbox(receiver))
 }
 
 impl Findings {
-    /// Hands over what was found of so many units under a lease; waits until there is room for it.
+    /// Hands over a finding about `units` units of a lease; waits until there is room for it.
     pub async fn find(&self, key: LeaseKey, finding: Finding, units: usize) {
         let bytes = finding.bytes();
         let room = (bytes + units * HELD_UNIT).min(BACKLOG) as u32;
-        // Nobody closes it.
+        // The semaphore is never closed.
         let place = Arc::clone(&self.room).acquire_many_owned(room).await.ok();
         self.send(Some(Found { key, finding, bytes, place }));
     }
 
-    /// Has what there is sent now.
+    /// Sends the gathered findings now.
     pub fn flush(&self) {
         self.send(None);
     }
@@ -80,7 +81,8 @@ impl Findings {
 }
 
 impl Inbox {
-    /// What is to be reported next: what comes in a short while, until it fills a message; `None` once no more will come.
+    /// The findings to report next: all that come in a short while, until they fill a message; `None` once no more will
+    /// come.
     async fn next(&mut self) -> Option<Vec<Found>> {
         let first = loop {
             if let Some(first) = self.0.recv().await? {
@@ -100,16 +102,16 @@ impl Inbox {
     }
 }
 
-/// Sends findings as they come until the channel closes and all is acknowledged.
+/// Sends findings as they come, until the channel closes and all are acknowledged.
 ///
-/// Rejoining is the worker's business: here it is only waited for.
+/// Joins again if the coordinator does not know the worker.
 #[derive(Debug)]
 pub struct Reporter {
     /// The coordinator.
     pub client: Client,
-    /// Who this worker is, for joining again.
+    /// The worker's host, for joining again.
     pub host: String,
-    /// Its device, likewise.
+    /// Its device, for joining again.
     pub device: String,
     /// Findings.
     pub findings: Inbox,
@@ -119,7 +121,7 @@ pub struct Reporter {
     pub held: Held,
 }
 
-/// What is to be delivered of one lease.
+/// The findings of one lease, to be delivered.
 #[derive(Debug)]
 struct Report {
     request: v1::ReportRequest,
@@ -163,18 +165,18 @@ impl Reporter {
                     break;
                 }
                 Err(CallError::Rejoin) if rejoins == REJOINS => {
-                    dropped("it does not know the worker or its lease, however often it is joined");
+                    dropped("it still does not know the worker or its lease after many joins");
                     break;
                 }
                 Err(CallError::Rejoin) => match self.client.join(&self.host, &self.device, self.held.blocks()).await {
                     Err(CallError::Fatal(error)) => return Err(error),
                     Err(CallError::OtherJob) => {
-                        tracing::warn!("the coordinator has another job: what was found for the one before is dropped");
+                        tracing::warn!("the coordinator has another job: results of the previous job are dropped");
                         break;
                     }
                     _ => rejoins += 1,
                 },
-                // Only a join is answered so.
+                // Only a join gets this answer.
                 Err(CallError::OtherJob) => break,
                 Err(CallError::Rejected(reason)) => {
                     dropped(&reason);
@@ -219,7 +221,7 @@ mod tests {
     use elbo_proto::bytes_of;
 
     use super::*;
-    use crate::prepare::BadSample;
+    use elbo_core::failure::{FailureStage, SampleFailure};
     use elbo_core::ids::{Epoch, LeaseId};
     use elbo_proto::MAX_MESSAGE_BYTES;
 
@@ -227,7 +229,7 @@ mod tests {
         LeaseKey { epoch: Epoch(1), lease: LeaseId(lease) }
     }
 
-    /// What a unit of 21,841 classes on one slot gives.
+    /// The result of a unit of 21,841 classes on one slot.
     fn unit(sample: u64, prompts: u32) -> Finding {
         let first = 64 * prompts;
         Finding::Unit(v1::UnitResult {
@@ -240,9 +242,9 @@ mod tests {
         })
     }
 
-    /// The reporter takes nothing for as long as its coordinator's storage stalls; then all comes at once.
+    /// The reporter accepts nothing while its coordinator's storage stalls; then everything comes at once.
     #[tokio::test]
-    async fn after_a_stall_reports_are_no_larger_than_ever_and_nothing_is_lost() {
+    async fn after_a_stall_reports_are_bounded_and_nothing_is_lost() {
         const UNITS: u64 = 342;
         const SAMPLES: u64 = 200;
         let (findings, mut inbox) = backlog(BACKLOG);
@@ -254,7 +256,7 @@ mod tests {
             }
         });
         tokio::time::sleep(Duration::from_secs(1)).await;
-        assert!(!computing.is_finished(), "who computes waits for who reports");
+        assert!(!computing.is_finished(), "computing waits for the reporter");
         let waiting = inbox.0.len();
         assert!(waiting * (64 * 16) < BACKLOG, "{waiting} units");
         let (mut units, mut largest) = (0, 0);
@@ -271,7 +273,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reporter_that_is_gone_keeps_nobody_waiting() {
+    async fn findings_do_not_wait_for_a_reporter_that_is_gone() {
         let (findings, inbox) = backlog(4_000);
         findings.find(key(1), unit(0, 0), 1).await;
         findings.find(key(1), unit(0, 1), 1).await;
@@ -285,18 +287,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failure_with_a_long_account_is_reported_shortened_and_what_is_flushed_goes_at_once() {
+    async fn long_failures_are_shortened_and_flushed_findings_go_at_once() {
         let (findings, mut inbox) = backlog(BACKLOG);
-        let bad = BadSample { sample: elbo_core::ids::SampleId(7), stage: "read", error: "x".repeat(1 << 20) };
+        let bad = SampleFailure {
+            sample: elbo_core::ids::SampleId(7),
+            stage: FailureStage::Read,
+            error: "x".repeat(1 << 20),
+        };
         findings.find(key(2), bad.into(), 1_500).await;
         findings.flush();
         findings.find(key(3), unit(0, 0), 1).await;
         let gathered = inbox.next().await.unwrap_or_default();
-        assert_eq!(gathered.len(), 1, "what comes after is not waited for");
+        assert_eq!(gathered.len(), 1, "later findings are not waited for");
         let reports = by_lease("w", gathered);
         let report = &reports[&key(2)];
         assert!(bytes_of(&report.request) < 5_000);
         let places = report.places.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        assert!(places > 1_500 * HELD_UNIT, "the units in hand for it count too: {places}");
+        assert!(places > 1_500 * HELD_UNIT, "its units in hand count too: {places}");
     }
 }

@@ -1,4 +1,5 @@
-//! What turns evaluations into errors: a diffusion model, or a contrastive model alone or in front of one.
+//! A stage turns evaluations into errors: with a diffusion model, or with a contrastive model, alone or in front of a
+//! diffusion model.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,53 +15,53 @@ use elbo_models::{Conditions, ContrastiveModel, DiffusionModel, ModelError, Pass
 
 use crate::latent::Latent;
 
-/// A model with the job's prompts as it takes them.
+/// A model with the job's prompts, encoded for it.
 #[derive(Debug)]
-pub struct Stage {
+pub struct ModelStage {
     /// The model.
     pub model: Model,
-    /// What it needs to know of every prompt of the job; none where every sample brings its own captions, for which the
-    /// model keeps its text encoders.
+    /// Its conditions for every prompt of the job; `None` if every sample has its own captions, for which the model keeps
+    /// its text encoders.
     pub conditions: Option<Arc<Conditions>>,
 }
 
-/// What scores.
+/// The model that scores.
 #[derive(Debug)]
 pub enum Model {
-    /// By how well it predicts noise.
+    /// Scores by how well it predicts noise.
     Diffusion(Box<Diffusion>),
-    /// By the angle between embeddings.
+    /// Scores by the angle between embeddings.
     Contrastive(Box<ContrastiveModel>),
 }
 
-/// A diffusion model with everything its evaluations depend on beside their samples and prompts.
+/// A diffusion model with everything its evaluations depend on, except samples and prompts.
 #[derive(Debug)]
 pub struct Diffusion {
     /// The model.
     pub model: DiffusionModel,
-    /// From the network's outputs to errors.
+    /// Turns the network's outputs into errors.
     pub scorer: Scorer,
     /// The noise of every slot.
     pub noise: NoiseSource,
-    /// What the network needs to know of every timestep of the rounds.
+    /// The network's inputs for every timestep of the rounds.
     pub times: TimeCache,
     /// Held while a batch is given to a GPU.
     pub turn: Mutex<()>,
 }
 
-/// A sample at a slot: evaluations of one point differ in the prompt alone.
+/// A sample at a slot. Evaluations of one point differ only in the prompt.
 #[derive(Clone, Copy, Debug)]
 pub struct PointWork<'a> {
-    /// What the sample's noise is drawn from.
+    /// The key of the sample's noise.
     pub key: &'a str,
-    /// What the model made of the image.
+    /// The image's latent.
     pub latent: &'a Latent,
     /// The timestep and noise.
     pub slot: Slot,
 }
 
-impl Stage {
-    /// What is to be done to an image file before [`Stage::encode`].
+impl ModelStage {
+    /// How to preprocess an image file for [`ModelStage::encode`].
     pub fn preprocessing(&self) -> Preprocessing {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.preprocessing(),
@@ -68,7 +69,7 @@ impl Stage {
         }
     }
 
-    /// What the model makes of images, preprocessed pixels `[S, S, 3]` each: a latent `[h, w, C]`, or an embedding `[D]`.
+    /// Encodes images, preprocessed pixels `[S, S, 3]` each: to a latent `[h, w, C]`, or an embedding `[D]`.
     pub fn encode(&self, images: &[Vec<f32>]) -> Result<Vec<Vec<f32>>, ModelError> {
         let Some(first) = images.first() else { return Ok(Vec::new()) };
         let side = (first.len() / 3).isqrt();
@@ -85,7 +86,7 @@ impl Stage {
         Ok(encoded.chunks_exact((encoded.len() / images.len()).max(1)).map(<[f32]>::to_vec).collect())
     }
 
-    /// Waits until nobody else is giving work to the GPU, if it is one.
+    /// Waits until no other lane is giving work to the GPU, if the device is one.
     fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.turn(),
@@ -93,7 +94,7 @@ impl Stage {
         }
     }
 
-    /// Where the model computes.
+    /// The model's device.
     pub fn device(&self) -> &Device {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.device().0,
@@ -101,7 +102,7 @@ impl Stage {
         }
     }
 
-    /// How many values [`Stage::encode`] gives.
+    /// How many values [`ModelStage::encode`] returns per image.
     pub fn latent_len(&self) -> usize {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.latent_shape().iter().product(),
@@ -109,7 +110,7 @@ impl Stage {
         }
     }
 
-    /// What the model reads of texts; nothing where it reads none.
+    /// The model's readings of texts; `None` if it reads no texts.
     pub fn readings(&self, texts: &[String]) -> Result<Option<Vec<Reading>>, ModelError> {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.readings(texts),
@@ -117,7 +118,7 @@ impl Stage {
         }
     }
 
-    /// What the model needs to know of prompts.
+    /// The model's conditions for prompts.
     pub fn conditions_of(&self, prompts: &[Prompt]) -> Result<Conditions, ModelError> {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.conditions(prompts),
@@ -128,7 +129,8 @@ impl Stage {
         }
     }
 
-    /// The errors of evaluations, pairs of a point and a condition with points ascending, in their order.
+    /// The errors of evaluations, in their order. An evaluation is a pair of a point and a condition, with points
+    /// ascending.
     pub fn errors(
         &self,
         points: &[PointWork<'_>],
@@ -150,8 +152,9 @@ impl Stage {
 }
 
 impl Diffusion {
-    /// Waits until nobody else is giving work to the GPU, if it is one: it would hold the activations of several batches at a
-    /// time. What a batch gives is asked for before the turn ends, or it would come after the next batch.
+    /// Waits until no other lane is giving work to the GPU, if the device is one: otherwise it would hold the activations
+    /// of several batches at a time. A batch's output is requested before its turn ends, or it would come after the next
+    /// batch.
     fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         let on_gpu = !self.model.device().0.is_cpu();
         on_gpu.then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner))
@@ -216,7 +219,7 @@ impl Diffusion {
     }
 }
 
-/// A distance as the operations call it.
+/// The operation for a distance.
 fn deviation(distance: Distance) -> Deviation {
     match distance {
         Distance::L2 => Deviation::Squared,

@@ -1,7 +1,7 @@
 //! The life of a worker: join, load the model, lease, evaluate, report, leave.
 //!
-//! A worker drives all devices it is given. Each has an engine that joins, leases and reports as one of its own, at its own
-//! pace; the model and the encoded prompts are shared by those that can.
+//! A worker drives all its devices. Each device has an engine that joins, leases and reports like a separate worker, at its
+//! own pace. Engines on the same device share the model and the encoded prompts.
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
@@ -20,11 +20,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::access::{Access, Seen};
+use crate::access::{Access, ReadHistory};
 use crate::batch;
 use crate::client::{Client, GOODBYE};
 use crate::device::Device;
-use crate::engine::{Engine, Problem};
+use crate::engine::{Engine, LoadedJob};
 use crate::error::{WorkerError, no_answer};
 use crate::heartbeats::Heartbeats;
 use crate::latent::LatentCache;
@@ -32,63 +32,64 @@ use crate::lease_loop::{LeaseLoop, Terms};
 use crate::prepare::{Preparer, image_of};
 use crate::problem::ProblemError;
 use crate::report::{BACKLOG, Reporter, backlog};
-use crate::stage::Stage;
+use crate::stage::ModelStage;
 
-/// Lanes of a GPU: while it computes one's batch, another makes the next one's noise, and a third may wait for an image's latent.
+/// Lanes of a GPU: while it computes one lane's batch, another lane makes the noise of the next batch, and a third may wait
+/// for an image's latent.
 const GPU_LANES: usize = 3;
 /// Memory for latents.
 const LATENT_BYTES: usize = 256 << 20;
 
-/// How a worker runs; nothing here changes a result.
+/// How a worker runs. Nothing here changes a result.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct WorkerOptions {
     /// The coordinator's URL.
     pub coordinator: String,
-    /// The bearer token, where the coordinator wants one.
+    /// The bearer token, if the coordinator requires one.
     pub token: Option<String>,
-    /// How TLS is spoken with an https:// coordinator; by what the system trusts, where absent.
+    /// TLS settings for an https:// coordinator. If absent, the system's trusted certificates are used.
     pub tls: Option<ClientTls>,
     /// The worker's name, unique for its process.
     pub name: String,
     /// The host it runs on, for people.
     pub host: String,
-    /// What its engines compute on.
+    /// The devices of its engines.
     pub engines: Vec<Device>,
     /// Threads of each engine on the CPU.
     pub threads: NonZeroUsize,
-    /// Evaluations in a batch; measured where absent.
+    /// Evaluations in a batch; measured if absent.
     pub batch: Option<NonZeroUsize>,
-    /// Bytes that images which are read ahead may take, in all engines together.
+    /// Bytes that images read ahead may take, in all engines together.
     pub decode_memory: u64,
-    /// How long an unreachable coordinator is waited for.
+    /// How long to wait for an unreachable coordinator.
     pub patience: Duration,
     /// How long the worker may take to finish once it is told to stop.
     pub grace: Duration,
-    /// The model as this machine finds it, where it is not the job's.
+    /// The model's location on this machine, if it differs from the job's.
     pub model: Option<String>,
-    /// The job's model, where the process has loaded it on a device already.
-    pub problem: Option<(Device, Arc<Problem>)>,
+    /// The job's model and its device, if the process has loaded it already.
+    pub problem: Option<(Device, Arc<LoadedJob>)>,
     /// Whether to wait for a coordinator that stopped before the job was done.
     pub stay: bool,
 }
 
-/// What engines on one device share of a job.
+/// Data of a job that engines on one device share.
 #[derive(Debug, Default)]
 struct Loaded {
     identity: OnceCell<Arc<JobIdentity>>,
-    problem: OnceCell<Arc<Problem>>,
+    problem: OnceCell<Arc<LoadedJob>>,
     batch: OnceCell<usize>,
 }
 
-/// What engines on one device share.
+/// Data that engines on one device share.
 #[derive(Debug, Default)]
 struct Shared {
-    /// The job, and what is loaded for it. One that was loaded before any was joined is that of the first.
+    /// The job, and what is loaded for it. Data that was loaded before joining belongs to the first job.
     current: Mutex<(Option<String>, Arc<Loaded>)>,
 }
 
 impl Shared {
-    /// What there is for a job; of an earlier one nothing is kept.
+    /// The data loaded for a job. Data of an earlier job is dropped.
     fn of_job(&self, job: &str) -> Arc<Loaded> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         match &current.0 {
@@ -100,9 +101,36 @@ impl Shared {
     }
 }
 
-/// Works until the job is done, the coordinator sends the worker away, or `stop` is cancelled. An engine that fails says so and
-/// leaves; the others go on, and the first error is returned when none is left.
-pub async fn run(options: Options, stop: CancellationToken) -> Result<(), WorkerError> {
+/// Works until the job is done, the coordinator sends the worker away, or `stop` is cancelled. An engine that fails says so
+/// and leaves; the others go on. The first error is returned if all engines fail.
+///
+/// ```no_run
+/// # async fn work() -> Result<(), Box<dyn std::error::Error>> {
+/// use std::num::NonZeroUsize;
+/// use std::time::Duration;
+///
+/// use elbo_worker::{Devices, WorkerOptions};
+///
+/// let options = WorkerOptions {
+///     coordinator: "http://10.0.0.1:7070".into(),
+///     token: None,
+///     tls: None,
+///     name: "worker-1".into(),
+///     host: "node-1".into(),
+///     engines: Devices::default().engines(1),
+///     threads: NonZeroUsize::MIN,
+///     batch: None,
+///     decode_memory: 2 << 30,
+///     patience: Duration::from_secs(300),
+///     grace: Duration::from_secs(60),
+///     model: None,
+///     problem: None,
+///     stay: false,
+/// };
+/// elbo_worker::run(options, tokio_util::sync::CancellationToken::new()).await?;
+/// # Ok(()) }
+/// ```
+pub async fn run(options: WorkerOptions, stop: CancellationToken) -> Result<(), WorkerError> {
     let mut shared: HashMap<Device, Arc<Shared>> = HashMap::new();
     for &device in &options.engines {
         let problem = options.problem.as_ref().filter(|(on, _)| *on == device).map(|(_, problem)| Arc::clone(problem));
@@ -111,14 +139,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
     }
     let options = Arc::new(options);
     let memory = Memory::new(options.decode_memory, options.engines.len());
-    let seen = Arc::new(Seen::default());
+    let seen = Arc::new(ReadHistory::default());
     let mut engines = JoinSet::new();
     for (number, device) in options.engines.iter().enumerate() {
         let shared = shared.get(device).map(Arc::clone).unwrap_or_default();
         let (options, memory, seen) = (Arc::clone(&options), memory.clone(), Arc::clone(&seen));
         let member = Member { options, number, device: *device, shared, memory, seen };
         let stop = stop.clone();
-        // What every log line of this engine says of it.
+        // Fields that every log line of this engine has.
         let span = tracing::info_span!("worker", worker = member.name(), job = tracing::field::Empty);
         engines.spawn(async move { member.run(&stop).await }.instrument(span));
     }
@@ -138,14 +166,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Worker
 
 /// One engine of a worker, as the coordinator sees it.
 struct Member {
-    options: Arc<Options>,
+    options: Arc<WorkerOptions>,
     number: usize,
     device: Device,
     shared: Arc<Shared>,
-    /// What images that are read ahead may take, in all engines together.
+    /// The memory for images read ahead, in all engines together.
     memory: Memory,
-    /// What any engine of this process has read.
-    seen: Arc<Seen>,
+    /// The images that any engine of this process has read.
+    seen: Arc<ReadHistory>,
 }
 
 impl Member {
@@ -156,7 +184,7 @@ impl Member {
         }
     }
 
-    /// Works for one job after the other, as long as the coordinator has another.
+    /// Works on one job after another, as long as the coordinator has one.
     async fn run(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
         loop {
             match self.run_job(stop).await {
@@ -167,7 +195,7 @@ impl Member {
     }
 
     async fn run_job(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
-        let Options { coordinator, token, tls, host, grace, patience, .. } = &*self.options;
+        let WorkerOptions { coordinator, token, tls, host, grace, patience, .. } = &*self.options;
         let client = Client::new(coordinator, token.as_deref(), tls.as_ref(), self.name(), *patience)?;
         let client = client.of_process(&self.options.name);
         let device = match self.device {
@@ -186,7 +214,7 @@ impl Member {
         };
         let worked = tokio::select! {
             worked = self.work(&client, &device, &joined, &heartbeats, stop) => worked,
-            // The coordinator hears from the worker while it loads the model, which may take minutes.
+            // Send heartbeats while the model loads, which may take minutes.
             never = silence(heartbeats.beat(&client, host, &device, heartbeat)) => never,
             () = overdue => {
                 heartbeats.abandon();
@@ -215,7 +243,7 @@ impl Member {
         heartbeats.start(Arc::clone(&engine));
         let preparer = Arc::new(Preparer {
             engine: Arc::clone(&engine),
-            cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(Stage::latent_len).max().unwrap_or(1)),
+            cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(ModelStage::latent_len).max().unwrap_or(1)),
             access: self.access(client, joined).await?,
             reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64).within(&self.memory),
             memory: self.memory.pictures.clone(),
@@ -237,13 +265,13 @@ impl Member {
         let terms = Terms { host, device, stay: self.options.stay, stop };
         let leased = tokio::select! {
             leased = lease_loop.run(terms) => leased,
-            // The reporter ends first only when it can't report any more.
+            // The reporter ends first only if it can no longer report.
             reported = &mut reporting => {
                 let reported = reported.map_err(|_| WorkerError::Task("reporter"))?;
                 return Err(reported.err().map_or(WorkerError::Task("reporter"), Into::into));
             }
         };
-        // The lease loop is gone, and with it the last sender: the reporter ends once everything is acknowledged.
+        // The lease loop and with it the last sender are gone: the reporter ends once everything is acknowledged.
         let reported = reporting.await.map_err(|_| WorkerError::Task("reporter"))?;
         leased?;
         Ok(reported?)
@@ -257,8 +285,12 @@ impl Member {
         Ok(Access::new(identity.spec.images.clone(), witnesses, Arc::clone(&self.seen)))
     }
 
-    /// The job's model, loaded by the first engine that needs it, and this engine.
-    async fn start(&self, client: &Client, joined: &v1::JoinReply) -> Result<(Arc<Problem>, Arc<Engine>), WorkerError> {
+    /// The job's model, which the first engine loads, and this engine.
+    async fn start(
+        &self,
+        client: &Client,
+        joined: &v1::JoinReply,
+    ) -> Result<(Arc<LoadedJob>, Arc<Engine>), WorkerError> {
         let options = &self.options;
         let loaded = self.shared.of_job(&joined.job);
         let identity = || loaded.identity.get_or_try_init(|| describe(client));
@@ -284,14 +316,14 @@ impl Member {
     }
 }
 
-/// What the job is.
+/// The job's identity.
 async fn describe(client: &Client) -> Result<Arc<JobIdentity>, WorkerError> {
     let description = client.describe().await.map_err(no_answer)?;
     blocking(move || Ok(Arc::new(serde_json::from_slice(&description)?))).await
 }
 
 /// Loads the job's model.
-async fn load(identity: &JobIdentity, model: Option<&str>, device: Device) -> Result<Arc<Problem>, WorkerError> {
+async fn load(identity: &JobIdentity, model: Option<&str>, device: Device) -> Result<Arc<LoadedJob>, WorkerError> {
     let mut identity = identity.clone();
     if let Some(model) = model {
         model.clone_into(&mut identity.spec.model);
@@ -299,16 +331,16 @@ async fn load(identity: &JobIdentity, model: Option<&str>, device: Device) -> Re
     let models = find_models(&identity).await?;
     let prompts = identity.spec.prompts().len();
     tracing::info!(model = identity.spec.model, prompts, %device, "loading the model");
-    Ok(Arc::new(blocking(move || Problem::load(&identity, &models, device)).await?))
+    Ok(Arc::new(blocking(move || LoadedJob::load(&identity, &models, device)).await?))
 }
 
 /// The batch size for a job's model.
-async fn find_batch(problem: &Arc<Problem>, identity: &Arc<JobIdentity>, lanes: usize) -> Result<usize, WorkerError> {
+async fn find_batch(problem: &Arc<LoadedJob>, identity: &Arc<JobIdentity>, lanes: usize) -> Result<usize, WorkerError> {
     let (problem, identity) = (Arc::clone(problem), Arc::clone(identity));
     blocking(move || Ok(batch::find(&problem, &identity, lanes)?)).await
 }
 
-/// Runs what takes long on a thread of its own.
+/// Runs slow work on a separate thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ProblemError> + Send + 'static,
 ) -> Result<T, WorkerError> {
@@ -317,13 +349,13 @@ async fn blocking<T: Send + 'static>(
     Ok(worked.await.map_err(|_| WorkerError::Task("loader"))??)
 }
 
-/// Never ends, whatever becomes of the signs of life: that no more are wanted, others find out with the reason.
+/// Never ends, even if heartbeats stop: other calls find out the reason.
 async fn silence<T>(beating: impl Future<Output = ()>) -> T {
     beating.await;
     std::future::pending().await
 }
 
-/// The directories of a job's models on this machine, fetched if need be.
+/// The directories of a job's models on this machine, fetched if necessary.
 async fn find_models(identity: &JobIdentity) -> Result<JobModels, ProblemError> {
     let model = ModelSource::parse(&identity.spec.model)?;
     let shortlist = identity.spec.shortlist.as_ref().map(|s| ModelSource::parse(&s.model)).transpose()?;

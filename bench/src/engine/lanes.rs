@@ -1,5 +1,5 @@
-//! The network at work as an engine has it: on the CPU a lane for every thread, each with a share of the batch; on a GPU two
-//! lanes that take turns with whole batches, so that one is always waiting to be computed.
+//! Runs the network as an engine does. On the CPU, there is a lane per thread, each with a share of the batch. On a GPU, two
+//! lanes take turns with whole batches, so that one batch is always waiting.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,19 +8,19 @@ use candle_core::{DType, Device, Tensor};
 use elbo_kernels::{Download, gpu};
 use elbo_models::{Conditions, LoadOptions, Network, Pass, TextEmbeddings, TimeCache};
 
-use super::Options;
+use super::EngineBenchOptions;
 use super::report::Measured;
 use crate::BenchError;
 
-/// Tokens of a prompt: CLIP's, and CLIP's with T5's after them for Stable Diffusion 3.
+/// Tokens of a prompt: CLIP's; for Stable Diffusion 3, CLIP's followed by T5's.
 const CLIP_TOKENS: usize = 77;
 const T5_TOKENS: usize = 256;
 /// Lanes of a GPU.
 const GPU_LANES: usize = 2;
-/// Timesteps that points take turns with.
+/// Timesteps that the points cycle through.
 const TIMESTEPS: u32 = 100;
 
-/// The network with what it is conditioned on.
+/// The network with its conditions.
 #[derive(Debug)]
 pub(super) struct Lanes {
     network: Network,
@@ -31,13 +31,13 @@ pub(super) struct Lanes {
     side: usize,
     device: Device,
     dtype: DType,
-    /// Held while a pass is given to a GPU.
+    /// Held while a pass is submitted to a GPU.
     turn: Mutex<()>,
 }
 
 impl Lanes {
     /// Makes the network on a device.
-    pub(super) fn new(options: &Options, device: &Device) -> Result<Self, BenchError> {
+    pub(super) fn new(options: &EngineBenchOptions, device: &Device) -> Result<Self, BenchError> {
         let load = LoadOptions::new(device.clone(), options.dtype);
         let compute = load.precision.compute;
         let network = options.subject.make(load)?;
@@ -84,7 +84,7 @@ impl Lanes {
         self.side
     }
 
-    /// What each lane computes of a batch.
+    /// The share of a batch that each lane computes.
     fn shares(&self, batch: usize) -> Vec<usize> {
         if self.device.is_cpu() { shares(batch, self.threads) } else { vec![batch; GPU_LANES] }
     }
@@ -94,7 +94,7 @@ impl Lanes {
         if self.device.is_cpu() { self.shares(batch).len() } else { 1 }
     }
 
-    /// Passes over a batch.
+    /// Runs passes over a batch.
     pub(super) fn passes(&self, batch: usize, passes: usize) -> Result<(), BenchError> {
         let mut shares = self.shares(batch);
         shares.truncate(self.at_work(batch));
@@ -105,8 +105,8 @@ impl Lanes {
         .map(drop)
     }
 
-    /// Measures passes over batches of a size.
-    pub(super) fn measure(&self, batch: usize, options: &Options) -> Result<Measured, BenchError> {
+    /// Measures passes over batches of one size.
+    pub(super) fn measure(&self, batch: usize, options: &EngineBenchOptions) -> Result<Measured, BenchError> {
         let least = Duration::from_secs_f64(options.seconds);
         let shares = self.shares(batch);
         let mut rates = Vec::new();
@@ -124,7 +124,7 @@ impl Lanes {
             })?;
             let rate = |evaluations: usize, time: Duration| evaluations as f64 / time.as_secs_f64();
             rates.push(if self.device.is_cpu() {
-                // Each lane has a core of its own, which idles once it is done.
+                // Each lane has its own core, which idles once the lane is done.
                 of_lanes.into_iter().map(|(evaluations, time)| rate(evaluations, time)).sum()
             } else {
                 let end = of_lanes.iter().map(|(_, time)| *time).max().unwrap_or_default();
@@ -169,18 +169,18 @@ impl Work {
     }
 }
 
-/// One value of a tensor: whoever waits for it has waited for all.
+/// Downloads one value of a tensor. Once it arrives, the whole tensor has been computed.
 pub(super) fn first_value(x: &Tensor) -> Result<Download, BenchError> {
     Ok(Download::start(&x.flatten_all()?.narrow(0, 0, 1)?)?)
 }
 
-/// A batch divided evenly among at most so many lanes, none without work.
+/// Divides a batch evenly among at most `lanes` lanes, none without work.
 fn shares(batch: usize, lanes: usize) -> Vec<usize> {
     let lanes = lanes.min(batch).max(1);
     (0..lanes).map(|lane| batch / lanes + usize::from(lane < batch % lanes)).collect()
 }
 
-/// What every lane makes of its number, side by side.
+/// Runs `work` with the number of each lane in parallel, and returns the results.
 pub(super) fn on_every<T: Send>(
     lanes: usize,
     work: impl Fn(usize) -> Result<T, BenchError> + Sync,
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_batch_is_divided_without_rest_or_idle_lanes() {
+    fn a_batch_is_divided_completely_and_without_idle_lanes() {
         assert_eq!(shares(7, 3), [3, 2, 2]);
         assert_eq!(shares(1, 2), [1]);
         assert_eq!(shares(4, 2), [2, 2]);

@@ -1,6 +1,6 @@
-//! How fast a worker's network is: evaluations per second, arithmetic per second beside the device's best, and where the time
-//! goes, for any network whose configuration is at hand. With a Python that has PyTorch and diffusers, the same network there
-//! is measured in the same run.
+//! Measures the speed of a worker's network, for any network whose configuration is available: evaluations per second,
+//! arithmetic per second compared with the device's best, and the time of each operation. With a Python that has PyTorch and
+//! diffusers, the same run also measures the network there.
 
 mod lanes;
 mod peak;
@@ -23,55 +23,54 @@ pub use self::report::{EngineReport, LibraryReport, Measured, OperationTime, Par
 pub use self::subject::{NAMES, Subject};
 use super::BenchError;
 
-/// How long a profile is taken, and of how many passes at most.
+/// Duration of a profile, and its maximum number of passes.
 const PROFILED: Duration = Duration::from_secs(1);
 const MOST_PROFILED: f64 = 100.0;
 
-/// What is measured, and how.
+/// What to measure, and how.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct EngineBenchOptions {
     /// The network.
     pub subject: Subject,
-    /// Evaluations at a time, each number measured; on the CPU they are divided among the lanes.
+    /// Batch sizes to measure; on the CPU, a batch is divided among the lanes.
     pub batches: Vec<usize>,
-    /// Prompts of every noisy latent. With one, nothing is shared and all is computed for every evaluation, as the peer does.
+    /// Prompts per noisy latent. With one, nothing is shared and everything is computed for every evaluation, as in PyTorch.
     pub prompts: usize,
-    /// The type computed in.
+    /// The element type.
     pub dtype: ModelDtype,
-    /// What is computed on.
+    /// The device to compute on.
     pub device: Device,
-    /// Threads on the CPU, each a lane of its own.
+    /// Threads on the CPU, with one lane each.
     pub threads: usize,
-    /// Side of the latents; what the configuration says, where absent.
+    /// Height and width of the latents; the configuration's if `None`.
     pub latent: Option<usize>,
-    /// The least time a measurement takes.
+    /// Minimum time of a measurement.
     pub seconds: f64,
-    /// Measurements of each batch; the fastest counts, since disturbances only ever slow one down.
+    /// Measurements per batch size; the fastest counts, since disturbances only slow a measurement down.
     pub rounds: usize,
-    /// Whether large products are measured, which the engine is compared with.
+    /// Whether to measure large matrix products, to compare the engine with.
     pub peak: bool,
-    /// Where a trace of the profile goes.
+    /// File for a trace of the profile.
     pub trace: Option<PathBuf>,
     /// A Python with PyTorch and diffusers.
     pub peer: Option<PathBuf>,
 }
 
-/// Measures, telling what it is at. Where PyTorch can't be measured, the report says why.
-pub fn run(options: &Options, mut tell: impl FnMut(&str)) -> Result<EngineReport, BenchError> {
+/// Runs the measurements; `tell` receives progress messages. If PyTorch can't be measured, the report says why.
+pub fn run(options: &EngineBenchOptions, mut tell: impl FnMut(&str)) -> Result<EngineReport, BenchError> {
     tell(&format!("making {}", options.subject));
-    // Found out first, so that nobody waits for a comparison that will not come.
+    // Checked first, so that the user learns early if there will be no comparison.
     let peer = options.peer.as_deref().map(|python| peer::check(python).map(|()| python));
     if let Some(Err(error)) = &peer {
         tell(&format!("without PyTorch: {error}"));
     }
     let device = options.device.open()?;
     let lanes = Lanes::new(options, &device)?;
-    let peak = match options.peak {
-        true => {
-            tell("measuring the device's matrix products");
-            Some(peak::flops_per_second(&device, options)?)
-        }
-        false => None,
+    let peak = if options.peak {
+        tell("measuring the device's matrix products");
+        Some(peak::flops_per_second(&device, options)?)
+    } else {
+        None
     };
     let mut measured = Vec::new();
     for &batch in &options.batches {
@@ -97,7 +96,7 @@ pub fn run(options: &Options, mut tell: impl FnMut(&str)) -> Result<EngineReport
     });
     match peer {
         Some(Ok(peer)) => {
-            // Both before and after the peer, so that a machine that slows down meanwhile does not decide.
+            // Measure both before and after PyTorch, so that a machine that slows down does not bias the result.
             tell("measuring again");
             for (&batch, before) in options.batches.iter().zip(&mut report.batches) {
                 before.take_better(lanes.measure(batch, options)?);
@@ -110,9 +109,9 @@ pub fn run(options: &Options, mut tell: impl FnMut(&str)) -> Result<EngineReport
     Ok(report)
 }
 
-/// Makes one pass over the first batch between the calls that ncu and nsys take for the beginning and the end of what they
-/// look at, after others that made whatever is made only once.
-pub fn capture(options: &Options, mut tell: impl FnMut(&str)) -> Result<(), BenchError> {
+/// Runs one pass over the first batch between the calls that mark the captured range for ncu and nsys. Warm-up passes run
+/// first, so that one-time work is not captured.
+pub fn capture(options: &EngineBenchOptions, mut tell: impl FnMut(&str)) -> Result<(), BenchError> {
     const WARM_UP: usize = 3;
     tell(&format!("making {}", options.subject));
     let device = options.device.open()?;

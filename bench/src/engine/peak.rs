@@ -1,4 +1,4 @@
-//! The matrix products a device is capable of, as far as this program gets there.
+//! The matrix product rate that this program reaches on a device.
 
 use std::time::Instant;
 
@@ -6,26 +6,26 @@ use candle_core::{Device, Tensor};
 use elbo_kernels::Linear;
 use elbo_models::Precision;
 
-use super::Options;
+use super::EngineBenchOptions;
 use crate::BenchError;
 
-/// Rows, inputs and outputs of the product on a core and on a GPU: large enough that nothing but the product counts.
+/// Rows, inputs and outputs of the product on a core and on a GPU: large enough that only the product matters.
 const SIDE: [usize; 2] = [2048, 8192];
-/// Products at a time, on a core and on a GPU, where they queue up.
+/// Products at a time on a core, and on a GPU, where they are queued.
 const PRODUCTS: [usize; 2] = [1, 20];
-/// Images that the rows are of.
+/// Images that the rows belong to.
 const IMAGES: usize = 32;
 /// Measurements.
 const REPEATS: usize = 6;
 
-/// Floating point operations per second of large products, on all threads of the CPU at once, the best of a few.
-pub(super) fn flops_per_second(device: &Device, options: &Options) -> Result<f64, BenchError> {
+/// Floating point operations per second of large products, on all CPU threads at once; the best of several measurements.
+pub(super) fn flops_per_second(device: &Device, options: &EngineBenchOptions) -> Result<f64, BenchError> {
     let kind = usize::from(!device.is_cpu());
     let (side, products) = (SIDE[kind], PRODUCTS[kind]);
     let threads = if device.is_cpu() { options.threads } else { 1 };
     let dtype = Precision::on(device, options.dtype).compute;
     let random = || Tensor::rand(-1f32, 1f32, (side, side), &Device::Cpu)?.to_device(device)?.to_dtype(dtype);
-    // As of a batch of images, for which the way to compute a layer is chosen.
+    // Shaped like a batch of images, because that decides how a layer is computed.
     let x = random()?.reshape((IMAGES, side / IMAGES, side))?;
     let layer = Linear::new(&random()?, None)?;
     let work = |_| {

@@ -1,4 +1,4 @@
-//! The same network in PyTorch and diffusers, in a process of its own.
+//! Measures the same network in PyTorch and diffusers, in a separate process.
 
 use std::fmt;
 use std::io::Write;
@@ -7,20 +7,20 @@ use std::process::{Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
-use super::Options;
+use super::EngineBenchOptions;
 use crate::BenchError;
 
-/// The peer's program, which is also there to be run by hand.
+/// The peer's program, which can also be run by hand.
 const SCRIPT: &str = include_str!("../../../tests/peer/engine.py");
 
-/// What the peer found out.
+/// The peer's results.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PeerReport {
     /// The device as PyTorch calls it.
     pub device: String,
     /// PyTorch's version.
     pub torch: String,
-    /// A result for every way and batch size.
+    /// A result for every mode and batch size.
     pub results: Vec<PeerResult>,
 }
 
@@ -59,18 +59,19 @@ fn failed(python: &Path, why: impl fmt::Display) -> BenchError {
     BenchError::Peer { python: python.to_owned(), why: why.to_string() }
 }
 
-/// Finds out whether the peer can run at all, before time is spent on anything else.
+/// Checks that the peer can run, before time is spent on anything else.
 pub(super) fn check(python: &Path) -> Result<(), BenchError> {
     let output = Command::new(python).args(["-W", "ignore", "-c", "import torch, diffusers"]).output();
     let output = output.map_err(|error| failed(python, error))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(failed(python, String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("it ended"))),
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(failed(python, String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("it ended")))
     }
 }
 
 /// Runs the peer with the same network, type, batches and threads.
-pub(super) fn run(python: &Path, options: &Options) -> Result<PeerReport, BenchError> {
+pub(super) fn run(python: &Path, options: &EngineBenchOptions) -> Result<PeerReport, BenchError> {
     let dir = options.subject.directory()?;
     let device = if options.device.is_gpu() { "cuda" } else { "cpu" };
     let batches: Vec<String> = options.batches.iter().map(ToString::to_string).collect();
@@ -79,7 +80,7 @@ pub(super) fn run(python: &Path, options: &Options) -> Result<PeerReport, BenchE
     command.args(["--batch", &batches.join(","), "--dtype", &options.dtype.to_string(), "--device", device]);
     command.args(["--threads", &options.threads.to_string(), "--seconds", &options.seconds.to_string()]);
     command.args(["--rounds", &options.rounds.to_string()]);
-    // Autotuning takes minutes, and has more to choose from on a GPU.
+    // Autotuning takes minutes, and has more choices on a GPU.
     let modes = if options.device.is_gpu() { "eager,compile,max-autotune" } else { "eager,compile" };
     command.args(["--modes", modes]);
     if let Some(side) = options.latent {
@@ -95,5 +96,5 @@ pub(super) fn run(python: &Path, options: &Options) -> Result<PeerReport, BenchE
     if !output.status.success() {
         return Err(failed(format!("it ended with {}", output.status)));
     }
-    serde_json::from_slice(&output.stdout).map_err(|error| failed(format!("its answer makes no sense: {error}")))
+    serde_json::from_slice(&output.stdout).map_err(|error| failed(format!("its output can't be parsed: {error}")))
 }

@@ -1,4 +1,4 @@
-//! What was found out about an engine.
+//! The results of the engine benchmark.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,10 +10,10 @@ use elbo_kernels::gpu;
 use elbo_kernels::profile::{Part, Span};
 use serde::Serialize;
 
-use super::Options;
+use super::EngineBenchOptions;
 use super::peer::PeerReport;
 
-/// Everything, as `--json` prints it.
+/// All results, as `--json` prints them.
 #[derive(Clone, Debug, Serialize)]
 pub struct EngineReport {
     /// This program's version.
@@ -22,23 +22,23 @@ pub struct EngineReport {
     pub model: String,
     /// Side of the latents.
     pub latent: usize,
-    /// The type computed in.
+    /// The element type.
     pub dtype: String,
-    /// What is computed on.
+    /// The device.
     pub device: String,
-    /// Prompts of every noisy latent.
+    /// Prompts per noisy latent.
     pub prompts: usize,
-    /// CUDA's libraries that it computes with.
+    /// The CUDA libraries in use.
     pub libraries: Vec<LibraryReport>,
-    /// Floating point operations per second of large products, if they were measured: what there is to have.
+    /// Floating point operations per second of large products, if measured: the upper bound.
     pub peak_flops: Option<f64>,
-    /// Floating point operations of the products of an evaluation.
+    /// Floating point operations of the products in an evaluation.
     pub flops_per_evaluation: f64,
     /// Every batch size that was measured.
     pub batches: Vec<Measured>,
-    /// The batch that was profiled: the fastest. On a GPU every operation is waited for meanwhile.
+    /// The batch size that was profiled: the fastest. On a GPU, profiling waits for every operation.
     pub profiled_batch: usize,
-    /// Where the time of a pass goes; `host` is what no operation accounts for.
+    /// The time of a pass by part; `host` is the time outside of operations.
     pub parts: Vec<PartTime>,
     /// The same by operation, the longest first.
     pub operations: Vec<OperationTime>,
@@ -46,35 +46,35 @@ pub struct EngineReport {
     pub peer: Option<PeerReport>,
     /// Why PyTorch was not measured, if it should have been.
     pub peer_error: Option<String>,
-    /// Evaluations per second over those of the fastest way PyTorch has, each at its best batch.
+    /// Evaluations per second divided by those of PyTorch's fastest mode, each at its best batch size.
     pub ratio: Option<f64>,
 }
 
-/// A batch size and how fast it was.
+/// The measurement of a batch size.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Measured {
-    /// Evaluations at a time.
+    /// Evaluations per batch.
     pub batch: usize,
     /// Evaluations per second of the fastest round.
     pub evaluations_per_second: f64,
-    /// Evaluations per second of the round in the middle.
+    /// Evaluations per second of the median round.
     pub median: f64,
-    /// The most memory in use until then, in bytes: the device's, or the process'.
+    /// Peak memory until then, in bytes: the device's or the process's.
     pub memory_bytes: u64,
 }
 
-/// A library, as found open in this process.
+/// A library that this process has loaded.
 #[derive(Clone, Debug, Serialize)]
 pub struct LibraryReport {
     /// Like libcublasLt.
     pub name: String,
-    /// What it says its version is, if it was asked.
+    /// The version that it reports, if known.
     pub version: Option<String>,
     /// Its file.
     pub path: PathBuf,
 }
 
-/// How much of a pass is one operation.
+/// The time of one operation in a pass.
 #[derive(Clone, Debug, Serialize)]
 pub struct OperationTime {
     /// The operation.
@@ -87,7 +87,7 @@ pub struct OperationTime {
     pub milliseconds: f64,
 }
 
-/// How much of a pass is one kind of operation.
+/// The time of one kind of operation in a pass.
 #[derive(Clone, Debug, Serialize)]
 pub struct PartTime {
     /// conv, linear, attention, norm, other or host.
@@ -99,7 +99,7 @@ pub struct PartTime {
 }
 
 impl Measured {
-    /// Sums up rounds, of which there is one at least.
+    /// Summarises the rounds; there is at least one.
     pub(super) fn new(batch: usize, mut rates: Vec<f64>, memory: Option<u64>) -> Self {
         rates.sort_by(f64::total_cmp);
         Self {
@@ -118,7 +118,7 @@ impl Measured {
     }
 }
 
-/// The most memory this process has had, as Linux tells; 0 elsewhere.
+/// Peak memory of this process, as Linux reports it; 0 elsewhere.
 fn peak_memory() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -127,7 +127,7 @@ fn peak_memory() -> u64 {
 
 impl EngineReport {
     pub(super) fn new(
-        options: &Options,
+        options: &EngineBenchOptions,
         device: &Device,
         latent: usize,
         peak_flops: Option<f64>,
@@ -163,7 +163,7 @@ impl EngineReport {
         best.copied().unwrap_or(Measured { batch: 1, evaluations_per_second: 0.0, median: 0.0, memory_bytes: 0 })
     }
 
-    /// Adds what passes over the fastest batch were made of.
+    /// Adds a profile of passes over the fastest batch.
     pub(super) fn add_profile(&mut self, spans: &[Span], time: Duration, passes: usize, lanes: usize) {
         self.profiled_batch = self.best().batch;
         let evaluations = self.profiled_batch * passes;
@@ -197,7 +197,7 @@ impl EngineReport {
         self.operations.sort_by(|a, b| b.milliseconds.total_cmp(&a.milliseconds));
     }
 
-    /// Adds what PyTorch made of it.
+    /// Adds PyTorch's results.
     pub(super) fn set_peer(&mut self, peer: PeerReport) {
         self.ratio = peer.best().map(|best| self.best().evaluations_per_second / best.evaluations_per_second);
         self.peer = Some(peer);

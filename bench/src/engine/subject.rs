@@ -1,4 +1,4 @@
-//! The network that is measured: a published configuration, or one on disk.
+//! The measured network: a published configuration, or one on disk.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::BenchError;
 
-/// Configurations this program brings, as diffusers stores them.
+/// Built-in configurations, as diffusers stores them.
 const CONFIGS: [(&str, &str); 6] = [
     ("digits", include_str!("../../../cli/demo/model/unet/config.json")),
     ("sd15", include_str!("../../configs/sd15.json")),
@@ -19,10 +19,10 @@ const CONFIGS: [(&str, &str); 6] = [
     ("dit-xl-2", include_str!("../../configs/dit-xl-2.json")),
 ];
 
-/// What a network can be called.
+/// The possible names of a network.
 pub const NAMES: &str = "digits, sd15, sd2-base, sdxl, sd3-m, dit-xl-2 or a model directory";
 
-/// A network to be made with weights from a seed.
+/// A network to make with weights from a seed.
 #[derive(Clone, Debug)]
 pub struct Subject {
     name: String,
@@ -43,7 +43,7 @@ impl FromStr for Subject {
             Some("UNet2DConditionModel") => Family::StableDiffusion,
             Some("SD3Transformer2DModel") => Family::Sd3,
             Some("DiTTransformer2DModel" | "Transformer2DModel") => Family::Dit,
-            other => return Err(format!("{name}: a network of class {other:?} is not known: give {NAMES}")),
+            other => return Err(format!("{name}: unknown network class {other:?}: give {NAMES}")),
         };
         Ok(Self { name: name.to_owned(), config, family })
     }
@@ -65,9 +65,9 @@ impl Subject {
         Ok(Network::load(self.family, &dir.path().join(self.family.network()), &options)?)
     }
 
-    /// A temporary model directory that holds the network's configuration alone.
+    /// A temporary model directory with only the network's configuration.
     pub(super) fn directory(&self) -> Result<tempfile::TempDir, BenchError> {
-        let stage = |path: &Path, source| BenchError::Stage { action: "writing", path: path.to_owned(), source };
+        let stage = |path: &Path, source| BenchError::Scenery { action: "writing", path: path.to_owned(), source };
         let dir = tempfile::tempdir().map_err(|error| stage(&std::env::temp_dir(), error))?;
         let network = dir.path().join(self.family.network());
         let written =

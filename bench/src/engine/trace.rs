@@ -1,4 +1,4 @@
-//! A profile as a trace that Perfetto (ui.perfetto.dev) and Chrome open: the trace event format's complete events.
+//! Writes a profile as a trace for Perfetto (ui.perfetto.dev) and Chrome: complete events of the trace event format.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ pub(super) fn write(path: &Path, spans: &[Span]) -> Result<(), BenchError> {
         })
         .collect();
     let trace = json!({ "traceEvents": events, "displayTimeUnit": "ms" });
-    std::fs::write(path, trace.to_string()).map_err(|source| BenchError::Stage {
+    std::fs::write(path, trace.to_string()).map_err(|source| BenchError::Scenery {
         action: "writing",
         path: path.to_owned(),
         source,

@@ -1,7 +1,7 @@
-//! What policies would have made of errors that are known in full: accuracy, evaluations, agreement.
+//! Replays policies on completely known errors, to get their accuracy, evaluations and agreement.
 //!
-//! [`recorded`] reads the errors of an exhaustive job, [`synthetic`] draws those of many classes from a stated model, and
-//! [`table`] says how each policy did, with intervals.
+//! [`recorded`] reads the errors of an exhaustive job, [`synthetic`] draws errors of many classes from a model, and [`table`]
+//! shows each policy's results with intervals.
 
 pub mod recorded;
 pub mod synthetic;
@@ -19,48 +19,48 @@ pub use table::{Row, Table};
 use crate::BenchError;
 use crate::random::mix;
 
-/// Samples with every error, and their right prompts where labels say so.
+/// Samples with all their errors, and their right prompts if they have labels.
 #[derive(Clone, Debug)]
 pub struct Errors {
-    /// What they are.
+    /// A description of the errors.
     pub title: String,
     /// The errors.
     pub scored: Scored,
-    /// What competes for every sample.
+    /// The contenders of every sample.
     pub contenders: Contenders,
-    /// A prompt of the right class, where it is known.
+    /// A prompt of the right class, if known.
     pub truth: Vec<Option<PromptIndex>>,
     /// Timesteps of the model.
     pub timesteps: u32,
 }
 
-/// What is replayed.
+/// What to replay.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// The reference's schedule: `(keep, samples)`, or one of the published ones.
+pub struct PolicyBenchOptions {
+    /// The reference's schedule.
     pub reference: Reference,
-    /// Levels of races.
+    /// Risk levels of the races.
     pub risks: Vec<f64>,
-    /// Slots of a race at most.
+    /// Maximum slots per race.
     pub max_slots: u32,
-    /// Samples that a pilot learns from, at the first level, chosen by `seed`; none for no pilot. All samples are then raced
-    /// with what it learns, its own too.
+    /// Number of samples that a pilot learns from, at the first risk level, chosen by `seed`; `None` for no pilot. The
+    /// timesteps it learns are then used to race all samples, including the pilot's.
     pub pilot: Option<usize>,
-    /// Seed of the choice.
+    /// Seed for choosing the pilot's samples.
     pub seed: u64,
 }
 
 /// A reference schedule.
 #[derive(Clone, Debug)]
 pub enum Reference {
-    /// Spelled out.
+    /// Explicit stages.
     Stages {
-        /// Contenders that stay after each stage.
+        /// Contenders kept after each stage.
         keep: Vec<u32>,
-        /// Timesteps by its end.
+        /// Total timesteps by the end of each stage.
         samples: Vec<u32>,
     },
-    /// Published.
+    /// A published schedule.
     Preset(Preset),
 }
 
@@ -73,8 +73,8 @@ impl Reference {
     }
 }
 
-/// Replays the policies; the pilot's findings, if there was one.
-pub fn run(errors: &Errors, options: &Options) -> Result<(Table, Option<Pilot>), BenchError> {
+/// Replays the policies. Also returns what the pilot learned, if there was one.
+pub fn run(errors: &Errors, options: &PolicyBenchOptions) -> Result<(Table, Option<Pilot>), BenchError> {
     let slots = errors.scored.slots.len() as u32;
     let everyone: Vec<usize> = (0..errors.scored.errors.len()).collect();
     let mut table = Table::new(errors, &everyone);
@@ -100,7 +100,7 @@ pub fn run(errors: &Errors, options: &Options) -> Result<(Table, Option<Pilot>),
 }
 
 impl Errors {
-    /// A policy's run over some samples.
+    /// Replays a policy on some samples.
     fn replay(&self, policy: &Policy, samples: &[usize]) -> Result<Vec<Replayed>, BenchError> {
         let course = Course::new(policy, None, self.timesteps, Some(&self.contenders))?;
         let spans = match policy {
@@ -118,7 +118,7 @@ impl Errors {
     }
 }
 
-/// `count` of `all` positions, ascending, chosen by a seed: a shuffle's first (Fisher & Yates).
+/// Chooses `count` of `all` positions by a seed, in ascending order: the first of a shuffle (Fisher & Yates).
 fn choose(all: usize, count: usize, seed: u64) -> Vec<usize> {
     let mut positions: Vec<usize> = (0..all).collect();
     let mut state = seed;

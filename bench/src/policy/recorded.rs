@@ -1,4 +1,4 @@
-//! The errors that an exhaustive job has written.
+//! Reads the errors that an exhaustive job has written.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -16,18 +16,18 @@ use crate::BenchError;
 /// Training timesteps of nearly every model.
 const TIMESTEPS: u32 = 1000;
 
-/// Reads every error of a job's output. Each sample must have been scored on each slot with each prompt.
+/// Reads all errors of a job's output. It must have an error for every sample, slot and prompt.
 pub async fn read(store: &Store) -> Result<Errors, BenchError> {
     let location = store.location().to_string();
     let refused = |problem: String| BenchError::NoErrors { location: location.clone(), problem };
     let record = JobRecord::read(store).await?.ok_or_else(|| refused("it has no job.json".into()))?;
     let spec = &record.identity.spec;
-    let contenders = spec.contenders().ok_or_else(|| refused("its images bring their own captions".into()))?;
+    let contenders = spec.contenders().ok_or_else(|| refused("its images have their own captions".into()))?;
     let output = Output::new(store);
     let (samples, scored) = recorded::read(&output, contenders.prompt_count()).await?;
     if samples.is_empty() || scored.errors.iter().flatten().any(Vec::is_empty) {
         let how = "run the job with --policy exhaustive --samples 100 --write-errors";
-        return Err(refused(format!("it does not hold every image's error for every prompt on the same slots: {how}")));
+        return Err(refused(format!("it does not have the errors of every image and prompt on the same slots: {how}")));
     }
     let mut labels: BTreeMap<SampleId, Option<PromptIndex>> = BTreeMap::new();
     let mut rows = pin!(output.predictions());

@@ -1,11 +1,12 @@
-//! Errors of many classes, drawn from a model whose variances are those of real errors.
+//! Draws errors of many classes from a model with the variances of real errors.
 //!
-//! The error of class `c` on a slot is `3 + u + b m_c + w z`, where `u` (standard deviation 0.3) is the slot's own and the
-//! same for all classes, `m_c` the class's standing, `z` standard normal and independent, and `b`, `w` as below. The
-//! standing is standard normal for a wrong class and [`Model::ADVANTAGE`] lower for the right one, so that even without
-//! noise the right class wins about as often as Stable Diffusion 2.0's does on ImageNet (61.4 %, Li et al. 2023). The noise of a difference on one slot, `w sqrt(2)`, is [`Model::NOISE`] times the spread `b` of the
-//! standings: on digits-sd's errors the ratio of the difference between a class and the best one to its standard deviation
-//! over slots is 1.5 between the timesteps 390 and 480 (seed 0), which the advantage over the average class is too.
+//! The error of class `c` on a slot is `3 + u + b m_c + w z`. The slot's `u` (standard deviation 0.3) is the same for all
+//! classes, `m_c` is the standing of the class, `z` is standard normal and independent, and `b` and `w` are as below. The
+//! standing is standard normal for a wrong class and [`Model::ADVANTAGE`] lower for the right one. So even without noise, the
+//! right class wins about as often as with Stable Diffusion 2.0 on ImageNet (61.4 %, Li et al. 2023). The noise of a
+//! difference on one slot, `w sqrt(2)`, is [`Model::NOISE`] times the spread `b` of the standings: on digits-sd's errors the
+//! ratio of the difference between a class and the best one to its standard deviation over slots is 1.5 between the timesteps
+//! 390 and 480 (seed 0). The advantage over the average class has the same ratio.
 
 use elbo_core::ensemble::Contenders;
 use elbo_core::ids::PromptIndex;
@@ -15,7 +16,7 @@ use elbo_core::policy::pilot::Scored;
 use super::Errors;
 use crate::random::mix;
 
-/// What errors are drawn from.
+/// The model that errors are drawn from.
 #[derive(Clone, Copy, Debug)]
 pub struct Model {
     /// Classes.
@@ -29,7 +30,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// How much better the right class stands than the average one, in standard deviations of standings.
+    /// The advantage of the right class over the average one, in standard deviations of standings.
     const ADVANTAGE: f64 = 3.5;
     /// The standard deviation of a difference on one slot, in standard deviations of standings.
     const NOISE: f64 = Self::ADVANTAGE / 1.5;
@@ -66,7 +67,7 @@ impl Model {
     }
 }
 
-/// A standard normal number, by Box and Muller (1958).
+/// Draws a standard normal number (Box and Muller, 1958).
 fn normal(state: &mut u64) -> f64 {
     let uniform = |bits: u64| ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
     let (radius, angle) = (uniform(mix(state)), uniform(mix(state)));

@@ -1,4 +1,4 @@
-//! How policies did, as a table for people and as CSV.
+//! The results of policies, as a readable table and as CSV.
 
 use std::fmt;
 
@@ -10,40 +10,40 @@ use serde::Serialize;
 
 use super::Errors;
 
-/// How one policy did.
+/// The results of one policy.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
     /// The policy.
     pub policy: String,
-    /// The share of samples with a label that got their class; none without labels.
+    /// The share of labelled samples whose prediction is right; `None` without labels.
     pub accuracy: Option<f64>,
     /// Its 95 % interval.
     pub accuracy_interval: Option<(f64, f64)>,
-    /// The share of samples that got the class that all slots together give.
+    /// The share of samples with the same prediction as all slots together give.
     pub agreement: f64,
     /// Its 95 % interval.
     pub agreement_interval: (f64, f64),
-    /// Evaluations of a sample.
+    /// Mean evaluations per sample.
     pub evaluations: f64,
     /// The standard error of that mean.
     pub evaluations_std_error: f64,
-    /// How many times more the reference takes.
+    /// How many times more evaluations the reference takes.
     pub saving: f64,
-    /// Rounds of a sample.
+    /// Mean rounds per sample.
     pub rounds: f64,
-    /// Expected calibration error of the confidence that is fitted to the labels, on samples it was not fitted to; none
+    /// Expected calibration error of the confidence that is fitted to the labels, on samples it was not fitted to; `None`
     /// without labels.
     pub ece: Option<f64>,
 }
 
-/// How all of them did.
+/// The results of all policies.
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
     /// What was replayed.
     pub errors: String,
     /// Samples.
     pub samples: usize,
-    /// Of them those with a label.
+    /// Samples with a label.
     pub labelled: usize,
     /// One row for each policy.
     pub rows: Vec<Row>,
@@ -56,7 +56,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table of some of the samples, with a row for all slots together.
+    /// A table for some of the samples, with a first row for all slots together.
     pub(super) fn new(errors: &Errors, samples: &[usize]) -> Self {
         let slots: Vec<usize> = (0..errors.scored.slots.len()).collect();
         let decide = |sample: &usize| decide_by(&errors.contenders, &errors.scored.errors[*sample], &slots);
@@ -99,7 +99,7 @@ impl Table {
         });
     }
 
-    /// How far confidence is from what it claims.
+    /// The calibration error of the confidence.
     fn calibration_error(&self, replayed: &[Replayed]) -> Option<f64> {
         let mut fitter = Fitter::default();
         for (i, (r, truth)) in replayed.iter().zip(&self.truth).enumerate() {

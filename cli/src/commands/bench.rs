@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
-use elbo_bench::Options;
+use elbo_bench::CoordinatorBenchOptions;
 use elbo_bench::policy::synthetic::Model;
 use elbo_bench::policy::{Reference, recorded};
 use elbo_core::job::DEFAULT_SHARD_SIZE;
@@ -27,7 +27,7 @@ pub(crate) async fn run(args: BenchArgs) -> anyhow::Result<()> {
 }
 
 fn program() -> anyhow::Result<PathBuf> {
-    std::env::current_exe().context("finding this program, which is also the coordinator")
+    std::env::current_exe().context("finding this program, which also runs the coordinator")
 }
 
 fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
@@ -38,7 +38,7 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
         return Err(usage("--device takes one device here"));
     };
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-    let options = elbo_bench::engine::Options {
+    let options = elbo_bench::engine::EngineBenchOptions {
         subject: args.model,
         batches: args.batch.into_iter().map(NonZeroUsize::get).collect(),
         prompts: args.prompts.get(),
@@ -61,7 +61,7 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
 }
 
 async fn policy(args: BenchPolicyArgs) -> anyhow::Result<()> {
-    /// Slots of drawn errors: as many as the longest published schedule looks at.
+    /// Slots of random errors: as many as the longest published schedule uses.
     const DRAWN: u32 = 1000;
     let errors = match (&args.out, args.synthetic) {
         (Some(out), _) => recorded::read(&Store::open(&Location::parse(out)?)?).await?,
@@ -72,11 +72,11 @@ async fn policy(args: BenchPolicyArgs) -> anyhow::Result<()> {
     };
     let preset = args.preset.or(args.out.is_none().then_some(Preset::Imagenet));
     let stages = || Reference::Stages { keep: args.keep.clone(), samples: args.samples.clone() };
-    let options = elbo_bench::policy::Options {
+    let options = elbo_bench::policy::PolicyBenchOptions {
         reference: preset.map_or_else(stages, Reference::Preset),
         risks: args.risk,
         max_slots: args.max_slots,
-        // Drawn errors are alike at all timesteps.
+        // Random errors have the same distribution at all timesteps, so a pilot would learn nothing.
         pilot: (args.pilot > 0 && args.out.is_some()).then_some(args.pilot),
         seed: args.seed,
     };
@@ -103,7 +103,7 @@ async fn scaling(args: BenchScalingArgs) -> anyhow::Result<()> {
         return Err(usage(format!("--deaths {} is more than the {most} workers there are", args.deaths)));
     }
     let dir = tempfile::tempdir().context("making a directory for the job")?;
-    let options = elbo_bench::scaling::Options {
+    let options = elbo_bench::scaling::ScalingBenchOptions {
         program: program()?,
         dir: dir.path().to_owned(),
         workers: args.workers.into_iter().map(NonZeroUsize::get).collect(),
@@ -134,11 +134,12 @@ async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
     let needed = args.shards.saturating_mul(u64::from(DEFAULT_SHARD_SIZE));
     if args.samples.get() <= needed {
         return Err(usage(format!(
-            "--samples {} is too few: {} shards of {DEFAULT_SHARD_SIZE} images are finished, and some have to be left; give more, or fewer --shards",
+            "--samples {} is too few: {} shards of {DEFAULT_SHARD_SIZE} images are finished, and some images must \
+             remain; give more, or fewer --shards",
             args.samples, args.shards
         )));
     }
-    let options = Options {
+    let options = CoordinatorBenchOptions {
         program: program()?,
         dir: args.dir,
         samples: args.samples.get(),
@@ -153,7 +154,7 @@ async fn coordinator(args: BenchCoordinatorArgs) -> anyhow::Result<()> {
         shards: args.shards,
         settle: seconds("settle", args.settle)?,
     };
-    // Each simulated worker is a connection of this process too.
+    // Each simulated worker also needs a connection in this process.
     let _ = session::allow_connections();
     let report = elbo_bench::run(&options, |note| print::note(note)).await?;
     if args.json { print::json(&report) } else { print::line(&report) }

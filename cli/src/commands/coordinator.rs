@@ -1,9 +1,9 @@
-//! `elbo coordinator`: the same job as `elbo label`, for workers that connect.
+//! `elbo coordinator`: runs the same job as `elbo label`, with workers that connect over the network.
 
 use std::time::Duration;
 
 use anyhow::Context;
-use elbo_coordinator::Options;
+use elbo_coordinator::CoordinatorOptions;
 use elbo_coordinator::scheduler::LeasePolicy;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -28,7 +28,8 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     if token.is_some() && tls.is_none() && !args.listen.ip().is_loopback() {
         tracing::warn!(
             listen = %args.listen,
-            "workers send the token to this address unencrypted: whoever can listen on the way can use it; give --tls-cert and --tls-key"
+            "workers send the token to this address unencrypted, so anyone on the network path can steal it; give \
+             --tls-cert and --tls-key"
         );
     }
     let time_to_live = Duration::try_from_secs_f64(args.lease_seconds)
@@ -53,7 +54,7 @@ pub(crate) async fn run(args: CoordinatorArgs) -> anyhow::Result<()> {
     let scheme = if tls.is_some() { "https" } else { "http" };
     print::note(format_args!("coordinating {} images on {scheme}://{}", job.manifest.len(), listener.local_addr()?));
     let leases = LeasePolicy { time_to_live, ..LeasePolicy::default() };
-    let options = Options { leases, max_bad: run.max_bad(), token, tls, limits };
+    let options = CoordinatorOptions { leases, max_bad: run.max_bad(), token, tls, limits };
     let job_runner = JobRunner { options, run: &run, operator: &operator };
     let done = job_runner.coordinate(job, pilot_run, listener, stop, JoinSet::new()).await?;
     output::summary(&out, done).await

@@ -1,4 +1,4 @@
-//! `elbo demo`: a real job on a real, small model; model and images are inside the program.
+//! `elbo demo`: a real job on a small model; the program contains the model and the images.
 
 use std::path::Path;
 
@@ -42,7 +42,7 @@ pub(crate) async fn run(args: DemoArgs) -> anyhow::Result<()> {
     output::summary(&out, done).await
 }
 
-/// Writes files that are missing or differ: a file that is touched would look like another image to a resumed job.
+/// Writes only files that are missing or differ: rewriting a file would make it look like a new image to a resumed job.
 fn unpack(assets: &Dir<'_>, target: &Path) -> std::io::Result<()> {
     for file in assets.files() {
         let path = target.join(file.path());

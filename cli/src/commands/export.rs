@@ -1,6 +1,6 @@
-//! `elbo export`: the predictions in formats other tools ask for.
+//! `elbo export`: writes the predictions in formats that other tools read.
 
-use elbo_output::export::{self, Exported, Format, Options};
+use elbo_output::export::{self, ExportOptions, Exported, Format};
 use elbo_store::Location;
 
 use crate::args::{ExportArgs, ExportFormat};
@@ -14,7 +14,7 @@ pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
         ExportFormat::Json => Format::Json,
     };
     let to = Location::parse(&args.to)?;
-    let options = Options { format, scores: args.scores, force: args.force };
+    let options = ExportOptions { format, scores: args.scores, force: args.force };
     let (spec, listed) = (&record.identity.spec, &record.manifest);
     let Exported { samples, files, skipped } = export::export(&store, spec, listed, &to, options).await?;
     let all = listed.samples;
@@ -26,8 +26,8 @@ pub(crate) async fn run(args: ExportArgs) -> anyhow::Result<()> {
     print::line(format_args!("exported {samples} images to {to} ({files})"))?;
     if skipped > 0 {
         anyhow::bail!(
-            "{skipped} of {all} images were left out, whose names can't be those of files there (the warnings name them): export them \
-             with --format csv, which has a line for every image"
+            "{skipped} of {all} images were left out because their names can't be file names there (the warnings \
+             list them): export them with --format csv, which has a line for every image"
         );
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! `elbo inspect`: what a model is and what would make it fail.
+//! `elbo inspect`: describes a model and finds problems with it.
 
 use std::fmt::Write;
 
@@ -10,7 +10,7 @@ use crate::args::InspectArgs;
 use crate::failure::usage;
 use crate::{print, session};
 
-/// Looks at a model; fails if a job could not use it.
+/// Inspects a model; fails if a job could not use it.
 pub(crate) async fn run(args: InspectArgs) -> anyhow::Result<()> {
     let source = ModelSource::parse(&args.model).map_err(usage)?;
     let directory = session::resolve(&source, Wanted::Everything).await?;

@@ -1,4 +1,4 @@
-//! `elbo label`: one machine, a coordinator and its workers in one process.
+//! `elbo label`: runs a coordinator and its workers in one process on one machine.
 
 use crate::args::LabelArgs;
 use crate::commands::output;

@@ -1,11 +1,10 @@
-//! `elbo report` and `elbo verify`, and the summary after a run: what is in an output.
+//! `elbo report` and `elbo verify`, and the summary after a run.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
 
-use elbo_coordinator::commit::account;
 use elbo_coordinator::ledger;
-use elbo_coordinator::scheduler::SampleFailure;
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::ShardId;
 use elbo_data::manifest::Manifest;
 use elbo_output::Output;
@@ -58,8 +57,8 @@ async fn make_report(store: &Store, record: &JobRecord) -> anyhow::Result<Report
     Ok(Report { passed_over: record.manifest.passed_over.clone(), ..report })
 }
 
-/// Adds the quarantined samples of shards that are not finished: the ledger alone knows them. The rest of the report is as good
-/// without them, where the ledger is in use and can't be read at the moment.
+/// Adds the quarantined samples of unfinished shards, which only the ledger has. If the ledger is in use and can't be read,
+/// the report leaves them out.
 async fn add_unwritten(report: &mut ReportBuilder, store: &Store, record: &JobRecord) -> anyhow::Result<()> {
     let failures = match ledger::given_up(store).await {
         Ok(failures) => failures,
@@ -78,12 +77,12 @@ async fn add_unwritten(report: &mut ReportBuilder, store: &Store, record: &JobRe
     }
     let manifest = Manifest::open(store, &record.manifest, shard_size).await?;
     let written = store.list(layout::PREDICTIONS).await?;
-    // Those that are tried again still have the rows of their last try.
+    // Samples that are being retried still have the rows of their last attempt.
     for (shard, failures) in by_shard.into_iter().filter(|(shard, _)| !written.contains(&layout::predictions(*shard))) {
         let samples = manifest.shard(shard).await?;
         for failure in failures {
             if let Ok(at) = samples.binary_search_by_key(&failure.sample, |sample| sample.id) {
-                report.add_unwritten(&samples[at].key, &account(&failure));
+                report.add_unwritten(&samples[at].key, &failure.to_string());
             }
         }
     }
@@ -97,7 +96,7 @@ pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
     let marks = match ledger::marks(&store).await {
         Ok(marks) => marks,
         Err(error) => {
-            tracing::warn!("files are checked without what the ledger knows of them: {error}");
+            tracing::warn!("files are checked without the ledger's checksums: {error}");
             None
         }
     };
@@ -107,7 +106,7 @@ pub(crate) async fn verify(args: OutputArgs) -> anyhow::Result<()> {
     if verification.ok { Ok(()) } else { anyhow::bail!("{} is not complete and consistent", store.location()) }
 }
 
-/// What a run says at its end.
+/// Prints the summary at the end of a run.
 pub(crate) async fn summary(out: &str, done: Done) -> anyhow::Result<()> {
     let (store, record) = open(out).await?;
     let report = make_report(&store, &record).await?;
@@ -122,7 +121,7 @@ pub(crate) async fn summary(out: &str, done: Done) -> anyhow::Result<()> {
                 HumanCount(rate as u64)
             ))?;
         }
-        Done::Before => print::line("the job was done before: nothing was computed (--fresh starts over)")?,
+        Done::Before => print::line("the job was already done: nothing was computed (--fresh starts over)")?,
     }
     print::line(format_args!(
         "predictions: {}/predictions/*.parquet",

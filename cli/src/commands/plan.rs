@@ -1,4 +1,4 @@
-//! `elbo plan`: what a job would evaluate, without running it.
+//! `elbo plan`: counts the evaluations of a job without running it.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -26,24 +26,25 @@ const USUAL_TIMESTEPS: u32 = 1000;
 #[derive(Debug, Serialize)]
 struct Plan {
     samples: Option<u64>,
-    /// What the listing saw and did not take.
+    /// What the listing passed over.
     #[serde(skip_serializing_if = "Account::is_empty")]
     passed_over: Account,
-    /// Of the image with the most captions, where images bring their own; prompts and rounds likewise.
+    /// If images have their own captions, the number of captions of the image with the most; `prompts` and `rounds` are also
+    /// for that image.
     classes: usize,
     prompts: usize,
     prompt_ensemble: PromptEnsemble,
     rounds: Vec<RoundCost>,
     evaluations_per_image: u64,
     evaluations_total: Option<u64>,
-    /// What a pilot takes before.
+    /// Evaluations of the pilot.
     #[serde(skip_serializing_if = "Option::is_none")]
     evaluations_pilot: Option<u64>,
-    /// Whether images may cost less than `rounds` says: in a race, with fewer captions, or where the classes with the most
-    /// prompts are eliminated first.
+    /// Whether images may need fewer evaluations than `rounds` says: in a race, with fewer captions, or when the classes with
+    /// the most prompts are eliminated first.
     #[serde(skip)]
     at_most: bool,
-    /// What every image costs at least, in a race.
+    /// The minimum evaluations per image in a race.
     #[serde(skip)]
     least: Option<u64>,
 }
@@ -112,7 +113,7 @@ pub(crate) async fn run(args: PlanArgs) -> anyhow::Result<()> {
     if args.json { print::json(&plan) } else { print::text(text(&plan, args.rate)?) }
 }
 
-/// What an image of a job's pilot takes.
+/// Evaluations per image of a job's pilot.
 fn pilot_evaluations(
     flags: &JobArgs,
     takes: &Takes,
@@ -129,7 +130,7 @@ fn pilot_evaluations(
     Ok(course.costs(&contenders).iter().map(|round| round.evaluations).sum())
 }
 
-/// How many samples have so many captions of their own.
+/// The number of samples for each number of captions.
 #[derive(Debug, Default)]
 struct CaptionCounts(BTreeMap<usize, u64>);
 

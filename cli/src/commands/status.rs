@@ -1,4 +1,4 @@
-//! `elbo status`: how far a job is, asked of its coordinator or read from its output.
+//! `elbo status`: a job's progress, from its coordinator or its output.
 
 use std::fmt::Write;
 use std::pin::pin;
@@ -34,12 +34,12 @@ async fn of_coordinator(args: &StatusArgs) -> anyhow::Result<JobStatus> {
         Err(CallError::Fatal(error)) => Err(error.into()),
         Err(CallError::Rejected(reason)) => Err(anyhow::anyhow!("{reason}")),
         Err(CallError::Rejoin | CallError::OtherJob) => {
-            Err(anyhow::anyhow!("{} is no coordinator of this version: run the same elbo everywhere", args.target))
+            Err(anyhow::anyhow!("{} is not a coordinator of this version: run the same elbo everywhere", args.target))
         }
     }
 }
 
-/// What an output shows by itself: committed shards. The ledger is left alone, since opening it would fence a running
+/// The status from an output alone: its committed shards. Does not open the ledger, since that would fence a running
 /// coordinator.
 async fn of_output(target: &str) -> anyhow::Result<JobStatus> {
     let out = Store::open(&Location::parse(target)?)?;

@@ -20,7 +20,7 @@ pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         coordinator: args.coordinator.clone(),
         device: args.device.device.clone().unwrap_or_else(|| "cpu".into()),
     }));
-    let options = elbo_worker::Options {
+    let options = elbo_worker::WorkerOptions {
         coordinator: args.coordinator,
         token,
         tls,

@@ -22,11 +22,11 @@ pub(crate) use self::spec::Takes;
 use crate::failure::usage;
 use crate::progress::ProgressMode;
 
-/// Which prompts are evaluated on what.
+/// Which prompts are evaluated on which slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum PolicyName {
-    /// A class leaves as soon as it is significantly worse than the best: --risk and --max-slots
+    /// Eliminates a class as soon as it is significantly worse than the best: --risk and --max-slots
     Race,
     /// The schedule of Li et al. (2023): --keep and --samples
     Reference,
@@ -44,7 +44,7 @@ pub(crate) enum NoiseScopeName {
     Shared,
 }
 
-/// The job's flags; keys of job.toml too, with `-` or `_`.
+/// The job's flags, which are also keys of job.toml, with `-` or `_`.
 #[derive(Clone, Debug, Default, Args, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[command(next_help_heading = "Job")]
@@ -58,39 +58,41 @@ pub(crate) struct JobArgs {
     /// semicolons or tabs); for class-conditional models classidx is the model's label [default there: all of its classes]
     #[arg(long, env = "ELBO_CLASSES", value_name = "FILE")]
     pub(crate) classes: Option<PathBuf>,
-    /// For class-conditional models, which of their classes stand for which of yours: CSV with the columns
+    /// For class-conditional models, which of the model's classes stand for which of yours: CSV with the columns
     /// model_class,classname,classidx
     #[arg(long, env = "ELBO_CLASS_MAP", value_name = "FILE", conflicts_with = "classes")]
     #[serde(alias = "class-map")]
     pub(crate) class_map: Option<PathBuf>,
     /// Groups of classes, as in WordNet, that a race asks about first: CSV with the columns class,parent (parents may have
-    /// parents), or one name per line, indented below the group it is in. Their prompts follow from --template
+    /// parents), or one name per line, indented below its group. --template makes the groups' prompts
     #[arg(long, env = "ELBO_HIERARCHY", value_name = "FILE", conflicts_with_all = ["candidates", "class_map"])]
     pub(crate) hierarchy: Option<PathBuf>,
-    /// Prompt for every class, with {} for its name (repeatable) [default: "a photo of a {}"]
+    /// Prompt for each class, with {} for its name (repeatable) [default: "a photo of a {}"]
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) template: Vec<String>,
-    /// Image-text matching: every image is judged by its own captions, which stand in this column of the .csv list or .parquet
-    /// files as an array, in several columns (COLUMN,COLUMN), or in this field of .json members or the lines of members with
-    /// this extension (like txt) of .tar shards. The label is the right caption or its position; images of a list with one
-    /// value in its column pair share their slots' noise, for `elbo report`'s text, image and group scores
+    /// Image-text matching: compare each image's own captions instead of classes. The captions are an array in this column of
+    /// the .csv list or .parquet files, or in several columns (COLUMN,COLUMN); in .tar shards, they are this field of the
+    /// .json members, or the lines of the members with this extension (like txt). The label is the right caption or its
+    /// position. Images with the same value in the list's column pair share the noise of their slots, for the text, image and
+    /// group scores of `elbo report`
     #[arg(long, env = "ELBO_CANDIDATES", value_name = "COLUMN")]
     pub(crate) candidates: Option<String>,
-    /// The column of .parquet files with the images [default: the one that can hold them, or is called image]
+    /// The column of .parquet files with the images [default: the one that can hold images, or is called image]
     #[arg(long, env = "ELBO_IMAGE_COLUMN", value_name = "COLUMN")]
     #[serde(alias = "image-column")]
     pub(crate) image_column: Option<String>,
-    /// What a list or .parquet file read from the network may name besides its own origin: https://host[:port], s3://bucket, * for
-    /// every origin, file:// for files of this machine and the workers'
+    /// Origins besides its own that a list or .parquet file from the network may name: https://host[:port], s3://bucket, *
+    /// for every origin, file:// for files on this machine and the workers
     #[arg(long, env = "ELBO_LIST_ORIGINS", value_delimiter = ',', value_name = "ORIGIN,ORIGIN")]
     #[serde(alias = "list-origins", deserialize_with = "many_from_str")]
     pub(crate) list_origins: Vec<Origin>,
-    /// Fail, before anything is computed, where the listing passes over anything: files with unknown extensions, hidden ones,
-    /// labels without images, and whatever else is no sample
+    /// Fail before computing if the listing passes over anything: files with unknown extensions, hidden files, labels without
+    /// images, and anything else that is not a sample
     #[arg(long, env = "ELBO_STRICT")]
     pub(crate) strict: bool,
-    /// How a class's prompts make its score: max (its best prompt counts) or mean (--keep then counts classes) [default: max]
+    /// How to combine the scores of a class's prompts: max (the best prompt counts) or mean (--keep then counts classes)
+    /// [default: max]
     #[arg(long, env = "ELBO_PROMPT_ENSEMBLE", value_name = "max|mean")]
     #[serde(alias = "prompt-ensemble", deserialize_with = "from_str")]
     pub(crate) prompt_ensemble: Option<PromptEnsemble>,
@@ -102,46 +104,48 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) lora: Vec<String>,
-    /// A CLIP, SigLIP or OpenCLIP model that picks the K prompts the model is asked about
+    /// A CLIP, SigLIP or OpenCLIP model that picks the K prompts that the model evaluates
     #[arg(long, env = "ELBO_SHORTLIST", value_name = "MODEL:K", conflicts_with = "candidates")]
     pub(crate) shortlist: Option<String>,
-    /// Who is evaluated on what [default: race; reference with --keep, --samples or --preset, exhaustive with --candidates]
+    /// How classes are eliminated [default: race; reference with --keep, --samples or --preset, exhaustive with --candidates]
     #[arg(long, value_enum, env = "ELBO_POLICY")]
     pub(crate) policy: Option<PolicyName>,
-    /// Level of a race's tests: the lower, the more evaluations and the fewer lost best classes [default: 0.05]
+    /// Significance level of a race's tests; a lower level takes more evaluations and loses the best class less often
+    /// [default: 0.05]
     #[arg(long, env = "ELBO_RISK", value_name = "P")]
     pub(crate) risk: Option<f64>,
-    /// Slots (timesteps with a noise) of a race at most [default: 250]
+    /// Maximum slots (timesteps with a noise) per race [default: 250]
     #[arg(long, env = "ELBO_MAX_SLOTS", value_name = "N")]
     #[serde(alias = "max-slots")]
     pub(crate) max_slots: Option<u32>,
-    /// JSON file that says where a race's timesteps lie, as `elbo bench policy --timesteps-to` writes it [default: everywhere
-    /// alike]
+    /// JSON file with the distribution of a race's timesteps, as `elbo bench policy --timesteps-to` writes it [default:
+    /// uniform]
     #[arg(long, env = "ELBO_TIMESTEPS_FROM", value_name = "FILE")]
     #[serde(alias = "timesteps-from")]
     pub(crate) timesteps_from: Option<PathBuf>,
-    /// Images, chosen by the seed, that are scored over all timesteps first: a race then looks where their classes differ. Worth
-    /// it for tens of thousands of images; no labels are needed
+    /// First score N images, chosen by the seed, over all timesteps; the race then uses the timesteps where their classes
+    /// differ. Worth it for tens of thousands of images; needs no labels
     #[arg(long, env = "ELBO_PILOT", value_name = "N", conflicts_with = "timesteps_from")]
     pub(crate) pilot: Option<NonZeroU32>,
-    /// Share of the images, like 1%, that the reference scores too (with --keep, --samples and --trials), for the report to compare
+    /// Share of the images, like 1%, that the reference also scores (with --keep, --samples and --trials), for a comparison
+    /// in the report
     #[arg(long, env = "ELBO_AUDIT", value_name = "SHARE")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) audit: Option<Share>,
-    /// Give no class to images whose best one is less sure than this: their status is `uncertain`. How sure a class is, is
-    /// fitted when the job ends: to the images with labels, or where these are fewer than 30 to the audit, if there is one
+    /// Give no class to images with a lower confidence than this; their status is `uncertain`. Confidence is calibrated when
+    /// the job ends, on the images with labels, or on the audit, if there is one and fewer than 30 images have labels
     #[arg(long, env = "ELBO_ABSTAIN_BELOW", value_name = "P")]
     #[serde(alias = "abstain-below")]
     pub(crate) abstain_below: Option<f64>,
-    /// Output of another job, with labels, whose calibration tells how sure a class is: for images without any
+    /// Output of another job, with labels, whose calibration gives the confidence; for images without labels
     #[arg(long, env = "ELBO_CALIBRATION_FROM", value_name = "OUT")]
     #[serde(alias = "calibration-from")]
     pub(crate) calibration_from: Option<String>,
-    /// Prompts (classes with --prompt-ensemble mean) that stay after each stage of the reference [default: 5,1]
+    /// Prompts (classes with --prompt-ensemble mean) kept after each stage of the reference [default: 5,1]
     #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) keep: Vec<u32>,
-    /// Timesteps evaluated in all by the end of each stage [default: 25,250; exhaustive: 100]
+    /// Total timesteps evaluated by the end of each stage [default: 25,250; exhaustive: 100]
     #[arg(long, env = "ELBO_SAMPLES", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
     pub(crate) samples: Vec<u32>,
@@ -152,19 +156,19 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_PRESET", value_name = "NAME", conflicts_with = "policy")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) preset: Option<Preset>,
-    /// Error of an evaluation: l2, l1 or huber; vlb or l2+vlb for models with a learned variance [default: l2]
+    /// Loss that gives the error of an evaluation: l2, l1 or huber; vlb or l2+vlb for models with a learned variance
+    /// [default: l2]
     #[arg(long, env = "ELBO_LOSS")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) loss: Option<Loss>,
-    /// Element type of the network: f32, f16 or bf16; on the CPU weights are rounded to it and computed with in f32
-    /// [default: f32]
+    /// Element type of the network: f32, f16 or bf16; the CPU rounds weights to it and computes in f32 [default: f32]
     #[arg(long, env = "ELBO_DTYPE")]
     #[serde(deserialize_with = "from_str")]
     pub(crate) dtype: Option<ModelDtype>,
     /// Image side in pixels [default: the model's]
     #[arg(long, env = "ELBO_SIZE", value_name = "PIXELS")]
     pub(crate) size: Option<u32>,
-    /// Shift of flow matching's timesteps towards the noise (Stable Diffusion 3) [default: none]
+    /// Factor that shifts flow-matching timesteps towards the noise (Stable Diffusion 3) [default: none]
     #[arg(long, env = "ELBO_TIMESTEP_SHIFT", value_name = "FACTOR")]
     #[serde(alias = "timestep-shift")]
     pub(crate) timestep_shift: Option<f32>,
@@ -178,12 +182,12 @@ pub(crate) struct JobArgs {
     #[arg(long, value_enum, env = "ELBO_NOISE_SCOPE")]
     #[serde(alias = "noise-scope")]
     pub(crate) noise_scope: Option<NoiseScopeName>,
-    /// Keep only the best N scores of an image, for jobs with many classes; the prediction and its margin stay the same, but
-    /// the report's top-5 accuracy needs 5 [default: all]
+    /// Keep only the best N scores of each image, for jobs with many classes; predictions and margins stay the same, but the
+    /// report's top-5 accuracy needs N of at least 5 [default: all]
     #[arg(long, env = "ELBO_TOP_K", value_name = "N")]
     #[serde(alias = "top-k")]
     pub(crate) top_k: Option<NonZeroU32>,
-    /// Also write every single evaluation's error
+    /// Also write the error of every evaluation
     #[arg(long, env = "ELBO_WRITE_ERRORS")]
     #[serde(alias = "write-errors")]
     pub(crate) write_errors: bool,
@@ -193,14 +197,14 @@ pub(crate) struct JobArgs {
     #[arg(long, env = "ELBO_LABEL_FROM", value_name = "parent|FILE|column:NAME|none")]
     #[serde(alias = "label-from")]
     pub(crate) label_from: Option<String>,
-    /// Only the first N images of the listing: sorted by path, or in a list's order
+    /// Use only the first N images of the listing, which is sorted by path, or in the order of a list
     #[arg(long, env = "ELBO_LIMIT", value_name = "N")]
     pub(crate) limit: Option<u64>,
     /// Images per shard, the unit of output [default: 1000]
     #[arg(long, env = "ELBO_SHARD_SIZE", value_name = "N")]
     #[serde(alias = "shard-size")]
     pub(crate) shard_size: Option<u32>,
-    // Keys of job.toml alone: on the command line these belong to the commands that run a job.
+    // Keys of job.toml only: on the command line these belong to the commands that run a job.
     /// Where results go.
     #[arg(skip)]
     pub(crate) out: Option<String>,
@@ -217,7 +221,7 @@ pub(crate) struct JobArgs {
     #[arg(skip)]
     #[serde(alias = "decode-memory", deserialize_with = "from_str")]
     pub(crate) decode_memory: Option<ByteSize>,
-    /// Quarantined samples to bear.
+    /// How many samples may be quarantined.
     #[arg(skip)]
     #[serde(alias = "max-bad", deserialize_with = "from_str")]
     pub(crate) max_bad: Option<MaxBad>,
@@ -248,7 +252,7 @@ fn many_from_str<'de, D: Deserializer<'de>, T: std::str::FromStr<Err = String>>(
     texts.iter().map(|text| text.parse().map_err(serde::de::Error::custom)).collect()
 }
 
-/// The job's flags, or a file with them.
+/// The job's flags and an optional file with them.
 #[derive(Debug, Args)]
 pub(crate) struct JobSource {
     /// TOML file with the job's flags as keys; flags override it
@@ -260,7 +264,7 @@ pub(crate) struct JobSource {
 }
 
 impl JobSource {
-    /// The flags over the job file's keys.
+    /// The flags, with missing values taken from the job file.
     pub(crate) fn resolve(&self) -> anyhow::Result<JobArgs> {
         let Some(path) = &self.job else { return Ok(self.flags.clone()) };
         let text = files::read_given_to_string(path)
@@ -272,12 +276,12 @@ impl JobSource {
 }
 
 impl JobArgs {
-    /// How many images a pilot is to have.
+    /// The number of images of a pilot.
     pub(crate) fn pilot_images(&self) -> Option<u64> {
         self.pilot.map(|images| u64::from(images.get()))
     }
 
-    /// These flags, with what they leave open taken from a file.
+    /// These flags, with missing values taken from a file.
     fn over(self, file: Self) -> Self {
         let many = |flags: Vec<u32>, file: Vec<u32>| if flags.is_empty() { file } else { flags };
         Self {
@@ -334,7 +338,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_job_file_takes_the_flags_names_with_either_separator() {
+    fn a_job_file_accepts_flag_names_with_either_separator() {
         let file: JobArgs = toml::from_str(
             "images = 'x'\nkeep = [3, 1]\ntop-k = 5\nsamples = [5, 10]\nlabel-from = 'parent'\nnoise_scope = 'shared'\nloss = 'l1'\nmax-bad = '2%'\nbatch = 8\ndecode-memory = '64MiB'\nprogress = 'json'",
         )

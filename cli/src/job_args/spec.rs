@@ -1,4 +1,4 @@
-//! From flags to a job's specification.
+//! Turns flags into a job's specification.
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -20,19 +20,19 @@ use elbo_store::files;
 use super::{JobArgs, NoiseScopeName, PolicyName};
 use crate::failure::usage;
 
-/// What a model takes for a class.
+/// What a model takes as input for a class.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Takes {
     /// Prompts, at many timesteps.
     Prompts,
-    /// Prompts, and sees an image once: a contrastive model.
+    /// Prompts, once per image: a contrastive model.
     PromptsOnce,
     /// Labels it was trained on.
     Labels(ModelLabels),
 }
 
 impl Takes {
-    /// What the model in a directory takes.
+    /// What the model in a directory takes as input.
     pub(crate) fn of_model(directory: &Path) -> anyhow::Result<Self> {
         if is_contrastive(directory) {
             return Ok(Self::PromptsOnce);
@@ -42,8 +42,8 @@ impl Takes {
 }
 
 impl JobArgs {
-    /// The classes, from their file or from a class-conditional model, whose labels they are; none where every image
-    /// brings its own captions.
+    /// The classes, from their file or from the labels of a class-conditional model; none if every image has its own
+    /// captions.
     pub(crate) fn read_classes(&self, takes: &Takes) -> anyhow::Result<Classes> {
         let labels = match takes {
             Takes::Labels(labels) => Some(labels),
@@ -72,26 +72,26 @@ impl JobArgs {
         }
     }
 
-    /// What stands above some classes.
+    /// The hierarchy above the classes.
     pub(crate) fn read_hierarchy(&self, takes: &Takes, classes: &Classes) -> anyhow::Result<Option<Hierarchy>> {
         let Some(path) = &self.hierarchy else { return Ok(None) };
         if *takes != Takes::Prompts {
             return Err(usage(
-                "--hierarchy needs a model that is asked by prompts, many times: leave it out for class-conditional and \
-                 contrastive ones",
+                "--hierarchy needs a diffusion model with prompts: leave it out for class-conditional and \
+                 contrastive models",
             ));
         }
         Ok(Some(elbo_data::given::hierarchy(path, classes, &self.template)?))
     }
 
-    /// Refuses what says nothing, or something else, where every image brings its own captions.
+    /// Refuses flags that have no meaning, or another one, when every image has its own captions.
     fn check_candidates(&self, labels: Option<&ModelLabels>) -> anyhow::Result<()> {
         let refused = [
             (labels.is_some(), "a class-conditional model", "it knows classes and reads no captions"),
-            (self.class_map.is_some(), "--class-map", "captions are no classes of a model"),
+            (self.class_map.is_some(), "--class-map", "captions are not classes of a model"),
             (self.classes.is_some(), "--classes", "every image is judged by its own captions"),
-            (self.shortlist.is_some(), "--shortlist", "captions are few"),
-            (!self.template.is_empty(), "--template", "captions are taken as they are"),
+            (self.shortlist.is_some(), "--shortlist", "an image has few captions"),
+            (!self.template.is_empty(), "--template", "captions are used unchanged"),
             (self.top_k.is_some(), "--top-k", "the scores of all captions are compared"),
             (self.prompt_ensemble == Some(PromptEnsemble::Mean), "--prompt-ensemble mean", "a caption is one prompt"),
         ];
@@ -101,23 +101,23 @@ impl JobArgs {
         Ok(())
     }
 
-    /// How the prompts of a class make its score.
+    /// How the scores of a class's prompts are combined.
     pub(crate) fn ensemble(&self) -> PromptEnsemble {
         self.prompt_ensemble.unwrap_or_default()
     }
 
-    /// What makes the shortlist.
+    /// The shortlist's model and size.
     pub(crate) fn to_shortlist(&self) -> anyhow::Result<Option<Shortlist>> {
         self.shortlist.as_deref().map(|text| text.parse().map_err(usage)).transpose()
     }
 
-    /// Where the model that makes the shortlist is.
+    /// The source of the shortlist's model.
     pub(crate) fn shortlist_source(&self) -> anyhow::Result<Option<ModelSource>> {
         let shortlist = self.to_shortlist()?;
         shortlist.map(|shortlist| ModelSource::parse(&shortlist.model).map_err(usage)).transpose()
     }
 
-    /// The policy for a contrastive model, which sees each image once.
+    /// The policy for a contrastive model, which evaluates each image once.
     fn once(&self) -> anyhow::Result<Policy> {
         let meaningless = [
             (self.policy.is_some() || self.preset.is_some(), "--policy and --preset"),
@@ -145,7 +145,7 @@ impl JobArgs {
         }
     }
 
-    /// The course of a job with these contenders and a model with so many timesteps.
+    /// The course of a job with these contenders and a model with this many timesteps.
     pub(crate) fn to_course(
         &self,
         takes: &Takes,
@@ -161,7 +161,7 @@ impl JobArgs {
         }
     }
 
-    /// The policy for a job with these contenders, or one in which every image brings its own.
+    /// The policy for a job with these contenders, or `None` if every image has its own captions.
     pub(crate) fn to_policy(&self, takes: &Takes, contenders: Option<&Contenders>) -> anyhow::Result<Policy> {
         if *takes == Takes::PromptsOnce {
             return self.once();
@@ -187,9 +187,9 @@ impl JobArgs {
         policy.map_err(usage)
     }
 
-    /// The reference policy these flags give.
+    /// The reference policy from these flags.
     fn reference(&self, contenders: Option<&Contenders>) -> anyhow::Result<Policy> {
-        // The default schedule fits few classes too; one that was asked for is taken by its word.
+        // The default schedule is adapted to few classes; an explicit one is used as given.
         let few = contenders.map_or(5, |c| c.len() as u32).clamp(1, 5);
         let default_keep = self.preset.map_or(vec![few, 1], |p| p.keep().to_vec());
         let default_samples = self.preset.map_or(vec![25, 250], |p| p.samples().to_vec());
@@ -198,7 +198,7 @@ impl JobArgs {
         Policy::reference(&keep, &samples, self.trials.unwrap_or(1)).map_err(usage)
     }
 
-    /// What audits the job.
+    /// The job's audit, if any.
     fn to_audit(&self, takes: &Takes, contenders: Option<&Contenders>) -> anyhow::Result<Option<Audit>> {
         let Some(share) = self.audit else { return Ok(None) };
         if *takes == Takes::PromptsOnce || self.policy_name(contenders.is_some()) != PolicyName::Race {
@@ -207,8 +207,8 @@ impl JobArgs {
         Ok(Some(Audit { share, policy: self.reference(contenders)? }))
     }
 
-    /// The policy that was asked for, or that the other flags are for; by default a race, and where every image brings its
-    /// own few captions, which are compared with each other, an exhaustive one.
+    /// The requested policy, or the one that the other flags imply. The default is a race, or exhaustive if every image has
+    /// its own few captions.
     fn policy_name(&self, are_shared: bool) -> PolicyName {
         let of_reference = !self.keep.is_empty() || !self.samples.is_empty() || self.trials.is_some();
         match self.policy {
@@ -220,7 +220,7 @@ impl JobArgs {
         }
     }
 
-    /// Refuses flags that the policy has no use for.
+    /// Refuses flags that the policy does not use.
     fn check_policy_flags(&self, name: PolicyName) -> anyhow::Result<()> {
         let of_race = self.risk.is_some() || self.max_slots.is_some() || self.timesteps_from.is_some();
         if name != PolicyName::Race && of_race {
@@ -240,14 +240,14 @@ impl JobArgs {
         }
         if name == PolicyName::Exhaustive && !self.keep.is_empty() {
             return Err(usage(
-                "--keep has no meaning with --policy exhaustive (the default with --candidates), which eliminates nobody: \
-                 leave it out, or add --policy reference",
+                "--keep has no meaning with --policy exhaustive (the default with --candidates), which eliminates \
+                 no prompt: leave it out, or add --policy reference",
             ));
         }
         Ok(())
     }
 
-    /// The model, without which nothing else can be decided.
+    /// The source of the model, which all other decisions need.
     pub(crate) fn model_source(&self) -> anyhow::Result<ModelSource> {
         if self.images.is_none() {
             return Err(usage("--images is missing: give a directory or a list of images"));
@@ -259,7 +259,7 @@ impl JobArgs {
         ModelSource::parse(model).map_err(usage)
     }
 
-    /// What competes for every image; none where each brings its own captions.
+    /// The contenders of all images; `None` if every image has its own captions.
     pub(crate) fn contenders(&self, classes: &Classes, hierarchy: Option<&Hierarchy>) -> Option<Contenders> {
         let contenders = self.candidates.is_none().then(|| Contenders::of_classes(classes, self.ensemble()))?;
         Some(match hierarchy {
@@ -268,7 +268,7 @@ impl JobArgs {
         })
     }
 
-    /// The specification these flags give, for a model of one kind.
+    /// The specification from these flags, for this kind of model.
     pub(crate) fn to_spec(&self, takes: &Takes) -> anyhow::Result<JobSpec> {
         let model = self.model_source()?;
         let images = self.images.as_deref().unwrap_or_default();
@@ -276,7 +276,7 @@ impl JobArgs {
         let hierarchy = self.read_hierarchy(takes, &classes)?;
         let contenders = self.contenders(&classes, hierarchy.as_ref());
         let policy = self.to_policy(takes, contenders.as_ref())?;
-        // What does not fit the usual thousand timesteps or the classes is refused before anything is opened.
+        // Refuse a course that doesn't fit the classes before anything is opened.
         self.to_course(takes, u32::MAX, contenders.as_ref())?;
         let audit = self.to_audit(takes, contenders.as_ref())?;
         let shortlist = match (self.to_shortlist()?, self.shortlist_source()?) {
@@ -292,7 +292,7 @@ impl JobArgs {
         }
         if let Some(least) = self.abstain_below.filter(|least| !(*least > 0.0 && *least < 1.0)) {
             return Err(usage(format!(
-                "--abstain-below {least} is not a confidence to ask for: give a number between 0 and 1, like 0.9"
+                "--abstain-below {least} is not a confidence: give a number between 0 and 1, like 0.9"
             )));
         }
         Ok(JobSpec {
@@ -307,7 +307,7 @@ impl JobArgs {
             shortlist,
             policy,
             audit,
-            // That is another job's: it is read where there is IO.
+            // This comes from another job's output, which is read later, where there is IO.
             calibration: None,
             abstain_below: self.abstain_below,
             loss: self.loss.or(self.preset.map(Preset::loss)).unwrap_or(Loss::L2),
@@ -330,7 +330,7 @@ impl JobArgs {
                 }),
             },
             limit: self.limit,
-            // Only a pilot makes do with some of the images.
+            // Only a pilot uses a subset of the images.
             subset: None,
             shard_size,
         })
@@ -363,7 +363,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_race_is_the_default_and_flags_of_the_reference_ask_for_it() {
+    fn a_race_is_the_default_and_flags_of_the_reference_select_it() {
         let three = Contenders::prompts(3);
         let policy = |flags: JobArgs| flags.to_policy(&Takes::Prompts, Some(&three));
         assert_eq!(policy(JobArgs::default()).unwrap(), Policy::race(0.05, 250, Timesteps::default()).unwrap());
@@ -376,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn the_reference_fits_few_classes_but_an_explicit_schedule_is_taken_by_its_word() {
+    fn the_default_reference_adapts_to_few_classes_but_an_explicit_schedule_does_not() {
         let three = Contenders::prompts(3);
         let reference = JobArgs { policy: Some(PolicyName::Reference), ..JobArgs::default() };
         let policy = reference.to_policy(&Takes::Prompts, Some(&three)).unwrap();
@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn images_with_their_own_captions_are_judged_exhaustively_unless_a_policy_is_asked_for() {
+    fn images_with_their_own_captions_use_the_exhaustive_policy_unless_another_is_requested() {
         let matching = JobArgs { candidates: Some("captions".into()), ..JobArgs::default() };
         assert_eq!(matching.to_policy(&Takes::Prompts, None).unwrap(), Policy::exhaustive(&[100], 1).unwrap());
         let asked = JobArgs { policy: Some(PolicyName::Reference), ..matching.clone() };
@@ -398,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_prompts_of_classes_excludes_captions() {
+    fn flags_that_make_prompts_of_classes_exclude_captions() {
         let refused = |flags: JobArgs| {
             let flags = JobArgs { candidates: Some("c".into()), ..flags };
             flags.read_classes(&Takes::Prompts).unwrap_err().to_string()

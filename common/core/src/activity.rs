@@ -1,20 +1,20 @@
-//! What a worker is at.
+//! What a worker is doing.
 
-/// What a worker is at, as it tells its coordinator.
+/// What a worker is doing, as it reports to its coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Activity {
     /// Fetching or loading the model, or encoding the prompts.
     Loading,
     /// It has no lease.
     Waiting,
-    /// Its device waits for images.
+    /// Its device is waiting for images.
     Preparing,
-    /// Its device computes.
+    /// Its device is computing.
     Computing,
 }
 
 impl Activity {
-    /// As status, logs and metrics call it.
+    /// The name in status, logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Loading => "loading",

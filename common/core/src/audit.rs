@@ -1,4 +1,4 @@
-//! The audit of a fast policy: a share of the samples is also scored by the reference policy, and both are compared.
+//! The audit of a fast policy: the reference policy also scores a share of the samples, and the two are compared.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,17 +6,18 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::class::Classes;
+use crate::draw::Draw;
 use crate::ids::{ClassIndex, SampleId};
 use crate::interval::wilson;
 use crate::policy::Policy;
 
-/// Which samples are audited, and by what.
+/// Which samples are audited, and by which policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Audit {
     /// The share of samples.
     pub share: Share,
-    /// The policy that they are also scored by.
+    /// The policy that also scores them.
     pub policy: Policy,
 }
 
@@ -32,7 +33,7 @@ impl FromStr for Share {
         let percent = text.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
         match percent {
             Some(percent) if percent > 0.0 && percent <= 100.0 => Ok(Self(percent / 100.0)),
-            _ => Err(format!("'{text}' is no share of the images: give one like 1%, above 0% and up to 100%")),
+            _ => Err(format!("'{text}' is not a share of the images: use one above 0% and up to 100%, like 1%")),
         }
     }
 }
@@ -44,57 +45,53 @@ impl fmt::Display for Share {
 }
 
 impl Audit {
-    /// Whether the sample with this key is audited, in a job with this seed: as good as random, and always the same.
+    /// Whether the sample with this key is audited in a job with this seed. The choice is pseudorandom but always the same.
     pub fn covers(&self, seed: u64, key: &str) -> bool {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(b"audit").update(&seed.to_le_bytes()).update(key.as_bytes());
-        let mut bytes = [0; 8];
-        hasher.finalize_xof().fill(&mut bytes);
-        (u64::from_le_bytes(bytes) >> 11) as f64 / (1u64 << 53) as f64 <= self.share.0
+        Draw::new("audit", Some(seed), key).fraction() <= self.share.0
     }
 }
 
-/// What both policies say of one sample.
+/// The results of both policies for one sample.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Audited {
     /// The sample.
     pub sample: SampleId,
     /// Its path relative to the source.
     pub key: String,
-    /// The label the dataset brings.
+    /// The label from the dataset.
     pub label: Option<String>,
-    /// The class that was predicted.
+    /// The predicted class.
     pub class: ClassIndex,
-    /// The evaluations it took.
+    /// The evaluations used for it.
     pub evaluations: u32,
-    /// The class by the reference.
+    /// The reference policy's class.
     pub reference_class: ClassIndex,
-    /// The evaluations that took.
+    /// The evaluations used by the reference policy.
     pub reference_evaluations: u32,
 }
 
-/// What an audit found. Shares are in [0, 1], intervals are Wilson's at 95 %.
+/// The result of an audit. Shares are in [0, 1]; intervals are Wilson's at 95 %.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct AuditReport {
     /// Samples audited.
     pub samples: u64,
-    /// The share of them whose class is the reference's.
+    /// The share of them where both policies give the same class.
     pub agreement: f64,
-    /// Its interval.
+    /// The interval of `agreement`.
     pub agreement_interval: (f64, f64),
-    /// Of them, samples with a label that is a class.
+    /// Audited samples whose label is one of the classes.
     pub labelled: u64,
-    /// The share of these that got their label's class; none where there are none.
+    /// The share of labelled samples whose predicted class is their label; `None` if no sample has a label.
     pub accuracy: Option<f64>,
-    /// The reference's.
+    /// The same share for the reference policy.
     pub reference_accuracy: Option<f64>,
-    /// Evaluations of an audited sample.
+    /// Mean evaluations per audited sample.
     pub evaluations: f64,
-    /// Evaluations the reference takes for it.
+    /// Mean evaluations per audited sample for the reference policy.
     pub reference_evaluations: f64,
 }
 
-/// An audit's report in the making.
+/// Builds an [`AuditReport`].
 #[derive(Clone, Debug, Default)]
 pub struct AuditBuilder {
     classes: Classes,
@@ -108,12 +105,12 @@ pub struct AuditBuilder {
 }
 
 impl AuditBuilder {
-    /// An audit among some classes.
+    /// An empty audit of a job with these classes.
     pub fn new(classes: &Classes) -> Self {
         Self { classes: classes.clone(), ..Self::default() }
     }
 
-    /// Takes a sample in.
+    /// Adds a sample.
     pub fn add(&mut self, row: &Audited) {
         self.samples += 1;
         self.agreeing += u64::from(row.class == row.reference_class);
@@ -126,7 +123,7 @@ impl AuditBuilder {
         }
     }
 
-    /// What was found; none where nothing was audited.
+    /// The report; `None` if no sample was audited.
     pub fn finish(self) -> Option<AuditReport> {
         if self.samples == 0 {
             return None;

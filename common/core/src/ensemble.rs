@@ -1,4 +1,4 @@
-//! What competes for a sample: its prompts, or its classes with all their prompts.
+//! The contenders for a sample: its prompts, or its classes with all their prompts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -8,13 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::class::{Classes, Hierarchy};
 use crate::ids::{ClassIndex, PromptIndex};
-use crate::sums::Sums;
 
-/// How the prompts of a class make its score.
+/// How a class's score follows from its prompts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PromptEnsemble {
-    /// A class is as good as its best prompt, and prompts are eliminated one by one, as in the reference code.
+    /// A class scores as its best prompt does, and prompts are eliminated one by one, as in the reference code.
     #[default]
     Max,
     /// A class scores the mean over its prompts, which are eliminated together.
@@ -22,7 +21,7 @@ pub enum PromptEnsemble {
 }
 
 impl PromptEnsemble {
-    /// Whether it is the default, which is not written down.
+    /// Whether it is the default, which is not serialised.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
@@ -49,31 +48,31 @@ impl fmt::Display for PromptEnsemble {
     }
 }
 
-/// What is kept or eliminated as a whole: single prompts, or classes.
+/// The contenders: prompts or classes, each of which is kept or eliminated as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contenders {
-    /// The contender of every prompt; contenders are numbered in the order of their first prompts.
+    /// The contender of each prompt. Contenders are numbered in the order of their first prompts.
     of_prompt: Vec<u32>,
-    /// The class of every prompt, by number.
+    /// The class of each prompt, by number.
     class_of_prompt: Vec<u32>,
     count: usize,
     ensemble: PromptEnsemble,
-    /// How many of the prompts are the classes'. Those of groups follow.
+    /// How many of the prompts belong to classes. The prompts of groups follow.
     class_prompts: usize,
     groups: Groups,
 }
 
-/// What stands above classes.
+/// The groups above the classes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Groups {
-    /// The prompts of what is in no group.
+    /// The prompts of classes and groups that are in no group.
     top: Vec<PromptIndex>,
-    /// For each prompt of a group the prompts of what is in it.
+    /// For each prompt of a group, the prompts of the group's members.
     below: Vec<Vec<PromptIndex>>,
 }
 
 impl Contenders {
-    /// So many prompts, each for itself.
+    /// `count` prompts, each of which is a contender.
     pub fn prompts(count: usize) -> Self {
         let each: Vec<u32> = (0..count as u32).collect();
         Self {
@@ -103,7 +102,7 @@ impl Contenders {
         }
     }
 
-    /// The contenders with the groups that are asked about before them, whose prompts follow theirs.
+    /// Adds the groups of a hierarchy, which are compared before the classes. Their prompts follow those of the classes.
     pub fn below(mut self, hierarchy: &Hierarchy, classes: &Classes) -> Self {
         let classes_before = self.class_of_prompt.iter().max().map_or(0, |last| last + 1);
         let of_class = |class: &ClassIndex| {
@@ -115,7 +114,7 @@ impl Contenders {
             let first = self.of_prompt.len() as u32;
             own.push((first..first + group.prompts.len() as u32).map(PromptIndex).collect::<Vec<_>>());
             for _ in &group.prompts {
-                // By mean a group competes with all its prompts, like a class.
+                // With `Mean`, a group competes with all its prompts, as a class does.
                 let each = self.of_prompt.len() as u32;
                 self.of_prompt.push(if self.ensemble == PromptEnsemble::Mean { number } else { each });
                 self.class_of_prompt.push(number);
@@ -131,14 +130,14 @@ impl Contenders {
         }
         let everything = (0..self.of_prompt.len() as u32).map(PromptIndex);
         self.groups.top = everything.filter(|prompt| !inside.contains(prompt)).collect();
-        // One group above all others says nothing.
+        // A single group at the top decides nothing, so it is opened.
         while self.have_groups(&self.groups.top) && !self.are_rivals(&self.groups.top) {
             self.groups.top = self.opened(&self.groups.top);
         }
         self
     }
 
-    /// The contenders without what is above them.
+    /// The contenders without the groups.
     pub fn without_groups(&self) -> Self {
         let classes = |all: &[u32]| all[..self.class_prompts].to_vec();
         Self {
@@ -149,30 +148,31 @@ impl Contenders {
         }
     }
 
-    /// The prompts that are asked about first: of whatever is in no group.
+    /// The prompts of the first round: those of classes and groups that are in no group.
     pub fn first(&self) -> Vec<PromptIndex> {
-        match self.has_hierarchy() {
-            true => self.groups.top.clone(),
-            false => (0..self.of_prompt.len() as u32).map(PromptIndex).collect(),
+        if self.has_hierarchy() {
+            self.groups.top.clone()
+        } else {
+            (0..self.of_prompt.len() as u32).map(PromptIndex).collect()
         }
     }
 
-    /// Whether there are groups at all.
+    /// Whether there are any groups.
     pub fn has_hierarchy(&self) -> bool {
         !self.groups.below.is_empty()
     }
 
-    /// Whether a prompt is a group's, and no class can be predicted by it.
+    /// Whether a prompt belongs to a group, so that it can't predict a class.
     pub fn is_group(&self, prompt: PromptIndex) -> bool {
         prompt.at() >= self.class_prompts
     }
 
-    /// Whether some of these prompts are groups'.
+    /// Whether any of these prompts belongs to a group.
     pub fn have_groups(&self, prompts: &[PromptIndex]) -> bool {
         prompts.iter().any(|prompt| self.is_group(*prompt))
     }
 
-    /// The prompts with every group among them replaced by what is in it; ascending.
+    /// The prompts, with each group's replaced by those of its members; ascending.
     pub fn opened(&self, prompts: &[PromptIndex]) -> Vec<PromptIndex> {
         let opened = |prompt: &PromptIndex| match prompt.at().checked_sub(self.class_prompts) {
             Some(group) => self.groups.below[group].clone(),
@@ -186,17 +186,17 @@ impl Contenders {
         (0..self.class_prompts as u32).map(PromptIndex)
     }
 
-    /// Whether some prompts are of more than one class.
+    /// Whether the prompts belong to more than one class.
     pub fn are_rivals(&self, prompts: &[PromptIndex]) -> bool {
         prompts.windows(2).any(|pair| self.class_of(pair[0]) != self.class_of(pair[1]))
     }
 
-    /// Whether two prompts are of different classes or groups, of which none is in the other, so that they may be compared.
+    /// Whether two prompts may be compared: they belong to different classes or groups, and neither is inside the other.
     pub fn may_be_compared(&self, one: PromptIndex, other: PromptIndex) -> bool {
         self.are_rivals(&[one, other]) && !self.is_below(one, other) && !self.is_below(other, one)
     }
 
-    /// Whether a prompt is of something in the group of another.
+    /// Whether a prompt belongs to a member of another prompt's group.
     fn is_below(&self, member: PromptIndex, group: PromptIndex) -> bool {
         let mut level = vec![group];
         while self.have_groups(&level) {
@@ -208,32 +208,32 @@ impl Contenders {
         false
     }
 
-    /// How many contenders there are.
+    /// The number of contenders.
     pub fn len(&self) -> usize {
         self.count
     }
 
-    /// Whether there is none.
+    /// Whether there are no contenders.
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
 
-    /// How many prompts they have together.
+    /// The total number of prompts.
     pub fn prompt_count(&self) -> usize {
         self.of_prompt.len()
     }
 
-    /// The number of the contender a prompt belongs to.
+    /// The number of a prompt's contender.
     pub fn of_prompt(&self, prompt: PromptIndex) -> u32 {
         self.of_prompt[prompt.at()]
     }
 
-    /// The number of the class a prompt belongs to.
+    /// The number of a prompt's class.
     pub fn class_of(&self, prompt: PromptIndex) -> u32 {
         self.class_of_prompt[prompt.at()]
     }
 
-    /// What a contender is called: `prompts` or `classes`.
+    /// The plural noun for contenders: `prompts` or `classes`.
     pub fn noun(&self) -> &'static str {
         match self.ensemble {
             PromptEnsemble::Max => "prompts",
@@ -241,12 +241,12 @@ impl Contenders {
         }
     }
 
-    /// Whether all contenders have equally many prompts, so that who stays does not change what a round costs.
+    /// Whether all contenders have equally many prompts. If so, the cost of a round does not depend on which ones stay.
     pub fn are_even(&self) -> bool {
         self.sizes().windows(2).all(|pair| pair[0] == pair[1])
     }
 
-    /// The prompts of any `keep` contenders, at most.
+    /// The most prompts that any `keep` contenders can have.
     pub fn most_prompts(&self, keep: u32) -> u64 {
         self.sizes().iter().take(keep as usize).sum()
     }
@@ -258,32 +258,11 @@ impl Contenders {
         sizes.sort_unstable_by(|a, b| b.cmp(a));
         sizes
     }
-
-    /// The prompts that stay after a round: those of the `keep` contenders with the lowest scores, in ascending order.
-    ///
-    /// A contender scores the mean over its prompts' means of *all* their errors so far. Equal scores are broken by the
-    /// lower first prompt. `totals` is indexed by prompt.
-    pub fn survivors(&self, remaining: &[PromptIndex], totals: &[Sums], keep: u32) -> Vec<PromptIndex> {
-        let mut scores: BTreeMap<u32, (f64, u32)> = BTreeMap::new();
-        for prompt in remaining {
-            let (sum, count) = scores.entry(self.of_prompt[prompt.at()]).or_default();
-            *sum += totals[prompt.at()].mean();
-            *count += 1;
-        }
-        let mut ranked: Vec<_> = scores.into_iter().map(|(who, (sum, count))| (sum / f64::from(count), who)).collect();
-        ranked.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        let kept: BTreeSet<u32> = ranked.into_iter().take(keep as usize).map(|(_, who)| who).collect();
-        remaining.iter().copied().filter(|prompt| kept.contains(&self.of_prompt[prompt.at()])).collect()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn totals(means: &[f64]) -> Vec<Sums> {
-        means.iter().map(|&sum| Sums { n: 1, sum, sum_sq: sum * sum }).collect()
-    }
 
     fn all(count: u32) -> Vec<PromptIndex> {
         (0..count).map(PromptIndex).collect()
@@ -293,39 +272,6 @@ mod tests {
     fn uneven(ensemble: PromptEnsemble) -> Contenders {
         let csv = "prompt,classname,classidx\na,cat,7\nb,cat,7\nc,dog,2\nd,owl,5\ne,cat,7\n";
         Contenders::of_classes(&Classes::parse(csv, &[]).unwrap(), ensemble)
-    }
-
-    #[test]
-    fn ties_go_to_the_lower_prompt() {
-        let equal = totals(&[2.0, 1.0, 1.0, 3.0]);
-        assert_eq!(Contenders::prompts(4).survivors(&all(4), &equal, 1), [PromptIndex(1)]);
-        assert_eq!(Contenders::prompts(4).survivors(&all(4), &equal, 3), [0, 1, 2].map(PromptIndex));
-    }
-
-    #[test]
-    fn survivors_are_judged_by_the_mean_of_all_their_errors() {
-        let totals = [Sums { n: 4, sum: 4.0, sum_sq: 4.0 }, Sums { n: 2, sum: 3.0, sum_sq: 5.0 }];
-        assert_eq!(Contenders::prompts(2).survivors(&all(2), &totals, 1), [PromptIndex(0)]);
-    }
-
-    #[test]
-    fn by_max_the_best_prompts_stay_whosever_they_are() {
-        let means = totals(&[0.1, 0.9, 0.4, 0.3, 0.2]);
-        let contenders = uneven(PromptEnsemble::Max);
-        assert_eq!((contenders.len(), contenders.noun()), (5, "prompts"));
-        assert_eq!(contenders.survivors(&all(5), &means, 2), [0, 4].map(PromptIndex));
-    }
-
-    #[test]
-    fn by_mean_the_best_classes_stay_with_all_their_prompts() {
-        // The means of the classes 7, 2 and 5 are 0.5, 0.5 and 0.6: the best prompt alone does not save a class.
-        let means = totals(&[0.125, 0.75, 0.5, 0.6, 0.625]);
-        let contenders = uneven(PromptEnsemble::Mean);
-        assert_eq!((contenders.len(), contenders.prompt_count(), contenders.noun()), (3, 5, "classes"));
-        // A tie goes to the class whose first prompt comes first.
-        assert_eq!(contenders.survivors(&all(5), &means, 1), [0, 1, 4].map(PromptIndex));
-        assert_eq!(contenders.survivors(&all(5), &means, 2), [0, 1, 2, 4].map(PromptIndex));
-        assert_eq!(contenders.survivors(&[2, 3].map(PromptIndex), &means, 1), [PromptIndex(2)]);
     }
 
     #[test]
@@ -349,22 +295,19 @@ mod tests {
             assert_eq!(together, ensemble == PromptEnsemble::Mean);
             assert_eq!((contenders.prompt_count(), contenders.len()), (6, of_classes.len()));
             assert_eq!(contenders.without_groups(), of_classes);
-            // Without a group everything is asked about first.
+            // Without groups the first round has every prompt.
             assert_eq!(of_classes.first(), all(4));
         }
     }
 
     #[test]
-    fn more_than_there_are_keeps_all() {
-        assert_eq!(Contenders::prompts(2).survivors(&all(2), &totals(&[1.0, 2.0]), 5), all(2));
-        assert_eq!(Contenders::prompts(2).most_prompts(5), 2);
-    }
-
-    #[test]
-    fn what_stays_at_most_counts_the_classes_with_the_most_prompts() {
+    fn most_prompts_counts_the_classes_with_the_most_prompts() {
         let contenders = uneven(PromptEnsemble::Mean);
         assert!(!contenders.are_even());
+        assert_eq!((contenders.len(), contenders.prompt_count(), contenders.noun()), (3, 5, "classes"));
+        assert_eq!((uneven(PromptEnsemble::Max).len(), uneven(PromptEnsemble::Max).noun()), (5, "prompts"));
         assert_eq!([1, 2, 3].map(|keep| contenders.most_prompts(keep)), [3, 4, 5]);
         assert!(Contenders::prompts(4).are_even());
+        assert_eq!(Contenders::prompts(2).most_prompts(5), 2);
     }
 }

@@ -1,7 +1,7 @@
-//! Files that people write by hand: class files, label files, lists of images, class maps and hierarchies.
+//! Files written by hand: class files, label files, lists of images, class maps and hierarchies.
 //!
-//! Spreadsheets, R and editors save one table in many ways: with commas, semicolons or tabs, with or without quotes and a
-//! byte order mark, with any line ends. All of them are read here, and what can't be read is refused by file and line.
+//! Spreadsheets, R and editors save the same table in many ways: with commas, semicolons or tabs, with or without quotes and a
+//! byte order mark, with any line ending. This module reads all of them. Errors name the file and the line.
 
 mod table;
 
@@ -11,7 +11,7 @@ pub use self::table::{HandRow, HandTable, Header};
 
 use crate::text::{excerpt, printable};
 
-/// A file written by hand that can't be used.
+/// An error in a file written by hand.
 #[derive(Debug, thiserror::Error)]
 #[error("{what} {}{}: {problem}", printable(.file), .at.map_or_else(String::new, |at| format!(", {at}")))]
 pub struct HandError {
@@ -22,13 +22,13 @@ pub struct HandError {
 }
 
 impl HandError {
-    /// A file of this kind that could not be read.
+    /// The error for a file that could not be read.
     pub fn unread(what: &'static str, file: impl Into<String>, error: &std::io::Error) -> Self {
         Self { what, file: file.into(), at: None, problem: format!("it can't be read: {error}") }
     }
 }
 
-/// A place in such a file, counted from 1.
+/// A place in the file, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum At {
     /// A line as editors count them.
@@ -46,18 +46,18 @@ impl fmt::Display for At {
     }
 }
 
-/// The text of such a file: without a byte order mark, and with `\n` at the ends of its lines.
+/// The text of the file, without a byte order mark and with `\n` line endings.
 #[derive(Debug)]
 pub struct HandText {
-    /// What it is, like "the class file".
+    /// The kind of file, like "the class file".
     what: &'static str,
-    /// Its name in errors.
+    /// The file's name for errors.
     file: String,
     text: String,
 }
 
 impl HandText {
-    /// The text that is the content of `file`.
+    /// Decodes the content of `file`.
     pub fn new(what: &'static str, file: impl Into<String>, bytes: Vec<u8>) -> Result<Self, HandError> {
         let file = file.into();
         match decode(bytes) {
@@ -66,17 +66,17 @@ impl HandText {
         }
     }
 
-    /// An error about the whole of it.
+    /// An error about the whole file.
     pub fn wrong(&self, problem: impl Into<String>) -> HandError {
         HandError { what: self.what, file: self.file.clone(), at: None, problem: problem.into() }
     }
 
-    /// An error about a place in it.
+    /// An error about a place in the file.
     pub fn wrong_at(&self, at: At, problem: impl Into<String>) -> HandError {
         HandError { at: Some(at), ..self.wrong(problem) }
     }
 
-    /// An error about a line of it.
+    /// An error about a line of the file.
     pub fn wrong_in(&self, line: u64, problem: impl Into<String>) -> HandError {
         self.wrong_at(At::Line(line), problem)
     }
@@ -86,27 +86,28 @@ impl HandText {
         &self.text
     }
 
-    /// The lines that are not blank, with their numbers.
+    /// The lines that are not blank, with their line numbers.
     pub fn lines(&self) -> impl Iterator<Item = (u64, &str)> {
         (1..).zip(self.text.lines()).filter(|(_, line)| !line.trim().is_empty())
     }
 
-    /// Whether the file's name ends so; `extension` is in lowercase.
+    /// Whether the file's name has this extension, given in lowercase.
     pub fn is_called(&self, extension: &str) -> bool {
         self.file.to_ascii_lowercase().ends_with(extension)
     }
 
-    /// Whether the file's name says that it is a table.
+    /// Whether the file's name has the extension of a table.
     pub fn is_called_a_table(&self) -> bool {
         self.is_called(".csv") || self.is_called(".tsv")
     }
 
-    /// The table whose header `is_header`, with the first separator that gives such a header.
+    /// The table whose header satisfies `is_header`, with the first separator that gives such a header; `None` if there is
+    /// none.
     pub fn table(&self, is_header: impl Fn(&Header) -> bool) -> Result<Option<HandTable<'_>>, HandError> {
         HandTable::find(self, is_header)
     }
 
-    /// What stands in the place of a header, for messages.
+    /// The columns of the first line, for messages.
     pub fn shown_header(&self) -> String {
         const MOST: usize = 12;
         let names = HandTable::likely_header(self).names;
@@ -118,7 +119,7 @@ impl HandText {
     }
 }
 
-/// Bytes as text, or where and why they are none.
+/// Decodes bytes as UTF-8, or says where and why that fails.
 fn decode(mut bytes: Vec<u8>) -> Result<String, (Option<At>, String)> {
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         return Err((None, "it is UTF-16: save it as UTF-8".to_owned()));

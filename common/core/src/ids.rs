@@ -1,4 +1,4 @@
-//! Identifiers as types, so that a class index never passes for a prompt index.
+//! Identifiers as types, so that a class index can't be used as a prompt index.
 
 use std::fmt;
 
@@ -40,7 +40,7 @@ id!(
     Round(u16)
 );
 id!(
-    /// The incarnation of a coordinator: grows by one each time one takes over the ledger.
+    /// The incarnation of a coordinator: grows by one each time a coordinator takes over the ledger.
     Epoch(u64)
 );
 id!(
@@ -48,12 +48,12 @@ id!(
     LeaseId(u64)
 );
 
-/// A lease among those of all coordinators a job has had.
+/// A lease, unique among all coordinators of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseKey {
     /// The coordinator that granted it.
     pub epoch: Epoch,
-    /// Its number there.
+    /// Its number within that epoch.
     pub lease: LeaseId,
 }
 

@@ -1,4 +1,4 @@
-//! How far a share that was counted may be from the true one.
+//! Confidence intervals of counted shares.
 
 /// Wilson's 95 % interval (1927) of the share `hits / of`.
 pub fn wilson(hits: u64, of: u64) -> (f64, f64) {
@@ -15,7 +15,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_interval_is_wilsons() {
+    fn the_interval_matches_wilsons() {
         // R: prop.test(98, 100, correct = FALSE) gives 0.9299882 and 0.9944980; so does scipy.stats.binomtest.
         let (low, high) = wilson(98, 100);
         assert!((low - 0.929_988).abs() < 1e-5 && (high - 0.994_498).abs() < 1e-5, "{low} {high}");

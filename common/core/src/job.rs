@@ -1,4 +1,4 @@
-//! What a job is: everything that decides its predictions, and nothing that doesn't.
+//! The job: everything that decides its predictions, and nothing else.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,10 +14,10 @@ use crate::loss::Loss;
 use crate::noise::NoiseScope;
 use crate::policy::{Course, Policy, PolicyError};
 
-/// Samples in a shard unless the job says otherwise.
+/// Samples per shard unless the job says otherwise.
 pub const DEFAULT_SHARD_SIZE: u32 = 1000;
 
-/// The element type the network runs in: on the CPU its weights are rounded to it and the arithmetic is f32.
+/// The element type of the network. On the CPU the weights are rounded to it, and the arithmetic is f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelDtype {
@@ -52,13 +52,13 @@ impl fmt::Display for ModelDtype {
     }
 }
 
-/// An adapter that is merged into the model.
+/// An adapter to merge into the model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
-    /// The file, or the directory with peft's or diffusers' file.
+    /// The file, or the directory with the file of peft or diffusers.
     pub path: String,
-    /// How strongly: 1 is as it was trained.
+    /// Its strength: 1 is as trained.
     pub scale: f64,
 }
 
@@ -78,7 +78,7 @@ impl FromStr for Lora {
     }
 }
 
-/// A contrastive model that picks the contenders a diffusion model is asked about.
+/// A contrastive model that selects the contenders for the diffusion model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shortlist {
     /// The model: a directory, a URL or `hf://owner/name`.
@@ -101,8 +101,8 @@ impl FromStr for Shortlist {
 
 /// The whole specification of a job.
 ///
-/// Paths (`images`, `model`, `lora`, `noise`) say where things were found; what they hold enters the fingerprint by content. How
-/// the job is carried out (devices, workers, batch sizes) is not part of it, since it changes no result.
+/// Paths (`images`, `model`, `lora`, `noise`) say where files were found; the fingerprint covers their content. How the job is
+/// run (devices, workers, batch sizes) is not part of it, since it does not change results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobSpec {
@@ -113,59 +113,59 @@ pub struct JobSpec {
     /// Adapters merged into the model, in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora: Vec<Lora>,
-    /// Classes and prompts; none where every sample brings its own captions.
+    /// Classes and prompts; empty if every sample has its own captions.
     pub classes: Classes,
-    /// Groups of them that are asked about first.
+    /// Groups of classes that are compared first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hierarchy: Option<Hierarchy>,
-    /// How the prompts of a class make its score.
+    /// How a class's score follows from its prompts.
     #[serde(default, skip_serializing_if = "PromptEnsemble::is_default")]
     pub prompt_ensemble: PromptEnsemble,
-    /// The column of the image list that holds every sample's own captions, or several columns with commas between them.
+    /// The column of the image list that holds each sample's captions, or several columns separated by commas.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub candidates: Option<String>,
-    /// The column of Parquet files with the images, where it can't be told.
+    /// The image column of Parquet files, if it can't be detected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_column: Option<String>,
-    /// What shortens the list of contenders first.
+    /// The shortlist in front of the policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shortlist: Option<Shortlist>,
-    /// Rounds and eliminations.
+    /// Which evaluations run and when contenders are eliminated.
     pub policy: Policy,
     /// Which samples another policy also scores, for comparison.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<Audit>,
-    /// What makes confidence of errors, where another job found it out.
+    /// The calibration taken from another job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<Calibration>,
-    /// Samples get no class whose confidence is below.
+    /// Samples whose confidence is below this get no class.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub abstain_below: Option<f64>,
     /// The error of an evaluation.
     pub loss: Loss,
     /// Element type of the network.
     pub dtype: ModelDtype,
-    /// Image side in pixels; the model's native size where absent.
+    /// Image side in pixels; the model's native size if absent.
     pub size: Option<u32>,
-    /// Shift of flow matching's timesteps towards the noise; none where absent.
+    /// Shift of flow matching's timesteps towards the noise; no shift if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timestep_shift: Option<f32>,
     /// Seed of the counter-based noise.
     pub seed: u64,
     /// Whether samples share noise.
     pub noise_scope: NoiseScope,
-    /// The noise file, where one replaces the counter-based noise.
+    /// The noise file, if one replaces the counter-based noise.
     pub noise: Option<String>,
-    /// How many of a sample's scores are kept, the best ones; all where absent.
+    /// How many of a sample's scores are kept, best first; all if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub top_k: Option<u32>,
-    /// Whether every single evaluation's error is kept.
+    /// Whether the error of every evaluation is kept.
     pub write_errors: bool,
     /// Where labels come from.
     pub label_from: Option<String>,
-    /// Only the first so many samples of the sorted listing.
+    /// Use only this many samples, the first of the sorted listing.
     pub limit: Option<u64>,
-    /// Of these only so many, chosen by the seed.
+    /// Use only this many of those, chosen by the seed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub subset: Option<u64>,
     /// Samples in a shard.
@@ -173,7 +173,7 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
-    /// What competes for every sample; none where each brings its own captions.
+    /// The contenders for every sample; `None` if each sample has its own captions.
     pub fn contenders(&self) -> Option<Contenders> {
         let of_classes = || Contenders::of_classes(&self.classes, self.prompt_ensemble);
         let contenders = self.candidates.is_none().then(of_classes)?;
@@ -183,7 +183,7 @@ impl JobSpec {
         })
     }
 
-    /// What the text encoder is given: the prompts of the classes, and then those of groups.
+    /// The prompts for the text encoder: those of classes, then those of groups.
     pub fn prompts(&self) -> Vec<Prompt> {
         let groups = self.hierarchy.iter().flat_map(Hierarchy::groups).flat_map(|group| &group.prompts);
         let of_group = |text: &String| Prompt { text: text.clone(), class: ClassIndex(-1), label: None };

@@ -1,17 +1,21 @@
-//! What a job is, which evaluations it consists of, and how their errors become predictions.
+//! The pure core: what a job is, which evaluations it consists of, and how their errors become predictions.
 //!
-//! Everything here is a pure function of its arguments: nothing reads a file, a clock or the network, starts a thread, or draws a
-//! random number that is not seeded, so that a result depends on the job alone. The crate's `clippy.toml` holds it to that.
+//! Everything here is a pure function of its arguments: no files, clocks, network or threads, and no random number without a
+//! seed. So a result depends only on the job. The crate's `clippy.toml` enforces this.
 //!
-//! A [`sample`] is judged among [`class`]es, which are given by prompts; [`ensemble`] joins a class's prompts to a contender.
-//! A [`policy`] says which evaluations come next ([`unit`](mod@unit)): each adds [`noise`] by the [`schedule`], and its error ([`loss`],
-//! [`score`]) goes into sums ([`sums`]). What they say is a [`prediction`], whose confidence is by a [`calibration`].
+//! A [`sample`] gets one of several [`class`]es, which prompts describe; [`ensemble`] groups the prompts into contenders. A
+//! [`policy`] decides which evaluations come next ([`unit`](mod@unit)). Each evaluation adds [`noise`] according to the
+//! [`schedule`]; its error ([`loss`], [`score`]) is added to the [`sums`]. The sums give a [`prediction`], and a
+//! [`calibration`] gives its confidence.
 
 pub mod activity;
 pub mod audit;
 pub mod calibration;
+pub mod causes;
 pub mod class;
+pub mod draw;
 pub mod ensemble;
+pub mod failure;
 pub mod hand_table;
 pub mod ids;
 pub mod interval;
@@ -22,6 +26,7 @@ pub mod policy;
 pub mod prediction;
 pub mod preset;
 pub mod python_json;
+pub mod ranking;
 pub mod sample;
 pub mod schedule;
 pub mod score;

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What the error of an evaluation is.
+/// How the error of an evaluation is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Loss {
     /// Mean squared error.
@@ -20,12 +20,12 @@ pub enum Loss {
     /// The term of the variational bound with the learned variance, in bits per dimension.
     #[serde(rename = "vlb")]
     Vlb,
-    /// The sum of the mean squared error and the variational bound's term.
+    /// The mean squared error plus the term of the variational bound.
     #[serde(rename = "l2+vlb")]
     L2Vlb,
 }
 
-/// A mean over channels and pixels of how far a prediction is from its target.
+/// A distance between prediction and target, averaged over channels and pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Distance {
     /// `d^2`.
@@ -37,11 +37,11 @@ pub enum Distance {
 }
 
 impl Loss {
-    /// Every loss, by its name on the command line.
+    /// Every loss with its name on the command line.
     pub const ALL: [(&'static str, Self); 5] =
         [("l2", Self::L2), ("l1", Self::L1), ("huber", Self::Huber), ("vlb", Self::Vlb), ("l2+vlb", Self::L2Vlb)];
 
-    /// The distance that is part of it.
+    /// The distance it contains, if any.
     pub fn distance(self) -> Option<Distance> {
         match self {
             Self::L2 | Self::L2Vlb => Some(Distance::L2),
@@ -51,7 +51,7 @@ impl Loss {
         }
     }
 
-    /// Whether the variational bound's term, which needs a learned variance, is part of it.
+    /// Whether it contains the variational bound's term, which needs a learned variance.
     pub fn needs_variance(self) -> bool {
         matches!(self, Self::Vlb | Self::L2Vlb)
     }
@@ -60,8 +60,8 @@ impl Loss {
 impl Distance {
     /// The mean distance between two slices of equal length.
     ///
-    /// Differences are taken in f32, as the reference does; the mean is accumulated in f64 in index order, so that it
-    /// does not depend on vector width.
+    /// Differences are in f32, as in the reference. The mean is accumulated in f64 in index order, so that it does not depend
+    /// on the vector width.
     pub fn mean(self, predicted: &[f32], target: &[f32]) -> f64 {
         debug_assert_eq!(predicted.len(), target.len());
         let differences = predicted.iter().zip(target).map(|(p, t)| p - t);
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_read_back() {
+    fn names_are_parsed_back() {
         for (name, loss) in Loss::ALL {
             assert_eq!((name.parse(), loss.to_string().as_str()), (Ok(loss), name));
             assert_eq!(serde_json::to_string(&loss).unwrap(), format!("{name:?}"));

@@ -1,15 +1,15 @@
-//! The noise of every slot: counter-based, so that any machine at any time draws the same epsilon.
+//! The noise of every slot. It is counter-based, so that every machine draws the same epsilon at any time.
 
 use std::path::PathBuf;
 
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
-/// Whether samples share the noise of a slot.
+/// Whether samples share noise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NoiseScope {
-    /// Every sample draws its own noise, from its key.
+    /// Each sample has its own noise, drawn from its key.
     Sample,
     /// All samples of the job share one noise per slot.
     Shared,
@@ -28,10 +28,10 @@ fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 
 /// Two standard normals from two uniform words (Box-Muller in f32).
 ///
-/// `libm` rather than the platform's math library, so that every host draws the same bits.
+/// Uses `libm` instead of the platform's math library, so that every host draws the same bits.
 fn box_muller(a: u32, b: u32) -> [f32; 2] {
     const STEP: f32 = 1.0 / 16_777_216.0;
-    // In (0, 1]: the logarithm stays finite.
+    // In (0, 1], so that the logarithm is finite.
     let radius = libm::sqrtf(-2.0 * libm::logf(((a >> 8) + 1) as f32 * STEP));
     let angle = std::f32::consts::TAU * ((b >> 8) as f32 * STEP);
     [radius * libm::cosf(angle), radius * libm::sinf(angle)]
@@ -67,10 +67,10 @@ pub enum NoiseError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
-    /// The file is not a safetensors file with the tensor expected.
+    /// The file is not a safetensors file with the expected tensor.
     #[error(
         "the noise file {path} {problem}: it must be a safetensors file with a float32 tensor 'noise' of shape [N, C, H, W]"
     )]
@@ -90,7 +90,7 @@ pub enum NoiseError {
         /// Shape of a latent.
         expected: [usize; 3],
     },
-    /// The schedule needs more rows than there are.
+    /// The schedule needs more rows than the file has.
     #[error(
         "the noise file has {rows} rows, but the schedule uses {needed}: give a file with at least {needed}, or a schedule with fewer slots (--max-slots {rows} in a race)"
     )]
@@ -122,7 +122,7 @@ impl NoiseTable {
         Ok(Self { rows, shape: [c, h, w], data })
     }
 
-    /// Refuses a table whose rows are not latents or are too few.
+    /// Checks that the rows have the shape of the latents and that there are enough of them.
     pub fn check(&self, latent: [usize; 3], needed: usize) -> Result<(), NoiseError> {
         if self.shape != latent {
             return Err(NoiseError::Shape { found: self.shape, expected: latent });
@@ -135,9 +135,19 @@ impl NoiseTable {
 }
 
 impl NoiseSource {
-    /// Writes the noise of (`sample_key`, `index`) into `out`, in [C, H, W] order.
+    /// Writes noise number `index` of the sample with `sample_key` into `out`, in [C, H, W] order.
     ///
     /// A table must have passed [`NoiseTable::check`] for `index` and the length of `out`.
+    ///
+    /// ```
+    /// use elbo_core::noise::{NoiseScope, NoiseSource};
+    ///
+    /// let noise = NoiseSource::Counter { seed: 1, scope: NoiseScope::Sample };
+    /// let (mut one, mut again) = ([0.0; 16], [0.0; 16]);
+    /// noise.fill("cat.png", 7, &mut one);
+    /// noise.fill("cat.png", 7, &mut again);
+    /// assert_eq!(one, again);
+    /// ```
     pub fn fill(&self, sample_key: &str, index: u32, out: &mut [f32]) {
         match self {
             Self::Table(table) => {
@@ -156,7 +166,7 @@ impl NoiseSource {
     }
 }
 
-/// The Philox key of a stream: a hash of the seed and the sample's key, or of the seed alone where noise is shared.
+/// The Philox key of a stream: a hash of the seed and the sample's key, or of the seed alone if noise is shared.
 fn stream_key(seed: u64, sample_key: Option<&str>) -> [u32; 2] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(b"elbo noise 1");
@@ -206,13 +216,13 @@ mod tests {
         assert!((moment(2) - 1.0).abs() < 0.015);
         assert!(moment(3).abs() < 0.05);
         assert!((moment(4) - 3.0).abs() < 0.1);
-        // Neighbours, which come from one Box-Muller pair, are uncorrelated.
+        // Neighbours come from the same Box-Muller pair, but are uncorrelated.
         let lag = values.windows(2).map(|w| f64::from(w[0] * w[1])).sum::<f64>() / n;
         assert!(lag.abs() < 0.01);
     }
 
     #[test]
-    fn noise_depends_on_seed_sample_and_index_and_on_nothing_else() {
+    fn noise_depends_only_on_seed_sample_and_index() {
         let draw = |seed, scope, key: &str, index| {
             let mut out = [0.0; 6];
             NoiseSource::Counter { seed, scope }.fill(key, index, &mut out);

@@ -1,4 +1,4 @@
-//! The schedules the reference code ships for its datasets (Li et al. 2023, table of commands).
+//! The schedules that the reference code ships for its datasets (Li et al. 2023, table of commands).
 
 use std::fmt;
 use std::str::FromStr;
@@ -56,12 +56,12 @@ presets! {
 }
 
 impl Preset {
-    /// Kept prompts of every stage.
+    /// How many prompts each stage keeps.
     pub fn keep(self) -> &'static [u32] {
         self.stages().0
     }
 
-    /// Timesteps of every stage.
+    /// The timesteps of each stage.
     pub fn samples(self) -> &'static [u32] {
         self.stages().1
     }

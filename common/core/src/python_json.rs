@@ -1,16 +1,16 @@
-//! JSON as Python writes it: `json.dumps` also writes `NaN`, `Infinity` and `-Infinity`, which JSON has no words for.
+//! JSON as Python writes it: `json.dumps` also writes `NaN`, `Infinity` and `-Infinity`, which are not valid JSON.
 //!
-//! Configurations of diffusers hold them (`"lambda_min_clipped": -Infinity`). They are read as `null`: where a number is
-//! needed, that is an error which names the key.
+//! Configurations of diffusers contain them (`"lambda_min_clipped": -Infinity`). They are read as `null`, which is an error
+//! that names the key if a number is needed there.
 
 use serde::de::DeserializeOwned;
 
-/// Text that is not the JSON that was expected, with the path of the key.
+/// Text that is not the expected JSON, with the path of the key.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 pub struct JsonError(#[from] serde_path_to_error::Error<serde_json::Error>);
 
-/// What Python writes for numbers that are not finite, the longest first.
+/// How Python writes numbers that are not finite, longest first.
 const NOT_FINITE: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
 
 /// Parses JSON as Python writes it.
@@ -19,13 +19,13 @@ pub fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, JsonError> {
     Ok(serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(&strict))?)
 }
 
-/// Reads a value that was parsed before.
+/// Deserialises a value that is already parsed.
 pub fn from_value<T: DeserializeOwned>(value: serde_json::Value) -> Result<T, JsonError> {
     Ok(serde_path_to_error::deserialize(value)?)
 }
 
-/// The same text with `null` for numbers that are not finite, as many bytes long where it can be, so that an error's column
-/// is the file's own.
+/// Replaces numbers that are not finite by `null`, padded to the same length where possible, so that the columns in errors
+/// match the file.
 fn without_not_finite(text: &[u8]) -> Vec<u8> {
     let mut strict = Vec::with_capacity(text.len());
     let (mut rest, mut is_string) = (text, false);

@@ -30,23 +30,23 @@ pub enum ScheduleError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
-    /// Not the JSON expected.
+    /// The file is not the expected JSON.
     #[error("scheduler_config.json can't be read: {0}")]
     Json(#[from] JsonError),
-    /// A setting this version does not know.
+    /// A setting that this version does not support.
     #[error("scheduler_config.json: {key} '{value}' is not supported; supported: {supported}")]
     Unsupported {
         /// The setting.
         key: &'static str,
         /// Its value.
         value: String,
-        /// What would work.
+        /// The supported values.
         supported: String,
     },
-    /// Two files disagree on what kind of schedule it is.
+    /// Two files disagree about the kind of schedule.
     #[error(
         "scheduler_config.json is of the class '{configured}', and model_index.json names the scheduler '{indexed}', which is \
          another kind: make both name the class that the model was trained for"
@@ -57,25 +57,25 @@ pub enum ScheduleError {
         /// The class in `model_index.json`.
         indexed: String,
     },
-    /// No class at all.
+    /// Neither file names a class.
     #[error(
         "neither scheduler_config.json nor model_index.json names the scheduler's class: add \"_class_name\" to the former"
     )]
     NoClass,
-    /// A shift that is no positive number.
+    /// The shift is not a positive number.
     #[error("--timestep-shift {0} must be a positive number")]
     Shift(f32),
-    /// A shift where there is nothing to shift.
+    /// A shift for a schedule that has none.
     #[error("--timestep-shift is for flow matching models like Stable Diffusion 3: leave it out")]
     NoFlow,
 }
 
-/// How latents become noise over the training timesteps, and what the network predicts of it.
+/// How latents become noise over the training timesteps, and what the network predicts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NoiseSchedule {
     process: Process,
     prediction: PredictionType,
-    /// The configuration it was made from, in words.
+    /// A description of the configuration it came from.
     origin: String,
 }
 
@@ -87,7 +87,7 @@ enum Process {
     Flow { timesteps: u32, shift: f32 },
 }
 
-/// How much of latent and noise there is at one timestep: `sqrt(abar)` and `sqrt(1 - abar)`, or `1 - sigma` and `sigma`.
+/// The weights of latent and noise at one timestep: `sqrt(abar)` and `sqrt(1 - abar)`, or `1 - sigma` and `sigma`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mix {
     /// Weight of the latent.
@@ -97,17 +97,17 @@ pub struct Mix {
 }
 
 impl NoiseSchedule {
-    /// The schedule of a model with this `scheduler_config.json` and this `model_index.json`, which names the scheduler's class too.
+    /// The schedule of a model with this `scheduler_config.json` and `model_index.json`. Both may name the scheduler's class.
     pub fn of_configs(config: &str, index: Option<&[u8]>) -> Result<Self, ScheduleError> {
         Config::parse(config)?.of_index(index)?.schedule()
     }
 
-    /// Parses a diffusers `scheduler_config.json`; one without a class is taken for a DDPMScheduler's.
+    /// Parses a diffusers `scheduler_config.json`. If it names no class, DDPMScheduler is assumed.
     pub fn from_json(json: &str) -> Result<Self, ScheduleError> {
         Config::parse(json)?.schedule()
     }
 
-    /// The same with flow matching's timesteps shifted towards the noise; other schedules have no such shift.
+    /// Shifts the timesteps of flow matching towards the noise. An error for other schedules, which have no such shift.
     pub fn with_shift(mut self, shift: f32) -> Result<Self, ScheduleError> {
         match &mut self.process {
             Process::Flow { shift: own, .. } if shift.is_finite() && shift > 0.0 => *own = shift,
@@ -117,7 +117,7 @@ impl NoiseSchedule {
         Ok(self)
     }
 
-    /// Training timesteps.
+    /// Number of training timesteps.
     pub fn timesteps(&self) -> u32 {
         match &self.process {
             Process::Diffusion { alphas_cumprod } => alphas_cumprod.len() as u32,
@@ -125,7 +125,7 @@ impl NoiseSchedule {
         }
     }
 
-    /// `abar` of every timestep; empty in flow matching.
+    /// `abar` of every timestep; empty for flow matching.
     pub fn alphas_cumprod(&self) -> &[f32] {
         match &self.process {
             Process::Diffusion { alphas_cumprod } => alphas_cumprod,
@@ -133,9 +133,9 @@ impl NoiseSchedule {
         }
     }
 
-    /// Whether nothing of a latent is left at some timestep (zero terminal SNR; Lin et al., WACV 2024). What is predicted there
-    /// says nothing of the image: evaluations of noise are the same for all classes or nearly so, and a latent can't be
-    /// had from them.
+    /// Whether the latent vanishes entirely at some timestep (zero terminal SNR; Lin et al., WACV 2024). A prediction of noise
+    /// there says nothing about the image: its errors are nearly the same for all classes, and the latent can't be computed
+    /// from it.
     pub fn loses_all_signal(&self) -> bool {
         self.alphas_cumprod().contains(&0.0)
     }
@@ -159,7 +159,7 @@ impl NoiseSchedule {
         }
     }
 
-    /// Timestep `t` as the network is given it: a whole number in diffusion, `sigma` times the timesteps in flow matching.
+    /// Timestep `t` in the form the network takes: a whole number for diffusion, `sigma` times the timesteps for flow matching.
     pub fn time(&self, t: u32) -> f32 {
         match &self.process {
             Process::Diffusion { .. } => t as f32,
@@ -198,15 +198,15 @@ impl fmt::Display for PredictionType {
 }
 
 impl Mix {
-    /// The noisy latent `signal x0 + noise eps` into `out`.
+    /// Writes the noisy latent `signal x0 + noise eps` into `out`.
     pub fn add_noise(self, latent: &[f32], epsilon: &[f32], out: &mut [f32]) {
         for ((out, x0), eps) in out.iter_mut().zip(latent).zip(epsilon) {
             *out = self.signal * x0 + self.noise * eps;
         }
     }
 
-    /// Brings the network's `output` into the space it is scored in, given the noisy latent `x_t`: noise, except in flow
-    /// matching, where it is velocity (see [`PredictionType::target`]).
+    /// Converts the network's `output` to the quantity that is scored, given the noisy latent `x_t`: noise, or velocity for
+    /// flow matching (see [`PredictionType::target`]).
     pub fn predicted(self, prediction: PredictionType, x_t: &[f32], output: &mut [f32]) {
         if let Some([of_output, of_noisy]) = self.weights(prediction) {
             for (v, x) in output.iter_mut().zip(x_t) {
@@ -215,7 +215,7 @@ impl Mix {
         }
     }
 
-    /// How much of the output and of the noisy latent make up the prediction; none where the output is the prediction.
+    /// The weights of the output and the noisy latent in the prediction; `None` if the output is the prediction.
     pub fn weights(self, prediction: PredictionType) -> Option<[f32; 2]> {
         match prediction {
             PredictionType::Epsilon | PredictionType::Flow => None,
@@ -225,7 +225,7 @@ impl Mix {
 }
 
 impl PredictionType {
-    /// What a prediction is compared with: the noise, or the velocity `eps - x0`.
+    /// The target of a prediction: the noise, or the velocity `eps - x0`.
     pub fn target(self, latent: &[f32], epsilon: &[f32], out: &mut [f32]) {
         match self {
             Self::Epsilon | Self::VPrediction => out.copy_from_slice(epsilon),

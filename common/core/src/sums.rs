@@ -2,14 +2,22 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Count, sum and sum of squares of one (sample, prompt)'s errors.
+/// Count, sum and sum of squares of the errors of one prompt on one sample.
 ///
-/// Kept in f64: a sum of 1,000 f32 errors is then exact to far below an f32 ulp. Floating-point addition is not associative,
-/// so the order of [`Sums::add`] and [`Sums::merge`] is fixed by the job (slot order within a unit, unit order within a
-/// round), never by who finished first.
+/// Kept in f64, so that a sum of 1,000 f32 errors is exact to far below an f32 ulp. Floating-point addition is not associative,
+/// so the job fixes the order of [`Sums::add`] and [`Sums::merge`] (slot order within a unit, unit order within a round). It
+/// never depends on which worker finishes first.
+///
+/// ```
+/// use elbo_core::sums::Sums;
+///
+/// let mut sums = Sums::of(&[1.0, 2.0]);
+/// sums.merge(&Sums::of(&[3.0]));
+/// assert_eq!((sums.n, sums.mean()), (3, 2.0));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
-    /// How many errors were added.
+    /// Number of errors.
     pub n: u32,
     /// Their sum.
     pub sum: f64,
@@ -18,7 +26,7 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// The sums of some errors, added in order.
+    /// The sums of the given errors, added in order.
     pub fn of(errors: &[f32]) -> Self {
         let mut sums = Self::default();
         errors.iter().for_each(|error| sums.add(*error));
@@ -40,12 +48,12 @@ impl Sums {
         self.sum_sq += later.sum_sq;
     }
 
-    /// The mean error; infinite where nothing was added, so that an unscored prompt never wins.
+    /// The mean error; infinite if there are none, so that an unscored prompt never wins.
     pub fn mean(&self) -> f64 {
         if self.n == 0 { f64::INFINITY } else { self.sum / f64::from(self.n) }
     }
 
-    /// The standard error of the mean, `sqrt(variance / n)` with the unbiased variance; `None` below two errors.
+    /// The standard error of the mean, `sqrt(variance / n)` with the unbiased variance; `None` with fewer than two errors.
     pub fn std_error(&self) -> Option<f64> {
         if self.n < 2 {
             return None;
@@ -55,7 +63,7 @@ impl Sums {
         Some((variance.max(0.0) / n).sqrt())
     }
 
-    /// Whether these could be sums of `n` errors of any loss: finite, not negative, and obeying Cauchy-Schwarz.
+    /// Whether these can be the sums of `n` errors: finite, not negative, and consistent with Cauchy-Schwarz.
     pub fn is_plausible(&self) -> bool {
         let slack = 1.0 + 1e-9;
         self.sum.is_finite()

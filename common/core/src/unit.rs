@@ -1,26 +1,26 @@
-//! How one round of one sample is cut into units, the grain at which results are reported, stored and merged.
+//! How one round of one sample is cut into units. Results are reported, stored and merged by unit.
 //!
-//! The cut is a pure function of the job: slots in runs of [`SLOTS_PER_UNIT`], remaining prompts in runs of
-//! [`PROMPTS_PER_UNIT`]. A lease carries any set of units, chosen to suit the worker that asks, so leases may be cut
-//! differently in every run while the sums merged in the end, and the order they are merged in, stay the same.
+//! The cut depends only on the job: slots in runs of [`SLOTS_PER_UNIT`], remaining prompts in runs of [`PROMPTS_PER_UNIT`]. A
+//! lease carries any set of units, chosen to suit the worker. So leases may differ in every run, but the merged sums and the
+//! order of merging stay the same.
 
 use std::ops::Range;
 
 use crate::ids::{PromptIndex, Round, SampleId};
 
-/// Slots in a unit. Long enough that a round of a usual schedule is one unit (20 bytes of sums per prompt in the ledger),
-/// short enough that 1,000 slots of one image occupy sixteen workers.
+/// Slots in a unit. Large enough that a typical round is one unit (20 bytes of sums per prompt in the ledger), and small enough
+/// that 1,000 slots of one image keep sixteen workers busy.
 pub const SLOTS_PER_UNIT: usize = 64;
 
 /// Prompts in a unit. With 64 slots a unit is at most 4,096 evaluations, seconds on a GPU.
 pub const PROMPTS_PER_UNIT: usize = 64;
 
-/// Slots, and prompts, that a job can have: a unit names its run of either in 16 bits.
+/// The most slots, and the most prompts, of a job: a unit numbers its runs in 16 bits.
 pub const MOST: usize = u16::MAX as usize * 64;
 
 const _: () = assert!(SLOTS_PER_UNIT == 64 && PROMPTS_PER_UNIT == 64);
 
-/// Names a unit within a job.
+/// Identifies a unit within a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UnitId {
     /// The sample.
@@ -33,7 +33,7 @@ pub struct UnitId {
     pub prompts: u16,
 }
 
-/// How a round is cut: a grid of slot runs x prompt runs.
+/// How a round is cut: a grid of slot runs and prompt runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
     slots: usize,
@@ -46,29 +46,29 @@ impl Cut {
         Self { slots, prompts }
     }
 
-    /// How many runs of slots there are.
+    /// The number of slot runs.
     pub fn slot_runs(self) -> u16 {
         self.slots.div_ceil(SLOTS_PER_UNIT) as u16
     }
 
-    /// How many runs of prompts there are.
+    /// The number of prompt runs.
     pub fn prompt_runs(self) -> u16 {
         self.prompts.div_ceil(PROMPTS_PER_UNIT) as u16
     }
 
-    /// How many units there are.
+    /// The number of units.
     pub fn units(self) -> usize {
         usize::from(self.slot_runs()) * usize::from(self.prompt_runs())
     }
 
-    /// The unit ids of `sample`'s `round`: by run of slots, then by run of prompts.
+    /// The units of `sample`'s `round`, ordered by slot run, then by prompt run.
     pub fn ids(self, sample: SampleId, round: Round) -> impl Iterator<Item = UnitId> {
         let prompt_runs = self.prompt_runs();
         (0..self.slot_runs())
             .flat_map(move |slots| (0..prompt_runs).map(move |prompts| UnitId { sample, round, slots, prompts }))
     }
 
-    /// The position of a unit among [`Cut::ids`]; `None` where the unit is not of this cut.
+    /// The position of a unit in [`Cut::ids`]; `None` if the unit does not belong to this cut.
     pub fn position(self, unit: UnitId) -> Option<usize> {
         (unit.slots < self.slot_runs() && unit.prompts < self.prompt_runs())
             .then(|| usize::from(unit.slots) * usize::from(self.prompt_runs()) + usize::from(unit.prompts))
@@ -84,7 +84,7 @@ impl Cut {
         run(unit.prompts, PROMPTS_PER_UNIT, self.prompts)
     }
 
-    /// The evaluations a unit costs.
+    /// The number of evaluations in a unit.
     pub fn evaluations(self, unit: UnitId) -> u64 {
         (self.slot_range(unit).len() * self.prompt_range(unit).len()) as u64
     }
@@ -95,19 +95,19 @@ fn run(index: u16, length: usize, total: usize) -> Range<usize> {
     start..(start + length).min(total)
 }
 
-/// A unit with what a worker needs to evaluate it.
+/// A unit with everything a worker needs to evaluate it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unit {
-    /// Its name.
+    /// Its identifier.
     pub id: UnitId,
-    /// Positions of its slots among the job's.
+    /// Positions of its slots in the job's course.
     pub slots: Range<usize>,
     /// Its prompts.
     pub prompts: Vec<PromptIndex>,
 }
 
 impl Unit {
-    /// The evaluations it costs.
+    /// The number of evaluations in the unit.
     pub fn evaluations(&self) -> u64 {
         (self.slots.len() * self.prompts.len()) as u64
     }
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_of_the_most_prompts_is_in_the_last_unit() {
+    fn the_last_prompt_of_the_largest_job_is_in_the_last_unit() {
         let cut = Cut::new(1, MOST);
         assert_eq!(cut.units(), usize::from(u16::MAX));
         let last = cut.ids(SampleId(0), Round(0)).last().map(|unit| cut.prompt_range(unit));

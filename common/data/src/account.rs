@@ -1,4 +1,4 @@
-//! What a listing saw and did not take, by reason: nothing is passed over in silence.
+//! What a listing passed over, by reason, so that nothing is passed over silently.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,32 +7,32 @@ use serde::{Deserialize, Serialize};
 
 use elbo_core::text::printable;
 
-/// Extensions of files that may hold images which nobody can get at one by one.
+/// Extensions of files that may contain images, but that can't be read image by image.
 const PACKED: [&str; 8] = ["gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar"];
 
 /// Why something was passed over.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(tag = "reason", content = "detail", rename_all = "snake_case")]
 pub enum Reason {
-    /// Its name begins with a dot, or it is what an operating system leaves behind.
+    /// Its name begins with a dot, or an operating system left it behind.
     Hidden,
-    /// Its extension is none of an image's; empty where it has none.
+    /// Its extension is not an image's; empty if it has none.
     Extension(String),
-    /// It is a device, a socket or a pipe: which.
+    /// It is a device, a socket or a pipe; the string says which.
     Irregular(String),
-    /// A link in an archive that leads to no member before it.
+    /// A link in an archive that does not refer to an earlier member.
     Link,
-    /// A sample has a better image: `a.seg.png` beside `a.png`, or the second of `a.jpg` and `a.png`.
+    /// A sample has a better image: `a.seg.png` next to `a.png`, or the second of `a.jpg` and `a.png`.
     AnotherImage,
-    /// Members with a label or captions, and no image.
+    /// Members with a label or captions, but no image.
     WithoutImage,
-    /// A label that can't be read: its sample has none.
+    /// A label that can't be read; its sample has no label.
     UnreadableLabel,
-    /// A column that is called like labels, of a type that can't be one.
+    /// A column that is named like a label column, but has an unusable type.
     LabelColumn(String),
-    /// A row of the label file that names no image.
+    /// A row of the label file that matches no image.
     UnmatchedLabel,
-    /// An object whose key can't be asked for.
+    /// An object whose key can't be requested.
     UnusableKey,
 }
 
@@ -50,14 +50,14 @@ impl fmt::Display for Reason {
             Self::AnotherImage => f.write_str("further image of a sample"),
             Self::WithoutImage => f.write_str("label or captions without an image"),
             Self::UnreadableLabel => f.write_str("label that can't be read"),
-            Self::LabelColumn(column) => write!(f, "row whose label can't be one (column {})", printable(column)),
+            Self::LabelColumn(column) => write!(f, "row with an unusable label type (column {})", printable(column)),
             Self::UnmatchedLabel => f.write_str("row of the label file that names no image"),
             Self::UnusableKey => f.write_str("key that can't be used"),
         }
     }
 }
 
-/// How often something was passed over, and what the first were.
+/// How many items were passed over for a reason, and the first of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Tally {
     count: u64,
@@ -72,12 +72,12 @@ pub struct Account(BTreeMap<Reason, Tally>);
 /// What was passed over for one reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassedOver {
-    /// Why.
+    /// The reason.
     #[serde(flatten)]
     pub reason: Reason,
-    /// How often.
+    /// How many.
     pub count: u64,
-    /// The first of them.
+    /// The first examples.
     pub examples: Vec<String>,
 }
 
@@ -90,17 +90,17 @@ impl fmt::Display for PassedOver {
 }
 
 impl Account {
-    /// Examples that are kept for a reason.
+    /// Examples kept per reason.
     const EXAMPLES: usize = 3;
-    /// Reasons that are told apart: who names files by extensions of their own has as many as files.
+    /// Maximum number of reasons, since a corpus may have as many extensions as files.
     const REASONS: usize = 40;
 
-    /// Notes one more.
+    /// Adds one item.
     pub fn note(&mut self, reason: Reason, example: &str) {
         self.add(reason, 1, [example.to_owned()]);
     }
 
-    /// Notes several, of which some are named.
+    /// Adds several items, with examples.
     pub fn add(&mut self, reason: Reason, count: u64, examples: impl IntoIterator<Item = String>) {
         let is_known = self.0.contains_key(&reason);
         let reason = match reason {
@@ -113,7 +113,7 @@ impl Account {
         tally.examples.extend(examples.into_iter().take(room));
     }
 
-    /// Adds what another one has.
+    /// Adds the items of another account.
     pub fn merge(&mut self, other: Self) {
         for (reason, tally) in other.0 {
             self.add(reason, tally.count, tally.examples);
@@ -125,7 +125,7 @@ impl Account {
         self.0.is_empty()
     }
 
-    /// By reason.
+    /// The items by reason.
     pub fn passed_over(&self) -> impl Iterator<Item = PassedOver> + '_ {
         self.0.iter().map(|(reason, Tally { count, examples })| PassedOver {
             reason: reason.clone(),
@@ -134,13 +134,13 @@ impl Account {
         })
     }
 
-    /// Forgets all.
+    /// Removes all items.
     pub fn clear(&mut self) {
         self.0.clear();
     }
 }
 
-/// In one sentence, for errors; nothing where nothing was passed over.
+/// One sentence for errors; empty if nothing was passed over.
 impl fmt::Display for Account {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all: Vec<_> = self.passed_over().map(|passed| passed.to_string()).collect();

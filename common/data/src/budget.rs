@@ -1,7 +1,7 @@
-//! A bound on the memory of what is read ahead.
+//! A limit on the memory for images that are read ahead.
 //!
-//! How much an image takes is known before it is decoded. So whoever is about to take memory waits for its share of a
-//! [`Budget`], and gives it back by dropping it. What needs more than there is in all gets all of it, and is then alone.
+//! An image's memory is known before it is decoded. A reader waits for its share of a [`Budget`] before it takes memory, and
+//! returns the share by dropping it. A request for more than the whole budget gets all of it, so it runs alone.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// What shares are counted in, in bytes.
+/// Unit of shares, in bytes.
 const UNIT: u64 = 64 << 10;
 
-/// Memory that many may take shares of. Clones are of the same memory.
+/// Memory that many readers take shares of. Clones share the same memory.
 ///
 /// ```
 /// # use elbo_data::budget::Budget;
@@ -32,27 +32,27 @@ pub struct Budget {
     fewest: Arc<AtomicUsize>,
 }
 
-/// A part of a [`Budget`], given back when dropped.
+/// A part of a [`Budget`], returned when dropped.
 #[derive(Debug)]
-pub struct Share(Option<OwnedSemaphorePermit>);
+pub struct Reservation(Option<OwnedSemaphorePermit>);
 
 impl Budget {
-    /// So many bytes, rounded up.
+    /// A budget of `bytes`, rounded up.
     pub fn new(bytes: u64) -> Self {
         let units = units(bytes).max(1);
         let free = Arc::new(Semaphore::new(units as usize));
         Self { free, units, fewest: Arc::new(AtomicUsize::new(units as usize)) }
     }
 
-    /// Waits for so many bytes, first come, first served; for all there are where it is more.
-    pub async fn take(&self, bytes: u64) -> Share {
-        // It is never closed.
+    /// Waits for `bytes`, or for the whole budget if that is less; first come, first served.
+    pub async fn take(&self, bytes: u64) -> Reservation {
+        // The semaphore is never closed.
         let share = Arc::clone(&self.free).acquire_many_owned(units(bytes).min(self.units)).await.ok();
         self.fewest.fetch_min(self.free.available_permits(), Ordering::Relaxed);
-        Share(share)
+        Reservation(share)
     }
 
-    /// Bytes that nobody has.
+    /// Free bytes.
     pub fn free(&self) -> u64 {
         self.free.available_permits() as u64 * UNIT
     }
@@ -64,12 +64,12 @@ impl Budget {
 }
 
 fn units(bytes: u64) -> u32 {
-    // More than a semaphore can have is more than any machine has.
+    // The maximum of a semaphore is more memory than any machine has.
     u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).min(1 << 28)
 }
 
-impl Share {
-    /// Gives back what is more than `bytes`.
+impl Reservation {
+    /// Returns all but `bytes` of the share.
     pub fn keep(&mut self, bytes: u64) {
         if let Some(permit) = &mut self.0 {
             let surplus = permit.num_permits().saturating_sub(units(bytes) as usize);
@@ -77,12 +77,12 @@ impl Share {
         }
     }
 
-    /// Bytes that hold this share as long as there are any of them.
+    /// Binds this share to `bytes`: it is returned when the last reference to them is dropped.
     pub fn bind(self, bytes: Bytes) -> Bytes {
         struct Bound {
             bytes: Bytes,
-            /// Dropped with them.
-            _share: Share,
+            /// Dropped with the bytes.
+            _share: Reservation,
         }
         impl AsRef<[u8]> for Bound {
             fn as_ref(&self) -> &[u8] {
@@ -93,23 +93,24 @@ impl Share {
     }
 }
 
-/// The memory of a process for images that are read ahead, divided so that what waits for one part never keeps another from
-/// getting on: files are read, then decoded, and the other way round nothing waits.
+/// The memory of a process for images that are read ahead. It is divided so that there is no deadlock: files are read, then
+/// decoded; reading never waits for the memory of decoding.
 #[derive(Clone, Debug)]
 pub struct Memory {
-    /// Files, tar members, and row groups of Parquet files that are being read: an eighth.
+    /// For files, tar members, and row groups of Parquet files that are being read: an eighth.
     pub files: Budget,
-    /// Pictures, with what their decoder and the resize hold at once: five eighths.
+    /// For pictures, including the memory of their decoder and the resize: five eighths.
     pub pictures: Budget,
-    /// Bytes of images and row groups that readers of Parquet files keep for the rows beside, all together: a quarter.
+    /// Bytes of images and row groups that each reader of Parquet files keeps for nearby rows: a quarter, divided among the
+    /// readers.
     pub kept: u64,
 }
 
 impl Memory {
-    /// What images take where nobody says, in bytes.
+    /// The default memory for images, in bytes.
     pub const DEFAULT: u64 = 2 << 30;
 
-    /// So many bytes in all, for so many readers.
+    /// Divides `bytes` for `readers` readers.
     pub fn new(bytes: u64, readers: usize) -> Self {
         let eighth = bytes / 8;
         Self { files: Budget::new(eighth), pictures: Budget::new(5 * eighth), kept: 2 * eighth / readers.max(1) as u64 }
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn shares_never_exceed_the_budget_and_one_too_large_is_alone() {
+    async fn shares_never_exceed_the_budget_and_one_too_large_gets_all_of_it() {
         let budget = Budget::new(100 * UNIT);
         let take = |units: u64| {
             let budget = budget.clone();
@@ -137,7 +138,7 @@ mod tests {
                 drop(share);
             }
         };
-        // A deadlock would be a test that never ends.
+        // With a deadlock, this test would never end.
         futures::future::join_all([40, 1000, 60, 1, 0, 100, 33, 33, 33, 33].map(take)).await;
         assert_eq!((budget.peak(), budget.free()), (100 * UNIT, 100 * UNIT));
 
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bytes_hold_their_share_until_the_last_of_them_is_gone() {
+    async fn bytes_hold_their_share_until_the_last_reference_is_dropped() {
         let budget = Budget::new(10 * UNIT);
         let bytes = budget.take(4 * UNIT).await.bind(Bytes::from_static(b"image"));
         let part = bytes.slice(1..3);

@@ -1,4 +1,4 @@
-//! Where whatever was found becomes samples: numbered, labelled, and each key once.
+//! Makes numbered and labelled samples of the found images, and refuses duplicate keys.
 
 use std::collections::HashSet;
 
@@ -8,33 +8,33 @@ use elbo_core::sample::{Part, Sample};
 use super::label::{Labels, Unmatched};
 use super::{Account, DatasetError, ListOptions, Listed, Reason, caption_of};
 
-/// An image as found, before it is numbered and labelled.
+/// An image that was found, before it is numbered and labelled.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
     /// Its path relative to the source.
     pub key: String,
-    /// The file it is, or is in.
+    /// The image file, or the file that contains it.
     pub location: String,
-    /// Where in that file.
+    /// The position in that file.
     pub part: Option<Part>,
     /// Size in bytes.
     pub size: u64,
     /// The file's entity tag.
     pub etag: Option<String>,
-    /// The label the source brings.
+    /// The label from the source.
     pub label: Option<String>,
-    /// Captions of its own.
+    /// Its own captions.
     pub candidates: Vec<String>,
-    /// The sample it is paired with.
+    /// The name of its pair.
     pub pair: Option<String>,
 }
 
-/// What takes the samples of a listing, in their order.
+/// A sink for the samples of a listing, in order.
 pub trait SampleSink: Send {
     /// Takes the next sample.
     fn take(&mut self, sample: Sample) -> Result<(), DatasetError>;
 
-    /// Forgets all samples: the listing starts again.
+    /// Removes all samples, because the listing starts again.
     fn clear(&mut self);
 }
 
@@ -49,13 +49,13 @@ impl SampleSink for Vec<Sample> {
     }
 }
 
-/// Makes samples of what is found.
+/// Makes samples of the found images.
 pub(super) struct Collector<'a> {
     labels: Option<Labels>,
     limit: u64,
     taken: u64,
     first_key: String,
-    /// 16 bytes a sample, where keys may come in any order: hashes of all of them.
+    /// Hashes of all keys, 16 bytes per sample, if keys may come in any order.
     keys: Option<HashSet<u128>>,
     passed_over: Account,
     sink: &'a mut dyn SampleSink,
@@ -74,17 +74,17 @@ impl<'a> Collector<'a> {
         })
     }
 
-    /// From here on keys may come in any order, and more than once by mistake.
+    /// Checks for duplicates from here on: keys may come in any order, and more than once by mistake.
     pub(super) fn expect_duplicates(&mut self) {
         self.keys.get_or_insert_default();
     }
 
-    /// Whether all samples asked for are there.
+    /// Whether the limit is reached.
     pub(super) fn is_full(&self) -> bool {
         self.taken >= self.limit
     }
 
-    /// Forgets all samples.
+    /// Removes all samples.
     pub(super) fn clear(&mut self) {
         self.taken = 0;
         if let Some(keys) = &mut self.keys {
@@ -97,27 +97,27 @@ impl<'a> Collector<'a> {
         self.sink.clear();
     }
 
-    /// Notes what is no sample.
+    /// Adds an account of items that are not samples.
     pub(super) fn pass_over(&mut self, what: Account) {
         self.passed_over.merge(what);
     }
 
-    /// Notes that something is no sample.
+    /// Adds one item that is not a sample.
     pub(super) fn note(&mut self, reason: Reason, example: &str) {
         self.passed_over.note(reason, example);
     }
 
-    /// Notes that several are no samples.
+    /// Adds several items that are not samples.
     pub(super) fn add_to_account(&mut self, reason: Reason, count: u64, examples: Vec<String>) {
         self.passed_over.add(reason, count, examples);
     }
 
-    /// What was passed over so far.
+    /// Takes the account of what was passed over so far.
     pub(super) fn take_account(&mut self) -> Account {
         std::mem::take(&mut self.passed_over)
     }
 
-    /// Takes an image; whether more are wanted.
+    /// Takes an image; returns whether more are wanted.
     pub(super) fn add(&mut self, found: Found) -> Result<bool, DatasetError> {
         if self.is_full() {
             return Ok(false);
@@ -145,7 +145,7 @@ impl<'a> Collector<'a> {
         Ok(!self.is_full())
     }
 
-    /// What there is.
+    /// Checks the labels and returns the result.
     pub(super) fn finish(mut self) -> Result<Listed, DatasetError> {
         if let Some(labels) = &self.labels {
             labels.check_rows()?;

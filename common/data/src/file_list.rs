@@ -1,4 +1,4 @@
-//! The images a list names: a text file with one path or URL per line, or a table with a column of them.
+//! Lists of images: a text file with one path or URL per line, or a table with a column of them.
 
 use std::collections::HashMap;
 use std::path::{Path as FsPath, PathBuf};
@@ -15,11 +15,11 @@ use super::collector::Collector;
 use super::walk::{local_etag, url_of};
 use super::{DatasetError, Found, ListOptions, Origin, Reader, caption_of, check_captions, origin, read_object};
 
-/// Names of the column with the paths, the first that is there counts.
+/// Names of the column with the paths; the first that exists is used.
 pub(super) const PATH_COLUMNS: [&str; 6] = ["path", "key", "image", "file_name", "filename", "url"];
-/// Names of the column that says which samples are a pair.
+/// Names of the column with the pairs.
 const PAIR_COLUMNS: [&str; 2] = ["pair", "pair_id"];
-/// Files asked for at a time.
+/// Files looked up at a time.
 pub(super) const ASKED: usize = 128;
 
 /// A line of the list.
@@ -33,7 +33,7 @@ struct Entry {
     pair: Option<String>,
 }
 
-/// Which columns of a table are what.
+/// The columns of a table by their role.
 struct Columns {
     path: usize,
     label: Option<usize>,
@@ -41,8 +41,7 @@ struct Columns {
     candidates: Vec<(String, usize)>,
 }
 
-/// Takes in the images of the list at `location`, in its order; of as many as `options` allow it is checked that they are
-/// there.
+/// Adds the images of the list at `location`, in its order, up to the limit in `options`. Checks that these exist.
 pub(super) async fn list(
     location: &Location,
     options: &ListOptions<'_>,
@@ -54,7 +53,7 @@ pub(super) async fn list(
         HandText::new("the list", list.name.as_str(), read(location).await.map_err(|problem| list.wrong(problem))?)?;
     let entries = match text.is_called(".txt") {
         true if options.candidates.is_some() => {
-            return Err(list.wrong("has no columns, and --candidates names one: give a .csv or .tsv list"));
+            return Err(list.wrong("has no columns, but --candidates names one: give a .csv or .tsv list"));
         }
         true => plain(&text),
         false => list.table(&text, options)?,
@@ -97,7 +96,7 @@ pub(super) async fn list(
 async fn read(location: &Location) -> Result<Vec<u8>, String> {
     match location {
         Location::Local(path) => files::read_given(path).map_err(|e| format!("can't be read: {e}")),
-        // By its full URL: what is shown of a location leaves credentials out.
+        // Use the full URL, since a location is displayed without credentials.
         Location::Remote(url) => match read_object(url.as_str()).await {
             Ok(bytes) => Ok(bytes.to_vec()),
             Err(error) => Err(format!("can't be read: {error}")),
@@ -105,12 +104,12 @@ async fn read(location: &Location) -> Result<Vec<u8>, String> {
     }
 }
 
-/// One image per line that is not empty.
+/// One image per non-empty line.
 fn plain(text: &HandText) -> Vec<Entry> {
     text.lines().map(|(line, key)| Entry { line, key: key.trim().to_owned(), ..Entry::default() }).collect()
 }
 
-/// Sees whether an image is there: where, of what size, and with which tag.
+/// Checks that an image exists, and returns its location, size and tag.
 pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<(String, u64, Option<String>), String> {
     Ok(match image {
         Location::Local(path) => {
@@ -134,7 +133,8 @@ pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<
         Location::Remote(url) => {
             if url.query().is_some() {
                 return Err(
-                    "a URL with a query can't be read: give one without, and credentials by the environment".into()
+                    "a URL with a query can't be read: give one without, and pass credentials in the environment"
+                        .into(),
                 );
             }
             let location = url.to_string();
@@ -149,14 +149,14 @@ pub(super) async fn find(reader: &Reader, key: &str, image: Location) -> Result<
     })
 }
 
-/// The Unicode form in which there is a file of a name that is not there as it is written.
+/// The other Unicode form of a missing file's name under which the file exists, if any.
 fn other_form(path: &FsPath) -> Option<&'static str> {
     let text = path.to_str()?;
     let forms = [("NFC", text.nfc().collect::<String>()), ("NFD", text.nfd().collect())];
     forms.into_iter().find(|(_, other)| *other != text && FsPath::new(other).exists()).map(|(form, _)| form)
 }
 
-/// What relative paths are relative to: where the list lies.
+/// The base of relative paths: the place of the list.
 #[derive(Debug)]
 pub(super) enum Base {
     Directory(PathBuf),
@@ -177,8 +177,8 @@ impl Base {
         }
     }
 
-    /// Where the image written as `key` lies. What comes from the network names what is at its own origin, or at `origins`:
-    /// who wrote it should not choose what is read of this machine and of its network.
+    /// The location of the image written as `key`. A list from the network may name only its own origin or `origins`: its
+    /// author must not choose what is read from this machine and its network.
     pub(super) fn locate(&self, key: &str, origins: &[Origin]) -> Result<Location, String> {
         let parsed = |text: &str| Location::parse(text).map_err(|error| error.to_string());
         let found = match self {
@@ -196,7 +196,7 @@ impl Base {
     }
 }
 
-/// What a relative path with `.` or `..` in it is relative to, and the rest of it.
+/// Resolves `.` and `..` in a relative path: returns the new base and the rest of the path.
 fn upwards(prefix: &Url, key: &str) -> (Url, String) {
     let mut above = prefix.clone();
     let mut names = Vec::new();
@@ -215,7 +215,7 @@ fn upwards(prefix: &Url, key: &str) -> (Url, String) {
     (above, names.join("/"))
 }
 
-/// A list as errors name it.
+/// A list, with its name for errors.
 struct List {
     name: String,
     base: Base,
@@ -247,7 +247,7 @@ impl List {
             let filled = |column: Option<usize>| row.filled(column).map(str::to_owned);
             let candidates = captions(&columns.candidates, |column| row.cell(column));
             let candidates = candidates.map_err(|problem| self.line(line, problem))?;
-            // A label that something else decides may be anything.
+            // A label column that is not used may contain anything.
             let label = row.filled(columns.label).filter(|_| options.takes_labels());
             let label = label.map(|label| caption_of(&candidates, normal(label).into_owned())).transpose();
             let label = label.map_err(|label| {
@@ -286,7 +286,7 @@ impl List {
         for name in options.candidates.into_iter().flat_map(|names| names.split(',')).map(str::trim) {
             candidates.push((name.to_owned(), named(name, "--candidates")?));
         }
-        // Pairs are of images with the same captions.
+        // Only images with captions have pairs.
         let pair = if candidates.is_empty() { None } else { first(&PAIR_COLUMNS)? };
         let label = match options.label_column() {
             None => table.column("label")?,
@@ -296,7 +296,7 @@ impl List {
     }
 }
 
-/// A sample's captions: a JSON array in one column, or one in each of several columns, of which the last may be empty.
+/// A sample's captions: a JSON array in one column, or one in each of several columns, where the last ones may be empty.
 fn captions<'a>(columns: &[(String, usize)], cell: impl Fn(usize) -> &'a str) -> Result<Vec<String>, String> {
     let captions: Vec<String> = match columns {
         [] => return Ok(Vec::new()),

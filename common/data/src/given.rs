@@ -1,4 +1,4 @@
-//! The files a user gives beside the images: classes, class maps, hierarchies, noise.
+//! Reads the files that a user gives besides the images: classes, class maps, hierarchies, noise.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Where the label of a sample comes from.
+//! The source of samples' labels.
 
 mod file;
 
@@ -16,13 +16,13 @@ use elbo_core::text::normal;
 /// Where labels come from (`--label-from`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LabelSource {
-    /// The directory an image lies in; images directly in the source have no label.
+    /// The directory of an image; images directly in the source have no label.
     Parent,
-    /// Nowhere: labels that the source brings are left out.
+    /// No labels: labels in the source are ignored.
     None,
     /// A column of a Parquet file or list; the extension of a tar's members, or a field of its .json members.
     Column(String),
-    /// A table with the columns `key` and `label`; images it does not name have no label.
+    /// A table with the columns `key` and `label`; images that it does not name have no label.
     File(PathBuf),
 }
 
@@ -51,7 +51,7 @@ impl fmt::Display for LabelSource {
 /// Labels that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LabelError {
-    /// The file can't be read, or a row of it is wrong.
+    /// The file can't be read, or a row is wrong.
     #[error("{0}; --label-from takes a table with the columns key,label, or 'parent'")]
     File(#[from] HandError),
     /// The file names none of the images.
@@ -64,9 +64,9 @@ pub enum LabelError {
         /// A key of the dataset.
         example: String,
     },
-    /// One row is about two images.
+    /// A row matches two images.
     #[error(
-        "the label file {path}, line {line}: its key is that of two images, '{first}' and '{second}', whose names differ only \
+        "the label file {path}, line {line}: its key matches two images, '{first}' and '{second}', whose names differ only \
          in their Unicode forms: rename one of them"
     )]
     TwoImages {
@@ -81,7 +81,7 @@ pub enum LabelError {
     },
 }
 
-/// Labels by key, in the place of those the source brings.
+/// Labels by key, which replace those of the source.
 #[derive(Debug)]
 pub(super) enum Labels {
     Parent,
@@ -90,7 +90,7 @@ pub(super) enum Labels {
 }
 
 impl LabelSource {
-    /// Reads the labels; nothing where the source brings them.
+    /// Reads the labels; `None` if they come from the source itself.
     pub(super) fn open(&self) -> Result<Option<Labels>, LabelError> {
         Ok(match self {
             Self::Parent => Some(Labels::Parent),
@@ -115,7 +115,7 @@ impl Labels {
         }
     }
 
-    /// Rows of the label file that are about none of the images asked for so far.
+    /// Rows of the label file that match none of the images so far.
     pub(super) fn unmatched_rows(&self) -> Unmatched {
         match self {
             Self::File(file) => file.unmatched_rows(),
@@ -123,7 +123,7 @@ impl Labels {
         }
     }
 
-    /// Images that the label file does not name.
+    /// Images that have no row in the label file.
     pub(super) fn unnamed_images(&self) -> Unmatched {
         match self {
             Self::File(file) => file.unnamed_images().clone(),
@@ -131,14 +131,14 @@ impl Labels {
         }
     }
 
-    /// Forgets which images there are: the listing starts again.
+    /// Forgets the images, because the listing starts again.
     pub(super) fn clear(&mut self) {
         if let Self::File(file) = self {
             file.clear();
         }
     }
 
-    /// Fails where one row of a label file is about two images.
+    /// Fails if a row of a label file matches two images.
     pub(super) fn check_rows(&self) -> Result<(), LabelError> {
         match self {
             Self::File(file) => file.check_rows(),
@@ -146,14 +146,14 @@ impl Labels {
         }
     }
 
-    /// Fails where a label file is about other images than these, of which `example` is one, and says which have no row.
+    /// Fails if a label file matches none of the images, of which `example` is one. Warns about images without a row.
     pub(super) fn check_used(&self, example: &str) -> Result<(), LabelError> {
         let Self::File(file) = self else { return Ok(()) };
         file.check_match(example)?;
         let images = self.unnamed_images();
         if images.count > 0 {
             tracing::warn!(
-                "the label file {}: {} images have no row in it, and so no label, like {}",
+                "the label file {}: {} images have no row in it and therefore no label, like {}",
                 file.path().display(),
                 images.count,
                 images
@@ -163,17 +163,17 @@ impl Labels {
     }
 }
 
-/// The labels that are no class, with how many samples have them and the key of one.
+/// The labels that are not a class, with the number of samples that have them and the key of one.
 ///
-/// Such samples count in no accuracy, so a job refuses them before it starts.
+/// Such samples would not count in the accuracy, so a job refuses them before it starts.
 #[derive(Clone, Debug, Default)]
 pub struct UnknownLabels(BTreeMap<String, (u64, String)>);
 
 impl UnknownLabels {
-    /// Different labels that are kept; by then the list tells enough.
+    /// Maximum number of distinct labels kept; that is enough for an error.
     const KEPT: usize = 1000;
 
-    /// Looks at a sample's label.
+    /// Checks a sample's label.
     pub fn note(&mut self, sample: &Sample, classes: &Classes) {
         let Some(label) = sample.label.as_deref().filter(|label| classes.with_label(label).is_none()) else { return };
         if let Some((count, _)) = self.0.get_mut(label) {
@@ -190,7 +190,7 @@ impl UnknownLabels {
         unknown
     }
 
-    /// Forgets all.
+    /// Removes all labels.
     pub fn clear(&mut self) {
         self.0.clear();
     }

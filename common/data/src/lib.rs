@@ -1,13 +1,13 @@
-//! Listing the images of a dataset and reading one of them.
+//! Lists the images of a dataset and reads single images.
 //!
-//! A listing is made once per job, before anything is computed, and becomes the manifest. So it is strict: whatever can't
-//! be listed is an error now rather than images silently missing in the end. What an image holds is not looked at; a file
-//! that is no image is listed, and quarantined when it is read.
+//! A listing is made once per job, before anything is computed, and becomes the manifest. It is strict: anything that can't
+//! be listed is an error now, so that no image is silently missing in the end. The content of an image is not checked; a file
+//! that is not an image is listed, and quarantined when it is read.
 //!
-//! A [`pattern`] names files and directories; what lies there is found by [`walk`]ing it. Files are images, or hold images:
-//! tar shards ([`webdataset`]) and Parquet files ([`rows`]), of which headers and columns other than the images are read.
-//! A [`file_list`] names its images itself. Whatever is found goes through the [`Collector`], one sample at a time, so that
-//! a listing needs no more memory for a million images than for a thousand.
+//! A [`pattern`] names files and directories, and a [`walk`] finds their files. Files are images, or contain images: tar
+//! shards ([`webdataset`]), of which only headers, labels and captions are read, and Parquet files ([`rows`]), of which only
+//! the columns without images are read. A [`file_list`] names its images itself. All found images go through the
+//! [`Collector`], one sample at a time, so that listing a million images needs no more memory than listing a thousand.
 
 mod account;
 pub mod budget;
@@ -37,24 +37,24 @@ pub use self::origin::Origin;
 use self::pattern::Pattern;
 pub use self::pattern::canonical;
 pub use self::reader::{Image, ReadError, Reader, read_object};
-use self::walk::{Intake, Kind};
+use self::walk::{Intake, Kind, Order, WalkError};
 use elbo_core::class::Classes;
 use elbo_core::hand_table::HandError;
 use elbo_core::text::{excerpt, normal};
 use elbo_store::table::TableError;
 use elbo_store::{Location, StoreError};
 
-/// Tar and Parquet files looked into at a time.
+/// Tar and Parquet files listed at a time.
 const CONTAINERS: usize = 16;
 
-/// Extensions of the files that are taken for images, in lowercase.
+/// Extensions of image files, in lowercase.
 pub const EXTENSIONS: [&str; 12] =
     ["png", "jpg", "jpeg", "jpe", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"];
 
 /// A dataset that can't be listed.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
-    /// There is nothing at the source.
+    /// The source does not exist.
     #[error(
         "listing the images: {0} does not exist; give an existing directory, a prefix URL like s3://bucket/images, or a .csv, \
          .tsv or .txt list of images"
@@ -65,9 +65,9 @@ pub enum DatasetError {
         "listing the images: {0} is a file; give the directory that holds the images, or a .csv, .tsv or .txt list of them"
     )]
     IsFile(String),
-    /// The source is something that is not read to its end.
+    /// The source is a pipe, device or similar, which is not read.
     #[error(
-        "listing the images: {path} is {what}, which is not read as images: give a directory, a regular file, or a .csv, \
+        "listing the images: {path} is {what}, which can't be a source: give a directory, a regular file, or a .csv, \
          .tsv or .txt list of images"
     )]
     Irregular {
@@ -76,7 +76,7 @@ pub enum DatasetError {
         /// What it is.
         what: &'static str,
     },
-    /// No file of the source is an image.
+    /// The source has no file that is an image or may contain images.
     #[error(
         "listing the images: no image in {source_name}{}; images are files ending in {}, or lie in .tar or .parquet files",
         seen(.passed_over),
@@ -85,10 +85,10 @@ pub enum DatasetError {
     NoImages {
         /// The source.
         source_name: String,
-        /// What was seen there.
+        /// What was passed over there.
         passed_over: Account,
     },
-    /// The files of the source hold no image.
+    /// The files of the source contain no image.
     #[error(
         "listing the images: there is no image in {source_name}{}: nothing would be labelled; name a source with images",
         seen(.passed_over)
@@ -96,7 +96,7 @@ pub enum DatasetError {
     Empty {
         /// The source.
         source_name: String,
-        /// What was seen there.
+        /// What was passed over there.
         passed_over: Account,
     },
     /// A directory or file of the source can't be read.
@@ -110,7 +110,7 @@ pub enum DatasetError {
     /// A file name that is not Unicode can't become a key.
     #[error("listing the images: the name of {0} is not UTF-8; rename it")]
     Name(PathBuf),
-    /// A directory contains itself by way of a symbolic link.
+    /// A directory contains itself through a symbolic link.
     #[error("listing the images: {0} links to a directory that contains it; remove the link")]
     Cycle(PathBuf),
     /// A list of images can't be read.
@@ -121,7 +121,7 @@ pub enum DatasetError {
     List {
         /// The list.
         list: String,
-        /// What is wrong and what would be right.
+        /// The problem and its remedy.
         problem: String,
     },
     /// A line of a list can't be used.
@@ -131,20 +131,20 @@ pub enum DatasetError {
         list: String,
         /// 1-based line.
         line: u64,
-        /// What is wrong and what would be right.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// A pattern that can't be one.
+    /// An invalid pattern.
     #[error("--images {pattern}: {problem}")]
     Pattern {
         /// The pattern.
         pattern: String,
-        /// What is wrong and what would be right.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// Files of several kinds.
+    /// The source has files of several kinds.
     #[error(
-        "listing the images: {source_name} holds {first} and {other}: say which are meant by a pattern, like \
+        "listing the images: {source_name} holds {first} and {other}: select one kind with a pattern, like \
          '{source_name}/**/*.{extension}'"
     )]
     Mixed {
@@ -162,18 +162,18 @@ pub enum DatasetError {
     Container {
         /// The file.
         file: String,
-        /// What is wrong and what would be right.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// Two samples with one key.
-    #[error("listing the images: there are two images named {key}, and a key must name one: {second} is the second")]
+    /// Two samples with the same key.
+    #[error("listing the images: there are two images named {key}, but keys must be unique: {second} is the second")]
     Duplicate {
         /// The key.
         key: String,
-        /// Where the second one lies.
+        /// Location of the second one.
         second: String,
     },
-    /// The server does not list.
+    /// The server can't list its files.
     #[error(
         "listing the images: {url} can't be listed ({reason}): name the files, as in 'https://host/shard-{{000..099}}.tar', \
          or give a .txt, .csv or .tsv list of images"
@@ -184,21 +184,21 @@ pub enum DatasetError {
         /// The server's answer.
         reason: String,
     },
-    /// Images that bring no captions.
+    /// Image files have no captions.
     #[error(
-        "listing the images: {source_name} holds image files, which bring no '{candidates}' along: with --candidates give \
+        "listing the images: {source_name} holds image files, which have no '{candidates}': with --candidates give \
          --images a .csv or .tsv list, .parquet files or .tar shards"
     )]
     NoCaptions {
         /// The source.
         source_name: String,
-        /// As asked for.
+        /// The value of `--candidates`.
         candidates: String,
     },
-    /// The manifest can't be made of the listing.
+    /// The manifest can't be made from the listing.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// A label that is none of the sample's captions.
+    /// A label that is not one of the sample's captions.
     #[error(
         "the label of {key} is '{label}', which is none of its captions: give the right caption, or its position counted \
          from 0"
@@ -217,41 +217,41 @@ pub enum DatasetError {
     Label(#[from] LabelError),
 }
 
-/// What was seen where no image was.
+/// What was passed over where there was no image, in parentheses.
 fn seen(passed_over: &Account) -> String {
     if passed_over.is_empty() { String::new() } else { format!(" (passed over, {passed_over})") }
 }
 
-/// What a listing has found.
+/// The result of a listing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Listed {
-    /// How many samples there are.
+    /// Number of samples.
     pub samples: u64,
-    /// What was seen and is no sample.
+    /// What was passed over.
     pub passed_over: Account,
 }
 
-/// What a listing takes in beside the images.
+/// Options of a listing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ListOptions<'a> {
     /// Where labels come from, if not from the source itself.
     pub label_from: Option<&'a LabelSource>,
-    /// Where every sample's captions stand: the column of a list or Parquet file, or several with commas between them; the
+    /// Where the samples' captions are: the column of a list or Parquet file, or several with commas between them; the
     /// extension of a tar's members, or a field of its .json members.
     pub candidates: Option<&'a str>,
-    /// The column of Parquet files with the images, where it can't be told.
+    /// The column of Parquet files with the images, if it can't be detected.
     pub image_column: Option<&'a str>,
-    /// The job's classes: a Parquet file's own class names are taken for labels only where they are among them, and its
-    /// class numbers otherwise.
+    /// The job's classes. A Parquet file's own class names are used as labels only if they are among these, and its class
+    /// numbers otherwise.
     pub classes: Option<&'a Classes>,
-    /// Only the first so many samples.
+    /// The maximum number of samples: the first ones are taken.
     pub limit: Option<u64>,
-    /// What a list or Parquet file from the network may name besides its own origin.
+    /// Origins that a list or Parquet file from the network may name besides its own.
     pub origins: &'a [Origin],
 }
 
 impl<'a> ListOptions<'a> {
-    /// The column or field that holds the labels, where one is named.
+    /// The column or field with the labels, if one is named.
     fn label_column(&self) -> Option<&'a str> {
         match self.label_from {
             Some(LabelSource::Column(name)) => Some(name),
@@ -259,7 +259,7 @@ impl<'a> ListOptions<'a> {
         }
     }
 
-    /// Whether the labels that a source brings are of interest.
+    /// Whether the labels in the source are used.
     fn takes_labels(&self) -> bool {
         matches!(self.label_from, None | Some(LabelSource::Column(_)))
     }
@@ -276,11 +276,25 @@ pub fn is_list(source: &str) -> bool {
     [".csv", ".tsv", ".txt"].iter().any(|extension| name.ends_with(extension))
 }
 
-/// Lists the images of `source` into `sink` and tells how many there are, and what was passed over.
+/// Lists the images of `source` into `sink`. Returns how many there are, and what was passed over.
 ///
-/// Those below a directory or a prefix URL come sorted by key; those of several files or patterns in the order these are
-/// named; those in a tar shard, a Parquet file or a list in its own order. Hidden files and directories (whose names start
-/// with a dot, or that operating systems leave behind) are passed over, and in a directory symbolic links are followed.
+/// Images below a directory or a prefix URL are sorted by key. Several files or patterns are listed in the given order.
+/// Images in a tar shard, a Parquet file or a list keep its order. Hidden files and directories (whose names start with a
+/// dot, or that operating systems leave behind) are passed over. Symbolic links in a directory are followed.
+///
+/// ```
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+/// # let directory = tempfile::tempdir()?;
+/// # let photos = directory.path();
+/// # std::fs::create_dir(photos.join("cats"))?;
+/// std::fs::write(photos.join("cats/tom.png"), b"an image, which is not looked at yet")?;
+/// let mut samples = Vec::new();
+/// let options = elbo_data::ListOptions::default();
+/// elbo_data::list(&photos.to_string_lossy(), &options, &mut samples).await?;
+/// assert_eq!(samples[0].key, "cats/tom.png");
+/// # Ok::<_, Box<dyn std::error::Error>>(()) })?;
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 pub async fn list(source: &str, options: &ListOptions<'_>, sink: &mut dyn SampleSink) -> Result<Listed, DatasetError> {
     let listed = list_all(source, options, sink).await?;
     if listed.samples == 0 && options.limit != Some(0) {
@@ -302,10 +316,19 @@ async fn list_all(source: &str, options: &ListOptions<'_>, sink: &mut dyn Sample
     if pattern.targets.len() > 1 {
         intake.expect_duplicates();
     }
-    if !walk_all(&pattern, &reader, false, &mut intake).await? {
-        intake.clear();
-        walk_all(&pattern, &reader, true, &mut intake).await?;
-    }
+    let walked = match walk_all(&pattern, &reader, Order::AsListed, &mut intake).await {
+        Err(WalkError::OutOfOrder) => {
+            intake.clear();
+            walk_all(&pattern, &reader, Order::Sorted, &mut intake).await
+        }
+        walked => walked,
+    };
+    walked.map_err(|error| match error {
+        WalkError::Dataset(error) => error,
+        WalkError::OutOfOrder => {
+            DatasetError::Unlistable { url: pattern.base.to_string(), reason: "its objects can't be sorted".into() }
+        }
+    })?;
     let (kind, files) = intake.finish()?;
     if let (Kind::Image, Some(candidates)) = (kind, options.candidates) {
         return Err(DatasetError::NoCaptions {
@@ -336,30 +359,28 @@ async fn list_all(source: &str, options: &ListOptions<'_>, sink: &mut dyn Sample
     collector.finish()
 }
 
-/// What a tar or Parquet file holds.
+/// The contents of a tar or Parquet file.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Contents {
     found: Vec<Found>,
     passed_over: Account,
 }
 
-/// Walks all targets; `false` once one came out of order and must be `sort`ed.
+/// Walks all targets.
 async fn walk_all(
     pattern: &Pattern,
     reader: &Reader,
-    sort: bool,
+    order: Order,
     intake: &mut Intake<'_, '_>,
-) -> Result<bool, DatasetError> {
+) -> Result<(), WalkError> {
     for target in &pattern.targets {
-        if !walk::walk(&pattern.base, target, reader, sort, intake).await? {
-            return Ok(false);
-        }
+        walk::walk(&pattern.base, target, reader, order, intake).await?;
     }
-    Ok(true)
+    Ok(())
 }
 
-/// The caption a label means, by its text or its position; the label itself where there are no captions, or as an error
-/// where it is none of them.
+/// The caption that a label refers to, by its text or its position. Without captions, returns the label itself. If the label
+/// is not one of the captions, returns it as an error.
 fn caption_of(captions: &[String], label: String) -> Result<String, String> {
     if captions.is_empty() {
         return Ok(label);
@@ -368,7 +389,7 @@ fn caption_of(captions: &[String], label: String) -> Result<String, String> {
     classes.with_label(&label).map(|class| classes.name(class).to_owned()).ok_or(label)
 }
 
-/// Refuses captions that can't be told apart.
+/// Refuses captions that are missing, empty or equal.
 fn check_captions(captions: &[String]) -> Result<(), String> {
     if captions.is_empty() {
         return Err("there is no caption: give every image at least one, or leave the image out".into());
@@ -378,7 +399,7 @@ fn check_captions(captions: &[String]) -> Result<(), String> {
         if caption.trim().is_empty() {
             return Err(format!("caption {i} is empty: positions count from 0 without gaps"));
         }
-        // Blanks around it, and the Unicode form, say nothing to a text encoder.
+        // Surrounding spaces and the Unicode form make no difference to a text encoder.
         let at = *first.entry(normal(caption.trim())).or_insert(i);
         if at != i {
             return Err(format!(

@@ -1,8 +1,8 @@
-//! The dataset as listed, persisted as Parquet before the first evaluation; a resume never lists again.
+//! The listing of the dataset, stored as Parquet before the first evaluation. A resumed job does not list again.
 //!
-//! A shard is a row group, and [`SHARDS_PER_PART`] of them are a file, so that a coordinator over millions of samples reads
-//! the shards it works on and nothing else. What it keeps in memory is a hash per shard: `job.json` holds the hash of these
-//! hashes, so no changed shard is ever worked on, however late it is read.
+//! A shard is a row group, and a file has [`SHARDS_PER_PART`] of them, so a coordinator with millions of samples reads only
+//! the shards it works on. It keeps a hash per shard in memory, and `job.json` has the hash of these hashes. A changed shard
+//! is therefore refused, no matter when it is read.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -31,7 +31,7 @@ pub const DIRECTORY: &str = "manifest";
 /// Shards in a file of the manifest.
 pub const SHARDS_PER_PART: u32 = 64;
 
-/// The key of a file's metadata with the hash of each of its shards.
+/// The metadata key of a file with the hashes of its shards.
 const DIGESTS: &str = "elbo.shard_digests";
 
 /// Footers read at a time.
@@ -44,17 +44,17 @@ pub struct ManifestRecord {
     pub samples: u64,
     /// Hash over their identities.
     pub digest: String,
-    /// How many samples have so many captions of their own.
+    /// The number of samples for each number of captions.
     pub captions: BTreeMap<usize, u64>,
-    /// Samples with a label; none where an older version listed them, which did not count.
+    /// Samples with a label; `None` in manifests of an older version, which did not count them.
     #[serde(default)]
     pub labelled: Option<u64>,
-    /// What the listing saw and did not take.
+    /// What the listing passed over.
     #[serde(default, skip_serializing_if = "Account::is_empty")]
     pub passed_over: Account,
 }
 
-/// One of the manifest's files.
+/// The path of one of the manifest's files.
 pub fn part_path(part: u32) -> Path {
     Path::from(format!("{DIRECTORY}/part-{part:05}.parquet"))
 }
@@ -62,10 +62,10 @@ pub fn part_path(part: u32) -> Path {
 /// A manifest that can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
-    /// A file of it is not there.
-    #[error("{0} is missing, though job.json speaks of it: restore it, or start over with --fresh")]
+    /// A file is missing.
+    #[error("{0} is missing, but job.json refers to it: restore it, or start over with --fresh")]
     Missing(Path),
-    /// What it says is not what was listed.
+    /// A file differs from the listing.
     #[error("{0} is not the one that was listed: restore it, or start over with --fresh")]
     Changed(Path),
     /// It was written by an earlier version.
@@ -73,7 +73,7 @@ pub enum ManifestError {
         "{0} was written by an earlier version of elbo: finish the job with that version, or start over with --fresh"
     )]
     Older(Path),
-    /// A file of it can't be decoded.
+    /// A file can't be decoded.
     #[error(transparent)]
     Table(#[from] TableError),
     /// The store fails.
@@ -81,15 +81,15 @@ pub enum ManifestError {
     Store(#[from] StoreError),
 }
 
-/// Makes a manifest of samples as they are listed. What it keeps is compressed: tens of bytes a sample.
+/// Writes a manifest while samples are listed. It keeps compressed data in memory: tens of bytes per sample.
 pub struct ManifestWriter {
     shard_size: usize,
     pending: Vec<Sample>,
     part: Option<table::Writer<SampleTable>>,
-    /// Of the shards in the part.
+    /// Hashes of the shards in the part.
     digests: Vec<String>,
     parts: Vec<Bytes>,
-    /// Of all shards' hashes.
+    /// Hash of all shards' hashes.
     root: blake3::Hasher,
     samples: u64,
     captions: BTreeMap<usize, u64>,
@@ -103,7 +103,7 @@ impl std::fmt::Debug for ManifestWriter {
 }
 
 impl ManifestWriter {
-    /// An empty manifest with `shard_size` samples to a shard.
+    /// An empty manifest with `shard_size` samples per shard.
     pub fn new(shard_size: u32) -> Self {
         Self {
             shard_size: shard_size.max(1) as usize,
@@ -143,7 +143,7 @@ impl ManifestWriter {
         Ok(())
     }
 
-    /// The manifest's files, and what `job.json` says of them.
+    /// The manifest's files, and their record for `job.json`.
     pub fn finish(mut self) -> Result<(Vec<(Path, Bytes)>, ManifestRecord), TableError> {
         self.end_shard()?;
         self.end_part()?;
@@ -175,14 +175,14 @@ fn unread(error: ReadError) -> ManifestError {
     }
 }
 
-/// A persisted listing, read shard by shard.
+/// A stored listing, read shard by shard.
 #[derive(Debug)]
 pub struct Manifest {
     store: Store,
     record: ManifestRecord,
     shard_size: u32,
     digests: Vec<blake3::Hash>,
-    /// The file read last: shards are mostly asked for in order.
+    /// The file read last, since shards are mostly read in order.
     recent: Mutex<Option<(u32, Arc<OpenPart>)>>,
 }
 
@@ -205,7 +205,7 @@ impl OpenPart {
         Ok(Self { file, metadata })
     }
 
-    /// The hashes of the shards it holds.
+    /// The hashes of its shards.
     fn digests(&self, path: &Path) -> Result<Vec<blake3::Hash>, ManifestError> {
         let metadata = self.metadata.metadata().file_metadata().key_value_metadata();
         let noted = metadata.and_then(|pairs| pairs.iter().find(|pair| pair.key == DIGESTS)?.value.as_deref());
@@ -221,8 +221,8 @@ impl OpenPart {
 }
 
 impl Manifest {
-    /// Opens the manifest in `store` that `record` speaks of, with `shard_size` samples to a shard; reads the footers of its
-    /// files, and no sample.
+    /// Opens the manifest in `store` that `record` describes, with `shard_size` samples per shard. Reads only the footers of
+    /// its files.
     pub async fn open(store: &Store, record: &ManifestRecord, shard_size: u32) -> Result<Self, ManifestError> {
         let shards = record.samples.div_ceil(u64::from(shard_size.max(1))) as u32;
         let digests = |index| async move { OpenPart::open(store, index).await?.digests(&part_path(index)) };
@@ -237,7 +237,7 @@ impl Manifest {
         Ok(Self { store, record, shard_size: shard_size.max(1), digests, recent: Mutex::default() })
     }
 
-    /// How many samples there are.
+    /// Number of samples.
     pub fn len(&self) -> u64 {
         self.record.samples
     }
@@ -247,23 +247,23 @@ impl Manifest {
         self.len() == 0
     }
 
-    /// How many shards there are.
+    /// Number of shards.
     pub fn shards(&self) -> u32 {
         self.digests.len() as u32
     }
 
-    /// How many samples have so many captions of their own.
+    /// The number of samples for each number of captions.
     pub fn caption_counts(&self) -> &BTreeMap<usize, u64> {
         &self.record.captions
     }
 
-    /// The ids of a shard's samples; empty where there is no such shard.
+    /// The ids of a shard's samples; empty if there is no such shard.
     pub fn ids(&self, shard: ShardId) -> Range<u64> {
         let first = shard.first_sample(self.shard_size).0.min(self.len());
         first..(first + u64::from(self.shard_size)).min(self.len())
     }
 
-    /// The samples of a shard; none where there is no such shard.
+    /// The samples of a shard; empty if there is no such shard.
     pub async fn shard(&self, shard: ShardId) -> Result<Vec<Sample>, ManifestError> {
         let Some(digest) = self.digests.get(shard.0 as usize) else { return Ok(Vec::new()) };
         let index = shard.0 / SHARDS_PER_PART;
@@ -289,7 +289,7 @@ impl Manifest {
     }
 }
 
-/// The hash of the samples' identities (key, etag, size, label, captions, pair) in order; where the images lie is not part
+/// The hash of the samples' identities (key, etag, size, label, captions, pair) in order; the images' locations are not part
 /// of it.
 fn digest_of(samples: &[Sample]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
@@ -306,7 +306,7 @@ fn hash_identity(hasher: &mut blake3::Hasher, sample: &Sample) {
     if sample.candidates.is_empty() && sample.pair.is_none() {
         return;
     }
-    // No key is so long: what follows can't be taken for the next sample.
+    // No key is this long, so the following bytes can't be confused with the next sample.
     hasher.update(&(u64::MAX - 1).to_le_bytes());
     hasher.update(&(sample.candidates.len() as u64).to_le_bytes());
     for text in sample.candidates.iter().map(|caption| Some(caption.as_str())).chain([sample.pair.as_deref()]) {
@@ -320,7 +320,7 @@ fn hash_field(hasher: &mut blake3::Hasher, text: Option<&str>) {
     hasher.update(text.unwrap_or_default().as_bytes());
 }
 
-/// The samples of a file of the manifest.
+/// The table in a file of the manifest.
 #[derive(Debug)]
 struct SampleTable;
 
@@ -389,13 +389,12 @@ impl Table for SampleTable {
                 size: size.value(i),
                 etag: text(etag, i),
                 label: text(label, i),
-                candidates: match candidates.is_valid(i) {
-                    true => {
-                        let values = candidates.value(i);
-                        let captions: &StringArray = columns.inner("candidates", &values)?;
-                        captions.iter().flatten().map(str::to_owned).collect()
-                    }
-                    false => Vec::new(),
+                candidates: if candidates.is_valid(i) {
+                    let values = candidates.value(i);
+                    let captions: &StringArray = columns.inner("candidates", &values)?;
+                    captions.iter().flatten().map(str::to_owned).collect()
+                } else {
+                    Vec::new()
                 },
                 pair: text(pair, i),
             });
@@ -409,7 +408,7 @@ fn caption() -> Field {
     Field::new("element", DataType::Utf8, true)
 }
 
-/// Null where a sample has no captions of its own.
+/// The captions column; null if a sample has no captions.
 fn caption_lists(rows: &[Sample]) -> ListArray {
     let mut lists = ListBuilder::new(StringBuilder::new()).with_field(caption());
     for row in rows {

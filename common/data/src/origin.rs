@@ -1,4 +1,4 @@
-//! What a list of images that comes from the network may name.
+//! The origins that a list of images from the network may name.
 
 use std::str::FromStr;
 
@@ -6,10 +6,10 @@ use url::{Host, Url};
 
 use elbo_store::Location;
 
-/// Where images lie that such a list may name besides its own place.
+/// An origin that such a list may name besides its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Anywhere but in local files.
+    /// Anywhere except local files.
     Any,
     /// Local files.
     Files,
@@ -34,7 +34,7 @@ impl FromStr for Origin {
     }
 }
 
-/// Scheme, host and port of a URL; for object storage that is the bucket, and for Azure the container in its account.
+/// Scheme, host and port of a URL; for object storage the bucket, and for Azure the container in its account.
 fn of(url: &Url) -> String {
     let host = url.host().map(|host| Host::to_string(&host)).unwrap_or_default();
     let container = if url.scheme().starts_with("abfs") { format!("{}@", url.username()) } else { String::new() };
@@ -42,7 +42,7 @@ fn of(url: &Url) -> String {
     format!("{}://{container}{host}{port}", url.scheme()).to_ascii_lowercase()
 }
 
-/// Whether what was read at a URL may name a place.
+/// Checks that a list or file from `list` may name the location `named`.
 pub(super) fn check(list: &Url, named: &Location, allowed: &[Origin]) -> Result<(), String> {
     let is_allowed = match named {
         Location::Local(_) => allowed.contains(&Origin::Files),
@@ -55,17 +55,17 @@ pub(super) fn check(list: &Url, named: &Location, allowed: &[Origin]) -> Result<
         return Ok(());
     }
     let (what, origin) = match named {
-        Location::Local(_) => ("a file of this machine", "file://".to_owned()),
+        Location::Local(_) => ("a file on this machine", "file://".to_owned()),
         Location::Remote(url) => ("at another origin", shown(url)),
     };
     Err(format!(
-        "{named} is {what}, and what is read from {} may name only what lies there: leave it out, or allow it with \
+        "{named} is {what}, and what is read from {} may name only files there: leave it out, or allow it with \
          --list-origins {origin}",
         shown(list)
     ))
 }
 
-/// An origin as it is written in flags.
+/// The origin of a URL, as written in flags.
 fn shown(url: &Url) -> String {
     let origin = of(url);
     let default = match url.scheme() {
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_from_the_network_names_its_own_origin() {
+    fn lists_from_the_network_may_name_only_their_own_origin() {
         for (list, named) in [
             ("https://host/a/list.txt", "https://host/b.png"),
             ("https://host/a/list.txt", "https://host:443/b.png"),
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn every_origin_is_not_this_machines_files() {
+    fn allowing_every_origin_does_not_allow_local_files() {
         assert_eq!(may("https://host/l.txt", "gs://b/c.png", &["*"]), Ok(()));
         assert!(may("https://host/l.txt", "/etc/passwd", &["*"]).is_err());
         assert_eq!(may("https://host/l.txt", "/etc/passwd", &["*", "file://"]), Ok(()));

@@ -1,26 +1,26 @@
-//! What `--images` names: a place, or several by braces and wildcards.
+//! Patterns of `--images`: one place, or several with braces and wildcards.
 //!
-//! Braces are spelled out first, as shells do: `{train,val}`, `{000..099}`. Then `*`, `?`, `[a-z]` match within a name and
-//! `**` across directories. Keys are relative to the directory before the first of these characters.
+//! Braces are expanded first, as in shells: `{train,val}`, `{000..099}`. Then `*`, `?`, `[a-z]` match within a name and `**`
+//! across directories. Keys are relative to the directory before the first of these characters.
 
 use elbo_store::Location;
 use globset::{GlobBuilder, GlobMatcher};
 
 use super::DatasetError;
 
-/// Names that braces may be spelled out to.
+/// Maximum number of names that braces may expand to.
 const MOST_TARGETS: usize = 1_000_000;
 
-/// A place and what is meant there.
+/// A base and its targets.
 #[derive(Debug)]
 pub(super) struct Pattern {
-    /// What keys are relative to.
+    /// The base of keys.
     pub(super) base: Location,
-    /// What is meant, relative to the base.
+    /// The targets, relative to the base.
     pub(super) targets: Vec<Target>,
 }
 
-/// A source as it is written down: local paths made absolute, without the credentials a URL may hold.
+/// The canonical form of a source: local paths are absolute, and URLs have no credentials.
 pub fn canonical(source: &str) -> Result<String, DatasetError> {
     let location = Location::parse(source)?;
     match source.find(['{', '*', '[']) {
@@ -40,20 +40,20 @@ pub(super) enum Target {
     Base,
     /// The file or directory of this name.
     Name(String),
-    /// Whatever matches.
+    /// Everything that matches.
     Glob(Box<Glob>),
 }
 
 /// A pattern of names.
 #[derive(Debug)]
 pub(super) struct Glob {
-    /// The directory all matches lie in, relative to the base; empty for the base itself.
+    /// The directory that contains all matches, relative to the base; empty for the base itself.
     pub(super) directory: String,
     matcher: GlobMatcher,
 }
 
 impl Glob {
-    /// Whether a file, or a directory it lies in, matches.
+    /// Whether a file or one of its directories matches.
     pub(super) fn matches(&self, key: &str) -> bool {
         let ends = key.match_indices('/').map(|(i, _)| i).chain([key.len()]);
         ends.into_iter().any(|end| self.matcher.is_match(&key[..end]))
@@ -61,7 +61,7 @@ impl Glob {
 }
 
 impl Pattern {
-    /// Reads what a user typed.
+    /// Parses a user's pattern.
     pub(super) fn parse(text: &str) -> Result<Self, DatasetError> {
         let location = Location::parse(text)?;
         let wrong = |problem: String| DatasetError::Pattern { pattern: text.to_owned(), problem };
@@ -70,10 +70,10 @@ impl Pattern {
             && url.query().is_some()
         {
             // Shown without its query, which may be a signature.
-            let problem = "a URL with a query can't be read: give one without, and credentials by the environment";
+            let problem = "a URL with a query can't be read: give one without, and pass credentials in the environment";
             return Err(DatasetError::Pattern { pattern: location.to_string(), problem: problem.into() });
         }
-        // A directory may well be called photos[1].
+        // An existing directory may be called photos[1].
         let literal = location.local().is_some_and(std::path::Path::exists);
         let special = |c: char| matches!(c, '{' | '*' | '[') || (c == '?' && !is_url);
         let Some(first) = text.find(special).filter(|_| !literal) else {
@@ -96,7 +96,7 @@ impl Pattern {
         Ok(Self { base, targets })
     }
 
-    /// A directory is the base of its files; a file's base is the directory it lies in.
+    /// A directory is the base of its files; a file's base is its directory.
     fn literal(location: Location) -> Self {
         match &location {
             Location::Local(path) if !path.is_dir() => {
@@ -121,7 +121,7 @@ impl Pattern {
     }
 }
 
-/// The names that braces stand for.
+/// The names that braces expand to.
 fn spelled_out(text: &str) -> Result<Vec<String>, String> {
     if !text.contains('{') {
         return Ok(vec![text.to_owned()]);
@@ -136,7 +136,7 @@ fn spelled_out(text: &str) -> Result<Vec<String>, String> {
     if names.is_empty() { Err("its braces stand for nothing".into()) } else { Ok(names) }
 }
 
-/// At least how many names the numeric ranges of a pattern stand for together.
+/// A lower bound on the number of names that the numeric ranges of a pattern expand to.
 fn ranges(text: &str) -> usize {
     let inside = text.split('{').skip(1).filter_map(|part| part.split(['}', ',']).next());
     let sizes = inside.filter_map(|part| {
@@ -147,7 +147,7 @@ fn ranges(text: &str) -> usize {
     sizes.fold(1, usize::saturating_mul)
 }
 
-/// The parts of a URL's path as they are named, not as they are written.
+/// The decoded segments of a URL's path.
 fn decoded_segments(url: &url::Url) -> Vec<String> {
     object_store::path::Path::from_url_path(url.path())
         .map_or_else(|_| Vec::new(), |path| path.parts().map(|p| p.as_ref().to_owned()).collect())
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wildcard_stays_within_a_name_and_means_directories_too() {
+    fn a_wildcard_matches_within_a_name_and_matches_directories_too() {
         let glob = |pattern: &str| match Pattern::parse(pattern).unwrap().targets.pop() {
             Some(Target::Glob(glob)) => glob,
             other => panic!("{other:?}"),
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_is_written_down_without_credentials_and_with_its_pattern() {
+    fn a_canonical_source_has_no_credentials_and_keeps_its_pattern() {
         for (source, written) in [
             ("s3://me:secret@b/{a,b}/*.tar", "s3://b/{a,b}/*.tar"),
             ("s3://me:secret@b/photos?sig=secret", "s3://b/photos"),
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_exists_is_taken_by_its_name() {
+    fn an_existing_path_is_not_treated_as_a_pattern() {
         let root = tempfile::TempDir::new().unwrap();
         let path = root.path().join("photos [1] {a}");
         std::fs::create_dir(&path).unwrap();
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_patterns_say_what_would_be_possible() {
+    fn errors_about_invalid_patterns_show_valid_ones() {
         for (text, message) in [
             ("/nowhere/{0..9999999}.tar", "stand for 10000000 names"),
             ("/nowhere/{0..9999}{0..9999}.tar", "stand for 100000000 names"),

@@ -1,4 +1,4 @@
-//! Reading one image, wherever it lies.
+//! Reads single images from any location.
 
 use std::collections::HashMap;
 use std::io::{Seek, SeekFrom};
@@ -19,14 +19,14 @@ use url::Url;
 use super::rows::{CellError, Cells};
 use crate::budget::{Budget, Memory};
 
-/// Where an image lies, as it was listed.
+/// The location of an image, as it was listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
     /// The file: an absolute local path or a URL.
     pub location: String,
-    /// Where in that file; none where it is the whole file.
+    /// The position in that file; `None` if the image is the whole file.
     pub part: Option<Part>,
-    /// Size in bytes; 0 where it is not known.
+    /// Size in bytes; 0 if unknown.
     pub size: u64,
     /// The file's entity tag.
     pub etag: Option<String>,
@@ -46,7 +46,7 @@ pub enum ReadError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The file is not what was listed.
-    #[error("{} has changed since it was listed: restore it, or list the images anew with --fresh", printable(file))]
+    #[error("{} has changed since it was listed: restore it, or list the images again with --fresh", printable(file))]
     Changed {
         /// The file.
         file: String,
@@ -58,7 +58,7 @@ pub enum ReadError {
     TooLarge {
         /// Its size.
         size: u64,
-        /// The most there may be.
+        /// The maximum size.
         limit: u64,
     },
     /// The cell of a Parquet file holds no image.
@@ -74,25 +74,25 @@ pub enum ReadError {
 }
 
 impl ReadError {
-    /// Whether another attempt may succeed: nothing is said about the image then.
+    /// Whether another attempt may succeed. If so, the error says nothing about the image.
     pub fn is_transient(&self) -> bool {
         match self {
-            // One image that comes too slowly says nothing of the others.
+            // One slow image says nothing about the others.
             Self::Store(error) => error.is_transient() && !error.is_too_slow(),
             _ => false,
         }
     }
 }
 
-/// Reads images, keeping one store per bucket: a store holds the connections and credentials, which are too dear to make
-/// for every image.
+/// Reads images. Keeps one store per bucket, since a store holds the connections and credentials, which are too expensive to
+/// create for every image.
 #[derive(Debug)]
 pub struct Reader {
     stores: Mutex<HashMap<Url, Store>>,
     cells: Cells,
-    /// The most bytes an image may have.
+    /// Maximum size of an image in bytes.
     limit: u64,
-    /// What images that are read take, until they are dropped.
+    /// Memory for the images, taken until they are dropped.
     memory: Budget,
 }
 
@@ -114,12 +114,12 @@ impl Reader {
         Self { limit, ..self }
     }
 
-    /// Waits for memory before an image is read. The bytes of one hold their share until they are dropped.
+    /// Waits for memory before each image is read. The bytes of an image hold their share until they are dropped.
     pub fn within(self, memory: &Memory) -> Self {
         Self { cells: Cells::new(memory.kept), memory: memory.files.clone(), ..self }
     }
 
-    /// Reads a whole image. Where there is none, the error's source is [`object_store::Error::NotFound`].
+    /// Reads a whole image. If it does not exist, the error's source is [`object_store::Error::NotFound`].
     pub async fn read(&self, image: &Image) -> Result<Bytes, ReadError> {
         if image.size > self.limit {
             return Err(ReadError::TooLarge { size: image.size, limit: self.limit });
@@ -161,15 +161,15 @@ impl Reader {
         range: Option<Range<u64>>,
     ) -> Result<Bytes, ReadError> {
         let (inner, whole) = (store.inner(), range.is_none());
-        // No store has a range of no bytes.
+        // Stores don't support empty ranges.
         let is_empty = range.as_ref().is_some_and(Range::is_empty);
         let range = range.filter(|_| !is_empty).map(GetRange::Bounded);
         let options = GetOptions { range, if_match: image.etag.clone(), head: is_empty, ..GetOptions::default() };
-        // Nothing but its size may tell that it is another file.
+        // Without a tag, only the size shows that the file has changed.
         let expected = (whole && image.etag.is_none()).then_some(image.size).filter(|size| *size > 0);
         let mut size = image.size;
         loop {
-            // Before anything is asked: a server does not wait for memory.
+            // Take memory before the request, since a server does not wait.
             let share = self.memory.take(size).await;
             let get = || async {
                 let object = inner.get_opts(path, options.clone()).await?;
@@ -189,7 +189,7 @@ impl Reader {
                 Ok(Err(found)) if found > self.limit => {
                     return Err(ReadError::TooLarge { size: found, limit: self.limit });
                 }
-                // Its size was not known: it is asked for again, with memory for it.
+                // Its size was not known: request it again, with enough memory.
                 Ok(Err(found)) => size = found,
                 Err(StoreError::Object { source: object_store::Error::Precondition { .. }, .. }) => {
                     return Err(ReadError::Changed { file: image.location.clone() });
@@ -206,24 +206,24 @@ impl Reader {
             CellError::Changed => ReadError::Changed { file: image.location.clone() },
             CellError::Cell(problem) => ReadError::Cell { file: image.location.clone(), row, problem },
         };
-        // The size and time of a local file may differ from machine to machine.
+        // The tag of a local file has its modification time, which may differ between machines.
         let etag = image.etag.as_deref().filter(|_| store.location().local().is_none());
         let bytes = self.cells.read(&store, &path, etag, row, column, &self.memory).await.map_err(wrong)?;
         match bytes.len() as u64 {
             size if size > self.limit => Err(ReadError::TooLarge { size, limit: self.limit }),
-            // A copy, since these are a part of what is kept for others.
+            // Copy the bytes, since they are part of a cached run.
             size => Ok(self.memory.take(size).await.bind(Bytes::copy_from_slice(&bytes))),
         }
     }
 
-    /// Size and tag of an image that is on a store, without reading it.
+    /// Size and tag of an image in a store, without reading it.
     pub(super) async fn head(&self, url: &str) -> Result<ObjectMeta, StoreError> {
         let (store, path) = self.locate_any(url)?;
         let inner = store.inner();
         retry::run("asking for", url, || inner.head(&path)).await
     }
 
-    /// [`Reader::locate_any`], of a file that is no pipe, where it is local: one would be waited for.
+    /// [`Reader::locate_any`], but refuses local files that are not regular, since reading a pipe would block.
     pub(super) async fn locate_file(&self, location: &str) -> Result<(Store, Path), StoreError> {
         if let Location::Local(path) = Location::parse(location)? {
             let opened = Pace::LOCAL.blocking(move |_| files::open(&path).map(drop)).await;
@@ -233,7 +233,7 @@ impl Reader {
         self.locate_any(location)
     }
 
-    /// The store a file is on, and its path there.
+    /// The store of a file, and its path there.
     pub(super) fn locate_any(&self, location: &str) -> Result<(Store, Path), StoreError> {
         match Location::parse(location)? {
             Location::Local(path) => {
@@ -247,7 +247,7 @@ impl Reader {
         }
     }
 
-    /// The store a URL is on, and its path there.
+    /// The store of a URL, and its path there.
     pub(super) fn locate(&self, url: &Url) -> Result<(Store, Path), StoreError> {
         let failed =
             |source| StoreError::Object { action: "reading", path: Location::Remote(url.clone()).to_string(), source };
@@ -255,7 +255,7 @@ impl Reader {
         Ok((self.store(root)?, path))
     }
 
-    /// The store with what lies below a URL.
+    /// A store of everything below a URL.
     pub(super) fn below(&self, url: &Url) -> Result<Store, StoreError> {
         Store::open(&Location::Remote(url.clone()))
     }
@@ -271,12 +271,12 @@ impl Reader {
     }
 }
 
-/// Reads one whole file by its location; a [`Reader`] is better for many.
+/// Reads one whole file by its location; use a [`Reader`] for many.
 pub async fn read_object(location: &str) -> Result<Bytes, ReadError> {
     Reader::new().read(&Image { location: location.to_owned(), part: None, size: 0, etag: None }).await
 }
 
-/// A local file, or a range of it. Its time of change may differ from machine to machine; its `expected` size may not.
+/// Reads a local file, or a range of it. Its modification time may differ between machines, but its `expected` size may not.
 fn read_local(
     path: &FsPath,
     range: Option<Range<u64>>,
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_a_bucket_and_a_path_in_it() {
+    fn a_url_is_split_into_a_bucket_and_a_path() {
         assert_eq!(parts("s3://bucket/a/b%20c.png"), ("s3://bucket/".into(), "a/b c.png".into()));
         let path_style = "https://s3.eu-west-1.amazonaws.com/bucket/a/b.png";
         assert_eq!(parts(path_style), ("https://s3.eu-west-1.amazonaws.com/bucket".into(), "a/b.png".into()));
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_missing_image_is_not_found_and_named() {
+    async fn a_missing_image_is_not_found_and_the_error_names_it() {
         let error = read_object("/no/such/image.png").await.unwrap_err();
         assert!(error.to_string().contains("/no/such/image.png") && !error.is_transient());
         assert!(matches!(
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_local_image_must_have_the_size_that_was_listed_whatever_its_time() {
+    async fn a_local_image_must_have_the_listed_size_but_may_have_another_time() {
         let root = tempfile::TempDir::new().unwrap();
         let path = root.path().join("a.png");
         std::fs::write(&path, b"0123456789").unwrap();
@@ -373,12 +373,12 @@ mod tests {
         assert_eq!(&reader.read(&member(3, 4)).await.unwrap()[..], b"3456");
         assert!(matches!(reader.read(&member(8, 4)).await, Err(ReadError::Changed { .. })));
         assert!(matches!(reader.read(&member(0, 11)).await, Err(ReadError::TooLarge { .. })));
-        // A size that nobody knows is found out before the file is in memory.
+        // An unknown size is checked before the file is in memory.
         std::fs::write(&path, b"01234567890").unwrap();
         assert!(matches!(reader.read(&image(&path, 0)).await, Err(ReadError::TooLarge { size: 11, limit: 10 })));
     }
 
-    /// A reader that finds an object on a store at `memory:///`, and the object's tag.
+    /// A reader with one object in a store at `memory:///`, and the object's tag.
     async fn reader_of(key: &str, content: &'static [u8]) -> (Reader, Option<String>) {
         let (reader, url) = (Reader::new(), Url::parse("memory:///").unwrap());
         let memory = Arc::new(object_store::memory::InMemory::new());
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_empty_member_of_a_remote_shard_is_empty_where_the_shard_is_still_the_one_that_was_listed() {
+    async fn an_empty_member_of_a_remote_shard_is_read_if_the_shard_is_unchanged() {
         let (reader, etag) = reader_of("a.tar", b"0123456789").await;
         let part = Some(Part::Member { offset: 4 });
         let member = Image { location: "memory:///a.tar".into(), part, size: 0, etag };
@@ -397,14 +397,14 @@ mod tests {
         assert_eq!(&reader.read(&Image { size: 3, ..member.clone() }).await.unwrap()[..], b"456");
         let other = Image { etag: Some("other".into()), ..member.clone() };
         assert!(matches!(reader.read(&other).await, Err(ReadError::Changed { .. })));
-        // That nothing was read tells whether the storage can be read.
+        // An empty read still shows whether the storage can be read.
         let missing = reader.read(&Image { location: "memory:///b.tar".into(), ..member }).await.unwrap_err();
         let ReadError::Store(StoreError::Object { source, .. }) = missing else { panic!("{missing}") };
         assert!(matches!(source, object_store::Error::NotFound { .. }), "{source}");
     }
 
     #[tokio::test]
-    async fn an_empty_object_is_empty_and_one_of_another_size_has_changed_where_no_tag_says_so() {
+    async fn an_empty_object_is_read_and_without_a_tag_another_size_means_a_change() {
         let (reader, _) = reader_of("a.png", b"").await;
         let image = |size| Image { location: "memory:///a.png".into(), part: None, size, etag: None };
         assert!(reader.read(&image(0)).await.unwrap().is_empty());

@@ -1,7 +1,7 @@
 //! The samples of a Parquet file: a row is an image, in a column of bytes, in a struct of bytes and path as Hugging Face
 //! writes it, or named by a path.
 //!
-//! Columns with labels, captions, keys and paths are read to list a file; image bytes are not.
+//! Listing a file reads the columns with labels, captions, keys and paths, but not the image bytes.
 
 mod cell;
 mod label;
@@ -25,13 +25,13 @@ use super::{Contents, DatasetError, Found, ListOptions, Origin, Reader, Reason, 
 pub(super) use self::cell::{CellError, Cells};
 use self::label::{LabelColumn, text};
 
-/// Names that a column of images usually has, in this order.
+/// Usual names of a column of images, in order of preference.
 const IMAGE_COLUMNS: [&str; 6] = ["image", "img", "jpg", "png", "webp", "bytes"];
-/// Rows whose labels and captions are decoded at a time: long ones that repeat are small in the file, and large here.
+/// Rows whose labels and captions are decoded at a time. Long repeated texts are small in the file, but large in memory.
 const BATCH_ROWS: usize = 128;
-/// Rows whose images are decoded at a time, to see which have one.
+/// Rows whose images are decoded at a time, to find out which have one.
 const BATCH_IMAGES: usize = 16;
-/// The largest column chunk of images that has to be read whole.
+/// The largest column chunk of images that may be read whole.
 const LARGEST_CHUNK: i64 = 256 << 20;
 
 /// Where a file's images are.
@@ -39,9 +39,9 @@ const LARGEST_CHUNK: i64 = 256 << 20;
 enum Images {
     /// In a column of bytes.
     Bytes(String),
-    /// In a struct's field `bytes`, or where its field `path` says.
+    /// In a struct's field `bytes`, or at the path in its field `path`.
     Struct { name: String, has_path: bool },
-    /// Where a column of paths says.
+    /// At the paths in a column.
     Paths(String),
 }
 
@@ -66,8 +66,8 @@ impl Images {
 }
 
 impl Images {
-    /// The columns of bytes and of paths that tell where the images of a row group are: one of them, or both where some rows
-    /// have bytes and others a path alone, as far as statistics tell.
+    /// The columns of bytes and of paths with the images of a row group, according to the statistics: one of them, or both if
+    /// some rows have bytes and others only a path.
     fn in_group(&self, group: &RowGroupMetaData) -> (Option<String>, Option<String>) {
         let rows = group.num_rows().max(0) as u64;
         let (Some(bytes), Some(paths)) = (self.bytes(), self.paths()) else { return (self.bytes(), self.paths()) };
@@ -80,18 +80,18 @@ impl Images {
     }
 }
 
-/// What is read of a file.
+/// The columns of a file by their role.
 #[derive(Debug)]
 struct Layout {
     images: Images,
     key: Option<String>,
     label: Option<LabelColumn>,
-    /// A column that is called like labels and can't hold them.
+    /// A column that is named like a label column, but can't hold labels.
     unusable: Option<String>,
     candidates: Vec<String>,
 }
 
-/// What a file holds.
+/// Lists the contents of a file.
 pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Contents, DatasetError> {
     let (store, path) = reader.locate_file(&file.location).await?;
     let (parquet, _) = ParquetFile::find(&store, path).await?;
@@ -130,7 +130,7 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
     Ok(Contents { found, passed_over })
 }
 
-/// Finds the files of rows that name them, beside rows that hold their images.
+/// Finds the files of the rows that have only a path.
 async fn locate_all(
     reader: &Reader,
     file: &File,
@@ -155,17 +155,19 @@ async fn locate_all(
 fn unreadable(file: &File, error: ParquetError) -> DatasetError {
     match store_error(error) {
         Ok(error) => error.into(),
-        Err(error) => file.wrong(format!("is no Parquet file, or damaged ({error}): fetch it again, or leave it out")),
+        Err(error) => {
+            file.wrong(format!("is not a Parquet file, or is damaged ({error}): fetch it again, or leave it out"))
+        }
     }
 }
 
-/// How many rows of a row group have no value in a column, by its statistics.
+/// The number of rows of a row group without a value in a column, according to its statistics.
 fn nulls(group: &RowGroupMetaData, column: &str) -> Option<u64> {
     let chunk = group.columns().iter().find(|chunk| chunk.column_path().string() == column);
     chunk.and_then(|chunk| chunk.statistics()?.null_count_opt())
 }
 
-/// Refuses images that a worker could get only by reading gigabytes.
+/// Refuses row groups where reading one image means reading a huge column chunk.
 fn check_chunk(metadata: &ArrowReaderMetadata, group: usize, layout: &Layout) -> Result<(), String> {
     let Some(column) = layout.images.bytes() else { return Ok(()) };
     let chunks = metadata.metadata().row_group(group).columns();
@@ -174,8 +176,8 @@ fn check_chunk(metadata: &ArrowReaderMetadata, group: usize, layout: &Layout) ->
         return Ok(());
     }
     Err(format!(
-        "has row groups with {} MB of images and no page index, so that each would be read whole for one image: write it \
-         anew with a page index (pyarrow: write_page_index=True) or smaller row groups (row_group_size=100)",
+        "has row groups with {} MB of images and no page index, so reading one image would read a whole row group: \
+         write it again with a page index (pyarrow: write_page_index=True) or smaller row groups (row_group_size=100)",
         chunk.compressed_size() >> 20
     ))
 }
@@ -195,10 +197,10 @@ impl Layout {
         Ok(Self { images, key, label, unusable, candidates })
     }
 
-    /// The columns that are read to list the file.
+    /// The columns to read to list the file.
     fn read_columns(&self, (bytes, paths): &(Option<String>, Option<String>)) -> Vec<String> {
         let label = self.label.as_ref().map(|label| label.name.as_str());
-        // Bytes alone are not looked at.
+        // If all rows have bytes, the bytes are not read.
         let bytes = bytes.as_deref().filter(|_| paths.is_some());
         let named = [self.key.as_deref(), label, paths.as_deref(), bytes];
         let named = named.into_iter().flatten().map(str::to_owned);
@@ -206,13 +208,17 @@ impl Layout {
     }
 }
 
-/// Which column holds the images.
+/// Finds the column with the images.
 fn images_of(schema: &Schema, asked: Option<&str>) -> Result<Images, String> {
     if let Some(name) = asked {
         let field = schema.field_with_name(name);
         let field = field.map_err(|_| format!("has no column '{name}': {}", describe(schema)))?;
         return of_field(field).ok_or_else(|| {
-            format!("has a column '{name}' that can't hold images, being {}: {}", field.data_type(), describe(schema))
+            format!(
+                "has a column '{name}' of type {}, which can't hold images: {}",
+                field.data_type(),
+                describe(schema)
+            )
         });
     }
     let fields = schema.fields();
@@ -294,12 +300,12 @@ struct Rows<'a> {
     layout: &'a Layout,
     /// The columns of bytes and of paths.
     images: (Option<String>, Option<String>),
-    /// The number of the group's first row.
+    /// The number of the group's first row in the file.
     first: u64,
 }
 
 impl Rows<'_> {
-    /// A row of which no column was read.
+    /// A sample for a row, without values from columns.
     fn unlabelled(&self, row: u64) -> Found {
         let row = self.first + row;
         let column = self.layout.images.bytes().unwrap_or_default();
@@ -347,7 +353,7 @@ impl Rows<'_> {
     }
 }
 
-/// A column by its name; fields of structs after dots.
+/// A column by its name; a dot precedes a struct's field.
 fn column_of(batch: &RecordBatch, name: &str) -> Option<ArrayRef> {
     if let Some(column) = batch.column_by_name(name) {
         return Some(column.clone());
@@ -357,7 +363,7 @@ fn column_of(batch: &RecordBatch, name: &str) -> Option<ArrayRef> {
     outer.column_by_name(inner).cloned()
 }
 
-/// A row's captions: a list in one column, or one in each of several, of which the last may be empty.
+/// A row's captions: a list in one column, or one in each of several columns, where the last ones may be empty.
 fn captions(columns: &[ArrayRef], row: usize) -> Vec<String> {
     if let [list] = columns
         && let Some(lists) = list.as_list_opt::<i32>()

@@ -60,7 +60,7 @@ async fn images_are_listed_recursively_and_sorted_by_key() {
 }
 
 #[tokio::test]
-async fn what_a_directory_holds_beside_images_is_counted() {
+async fn files_in_a_directory_that_are_not_images_are_counted() {
     let root = dataset(&[
         "cat/0.png",
         "cat/1.jfif",
@@ -79,7 +79,7 @@ async fn what_a_directory_holds_beside_images_is_counted() {
     let expected = "hidden, or left by an operating system: 4 (.git, __MACOSX, cat/.x.png, ...); no extension: 1 (README); \
                     extension .avif: 2 (0.avif, cat/1.AVIF); extension .txt: 1 (notes.txt)";
     assert_eq!(listed.passed_over.to_string(), expected);
-    // Of a pattern, what it does not mean is not spoken of.
+    // Files that a pattern does not match are not reported.
     let pattern = root.path().join("cat/*.png");
     let listed = list(pattern.to_str().unwrap(), &ListOptions::default(), &mut samples).await.unwrap();
     assert_eq!(listed.passed_over.to_string(), "hidden, or left by an operating system: 1 (.x.png)");
@@ -139,12 +139,12 @@ async fn rows_of_a_label_file_that_name_no_image_are_counted() {
         list(root.path().to_str().unwrap(), &options, &mut samples).await.unwrap().passed_over.to_string()
     };
     assert_eq!(of(None).await, "row of the label file that names no image: 2 (gone.png, cat/0.PNG)");
-    // Who takes a part of the images expects no row for each.
+    // With a limit, unmatched rows are expected.
     assert_eq!(of(Some(1)).await, "");
 }
 
 #[tokio::test]
-async fn sources_without_images_say_what_was_looked_for() {
+async fn an_error_about_a_source_without_images_says_what_was_expected() {
     let error = list_all("/no/such/images", &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("/no/such/images does not exist"), "{error}");
     let root = dataset(&["a.txt", "b.csv", "train.tar.gz"]);
@@ -171,7 +171,7 @@ async fn empty_files_are_listed() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn links_are_followed_unless_they_lead_in_a_circle() {
+async fn links_are_followed_unless_they_form_a_cycle() {
     use std::os::unix::fs::symlink;
     let elsewhere = dataset(&["x.png", "more/y.png"]);
     let root = dataset(&["a.png"]);
@@ -222,7 +222,7 @@ async fn patterns_name_files_and_directories() {
 }
 
 #[tokio::test]
-async fn files_of_several_kinds_are_refused_with_the_pattern_that_tells_them_apart() {
+async fn files_of_several_kinds_are_refused_with_a_pattern_that_selects_one() {
     let root = dataset(&["0.png", "old/backup.tar"]);
     let error = list_dir(&root, None, None).await.unwrap_err().to_string();
     assert!(error.contains("images (0.png) and tar shards (old/backup.tar)"), "{error}");
@@ -230,15 +230,15 @@ async fn files_of_several_kinds_are_refused_with_the_pattern_that_tells_them_apa
 }
 
 #[tokio::test]
-async fn images_without_captions_are_refused_where_captions_are_asked_for() {
+async fn images_without_captions_are_refused_with_candidates() {
     let root = dataset(&["0.png"]);
     let options = ListOptions { candidates: Some("captions"), ..ListOptions::default() };
     let error = list_all(root.path().to_str().unwrap(), &options).await.unwrap_err().to_string();
-    assert!(error.contains("bring no 'captions' along"), "{error}");
+    assert!(error.contains("have no 'captions'"), "{error}");
 }
 
 #[tokio::test]
-async fn labels_that_a_list_brings_may_be_left_out() {
+async fn labels_in_a_list_can_be_ignored() {
     let root = dataset(&["0.png"]);
     let csv = root.path().join("list.csv");
     fs::write(&csv, "path,label,breed\n0.png,cat,7\n").unwrap();
@@ -292,13 +292,17 @@ impl ObjectStore for Backwards {
     }
 }
 
-async fn poured(store: Arc<dyn object_store::ObjectStore>, url: &Url, sort: bool) -> (bool, Vec<Sample>) {
+async fn poured(
+    store: Arc<dyn object_store::ObjectStore>,
+    url: &Url,
+    order: Order,
+) -> (Result<(), WalkError>, Vec<Sample>) {
     let store = Store::from_parts(store, Location::Remote(url.clone()));
     let mut samples = Vec::new();
     let mut collector = Collector::new(&ListOptions::default(), &mut samples).unwrap();
     let mut intake = Intake::new("source".into(), &mut collector);
-    let in_order = walk::walk_remote(&store, url, "", |_| true, sort, &mut intake).await.unwrap();
-    (in_order, samples)
+    let walked = walk::walk_remote(&store, url, "", |_| true, order, &mut intake).await;
+    (walked, samples)
 }
 
 #[tokio::test]
@@ -309,8 +313,8 @@ async fn objects_get_urls_that_lead_back_to_them() {
     for key in ["cat/a b#1%.png", "cat/.hidden/x.png", "list.txt"] {
         store.write(&Path::parse(key).unwrap(), Bytes::from_static(b"x")).await.unwrap();
     }
-    let (in_order, samples) = poured(memory, &url, false).await;
-    assert!(in_order);
+    let (walked, samples) = poured(memory, &url, Order::AsListed).await;
+    walked.unwrap();
     assert_eq!(keys(&samples), ["cat/a b#1%.png"]);
     assert_eq!(samples[0].location, "s3://bucket/images/cat/a%20b%231%25.png");
     let back = Url::parse(&samples[0].location).unwrap();
@@ -325,9 +329,9 @@ async fn objects_listed_out_of_order_are_sorted() {
         memory.put(&Path::from(key), Bytes::from_static(b"x").into()).await.unwrap();
     }
     let store = Arc::new(Backwards(memory));
-    assert!(!poured(store.clone(), &url, false).await.0);
-    let (in_order, samples) = poured(store, &url, true).await;
-    assert!(in_order);
+    assert!(matches!(poured(store.clone(), &url, Order::AsListed).await.0, Err(WalkError::OutOfOrder)));
+    let (walked, samples) = poured(store, &url, Order::Sorted).await;
+    walked.unwrap();
     assert_eq!(keys(&samples), ["a.png", "b.png", "c.png"]);
 }
 

@@ -14,7 +14,7 @@ use super::collector::{Collector, Found};
 use super::pattern::Target;
 use super::{DatasetError, EXTENSIONS, Reader, Reason};
 
-/// What a file is to a listing, by its name.
+/// The kind of a file, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Image,
@@ -50,17 +50,17 @@ pub(super) struct File {
 }
 
 impl File {
-    /// An error about it.
+    /// An error about this file.
     pub(super) fn wrong(&self, problem: impl Into<String>) -> DatasetError {
         DatasetError::Container { file: self.location.clone(), problem: problem.into() }
     }
 }
 
-/// Takes the files of a source in: images go on as samples, files that hold images are kept to be looked into.
+/// Takes the files of a source: images become samples, and files that contain images are kept for later.
 pub(super) struct Intake<'a, 'b> {
     source_name: String,
     collector: &'a mut Collector<'b>,
-    /// The kind of file there is, and the first one.
+    /// The kind of the files, and the first file.
     kind: Option<(Kind, String)>,
     containers: Vec<File>,
 }
@@ -74,7 +74,7 @@ impl<'a, 'b> Intake<'a, 'b> {
         self.collector.expect_duplicates();
     }
 
-    /// Takes a file; whether more are wanted.
+    /// Takes a file; returns whether more are wanted.
     fn add(&mut self, file: File) -> Result<bool, DatasetError> {
         let Some(kind) = Kind::of(&file.key) else {
             self.collector.note(extension_of(&file.key), &file.key);
@@ -98,7 +98,7 @@ impl<'a, 'b> Intake<'a, 'b> {
         self.collector.add(Found { key, location, size, etag, ..Found::default() })
     }
 
-    /// Takes a file that may be hidden; whether more are wanted.
+    /// Takes a file that may be hidden; returns whether more are wanted.
     fn add_unless_hidden(&mut self, file: File) -> Result<bool, DatasetError> {
         if is_hidden(&file.key) {
             self.pass_over(Reason::Hidden, &file.key);
@@ -107,19 +107,19 @@ impl<'a, 'b> Intake<'a, 'b> {
         self.add(file)
     }
 
-    /// Leaves something out.
+    /// Adds a passed-over item.
     fn pass_over(&mut self, reason: Reason, key: &str) {
         self.collector.note(reason, key);
     }
 
-    /// Forgets all files.
+    /// Removes all files.
     pub(super) fn clear(&mut self) {
         self.collector.clear();
         self.containers.clear();
         self.kind = None;
     }
 
-    /// What kind of files there are, and those that are to be looked into.
+    /// The kind of the files, and the files that contain images.
     pub(super) fn finish(self) -> Result<(Kind, Vec<File>), DatasetError> {
         let Some((kind, _)) = self.kind else {
             let passed_over = self.collector.take_account();
@@ -132,14 +132,37 @@ impl<'a, 'b> Intake<'a, 'b> {
     }
 }
 
-/// Takes in what `target` means below `base`; `false` where it came out of order and must be `sort`ed.
+/// The order of a store's objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// In the order of the store, which for nearly all stores is by key.
+    AsListed,
+    /// Sorted in memory.
+    Sorted,
+}
+
+/// Why a walk ended early.
+#[derive(Debug)]
+pub(super) enum WalkError {
+    /// The store does not list its objects by key, so they must be sorted.
+    OutOfOrder,
+    Dataset(DatasetError),
+}
+
+impl<E: Into<DatasetError>> From<E> for WalkError {
+    fn from(error: E) -> Self {
+        Self::Dataset(error.into())
+    }
+}
+
+/// Takes the files of `target` below `base`.
 pub(super) async fn walk(
     base: &Location,
     target: &Target,
     reader: &Reader,
-    sort: bool,
+    order: Order,
     intake: &mut Intake<'_, '_>,
-) -> Result<bool, DatasetError> {
+) -> Result<(), WalkError> {
     let (name, glob) = match target {
         Target::Base => ("", None),
         Target::Name(name) => (name.as_str(), None),
@@ -147,38 +170,38 @@ pub(super) async fn walk(
     };
     let wanted = |key: &str| glob.is_none_or(|glob| glob.matches(key));
     match base {
-        // Listing comes before everything else in a job, on a thread of its own.
-        Location::Local(root) => walk_local(root, name, wanted, intake).map(|()| true),
+        // This blocks, but the listing runs on its own thread, before anything else in a job.
+        Location::Local(root) => walk_local(root, name, wanted, intake)?,
         Location::Remote(url) if glob.is_none() && Kind::of(name).is_some() => {
-            intake.add(find_remote(reader, url, name).await?).map(|_| true)
+            intake.add(find_remote(reader, url, name).await?)?;
         }
         Location::Remote(url) => {
             let store = reader.below(url)?;
-            let is_in_order = walk_remote(&store, url, name, wanted, sort, intake).await?;
+            walk_remote(&store, url, name, wanted, order, intake).await?;
             let SkippedKeys { count, examples } = store.skipped_keys();
             if count > 0 {
                 intake.collector.add_to_account(Reason::UnusableKey, count, examples);
             }
-            Ok(is_in_order)
         }
     }
+    Ok(())
 }
 
-/// Directories that operating systems and storage devices leave among people's files.
+/// Directories that operating systems and storage devices leave behind.
 const LEFT_BEHIND: [&str; 4] = ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"];
 
-/// Whether a path's last part, or one before, is hidden.
+/// Whether any part of a path is hidden.
 pub(super) fn is_hidden(path: &str) -> bool {
     path.split('/').any(|name| name.starts_with('.') || LEFT_BEHIND.contains(&name))
 }
 
-/// That a file has the extension it has.
+/// The reason for passing over a file with this extension.
 pub(super) fn extension_of(path: &str) -> Reason {
     let name = path.rsplit('/').next().unwrap_or_default();
     Reason::Extension(name.rsplit_once('.').map_or("", |(_, extension)| extension).to_ascii_lowercase())
 }
 
-/// A directory being walked: its entries that are left, in order, and the real paths of the directories above it.
+/// A directory being walked, with its remaining entries in order and its real path.
 struct Directory {
     path: PathBuf,
     key: String,
@@ -206,7 +229,7 @@ impl Directory {
             }
             let kind = entry.file_type().map_err(unreadable)?;
             if kind.is_dir() || (kind.is_symlink() && entry.path().is_dir()) {
-                // Keys are compared as a whole: what lies in `a` comes after `a-b` and before `a0`.
+                // Keys are compared as a whole: the files in `a` come after `a-b` and before `a0`.
                 name.push('/');
             }
             entries.push(name);
@@ -217,7 +240,7 @@ impl Directory {
     }
 }
 
-/// Walks what lies at `name` below `root`, depth first, directories in memory one path at a time.
+/// Walks the file or directory `name` below `root`, depth first. Only the directories on the current path are in memory.
 fn walk_local(
     root: &FsPath,
     name: &str,
@@ -260,7 +283,7 @@ fn walk_local(
             let below = Directory::open(path, key, &open)?;
             open.push(below);
         } else if wanted(&key) {
-            // A link to nowhere is listed like any bad image, to be quarantined when it is read.
+            // A broken link is listed like any bad image, and quarantined when it is read.
             let metadata = std::fs::metadata(&path).ok();
             if let Some(what) = metadata.as_ref().and_then(files::irregular) {
                 intake.pass_over(Reason::Irregular(what.to_owned()), &key);
@@ -282,7 +305,8 @@ fn local_file(path: PathBuf, key: String, metadata: Option<&std::fs::Metadata>) 
     }
 }
 
-/// Modification time in nanoseconds and size, in hexadecimal: changes with the content, survives a copy that keeps times.
+/// Modification time in nanoseconds and size, in hexadecimal: it changes with the content, and stays the same in a copy that
+/// keeps times.
 pub(super) fn local_etag(metadata: &std::fs::Metadata) -> Option<String> {
     let modified = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
     Some(format!("{:x}-{:x}", modified.as_nanos(), metadata.len()))
@@ -299,19 +323,18 @@ async fn find_remote(reader: &Reader, base: &Url, name: &str) -> Result<File, Da
     Ok(File { key: name.to_owned(), location, size: object.size, etag: object.e_tag })
 }
 
-/// Walks the objects below `name`; `false` where they were not listed in the order of their keys, as nearly all stores do,
-/// and not `sort`ed in memory.
+/// Walks the objects below `name`.
 pub(super) async fn walk_remote(
     store: &Store,
     base: &Url,
     name: &str,
     wanted: impl Fn(&str) -> bool,
-    sort: bool,
+    order: Order,
     intake: &mut Intake<'_, '_>,
-) -> Result<bool, DatasetError> {
+) -> Result<(), WalkError> {
     let prefix = (!name.is_empty()).then(|| Path::from(name));
     let mut files = std::pin::pin!(objects(store, base, prefix.as_ref(), &wanted));
-    if sort {
+    if order == Order::Sorted {
         let mut files: Vec<_> = files.try_collect().await?;
         files.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         for file in files {
@@ -319,23 +342,23 @@ pub(super) async fn walk_remote(
                 break;
             }
         }
-        return Ok(true);
+        return Ok(());
     }
     let mut last = String::new();
     while let Some(file) = files.try_next().await? {
         if file.key < last {
             tracing::warn!("{} lists its objects out of order: they are sorted in memory", store.location());
-            return Ok(false);
+            return Err(WalkError::OutOfOrder);
         }
         last.clone_from(&file.key);
         if !intake.add_unless_hidden(file)? {
             break;
         }
     }
-    Ok(true)
+    Ok(())
 }
 
-/// The objects below a prefix that are wanted.
+/// The wanted objects below a prefix.
 fn objects<'a>(
     store: &'a Store,
     base: &'a Url,
@@ -355,7 +378,7 @@ fn objects<'a>(
     })
 }
 
-/// The URL of an object below `base`, without credentials: workers bring their own.
+/// The URL of an object below `base`, without credentials: workers use their own.
 pub(super) fn url_of(base: &Url, key: &str) -> String {
     let mut url = base.clone();
     let _ = url.set_password(None);

@@ -1,13 +1,14 @@
-//! The samples of a tar shard, as WebDataset lays them out: members whose names agree up to the first dot are one sample.
+//! The samples of a tar shard, in WebDataset's layout: members whose names are equal up to the first dot are one sample.
 //!
-//! Headers are read, and members with labels or captions; images are passed over. A worker reads an image by its offset.
+//! Listing reads the headers, and the members with labels or captions, but not the images. A worker reads an image by its
+//! offset.
 //!
 //! | member | means |
 //! |---|---|
 //! | `NAME.jpg`, `.png`, `.webp`, ... | the image; where there are several, the one whose whole extension is an image's |
 //! | `NAME.cls` | the label: a class's name or number |
-//! | `NAME.json` | an object, whose `label` is the label where there is no `.cls` |
-//! | `NAME.txt` | the label where there is neither |
+//! | `NAME.json` | an object, whose `label` is the label if there is no `.cls` |
+//! | `NAME.txt` | the label if there is neither |
 
 mod group;
 mod ranges;
@@ -25,13 +26,13 @@ use self::ranges::Ranges;
 use super::walk::{File, Kind, extension_of, is_hidden};
 use super::{Contents, DatasetError, ListOptions, Reader, Reason};
 
-/// Extensions of members with labels, where none is named.
+/// Extensions of members with labels, if none is named.
 const TEXTS: [&str; 3] = ["cls", "json", "txt"];
 
 /// The largest member with a label or captions that is read.
 const LARGEST_TEXT: u64 = 1 << 20;
 
-/// What a shard holds.
+/// Lists the contents of a shard.
 pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>) -> Result<Contents, DatasetError> {
     let wanted = Wanted::new(options);
     let (shard, size) = (file.clone(), file.size);
@@ -50,11 +51,11 @@ pub(super) async fn list(reader: &Reader, file: &File, options: &ListOptions<'_>
     indexing.await.map_err(crashed)?
 }
 
-/// The texts beside an image that are of interest.
+/// The texts to read for an image.
 #[derive(Debug)]
 struct Wanted {
     labels: bool,
-    /// The extension or JSON field with the label, where one is named.
+    /// The extension or JSON field with the label, if one is named.
     label: Option<String>,
     /// The extension or JSON field with captions.
     captions: Option<String>,
@@ -78,23 +79,23 @@ impl Wanted {
     }
 }
 
-/// What is known of a shard while it is read.
+/// The state while a shard is read.
 struct Indexer<'a> {
     shard: &'a File,
     wanted: &'a Wanted,
     contents: Contents,
     group: Group,
-    /// Hashes of the names of groups that are over: 16 bytes each.
+    /// Hashes of the names of finished groups: 16 bytes each.
     closed: HashSet<u128>,
-    /// What hard links may lead to, by the hash of its path: images, and short texts.
+    /// Possible targets of hard links, by the hash of their path: images, and short texts.
     images: HashMap<u128, (u64, u64)>,
     texts: HashMap<u128, Vec<u8>>,
 }
 
-/// The largest text that a hard link may lead to.
+/// The largest text that a hard link may refer to.
 const LARGEST_LINKED: usize = 1 << 10;
 
-/// The first bytes of what is often called `.tar` and is none, and what it is compressed with.
+/// The first bytes of compressed files that are often named `.tar`, and their compression.
 const COMPRESSED: [(&[u8], &str); 4] =
     [(b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"\xfd7zXZ\x00", "xz"), (b"BZh", "bzip2")];
 
@@ -153,21 +154,21 @@ fn index(shard: &File, mut source: impl Read + Seek, size: u64, wanted: &Wanted)
             indexer.take_image(Member { path, offset, length })?;
         }
     }
-    // Two blocks of zeros end an archive; some programs write only one.
+    // Two zero blocks end an archive; some programs write only one.
     if end.saturating_add(512) > size {
         return Err(shard.wrong("has no end-of-archive mark: it was cut off; fetch it again, or leave it out"));
     }
     indexer.finish()
 }
 
-/// What a member is to a sample.
+/// The role of a member in a sample.
 enum Role {
     Image,
-    /// A text that is of interest, by its extension.
+    /// A text to read, with its extension.
     Text(String),
 }
 
-/// Directory and name up to the first dot of its last part, and what follows that.
+/// Splits a path at the first dot of its last part.
 fn stem_of(path: &str) -> (&str, &str) {
     let file = path.rfind('/').map_or(0, |slash| slash + 1);
     match path[file..].find('.') {
@@ -183,7 +184,7 @@ impl<'a> Indexer<'a> {
         Self { shard, wanted, contents, group, closed, images, texts }
     }
 
-    /// What a member is; `None` where it is passed over.
+    /// The role of a member; `None` if it is passed over.
     fn role_of(&mut self, path: &str) -> Option<Role> {
         let passed_over = &mut self.contents.passed_over;
         if is_hidden(path) {
@@ -197,14 +198,14 @@ impl<'a> Indexer<'a> {
         if self.wanted.reads(&extension) {
             return Some(Role::Text(extension));
         }
-        // Labels of somebody who asks for none are no surprise.
+        // Labels are not reported as passed over if labels are not wanted.
         if !TEXTS.contains(&extension.as_str()) {
             passed_over.note(extension_of(path), path);
         }
         None
     }
 
-    /// Begins another group where a member belongs to none before.
+    /// Begins a new group if a member does not belong to the current one.
     fn enter(&mut self, path: &str) -> Result<(), DatasetError> {
         let name = stem_of(path).0;
         if name == self.group.name {
@@ -213,8 +214,8 @@ impl<'a> Indexer<'a> {
         self.close()?;
         if self.closed.contains(&hash(name)) {
             return Err(self.shard.wrong(format!(
-                "has a member {} apart from others of the sample {}: in WebDataset's layout the members of a sample follow \
-                 each other; write the archive anew, sorted by name (tar --sort=name)",
+                "has a member {} separated from others of the sample {}: in WebDataset's layout the members of a \
+                 sample are consecutive; write the archive again, sorted by name (tar --sort=name)",
                 printable(path),
                 printable(name)
             )));
@@ -264,7 +265,7 @@ impl<'a> Indexer<'a> {
         Ok(())
     }
 
-    /// A hard link is another name of a member before it.
+    /// Takes a hard link, which is another name for an earlier member.
     fn take_link(&mut self, path: String, role: Role, target: &str) -> Result<(), DatasetError> {
         let target = hash(target.trim_start_matches("./"));
         match role {
@@ -290,7 +291,7 @@ fn unreadable(shard: &File, error: io::Error) -> DatasetError {
     match error.downcast::<StoreError>() {
         Ok(error) => error.into(),
         Err(error) => shard.wrong(format!(
-            "is no tar archive, or damaged ({}): fetch it again, or leave it out",
+            "is not a tar archive, or is damaged ({}): fetch it again, or leave it out",
             printable(&error.to_string())
         )),
     }

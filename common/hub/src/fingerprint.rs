@@ -1,4 +1,4 @@
-//! The fingerprint of a job: refuses to mix two jobs' results in one output.
+//! The fingerprint of a job, which prevents mixing the results of two jobs in one output.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -12,17 +12,17 @@ use crate::model_files;
 use crate::model_files::adapter_file;
 use crate::model_source::JobModels;
 
-/// What a job's predictions are a function of, by content.
+/// Everything that decides a job's predictions, by content.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobIdentity {
     /// The specification.
     pub spec: JobSpec,
     /// BLAKE3 of every model file the job reads, by its path in the model directory.
     pub model_files: BTreeMap<String, String>,
-    /// BLAKE3 of every file of the model that makes the shortlist.
+    /// BLAKE3 of every file of the shortlist's model.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub shortlist_files: BTreeMap<String, String>,
-    /// BLAKE3 of every adapter, with peft's configuration beside it.
+    /// BLAKE3 of every adapter, including peft's configuration beside it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lora_files: Vec<String>,
     /// BLAKE3 of the noise file.
@@ -35,12 +35,12 @@ pub struct JobIdentity {
 pub struct HashError {
     /// The file.
     pub path: PathBuf,
-    /// Why not.
+    /// The reason.
     pub source: io::Error,
 }
 
 impl JobIdentity {
-    /// Hashes the files a specification names; `models` are the directories its models were found in or fetched to.
+    /// Hashes the files that a specification names. `models` are the local directories of its models.
     pub fn new(spec: JobSpec, models: &JobModels) -> Result<Self, HashError> {
         let model_files = hash_model(&models.model)?;
         let shortlist_files = models.shortlist.as_deref().map(hash_model).transpose()?.unwrap_or_default();
@@ -49,7 +49,7 @@ impl JobIdentity {
         Ok(Self { spec, model_files, shortlist_files, lora_files, noise_file })
     }
 
-    /// The hash of everything but the dataset: equal for equal predictions of equal images, wherever files lie.
+    /// The hash of everything but the dataset. It is equal for equal predictions on equal images, wherever the files are.
     pub fn digest(&self) -> String {
         let mut identity = self.clone();
         for path in [&mut identity.spec.images, &mut identity.spec.model] {
@@ -58,12 +58,12 @@ impl JobIdentity {
         identity.spec.noise = None;
         identity.spec.lora.iter_mut().for_each(|lora| lora.path.clear());
         identity.spec.shortlist.iter_mut().for_each(|shortlist| shortlist.model.clear());
-        // Serialising plain data with string keys does not fail.
+        // Serialising plain data with string keys can't fail.
         let json = serde_json::to_vec(&identity).unwrap_or_default();
         blake3::hash(&json).to_hex().to_string()
     }
 
-    /// The job's fingerprint: hash of spec, model files and manifest.
+    /// The job's fingerprint: the hash of spec, model files and manifest.
     pub fn fingerprint(&self, manifest_digest: &str) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.digest().as_bytes());
@@ -71,15 +71,15 @@ impl JobIdentity {
         hasher.finalize().to_hex().to_string()
     }
 
-    /// What differs from an `earlier` job, one line each: `loss: l2 -> l1`.
+    /// The differences from an `earlier` job, one per line: `loss: l2 -> l1`.
     pub fn differences(&self, earlier: &Self) -> Vec<String> {
         let mut lines = Vec::new();
         let (new, old) = (to_map(&self.spec), to_map(&earlier.spec));
-        // A key may be in one of them alone: defaults are not written down.
+        // A key may be in only one of them, because defaults are not written.
         for key in new.keys().chain(old.keys().filter(|key| !new.contains_key(*key))) {
             let of = |spec: &serde_json::Map<_, _>| spec.get(key).cloned().unwrap_or_default();
             let (before, value) = (of(&old), of(&new));
-            // Where the model, adapters and noise lie may change; what they hold may not.
+            // The locations of model, adapters and noise may change, but not their content.
             if value != before && !["model", "lora", "noise"].contains(&key.as_str()) {
                 lines.push(describe(key, &before, &value));
             }
@@ -113,7 +113,7 @@ impl JobIdentity {
     }
 }
 
-/// What differs between two sets of hashed files.
+/// The differences between two sets of hashed files.
 fn file_differences(what: &str, old: &BTreeMap<String, String>, new: &BTreeMap<String, String>) -> Vec<String> {
     let names: BTreeSet<_> = old.keys().chain(new.keys()).collect();
     let describe = |name: &String| match (old.get(name), new.get(name)) {
@@ -127,7 +127,7 @@ fn file_differences(what: &str, old: &BTreeMap<String, String>, new: &BTreeMap<S
 
 fn to_map(spec: &JobSpec) -> serde_json::Map<String, serde_json::Value> {
     let mut spec = spec.clone();
-    // Where the shortlist's model lies may change too.
+    // The location of the shortlist's model may change too.
     spec.shortlist.iter_mut().for_each(|shortlist| shortlist.model.clear());
     match serde_json::to_value(&spec) {
         Ok(serde_json::Value::Object(map)) => map,
@@ -149,7 +149,7 @@ fn hash_file(path: &Path) -> Result<String, HashError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// Hashes an adapter, and the configuration that decides how strong it is.
+/// Hashes an adapter and the configuration that sets its strength.
 fn hash_lora(lora: &Lora) -> Result<String, HashError> {
     let path = adapter_file(Path::new(&lora.path));
     let (hash, config) = (hash_file(&path)?, path.with_file_name("adapter_config.json"));
@@ -159,7 +159,7 @@ fn hash_lora(lora: &Lora) -> Result<String, HashError> {
     Ok(blake3::hash(format!("{hash}{}", hash_file(&config)?).as_bytes()).to_hex().to_string())
 }
 
-/// Hashes the files of a model directory that decide its numbers.
+/// Hashes the files of a model directory that affect its results.
 fn hash_model(root: &Path) -> Result<BTreeMap<String, String>, HashError> {
     let failed = |(path, source)| HashError { path, source };
     let files = model_files::of_directory(root).map_err(failed)?;
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_counts_as_the_adapter_in_it() {
+    fn a_directory_hashes_as_the_adapter_in_it() {
         let directory = tempfile::tempdir().unwrap();
         let of = |path: &Path| hash_lora(&Lora { path: path.to_string_lossy().into_owned(), scale: 1.0 });
         assert!(of(directory.path()).unwrap_err().to_string().contains("adapter_model.safetensors"));
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_counts_by_content_and_scale() {
+    fn an_adapter_is_identified_by_content_and_scale() {
         let first = identity(1.0, "a");
         let mut moved = first.clone();
         moved.spec.lora[0].path = "/elsewhere".into();

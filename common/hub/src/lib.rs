@@ -1,5 +1,5 @@
-//! Models: where they come from ([`model_source`]), which of their files a job reads ([`model_files`], [`weight_files`]) and what
-//! it has to know of them before they are loaded ([`model_config`]), and the [`fingerprint`] of a job, which rests on their content.
+//! Models: where they come from ([`model_source`]), which of their files a job reads ([`model_files`], [`weight_files`]), what
+//! a job needs to know before loading them ([`model_config`]), and the [`fingerprint`] of a job, which covers their content.
 
 pub mod fingerprint;
 pub mod model_config;

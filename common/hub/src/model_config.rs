@@ -1,4 +1,4 @@
-//! What a job has to know of a model before it is loaded: its noise schedule and, of a class-conditional one, its classes.
+//! What a job needs to know about a model before loading it: its noise schedule and, if it is class-conditional, its classes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,14 +11,14 @@ use serde::de::DeserializeOwned;
 
 use crate::model_files::{MODEL_INDEX, is_contrastive};
 
-/// The noise schedule of the model in `directory`, which is in diffusers' layout.
+/// The noise schedule of the model in `directory`, in diffusers layout.
 pub fn schedule(directory: &Path) -> Result<NoiseSchedule, ScheduleError> {
     let path = directory.join("scheduler/scheduler_config.json");
     let config = files::read_to_string(&path).map_err(|source| ScheduleError::Read { path, source })?;
     NoiseSchedule::of_configs(&config, files::read(&directory.join(MODEL_INDEX)).ok().as_deref())
 }
 
-/// The timesteps of the model in `directory`; a contrastive model has one, at which it says all it has to say.
+/// The number of timesteps of the model in `directory`; 1 for a contrastive model.
 pub fn timesteps(directory: &Path) -> Result<u32, ScheduleError> {
     if is_contrastive(directory) { Ok(1) } else { Ok(schedule(directory)?.timesteps()) }
 }
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn the_index_names_the_scheduler_where_its_configuration_does_not() {
+    fn the_index_names_the_scheduler_if_its_configuration_does_not() {
         let (config, index) = ("scheduler/scheduler_config.json", r#"{"scheduler": ["diffusers", "LCMScheduler"]}"#);
         let found = schedule(model(&[(config, "{}"), (MODEL_INDEX, index)]).path()).unwrap();
         assert_eq!(found, NoiseSchedule::from_json(r#"{"_class_name": "LCMScheduler"}"#).unwrap());
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_are_a_class_conditional_models_alone() {
+    fn only_class_conditional_models_have_labels() {
         let dit = r#"{"_class_name": "DiTPipeline", "id2label": {"0": "tench"}}"#;
         let files = [(MODEL_INDEX, dit), ("transformer/config.json", r#"{"num_embeds_ada_norm": 7}"#)];
         let found = labels(model(&files).path()).unwrap().unwrap();

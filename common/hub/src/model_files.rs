@@ -1,4 +1,4 @@
-//! Which files of a model in diffusers' layout a job reads: these are fetched, and these decide its fingerprint.
+//! Which files of a model in diffusers layout a job reads. These files are fetched and determine its fingerprint.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -11,21 +11,21 @@ use crate::weight_files;
 /// The file that names a model's components.
 pub const MODEL_INDEX: &str = "model_index.json";
 
-/// Whether a name from outside is that of one file or directory: without anything that leads elsewhere.
+/// Whether an untrusted name is that of a single file or directory, without parts that lead elsewhere.
 pub fn is_plain_name(name: &str) -> bool {
     let leads_elsewhere = |c: char| matches!(c, '/' | '\\' | ':') || c.is_control();
     !name.is_empty() && !name.chars().all(|c| c == '.') && !name.contains(leads_elsewhere)
 }
 
-/// Whether a path from outside, with `/`, leads from a directory to what lies in it.
+/// Whether an untrusted path, with `/`, stays inside its directory.
 pub fn is_plain_path(path: &str) -> bool {
     path.split('/').all(is_plain_name)
 }
 
-/// The files that tell a contrastive model, which has no components: transformers' configuration and OpenCLIP's.
+/// The files that identify a contrastive model, which has no components: the configurations of transformers and OpenCLIP.
 pub const CONTRASTIVE: [&str; 2] = ["config.json", "open_clip_config.json"];
 
-/// The names that transformers and OpenCLIP give a contrastive model's weights.
+/// The names of a contrastive model's weights in transformers and OpenCLIP.
 const CONTRASTIVE_STEMS: [&str; 3] = ["model", "open_clip_model", "open_clip_pytorch_model"];
 
 /// Whether a directory holds a contrastive model rather than a diffusion model.
@@ -33,7 +33,7 @@ pub fn is_contrastive(root: &Path) -> bool {
     !root.join(MODEL_INDEX).is_file() && CONTRASTIVE.iter().any(|name| root.join(name).is_file())
 }
 
-/// Those of a contrastive model's `files` that are read, sorted.
+/// The `files` of a contrastive model that a job reads, sorted.
 pub fn needed_contrastive(files: &[String]) -> Vec<String> {
     let names: Vec<&str> = files.iter().filter(|file| !file.contains('/')).map(String::as_str).collect();
     let weights: Vec<&str> = CONTRASTIVE_STEMS.iter().flat_map(|stem| weight_files::files(&names, stem)).collect();
@@ -43,20 +43,20 @@ pub fn needed_contrastive(files: &[String]) -> Vec<String> {
     chosen
 }
 
-/// Whether a file is a configuration or part of a tokenizer.
+/// Whether a file is a configuration or a part of a tokenizer.
 fn is_text(name: &str) -> bool {
     let extension = Path::new(name).extension().unwrap_or_default();
     ["json", "txt", "model"].iter().any(|e| extension == *e) && !name.contains("safetensors.index.")
 }
 
-/// The names that diffusers and transformers give a component's weights.
+/// The names of a component's weights in diffusers and transformers.
 pub(crate) const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
 
-/// Components that no evaluation runs.
+/// Components that evaluations don't use.
 const UNUSED: [&str; 3] = ["safety_checker", "feature_extractor", "image_encoder"];
 
-/// The components that a `model_index.json` names: entries like `"unet": ["diffusers", "UNet2DConditionModel"]`. Each is a
-/// directory, so names that lead elsewhere are an error.
+/// The components that a `model_index.json` names, in entries like `"unet": ["diffusers", "UNet2DConditionModel"]`. Each is a
+/// directory, so a name that leads elsewhere is an error.
 pub fn components(model_index: &[u8]) -> Result<BTreeSet<String>, serde_json::Error> {
     let index: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(model_index)?;
     let present = |value: &serde_json::Value| value.get(1).is_some_and(|class| !class.is_null());
@@ -64,13 +64,13 @@ pub fn components(model_index: &[u8]) -> Result<BTreeSet<String>, serde_json::Er
     match names.iter().find(|name| !is_plain_name(name)) {
         None => Ok(names),
         Some(name) => Err(serde_json::Error::custom(format!(
-            "it names a component {name:?}, which could lie outside the model's directory: fetch the model from where you trust it"
+            "it names a component {name:?}, which could lie outside the model's directory: fetch the model from a source you trust"
         ))),
     }
 }
 
-/// Those of a model's `files` (paths with `/`) that are read, sorted: configurations, tokenizers, and each component's
-/// weights in one variant (see [`weight_files`]).
+/// The `files` of a model (paths with `/`) that a job reads, sorted: configurations, tokenizers, and one variant of each
+/// component's weights (see [`weight_files`]).
 pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
     let mut chosen: Vec<String> = files.iter().filter(|file| *file == MODEL_INDEX).cloned().collect();
     for component in components.iter().filter(|component| !UNUSED.contains(&component.as_str())) {
@@ -83,13 +83,13 @@ pub fn needed(files: &[String], components: &BTreeSet<String>) -> Vec<String> {
     chosen
 }
 
-/// The name of a file directly inside a component.
+/// The name of a file that is directly inside a component.
 fn plain_name<'a>(file: &'a str, component: &str) -> Option<&'a str> {
     let name = file.strip_prefix(component)?.strip_prefix('/')?;
     is_plain_name(name).then_some(name)
 }
 
-/// The needed files of a local model, relative to it; with the path that could not be read otherwise.
+/// The files of a local model that a job reads, relative to it. The error includes the path that could not be read.
 pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
     if is_contrastive(root) {
         let failed = |source| (root.to_owned(), source);
@@ -104,7 +104,7 @@ pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
     for component in &components {
         let directory = root.join(component);
         let failed = |source| (directory.clone(), source);
-        // A component that is missing is named when it is loaded, if it is loaded at all.
+        // A missing component is reported when it is loaded, if ever.
         let Ok(entries) = std::fs::read_dir(&directory) else { continue };
         for entry in entries {
             files.push(format!("{component}/{}", entry.map_err(failed)?.file_name().to_string_lossy()));
@@ -113,7 +113,7 @@ pub fn of_directory(root: &Path) -> Result<Vec<String>, (PathBuf, io::Error)> {
     Ok(needed(&files, &components))
 }
 
-/// What peft and diffusers call an adapter's file; pickles are named so that they can be refused by name.
+/// The names of adapter files in peft and diffusers. Pickles are listed so that they can be refused by name.
 const ADAPTERS: [&str; 4] =
     ["adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin", "pytorch_lora_weights.bin"];
 
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_lead_elsewhere_are_refused() {
+    fn names_that_leave_the_directory_are_refused() {
         for name in ["", ".", "..", "...", "a/b", "/a", "a\\b", "C:", "a\0", "a\nb"] {
             assert!(!is_plain_name(name), "{name:?}");
         }
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_read_is_chosen() {
+    fn only_files_that_are_read_are_chosen() {
         let found = chosen(&[
             "model_index.json",
             "README.md",
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_variant_is_chosen_where_nothing_else_is_there() {
+    fn a_variant_is_chosen_if_there_is_nothing_else() {
         let (fp32, bf16) = ("unet/diffusion_pytorch_model.fp32.safetensors", "text_encoder/model.bf16.safetensors");
         let found = chosen(&[fp32, bf16, "unet/diffusion_pytorch_model.non_ema.safetensors", "text_encoder/model.bin"]);
         assert_eq!(found, [bf16, fp32]);

@@ -1,26 +1,26 @@
-//! Which file holds a component's weights: they may come whole or in shards, and in variants (`model.fp16.safetensors`).
+//! Which file holds a component's weights. They may be in one file or in shards, and in variants (`model.fp16.safetensors`).
 //!
-//! The file without a variant is what diffusers loads unless told otherwise. Where there is none, the variants of the same
-//! weights in other precisions serve, the most precise first. Weights of training (`ema`, `non_ema`) are other
-//! weights: they are taken where nothing else is there to choose from.
+//! The file without a variant is diffusers' default. If it is missing, variants with the same weights in other precisions are
+//! used, the most precise first. Training weights (`ema`, `non_ema`) are different weights: they are used only if there is
+//! nothing else.
 
-/// Variants that differ in precision, from the one without a name on.
+/// Variants that differ in precision, starting with the one without a name.
 const PRECISIONS: [&str; 4] = ["", "fp32", "fp16", "bf16"];
 
-/// Variants that are weights of their own.
+/// Variants with different weights.
 const TRAINING: [&str; 2] = ["ema", "non_ema"];
 
 /// How a component's weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored<'a> {
-    /// In one file.
+    /// In a single file.
     Whole(&'a str),
-    /// In the shards that an index names.
+    /// In shards named by an index.
     Sharded(&'a str),
 }
 
-/// The file to load among the `names` in a directory, for weights called `stem`; none if there are no such weights. Fails
-/// with the variants that are there, where none of them is the one to take.
+/// The file to load among the `names` in a directory, for weights called `stem`; `None` if there are no such weights. If it is
+/// unclear which variant to load, the error holds the variants.
 pub fn stored<'a>(names: &[&'a str], stem: &str) -> Result<Option<Stored<'a>>, Vec<&'a str>> {
     let of = |variant: &str| of_variant(names, stem, variant);
     if let Some(found) = PRECISIONS.into_iter().find_map(of) {
@@ -35,14 +35,14 @@ pub fn stored<'a>(names: &[&'a str], stem: &str) -> Result<Option<Stored<'a>>, V
     }
 }
 
-/// The files of weights called `stem`, in the one variant that [`stored`] takes: with an index come its shards. Where none is
-/// to be taken they are all here, so that whoever loads them can say so.
+/// The files of weights called `stem`, in the one variant that [`stored`] picks, including the shards of an index. If it is
+/// unclear which variant to load, all are returned, so that the loader can report this.
 pub fn files<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
     match stored(names, stem) {
         Ok(None) => Vec::new(),
         Ok(Some(Stored::Whole(name))) => vec![name],
         Ok(Some(Stored::Sharded(index))) => {
-            // The index, which alone knows the shards' names, may not be here yet.
+            // The index names the shards, but may not be fetched yet.
             let variant = variant_of(index);
             let is_shard = |name: &&str| name.ends_with(".safetensors") && variant_of(name) == variant;
             names.iter().copied().filter(|name| is_shard(name) || *name == index).collect()
@@ -51,7 +51,7 @@ pub fn files<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
     }
 }
 
-/// The names of files that weights called `stem` may have, whichever variant.
+/// The possible file names of weights called `stem`, in all variants.
 pub fn usual_names(stem: &str) -> impl Iterator<Item = String> {
     PRECISIONS.into_iter().chain(TRAINING).map(move |variant| whole(stem, variant))
 }
@@ -66,12 +66,12 @@ fn of_variant<'a>(names: &[&'a str], stem: &str, variant: &str) -> Option<Stored
     if let Some(name) = find(&whole) {
         return Some(Stored::Whole(name));
     }
-    // diffusers and transformers put the variant before the last extension, others before the first.
+    // diffusers and transformers put the variant before the last extension; others put it before the first.
     let last = format!("{stem}.safetensors.index.{variant}.json");
     find(&format!("{whole}.index.json")).or_else(|| find(&last)).map(Stored::Sharded)
 }
 
-/// The variants without a file of the plain name, each by its file or index.
+/// The variants other than the plain file, each represented by its file or index.
 fn others<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
     let variant = |name: &&str| {
         let rest = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('.'));
@@ -80,12 +80,12 @@ fn others<'a>(names: &[&'a str], stem: &str) -> Vec<&'a str> {
     names.iter().copied().filter(|name| variant(name)).filter(|name| !is_numbered(name)).collect()
 }
 
-/// Whether a file is one shard of several: `model.fp16-00001-of-00002.safetensors`.
+/// Whether a file is one of several shards: `model.fp16-00001-of-00002.safetensors`.
 fn is_numbered(name: &str) -> bool {
     name.contains("-of-") && name.ends_with(".safetensors")
 }
 
-/// The known variant that a file's name carries; empty where it carries none.
+/// The known variant in a file's name; empty if there is none.
 fn variant_of(name: &str) -> &'static str {
     let carries = |variant: &&&str| {
         name.split('.')
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn weights_of_training_are_taken_where_they_are_alone() {
+    fn training_weights_are_used_only_if_there_is_nothing_else() {
         let (ema, other) = ("model.ema.safetensors", "model.non_ema.safetensors");
         for only in [ema, other] {
             assert_eq!(taken(&[only, "config.json"]), Ok(Some(Stored::Whole(only))));

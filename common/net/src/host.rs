@@ -1,8 +1,8 @@
-//! Which names an HTTP side answers to.
+//! Which host names an HTTP server answers to.
 //!
-//! A page that somebody has open in a browser can have its own name point to an address in here and read what answers
-//! there (DNS rebinding): the browser takes both for one site. It says the page's name in its requests, so that asking for
-//! a name that is known to be meant keeps such pages out.
+//! A web page in someone's browser can point its own name to an internal address and read the responses from there (DNS
+//! rebinding), because the browser takes both for one site. But the browser sends the page's name in its requests, so requiring
+//! a known name keeps such pages out.
 
 use std::net::IpAddr;
 
@@ -12,17 +12,17 @@ use axum::http::{StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-/// Names that are answered to, beside addresses and `localhost`.
+/// The names to answer to, in addition to addresses and `localhost`.
 #[derive(Clone, Debug, Default)]
 pub struct Hosts(Vec<String>);
 
 impl Hosts {
-    /// Answers to these names; the host's own should be among them.
+    /// Answers to these names, which should include the host's own.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         Self(names.into_iter().map(|name| plain(&name)).filter(|name| !name.is_empty()).collect())
     }
 
-    /// Whether what a client calls this process, like `host:7601`, is one of its names.
+    /// Whether the host a client asks for, like `host:7601`, is one of the names.
     fn admit(&self, authority: &str) -> bool {
         let Ok(authority) = authority.trim().parse::<Authority>() else { return false };
         let host = plain(authority.host());
@@ -31,12 +31,12 @@ impl Hosts {
     }
 }
 
-/// A name as it is compared.
+/// A name in the form used for comparison.
 fn plain(name: &str) -> String {
     name.trim().trim_end_matches('.').to_ascii_lowercase()
 }
 
-/// Refuses requests for another name. Browsers always say one; whoever says none is no browser.
+/// Refuses requests for other names. Browsers always send a name, so a request without one does not come from a browser.
 pub(crate) async fn check(State(hosts): State<Hosts>, request: Request, next: Next) -> Response {
     let named = request.headers().get_all(header::HOST).iter().map(|host| host.to_str().unwrap_or_default());
     let mut names = named.chain(request.uri().authority().map(Authority::as_str));
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_localhost_and_given_names_are_answered_to_and_nothing_else() {
+    fn only_addresses_localhost_and_given_names_are_answered_to() {
         let hosts = Hosts::new(["Node-1.Example.".to_owned(), String::new(), "elbo-coordinator".into()]);
         for name in [
             "10.0.0.7:7601",

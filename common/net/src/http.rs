@@ -1,7 +1,7 @@
-//! The HTTP side of a process, for probes, Prometheus and people. It only reads, and shows no secrets.
+//! The HTTP server of a process, for probes, Prometheus and people. It is read-only and shows no secrets.
 //!
-//! Alive and ready are two things: `/livez` says that this process answers, whatever storage, coordinator or workers do,
-//! since restarting it would mend none of them. `/readyz` says whether it does its work.
+//! Liveness and readiness differ. `/livez` says that this process responds, whatever the state of storage, coordinator or
+//! workers, since a restart would not fix those. `/readyz` says whether the process does its work.
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use axum::http::{HeaderName, StatusCode, header};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use maud::{DOCTYPE, Markup, PreEscaped, html};
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -19,9 +20,9 @@ use tokio_util::sync::CancellationToken;
 use crate::host::{self, Hosts};
 use crate::listen::{LimitedListener, Limits};
 
-/// What a process tells.
+/// What a process shows.
 pub trait Operations: Send + Sync {
-    /// Whether it does its work; else why not.
+    /// Whether it does its work; the error says why not.
     fn ready(&self) -> Result<(), String>;
     /// Its metrics in the OpenMetrics text format.
     fn metrics(&self) -> String;
@@ -31,8 +32,8 @@ pub trait Operations: Send + Sync {
     fn page(&self) -> String;
 }
 
-/// The place of a process's [`Operations`], which is empty while it starts. Where one job follows another, as a race its pilot,
-/// it holds the latest.
+/// A process's [`Operations`], empty while it starts. If one job follows another, as a race follows its pilot, it holds the
+/// latest.
 #[derive(Clone, Default)]
 pub struct Operator(Arc<RwLock<Option<Arc<dyn Operations>>>>);
 
@@ -43,12 +44,12 @@ impl std::fmt::Debug for Operator {
 }
 
 impl Operator {
-    /// The process has started, or goes on with something else, which is shown from here on.
+    /// Shows these operations from now on: the process has started, or continues with another job.
     pub fn started(&self, operations: Arc<dyn Operations>) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(operations);
     }
 
-    /// Answers on `listener`, to the names in `hosts`, until `stop`.
+    /// Serves on `listener`, for the names in `hosts`, until `stop`.
     pub async fn serve(self, listener: TcpListener, hosts: Hosts, stop: CancellationToken) -> std::io::Result<()> {
         let routes = Router::new()
             .route("/readyz", get(ready))
@@ -56,10 +57,10 @@ impl Operator {
             .route("/status", get(status))
             .route("/", get(page))
             .route_layer(from_fn_with_state(hosts, host::check))
-            // This tells nothing, and a probe that was refused would have the process killed.
+            // This route has no host check: it reveals nothing, and a refused probe would get the process killed.
             .route("/livez", get(async || "alive\n"))
             .with_state(self);
-        // Probes and scrapers come a few times a minute, and browsers keep no more than six connections.
+        // Probes and scrapers send a few requests a minute, and browsers open at most six connections.
         let limits = Limits { connections: 256, silence: Duration::from_secs(30), ..Limits::default() };
         let listener = LimitedListener::new(listener, limits);
         axum::serve(listener, routes).with_graceful_shutdown(async move { stop.cancelled().await }).await
@@ -82,7 +83,7 @@ async fn ready(State(operator): State<Operator>) -> Response {
     }
 }
 
-/// What browsers are told beside the content: it may run nothing, and is to be asked for anew.
+/// Headers for browsers: the page may run no scripts, and must not be cached.
 const STRICT: [(HeaderName, &str); 3] = [
     (header::CONTENT_SECURITY_POLICY, "default-src 'none'; style-src 'unsafe-inline'"),
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
@@ -106,43 +107,34 @@ async fn status(State(operator): State<Operator>) -> Response {
 async fn page(State(operator): State<Operator>) -> Response {
     let content = [(header::CONTENT_TYPE, "text/html; charset=utf-8")];
     match operator.get() {
-        None => {
-            (StatusCode::SERVICE_UNAVAILABLE, STRICT, content, document("starting", "<p>starting</p>")).into_response()
-        }
+        None => (StatusCode::SERVICE_UNAVAILABLE, STRICT, content, document("starting", html! { p { "starting" } }))
+            .into_response(),
         Some(operations) => (STRICT, content, operations.page()).into_response(),
     }
 }
 
-/// A page that is self-contained and renews itself; `body` is HTML, `title` is text.
-pub fn document(title: &str, body: &str) -> String {
-    format!(
-        "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><meta http-equiv=\"refresh\" content=\"5\">\
-         <meta name=\"viewport\" content=\"width=device-width\"><title>{}</title><style>{}</style>{body}</html>\n",
-        escape(title),
-        include_str!("page.css")
-    )
-}
-
-/// Text as it is written in HTML, in attributes too: what workers call themselves is theirs to choose.
-pub fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            c => escaped.push(c),
+/// A self-contained page that reloads itself.
+pub fn document(title: &str, body: Markup) -> String {
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta http-equiv="refresh" content="5";
+                meta name="viewport" content="width=device-width";
+                title { (title) }
+                style { (PreEscaped(include_str!("page.css"))) }
+            }
+            body { (body) }
         }
-    }
-    escaped
+    };
+    page.into_string()
 }
 
-/// A registry as text.
+/// Encodes a registry as text.
 pub fn encode(registry: &Registry) -> String {
     let mut text = String::new();
-    // Writing to a string does not fail.
+    // Writing to a string can't fail.
     let _ = prometheus_client::encoding::text::encode(&mut text, registry);
     text
 }
@@ -151,7 +143,7 @@ pub fn encode(registry: &Registry) -> String {
 mod tests {
     use super::*;
 
-    /// A job's operations, which tell its name.
+    /// Operations that show a job's name.
     struct Job(&'static str);
 
     impl Operations for Job {
@@ -173,9 +165,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_follows_is_shown_in_the_place_of_what_was_before() {
+    async fn later_operations_replace_earlier_ones() {
         let operator = Operator::default();
-        // Who serves has its own handle.
+        // The server has its own handle.
         let served = || State(operator.clone());
         assert_eq!(ready(served()).await.status(), StatusCode::SERVICE_UNAVAILABLE);
         for (job, code) in [("pilot", StatusCode::SERVICE_UNAVAILABLE), ("race", StatusCode::OK)] {

@@ -1,7 +1,7 @@
-//! Accepting connections from anybody: at most so many, and none that sit there without a word.
+//! Accepts connections from untrusted clients: a limited number, and none that stay silent.
 //!
-//! A gRPC client that is alive answers the server's pings, so bytes come from it several times a minute. Who sends none is
-//! cut off, whether in the middle of a TLS handshake, before the first request or after a thousand.
+//! A live gRPC client responds to the server's pings, so it sends bytes several times a minute. A client that sends nothing is
+//! disconnected, whether during the TLS handshake, before its first request or after a thousand.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,17 +20,17 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 
 use crate::rate_limited_log::RateLimitedLog;
 
-/// Length of the words every HTTP/2 connection begins with; a TLS handshake begins with more.
+/// Length of the preface of every HTTP/2 connection. A TLS handshake is longer.
 const GREETING_BYTES: u64 = 24;
 
-/// What is borne from those who connect.
+/// Limits on connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at a time; further ones are closed at once.
+    /// The most open connections; further ones are closed at once.
     pub connections: usize,
-    /// How long the first bytes may take.
+    /// The time limit for the first bytes.
     pub greeting: Duration,
-    /// How long nothing may come.
+    /// The longest time without any data.
     pub silence: Duration,
 }
 
@@ -55,7 +55,7 @@ pub struct LimitedListener {
     told: RateLimitedLog,
 }
 
-/// How many connections a [`LimitedListener`] has let in and turned away.
+/// Counts the connections that a [`LimitedListener`] has accepted and refused.
 #[derive(Clone, Debug)]
 pub struct Door {
     limit: usize,
@@ -63,19 +63,19 @@ pub struct Door {
 }
 
 impl Door {
-    /// Connections that are open.
+    /// The number of open connections.
     pub fn open(&self) -> u64 {
         (self.limit - self.counts.places.available_permits().min(self.limit)) as u64
     }
 
-    /// Connections that were turned away.
+    /// The number of refused connections.
     pub fn refused(&self) -> u64 {
         self.counts.refused.load(Ordering::Relaxed)
     }
 }
 
 impl LimitedListener {
-    /// Guards a listener.
+    /// Applies limits to a listener.
     pub fn new(listener: TcpListener, limits: Limits) -> Self {
         let places = Arc::new(Semaphore::new(limits.connections));
         Self {
@@ -86,18 +86,18 @@ impl LimitedListener {
         }
     }
 
-    /// Counts its connections.
+    /// The counter of its connections.
     pub fn door(&self) -> Door {
         Door { limit: self.limits.connections, counts: Arc::clone(&self.counts) }
     }
 
-    /// The next connection there is a place for.
+    /// The next connection within the limit.
     pub(crate) async fn next(&mut self) -> (Connection, SocketAddr) {
         loop {
             let (stream, peer) = match self.listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    // A peer that hung up already, or no file descriptor left: the next one may be luckier.
+                    // The peer has already disconnected, or no file descriptor is free. The next one may succeed.
                     tracing::warn!(%error, "accepting a connection failed");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
@@ -110,13 +110,13 @@ impl LimitedListener {
                 }
                 continue;
             };
-            // Small messages are answered at once; where the option can't be set they are just slower.
+            // Sends small messages at once. If the option can't be set, they are only slower.
             let _ = stream.set_nodelay(true);
             return (Connection::new(stream, self.limits, place, peer), peer);
         }
     }
 
-    /// The connections, for a gRPC server.
+    /// The accepted connections, for a gRPC server.
     pub fn incoming(self) -> impl Stream<Item = io::Result<Connection>> {
         futures::stream::unfold(self, |mut door| async move {
             let (connection, _) = door.next().await;
@@ -138,7 +138,7 @@ impl axum::serve::Listener for LimitedListener {
     }
 }
 
-/// A connection that ends when its peer is silent for too long.
+/// A connection that closes when its peer is silent for too long.
 #[derive(Debug)]
 pub struct Connection {
     stream: TcpStream,
@@ -158,7 +158,7 @@ impl Connection {
         Self { stream, limits, opened: now, heard: now, received: 0, alarm, peer, _place: place }
     }
 
-    /// When it ends, if nothing more comes.
+    /// When it closes if nothing more arrives.
     fn deadline(&self) -> Instant {
         let silence = self.heard + self.limits.silence;
         if self.received < GREETING_BYTES { silence.min(self.opened + self.limits.greeting) } else { silence }
@@ -174,7 +174,7 @@ impl AsyncRead for Connection {
             this.heard = Instant::now();
             return Poll::Ready(read);
         }
-        // The alarm is moved only when it goes off: most connections are read from far more often than that.
+        // The timer is moved only when it fires: most connections are read far more often than that.
         while this.alarm.as_mut().poll(cx).is_ready() {
             let deadline = this.deadline();
             if deadline <= Instant::now() {
@@ -228,7 +228,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
-    async fn silent_connections_end_and_there_is_room_again() {
+    async fn silent_connections_are_closed_and_make_room() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (greeting, silence) = (Duration::from_millis(200), Duration::from_millis(600));
@@ -243,7 +243,7 @@ mod tests {
         assert_eq!(cut.kind(), io::ErrorKind::TimedOut);
         drop(accepted);
         assert_eq!(door.open(), 0);
-        // Who has greeted may be silent for longer.
+        // After the greeting, longer silence is allowed.
         let mut polite = TcpStream::connect(address).await.unwrap();
         let mut accepted = incoming.next().await.unwrap().unwrap();
         polite.write_all(&[1; 24]).await.unwrap();
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_beyond_the_limit_are_turned_away() {
+    async fn connections_beyond_the_limit_are_refused() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let keeper = LimitedListener::new(listener, Limits { connections: 1, ..Limits::default() });

@@ -1,17 +1,17 @@
-//! Saying things at a bounded rate, however often somebody else makes them happen.
+//! Limits how often a message is logged, however often clients trigger it.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How often a message that anybody can cause is logged.
+/// The interval between logged messages that clients can trigger.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// Whether it is time to say something again.
+/// Whether a message is due to be logged again.
 #[derive(Debug, Default)]
 pub struct RateLimitedLog(Mutex<Option<Instant>>);
 
 impl RateLimitedLog {
-    /// `true` the first time, and then once in a few seconds.
+    /// Returns `true` the first time, and then once every few seconds.
     pub fn is_due(&self) -> bool {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let due = last.is_none_or(|last| last.elapsed() >= EVERY);

@@ -1,5 +1,5 @@
-//! What is made of files, and made again when they change: certificates end sooner than jobs, and whoever renews them
-//! replaces their files.
+//! A value that is built from files, and rebuilt when they change. Certificates expire before jobs end, and are renewed by
+//! replacing their files.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -8,13 +8,13 @@ use std::time::SystemTime;
 use crate::rate_limited_log::RateLimitedLog;
 use crate::tls_error::TlsError;
 
-/// What tells that a file is another than before: time, length, and the file itself, since Kubernetes exchanges a link.
+/// Identifies a version of a file: time, length, and the file itself, since Kubernetes replaces a link.
 type Stamp = Option<(Option<SystemTime>, u64, u64)>;
 
-/// Makes it of the files.
+/// Builds the value from the files.
 type Make<T> = Box<dyn Fn() -> Result<T, TlsError> + Send + Sync>;
 
-/// Something made of files.
+/// A value built from files.
 pub(crate) struct Renewed<T> {
     files: Vec<PathBuf>,
     make: Make<T>,
@@ -25,25 +25,25 @@ pub(crate) struct Renewed<T> {
 struct State<T> {
     current: T,
     stamps: Vec<Stamp>,
-    /// How often it was made again.
+    /// How often the value was rebuilt.
     generation: u64,
 }
 
 impl<T: Clone> Renewed<T> {
-    /// Makes it the first time.
+    /// Builds the value for the first time.
     pub(crate) fn new(
         files: Vec<PathBuf>,
         make: impl Fn() -> Result<T, TlsError> + Send + Sync + 'static,
     ) -> Result<Self, TlsError> {
-        // The stamps come first: a file that changes while it is read has another one the next time.
+        // The stamps are taken first, so that a file that changes while it is read is noticed next time.
         let stamps = files.iter().map(stamp).collect();
         let current = make()?;
         let state = Mutex::new(State { current, stamps, generation: 0 });
         Ok(Self { files, make: Box::new(make), state, told: RateLimitedLog::default() })
     }
 
-    /// What the files make now, and how often that has changed. Files that can't be used, as while they are being written,
-    /// leave what was made before.
+    /// The current value, and how often it has changed. If the files are invalid, for example while they are being written, the
+    /// previous value stays.
     pub(crate) fn current(&self) -> (T, u64) {
         let stamps: Vec<Stamp> = self.files.iter().map(stamp).collect();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_read_again_when_they_change_and_what_was_good_stays_until_they_are_good_again() {
+    fn files_are_read_again_when_they_change_and_invalid_ones_keep_the_previous_value() {
         let directory = tempfile::tempdir().unwrap();
         let (cert, key) = (directory.path().join("cert"), directory.path().join("key"));
         let write = |path: &PathBuf, text: &str| {

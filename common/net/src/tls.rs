@@ -1,4 +1,4 @@
-//! TLS from PEM files, which may be replaced at any time, and what is wrong with it in words.
+//! TLS from PEM files, which may be replaced at any time, and explanations of its failures.
 
 use std::io;
 use std::path::Path;
@@ -22,10 +22,10 @@ use crate::listen::{Connection, LimitedListener};
 use crate::renewed::Renewed;
 use crate::tls_error::TlsError;
 
-/// How long a handshake may take.
+/// The time limit for a handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// What is wrong between a client and the port it was sent to.
+/// A TLS problem between a client and a server's port.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TlsProblem {
     /// `https://` to a port without TLS.
@@ -34,7 +34,7 @@ pub enum TlsProblem {
     /// `http://` to a port with TLS.
     #[error("it speaks TLS: use https:// (and --tls-ca, if its certificate is not from a public authority)")]
     Encrypted,
-    /// The certificate is signed by somebody else.
+    /// Another authority signed the certificate.
     #[error("its certificate is not signed by {0}: give the certificate of the authority that signed it with --tls-ca")]
     Issuer(&'static str),
     /// The certificate is for another host.
@@ -42,19 +42,19 @@ pub enum TlsProblem {
         "its certificate is not for the name '{0}': use a name that is in the certificate, or have one made for this name"
     )]
     Name(String),
-    /// The certificate's time is over.
+    /// The certificate has expired.
     #[error("its certificate has expired: renew it (and check this machine's clock)")]
     Expired,
-    /// The certificate's time has not begun.
+    /// The certificate is not valid yet.
     #[error("its certificate is not valid yet: check this machine's clock")]
     Early,
-    /// The server wants to see a certificate.
+    /// The server requires a client certificate.
     #[error("it wants a certificate of this worker: give one with --tls-cert and --tls-key")]
     Anonymous,
-    /// The server does not like the client's certificate.
+    /// The server rejects the client's certificate.
     #[error("it does not accept this worker's certificate ({0}): give one that its --tls-client-ca has signed")]
     Unwelcome(String),
-    /// Something else.
+    /// Another error.
     #[error("TLS fails: {0}")]
     Other(String),
 }
@@ -67,7 +67,7 @@ fn read(flag: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
     std::fs::read(path).map_err(|source| TlsError::Read { flag, path: path.to_owned(), source })
 }
 
-/// The certificates of a PEM file, and the file.
+/// The certificates in a PEM file, and the file's content.
 fn certificates(flag: &'static str, path: &Path) -> Result<(Vec<CertificateDer<'static>>, Vec<u8>), TlsError> {
     let pem = read(flag, path)?;
     let broken = |reason: String| TlsError::Certificate { flag, path: path.to_owned(), reason };
@@ -79,7 +79,7 @@ fn certificates(flag: &'static str, path: &Path) -> Result<(Vec<CertificateDer<'
     Ok((found, pem))
 }
 
-/// Authorities, each of which must be usable.
+/// Authorities from a PEM file, all of which must be usable.
 fn authorities(flag: &'static str, path: &Path) -> Result<(RootCertStore, Vec<u8>), TlsError> {
     let (found, pem) = certificates(flag, path)?;
     let mut roots = RootCertStore::empty();
@@ -122,14 +122,14 @@ impl Own {
     }
 }
 
-/// What both ends speak over TLS.
+/// The protocol that both ends use over TLS.
 const ALPN: &[u8] = b"h2";
 
 fn setup(error: rustls::Error) -> TlsError {
     TlsError::Setup(error.to_string())
 }
 
-/// A server's side of TLS, which is read again when its files change. Its key is shown nowhere.
+/// The server's side of TLS. It is read again when its files change. Its key is never shown.
 #[derive(Clone)]
 pub struct ServerTls(Arc<Renewed<Arc<ServerConfig>>>);
 
@@ -140,7 +140,7 @@ impl std::fmt::Debug for ServerTls {
 }
 
 impl ServerTls {
-    /// A certificate with its key; with `client_ca`, only clients with a certificate of that authority are served.
+    /// Reads a certificate and its key. With `client_ca`, only clients with a certificate from that authority are served.
     pub fn read(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Self, TlsError> {
         let files = [Some(cert), Some(key), client_ca].into_iter().flatten().map(Path::to_owned).collect();
         let (cert, key, client_ca) = (cert.to_owned(), key.to_owned(), client_ca.map(Path::to_owned));
@@ -148,14 +148,14 @@ impl ServerTls {
         Ok(Self(Arc::new(Renewed::new(files, make)?)))
     }
 
-    /// The connections that come through the door, once TLS is agreed upon, for a gRPC server.
+    /// The connections accepted by `door` whose TLS handshake succeeds, for a gRPC server.
     pub fn incoming(self, door: LimitedListener) -> impl futures::Stream<Item = io::Result<TlsStream<Connection>>> {
         futures::stream::unfold((self, door, JoinSet::new()), |(tls, mut door, mut handshakes)| async move {
             loop {
                 tokio::select! {
                     (connection, peer) = door.next() => {
                         let tls = tls.clone();
-                        // One that is slow, or says nothing, holds up no other.
+                        // Each handshake has its own task, so a slow or silent client does not block others.
                         handshakes.spawn(async move { (tls.handshake(connection).await, peer) });
                     }
                     Some(ended) = handshakes.join_next() => match ended {
@@ -192,7 +192,7 @@ fn server_config(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Se
     Ok(config)
 }
 
-/// A client's side of TLS, which is read again when its files change. Its key is shown nowhere.
+/// The client's side of TLS. It is read again when its files change. Its key is never shown.
 #[derive(Clone)]
 pub struct ClientTls(Arc<Renewed<Client>>);
 
@@ -211,7 +211,8 @@ impl std::fmt::Debug for ClientTls {
 }
 
 impl ClientTls {
-    /// Trusts the authorities in `ca`, or the system's; shows the certificate of `own`, a certificate and its key.
+    /// Trusts the authorities in `ca`, or those of the system. Shows the certificate in `own`, which is a certificate and its
+    /// key.
     pub fn read(ca: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Self, TlsError> {
         let (cert, key) = own.unzip();
         let files = [ca, cert, key].into_iter().flatten().map(Path::to_owned).collect();
@@ -221,7 +222,7 @@ impl ClientTls {
         Ok(Self(Arc::new(Renewed::new(files, make)?)))
     }
 
-    /// As the gRPC client takes it, and a number that is another one once the files have changed.
+    /// The configuration for the gRPC client, and a number that changes when the files have changed.
     pub fn config(&self) -> (ClientTlsConfig, u64) {
         let (client, generation) = self.0.current();
         (client.tonic, generation)
@@ -286,26 +287,26 @@ impl Client {
     }
 }
 
-/// What an HTTP/2 client says first, settings included.
+/// The first bytes of an HTTP/2 client, including settings.
 const GREETING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-/// How a server took a greeting over TLS.
+/// A server's reaction to a greeting over TLS.
 enum Heard {
-    /// Nothing that can be told from no server at all.
+    /// No response, as if there were no server.
     Nothing,
     /// Not TLS.
     Plaintext,
-    /// TLS, with an error or without.
+    /// TLS, with or without an error.
     Tls(Option<rustls::Error>),
 }
 
-/// Finds out what is wrong between a client and a port that does not answer its calls. The client speaks `tls`, or none;
-/// `None` where TLS is not to blame.
+/// Finds out what is wrong between a client and a port that does not answer its calls. The client uses `tls`, or no TLS. `None`
+/// if TLS is not the cause.
 pub async fn diagnose(host: &str, port: u16, tls: Option<&ClientTls>) -> Option<TlsProblem> {
     let client = tls.map(|tls| tls.0.current().0);
     let config = match &client {
         Some(client) => Arc::clone(&client.rustls),
-        // Whatever certificate it shows, and whether that is trusted or not: it speaks TLS.
+        // The certificate does not matter: the question is only whether it speaks TLS.
         None => Arc::new(
             ClientConfig::builder_with_provider(provider())
                 .with_safe_default_protocol_versions()
@@ -333,7 +334,7 @@ async fn greet(host: &str, port: u16, config: Arc<ClientConfig>) -> Heard {
     let (Ok(name), Ok(stream)) = (ServerName::try_from(name), connecting) else { return Heard::Nothing };
     let outcome = async {
         let mut stream = TlsConnector::from(config).connect(name, stream).await?;
-        // With TLS 1.3 a server that misses the client's certificate says so only now.
+        // With TLS 1.3, a server that requires a client certificate reports it only now.
         answer(&mut stream).await
     };
     match outcome.await {
@@ -346,17 +347,17 @@ async fn greet(host: &str, port: u16, config: Arc<ClientConfig>) -> Heard {
     }
 }
 
-/// The first bytes a server answers to a greeting.
+/// The first bytes of a server's response to a greeting.
 async fn answer(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> std::io::Result<[u8; 9]> {
     let mut bytes = [0; 9];
-    // A server that has hung up may have said why before.
+    // A server that has hung up may have sent the reason before.
     let written = stream.write_all(GREETING).await;
     let flushed = stream.flush().await;
     stream.read_exact(&mut bytes).await?;
     written.and(flushed).map(|()| bytes)
 }
 
-/// Whether a port answers HTTP/2 without TLS: with settings, which are frames of type 4.
+/// Whether a port answers HTTP/2 without TLS: it sends settings, which are frames of type 4.
 async fn speaks_plainly(host: &str, port: u16) -> bool {
     let name = host.trim_start_matches('[').trim_end_matches(']');
     let Ok(mut stream) = TcpStream::connect((name, port)).await else { return false };

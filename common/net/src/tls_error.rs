@@ -1,28 +1,28 @@
-//! Why TLS can't be had from files.
+//! Errors in reading TLS files.
 
 use std::path::PathBuf;
 
-/// Files TLS can't be had from.
+/// A TLS file that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file can't be read.
     #[error("reading {}: {source}; give {flag} a PEM file this user may read", path.display())]
     Read {
-        /// The flag that names it.
+        /// The flag that names the file.
         flag: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
     /// A file holds no certificate.
     #[error("{} holds no usable certificate ({reason}): {flag} takes a PEM file with -----BEGIN CERTIFICATE-----", path.display())]
     Certificate {
-        /// The flag that names it.
+        /// The flag that names the file.
         flag: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// A file holds no key.
@@ -30,7 +30,7 @@ pub enum TlsError {
     Key {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// Certificate and key do not belong together.
@@ -41,10 +41,10 @@ pub enum TlsError {
         /// The key's file.
         key: PathBuf,
     },
-    /// The system has no roots.
+    /// The system has no root certificates.
     #[error("this system has no root certificates: give the coordinator's with --tls-ca")]
     NoRoots,
-    /// The library refused what these checks let through.
+    /// The TLS library refused files that passed these checks.
     #[error("TLS can't be set up: {0}")]
     Setup(String),
 }

@@ -12,17 +12,17 @@ use parquet::errors::ParquetError;
 
 use crate::predictions::text;
 
-/// The audited samples of a shard as Parquet, with `meta` as the file's key-value metadata.
+/// Encodes the audited samples of a shard as Parquet, with `meta` as the file's key-value metadata.
 pub fn encode(rows: &[Audited], meta: &[(String, String)]) -> Result<Bytes, TableError> {
     table::encode::<AuditTable>(rows, rows.len(), meta)
 }
 
-/// The audited samples of a Parquet file.
+/// Decodes the audited samples of a Parquet file.
 pub fn decode(bytes: Bytes) -> Result<Vec<Audited>, TableError> {
     table::decode::<AuditTable>(bytes)
 }
 
-/// The audited samples of a shard.
+/// The table of a shard's audited samples.
 #[derive(Debug)]
 pub(crate) struct AuditTable;
 
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_come_back() {
+    fn rows_survive_parquet() {
         let row = |id, label: Option<&str>, class, reference| Audited {
             sample: SampleId(id),
             key: format!("{id}.png"),

@@ -1,4 +1,4 @@
-//! Where things lie under `--out`. These paths are a contract: other programs read them.
+//! The files under `--out`. These paths are a contract: other programs read them.
 
 use object_store::path::Path;
 
@@ -7,33 +7,33 @@ pub use elbo_store::preflight::DIRECTORY as PREFLIGHT;
 
 use elbo_core::ids::ShardId;
 
-/// Spec, fingerprint, versions, totals and timings.
+/// The specification, fingerprint, versions, totals and timings.
 pub const JOB: &str = "job.json";
 /// Directory of the predictions.
 pub const PREDICTIONS: &str = "predictions";
-/// Directory of single evaluations' errors (`--write-errors`).
+/// Directory of the errors of every evaluation (`--write-errors`).
 pub const ERRORS: &str = "errors";
 /// Directory of audited samples (`--audit`).
 pub const AUDIT: &str = "audit";
-/// Directory of the job that goes before a race and learns where to look (`--pilot`).
+/// Directory of the pilot, the job that runs before a race and learns its timesteps (`--pilot`).
 pub const PILOT: &str = "pilot";
-/// What it learned, as `--timesteps-from` takes it.
+/// The timesteps it learned, in the form that `--timesteps-from` takes.
 pub const PILOT_TIMESTEPS: &str = "pilot/timesteps.json";
-/// What it tried.
+/// All windows it tried.
 pub const PILOT_FINDINGS: &str = "pilot/findings.json";
 /// Directory of quarantined samples.
 pub const QUARANTINE: &str = "quarantine";
 /// Directory of the ledger.
 pub const LEDGER: &str = "ledger";
 
-/// Where the file of a shard lies.
+/// The path of a shard's file.
 pub type OfShard = fn(ShardId) -> Path;
 
-/// The directories with a file for every shard, and where that lies.
+/// The directories with one file per shard, and the path of that file.
 pub const TABLES: [(&str, OfShard); 4] =
     [(PREDICTIONS, predictions), (ERRORS, errors), (AUDIT, audit), (QUARANTINE, quarantine)];
 
-/// The directories of a job's own files.
+/// The directories that a job writes its own files to.
 pub const WRITTEN: [&str; 5] = [PREDICTIONS, ERRORS, AUDIT, QUARANTINE, MANIFEST];
 
 /// The predictions of a shard.

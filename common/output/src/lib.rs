@@ -1,5 +1,5 @@
-//! A job's output: its [`layout`], `job.json` ([`record`]), [`predictions`] and [`audit`]s as Parquet, reading all of it back
-//! ([`Output`]), and what is made of it: [`verify`], [`report`], [`export`].
+//! A job's output: its [`layout`], `job.json` ([`record`]), and its [`predictions`] and [`audit`]s as Parquet. [`Output`] reads
+//! all of it back; [`verify`], [`report`] and [`export`] use it.
 
 pub mod audit;
 pub mod export;

@@ -1,7 +1,7 @@
-//! Reading what a job wrote, shard by shard in order, in memory that does not grow with the job.
+//! Reads a job's output shard by shard in order, in memory that does not grow with the job.
 //!
-//! Files are opened a few at a time, since an object store takes longer to answer than to send; of each, only the columns
-//! that are looked at are fetched.
+//! Several files are opened at a time, because an object store takes longer to respond than to send. Only the needed columns of
+//! each file are fetched.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::audit::AuditTable;
 use crate::layout;
 use crate::predictions::{ErrorRow, Errors, Judgement, Named, Predictions, Quarantine, Quarantined, Tally};
 
-/// Files that are opened side by side.
+/// Files that are opened concurrently.
 const OPENED: usize = 4;
 
 /// An output that can't be read.
@@ -34,12 +34,12 @@ pub enum OutputError {
     /// The manifest can't be read.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// A file is not what it should be.
+    /// A file has the wrong content.
     #[error("{path}: {source}")]
     File {
         /// The file.
         path: Path,
-        /// What is wrong.
+        /// The error.
         source: TableError,
     },
     /// The store can't be read.
@@ -59,7 +59,7 @@ impl Output {
         Self { store: store.clone() }
     }
 
-    /// How many predictions files there are.
+    /// The number of prediction files.
     pub async fn shards(&self) -> Result<u64, OutputError> {
         Ok(self.files(layout::PREDICTIONS).await?.len() as u64)
     }
@@ -74,28 +74,41 @@ impl Output {
         self.all::<Named>()
     }
 
-    /// Every row but for its scores.
+    /// Every row without its scores.
     pub fn judgements(&self) -> impl Stream<Item = Result<Judgement, OutputError>> + Send {
         self.all::<Judgement>()
     }
 
     /// Every row.
+    ///
+    /// ```no_run
+    /// # async fn read() -> Result<(), Box<dyn std::error::Error>> {
+    /// use elbo_output::Output;
+    /// use elbo_store::{Location, Store};
+    /// use futures::TryStreamExt;
+    ///
+    /// let output = Output::new(&Store::open(&Location::parse("labels/")?)?);
+    /// let mut rows = std::pin::pin!(output.predictions());
+    /// while let Some(row) = rows.try_next().await? {
+    ///     println!("{}: {:?}", row.key, row.labelled().map(|labelled| &labelled.class_name));
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn predictions(&self) -> impl Stream<Item = Result<Prediction, OutputError>> + Send {
         self.all::<Predictions>()
     }
 
-    /// Every audited sample, where a job audits.
+    /// Every audited sample, if the job audits.
     pub fn audited(&self) -> impl Stream<Item = Result<Audited, OutputError>> + Send {
         self.all_in::<AuditTable>(layout::AUDIT)
     }
 
-    /// Every single error, where the job writes them.
+    /// The error of every evaluation, if the job writes them.
     pub fn errors(&self) -> impl Stream<Item = Result<ErrorRow, OutputError>> + Send {
         self.all_in::<Errors>(layout::ERRORS)
     }
 
-    /// Every sample of the manifest, with its prediction if there is one yet; for jobs whose samples bring what their scores
-    /// are about.
+    /// Every sample of the manifest, with its prediction if there is one yet. For jobs whose samples have their own captions.
     pub fn samples_and_predictions(
         &self,
         manifest: Manifest,
@@ -122,7 +135,7 @@ impl Output {
         futures::stream::iter(shards).map(of_shard).buffered(OPENED).try_flatten()
     }
 
-    /// Every prediction of a job, with the classes it chose from: the job's, or the captions of the sample.
+    /// Every prediction of a job, with the classes it chose from: the job's classes, or the sample's captions.
     pub async fn predictions_and_classes(
         &self,
         spec: &JobSpec,
@@ -140,7 +153,7 @@ impl Output {
         Ok(rows.boxed())
     }
 
-    /// The predictions at a path, some at a time; none where there is no such file.
+    /// The predictions at a path, in batches; `None` if there is no such file.
     pub(crate) async fn predictions_at(
         &self,
         path: Path,
@@ -148,7 +161,7 @@ impl Output {
         self.rows::<Predictions>(path).await
     }
 
-    /// The quarantined samples at a path; none where there is no such file.
+    /// The quarantined samples at a path; `None` if there is no such file.
     pub(crate) async fn quarantine_at(&self, path: Path) -> Result<Option<Vec<Quarantined>>, OutputError> {
         match self.rows::<Quarantine>(path).await? {
             Some(rows) => rows.try_concat().await.map(Some),
@@ -156,7 +169,7 @@ impl Output {
         }
     }
 
-    /// The rows of all predictions files.
+    /// The rows of all prediction files.
     fn all<V: View<Row: Send> + Send + 'static>(
         &self,
     ) -> impl Stream<Item = Result<V::Row, OutputError>> + Send + use<V> {
@@ -182,7 +195,7 @@ impl Output {
         futures::stream::once(listed).try_flatten().map_ok(items).try_flatten()
     }
 
-    /// The rows at a path, some at a time; none where there is no such file.
+    /// The rows at a path, in batches; `None` if there is no such file.
     pub(crate) async fn rows<V: View<Row: Send> + Send + 'static>(
         &self,
         path: Path,
@@ -203,14 +216,14 @@ impl Output {
         Ok(rows.map_err(move |error| unread(&path, error)))
     }
 
-    /// The files of a directory in the order of their shards.
+    /// The files of a directory, in the order of their shards.
     async fn files(&self, directory: &str) -> Result<Vec<ObjectMeta>, OutputError> {
         let directory = Path::from(directory);
         let listed = self.store.inner().list(Some(&directory)).try_collect::<Vec<_>>().await;
         let mut files =
             listed.map_err(|source| StoreError::Object { action: "listing", path: directory.to_string(), source })?;
         files.retain(|file| file.location.extension() == Some("parquet"));
-        // Beyond 99999 shards the numbers, and so the names, grow longer.
+        // Beyond shard 99999 the numbers have more digits, so the order of names is not that of the shards.
         files.sort_by_key(|file| (file.location.as_ref().len(), file.location.clone()));
         Ok(files)
     }

@@ -1,7 +1,7 @@
-//! What a job says of every sample, as Parquet: predictions, single errors, quarantine.
+//! The results of a job as Parquet: predictions, the errors of every evaluation, and quarantined samples.
 //!
-//! The columns are a contract with other programs. Columns that every row has are required; the fields nested in `scores`
-//! are declared nullable, as pyarrow itself declares them, since some readers refuse to cast a required nested field.
+//! The columns are a contract with other programs. Columns that every row has are required. The fields nested in `scores` are
+//! declared nullable, as pyarrow itself does, because some readers refuse to cast a required nested field.
 
 use std::sync::Arc;
 
@@ -14,17 +14,19 @@ use arrow_schema::{DataType, Field, Fields, Schema};
 use bytes::Bytes;
 use parquet::errors::ParquetError;
 
+use elbo_core::failure::{FailureStage, UnknownStage};
 use elbo_core::ids::{ClassIndex, PromptIndex, Round, SampleId};
 use elbo_core::prediction::{Labelled, Outcome, Prediction, Score, Uncertain};
 use elbo_store::table::{self, Columns, Table, TableError};
 
 mod view;
 
-pub use view::{BEST, Judgement, Named, Tally, Verdict};
+pub use view::{BEST, BestClass, Judgement, Named, Tally};
 
 use view::Status;
 
-/// Rows in a row group of the errors table, and scores in one of the predictions: a reader holds some tens of megabytes.
+/// Rows per row group of the errors table, and scores per row group of the predictions, so that a reader holds some tens of
+/// megabytes.
 const ITEMS_PER_GROUP: usize = 1 << 20;
 
 /// The error of one evaluation (`--write-errors`).
@@ -40,7 +42,7 @@ pub struct ErrorRow {
     pub timestep: u32,
     /// The noise index.
     pub noise: u32,
-    /// The error, by the job's loss.
+    /// The error under the job's loss.
     pub error: f32,
 }
 
@@ -51,46 +53,46 @@ pub struct Quarantined {
     pub sample: SampleId,
     /// Its path relative to the source.
     pub key: String,
-    /// What was being done: `read`, `decode`, `preprocess`, `encode`, `evaluate`.
-    pub stage: String,
-    /// What went wrong.
+    /// The stage at which it failed.
+    pub stage: FailureStage,
+    /// The error message.
     pub error: String,
-    /// How often it was tried.
+    /// How many times it was tried.
     pub attempts: u32,
 }
 
-/// The predictions of a shard as Parquet, with `meta` as the file's key-value metadata. Usually one row group.
+/// Encodes the predictions of a shard as Parquet, with `meta` as the file's key-value metadata. Usually one row group.
 pub fn encode_predictions(rows: &[Prediction], meta: &[(String, String)]) -> Result<Bytes, TableError> {
     let scores = rows.iter().map(|row| row.scores().len()).max().unwrap_or_default();
     table::encode::<Predictions>(rows, rows.len().min(ITEMS_PER_GROUP / scores.max(1)), meta)
 }
 
-/// The predictions of a Parquet file.
+/// Decodes the predictions of a Parquet file.
 pub fn decode_predictions(bytes: Bytes) -> Result<Vec<Prediction>, TableError> {
     table::decode::<Predictions>(bytes)
 }
 
-/// Single evaluations' errors as Parquet, with `meta` as the file's key-value metadata.
+/// Encodes the errors of evaluations as Parquet, with `meta` as the file's key-value metadata.
 pub fn encode_errors(rows: &[ErrorRow], meta: &[(String, String)]) -> Result<Bytes, TableError> {
     table::encode::<Errors>(rows, ITEMS_PER_GROUP, meta)
 }
 
-/// The single errors of a Parquet file.
+/// Decodes the errors of a Parquet file.
 pub fn decode_errors(bytes: Bytes) -> Result<Vec<ErrorRow>, TableError> {
     table::decode::<Errors>(bytes)
 }
 
-/// Quarantined samples as Parquet, with `meta` as the file's key-value metadata.
+/// Encodes quarantined samples as Parquet, with `meta` as the file's key-value metadata.
 pub fn encode_quarantine(rows: &[Quarantined], meta: &[(String, String)]) -> Result<Bytes, TableError> {
     table::encode::<Quarantine>(rows, rows.len(), meta)
 }
 
-/// The quarantined samples of a Parquet file.
+/// Decodes the quarantined samples of a Parquet file.
 pub fn decode_quarantine(bytes: Bytes) -> Result<Vec<Quarantined>, TableError> {
     table::decode::<Quarantine>(bytes)
 }
 
-/// The predictions of a shard.
+/// The table of a shard's predictions.
 #[derive(Debug)]
 pub(crate) struct Predictions;
 
@@ -192,7 +194,7 @@ fn score_fields() -> Fields {
     ])
 }
 
-/// The list's item; `element` is the name the Parquet specification gives it.
+/// The item of the list; `element` is its name in the Parquet specification.
 fn score_item() -> Field {
     Field::new_struct("element", score_fields(), true)
 }
@@ -235,7 +237,7 @@ fn read_scores(columns: &Columns<'_>, list: &ArrayRef) -> Result<Vec<Score>, Tab
     Ok((0..scores.len()).map(score).collect())
 }
 
-/// The single errors of a shard.
+/// The table of a shard's errors.
 #[derive(Debug)]
 pub(crate) struct Errors;
 
@@ -285,7 +287,7 @@ impl Table for Errors {
     }
 }
 
-/// The quarantined samples of a shard.
+/// The table of a shard's quarantined samples.
 #[derive(Debug)]
 pub(crate) struct Quarantine;
 
@@ -308,7 +310,7 @@ impl Table for Quarantine {
         Ok(vec![
             Arc::new(UInt64Array::from_iter_values(rows.iter().map(|r| r.sample.0))),
             Arc::new(StringArray::from_iter_values(rows.iter().map(|r| &r.key))),
-            Arc::new(StringArray::from_iter_values(rows.iter().map(|r| &r.stage))),
+            Arc::new(StringArray::from_iter_values(rows.iter().map(|r| r.stage.name()))),
             Arc::new(StringArray::from_iter_values(rows.iter().map(|r| &r.error))),
             Arc::new(UInt32Array::from_iter_values(rows.iter().map(|r| r.attempts))),
         ])
@@ -320,13 +322,16 @@ impl Table for Quarantine {
         let stage: &StringArray = columns.required("stage")?;
         let error: &StringArray = columns.required("error")?;
         let attempts: &UInt32Array = columns.required("attempts")?;
-        rows.extend((0..columns.rows()).map(|i| Quarantined {
-            sample: SampleId(sample.value(i)),
-            key: key.value(i).to_owned(),
-            stage: stage.value(i).to_owned(),
-            error: error.value(i).to_owned(),
-            attempts: attempts.value(i),
-        }));
+        for i in 0..columns.rows() {
+            let wrong = |error: UnknownStage| TableError::Rows { table: Self::NAME, problem: error.to_string() };
+            rows.push(Quarantined {
+                sample: SampleId(sample.value(i)),
+                key: key.value(i).to_owned(),
+                stage: stage.value(i).parse().map_err(wrong)?,
+                error: error.value(i).to_owned(),
+                attempts: attempts.value(i),
+            });
+        }
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! `job.json`: what a job is and how far it got, for people and for the next start.
+//! `job.json`: the job and its progress, for people and for the next start.
 
 use bytes::Bytes;
 use elbo_core::calibration::Confidence;
@@ -10,20 +10,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::layout;
 
-/// The key of every file's metadata with the fingerprint of its job.
+/// The metadata key, in every file, for the fingerprint of its job.
 pub const FINGERPRINT: &str = "elbo.fingerprint";
 
 /// Whether all shards are committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
-    /// Some work is left.
+    /// Some shards are not committed yet.
     Unfinished,
-    /// Every sample is in predictions or quarantine.
+    /// Every sample has a prediction or is quarantined.
     Done,
 }
 
-/// Versions of what wrote the output.
+/// The versions that wrote the output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
     /// `elbo` itself.
@@ -32,37 +32,37 @@ pub struct Versions {
     pub protocol: u32,
 }
 
-/// What a done job amounts to.
+/// Totals of a done job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
     /// Samples in the manifest.
     pub samples: u64,
-    /// Samples given up.
+    /// Quarantined samples.
     pub quarantined: u64,
-    /// Evaluations the predictions rest on, and those of audits.
+    /// Evaluations behind the predictions, plus those of audits.
     pub evaluations: u64,
-    /// Evaluations computed again though their results had been acknowledged.
+    /// Evaluations that were computed again although their results had been acknowledged.
     pub evaluations_recomputed: u64,
-    /// Evaluations computed by two workers at once: backups of slow ones, and leases of workers that seemed dead.
+    /// Evaluations computed by two workers: backups of slow workers, and leases of workers that seemed dead.
     #[serde(default)]
     pub evaluations_duplicated: u64,
 }
 
-/// How long it took.
+/// How long a job took.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Timings {
-    /// How many coordinators worked on the job, one after the other.
+    /// How many coordinators worked on the job, one after another.
     pub starts: u64,
-    /// Wall time of the last of them, in seconds. How long one ran that was killed is nowhere written down.
+    /// Wall time of the last coordinator, in seconds. The time of a coordinator that was killed is not recorded.
     pub seconds: f64,
 }
 
 /// The content of `job.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JobRecord {
-    /// How far the job got.
+    /// Whether the job is done.
     pub state: JobState,
-    /// Hash of specification, model files and manifest.
+    /// Hash of the specification, model files and manifest.
     pub fingerprint: String,
     /// The specification and the hashes of the files it names.
     #[serde(flatten)]
@@ -75,31 +75,31 @@ pub struct JobRecord {
     pub totals: Option<Totals>,
     /// Timings of a done job.
     pub timings: Option<Timings>,
-    /// What the confidence of a done job's predictions rests on; none where there was nothing to fit it to.
+    /// The calibration of a done job; `None` if there was nothing to fit it to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confidence: Option<Confidence>,
 }
 
-/// A `job.json` that can't be used.
+/// An invalid `job.json`.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// Reading or writing failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// Its content is not a job's.
+    /// Its content is not valid.
     #[error(
         "{location}/job.json can't be understood ({source}): it was written by another version of elbo or damaged; use another --out, or start over with --fresh"
     )]
     Format {
         /// The output's location.
         location: String,
-        /// What is wrong.
+        /// The reason.
         source: serde_json::Error,
     },
 }
 
 impl JobRecord {
-    /// Reads an output's `job.json`; `None` where there is none.
+    /// Reads an output's `job.json`; `None` if there is none.
     pub async fn read(out: &Store) -> Result<Option<Self>, RecordError> {
         let Some(bytes) = out.read(&Path::from(layout::JOB)).await? else { return Ok(None) };
         serde_json::from_slice(&bytes)
@@ -107,7 +107,7 @@ impl JobRecord {
             .map_err(|source| RecordError::Format { location: out.location().to_string(), source })
     }
 
-    /// The content of an output's `job.json`, and where it lies.
+    /// The path and content of an output's `job.json`.
     pub fn file(&self, out: &Store) -> Result<(Path, Bytes), RecordError> {
         let json = serde_json::to_vec_pretty(self)
             .map_err(|source| RecordError::Format { location: out.location().to_string(), source })?;
@@ -127,7 +127,7 @@ mod tests {
     use elbo_data::{Account, Reason};
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn a_record_is_read_back_as_written() {
         let spec = JobSpec {
             images: "/images".into(),
             lora: vec![],
@@ -184,7 +184,7 @@ mod tests {
         let json = serde_json::to_string(&record).unwrap();
         assert_eq!(serde_json::from_str::<JobRecord>(&json).unwrap(), record);
 
-        // What is not there has its default, and a default is not written down.
+        // Absent fields have their default, and defaults are not written.
         let older = json.replace(r#""prompt_ensemble":"mean","#, "");
         let older: JobRecord = serde_json::from_str(&older).unwrap();
         assert_eq!(older.identity.spec.prompt_ensemble, PromptEnsemble::Max);

@@ -1,4 +1,4 @@
-//! Errors that a job has written (`--write-errors`), as policies are replayed on them.
+//! Errors that a job has written (`--write-errors`), in the form that policies are replayed on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
@@ -10,8 +10,8 @@ use futures::TryStreamExt;
 
 use crate::{Output, OutputError};
 
-/// Reads the errors of an output in which samples were scored with so many prompts, and whose samples those are. Of a prompt
-/// that was not scored on every slot there is none; samples without any prompt that was are left out.
+/// Reads the errors of an output whose job has this many prompts, and the samples they belong to. Prompts that were not scored
+/// on every slot are left empty; samples without a complete prompt are left out.
 pub async fn read(output: &Output, prompts: usize) -> Result<(Vec<SampleId>, Scored), OutputError> {
     let mut errors: BTreeMap<SampleId, BTreeMap<Slot, Vec<f32>>> = BTreeMap::new();
     let mut rows = pin!(output.errors());

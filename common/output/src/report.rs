@@ -1,7 +1,7 @@
-//! What a job amounts to: accuracy where the dataset brings labels, and which samples deserve a look.
+//! The report of a job: accuracy if the dataset has labels, and the samples that deserve a look.
 //!
-//! A report is a function of the predictions, and of the manifest where samples bring their own captions; they are added one by
-//! one and none is kept, so it can be made of any number of them.
+//! A report is computed from the predictions, and from the manifest if samples have their own captions. Predictions are added
+//! one by one and not kept, so their number is not limited by memory.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,7 +16,7 @@ use elbo_core::sample::Sample;
 use elbo_data::Account;
 use serde::Serialize;
 
-use crate::predictions::{BEST, Judgement, Verdict};
+use crate::predictions::{BEST, BestClass, Judgement};
 use crate::record::{Timings, Totals};
 
 mod confidence;
@@ -26,48 +26,48 @@ mod reasons;
 mod text;
 
 pub use confusion::Confusion;
-pub use pairs::{PairScores, Share};
+pub use pairs::{PairScores, Proportion};
 pub use reasons::Reasons;
 
 use pairs::Pairs;
 
-/// Samples with the closest decisions that are kept.
+/// How many samples with the closest decisions are kept.
 const CLOSEST_SHOWN: usize = 10;
 
-/// A job's results in figures. Serialises to what `elbo report --json` prints; what is skipped is for people.
+/// A job's results in figures. Serialised as the output of `elbo report --json`; skipped fields are only displayed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
     /// Samples with a row.
     pub samples: u64,
     /// Samples with a prediction (status `ok`).
     pub labelled: u64,
-    /// Samples whose best class is less sure than the job asks for (status `uncertain`).
+    /// Samples whose confidence is lower than the job requires (status `uncertain`).
     pub uncertain: u64,
     /// Samples that could not be scored.
     pub quarantined: u64,
-    /// Those of them that are in no file yet, since their shards are not finished.
+    /// Those of them that are in no file yet, because their shards are not finished.
     #[serde(skip_serializing_if = "is_zero")]
     pub quarantined_unwritten: u64,
-    /// What the listing saw and did not take.
+    /// Files that the listing passed over.
     #[serde(skip_serializing_if = "Account::is_empty")]
     pub passed_over: Account,
-    /// Accuracy over the samples with a prediction and a label that is a class; none where there are none.
+    /// Accuracy over the samples with a prediction and a label that is a class; `None` if there are no such samples.
     pub accuracy: Option<Accuracy>,
-    /// Evaluations the predictions rest on.
+    /// Evaluations behind the predictions.
     pub evaluations: u64,
-    /// Evaluations computed again though their results had been acknowledged.
+    /// Evaluations that were computed again although their results had been acknowledged.
     pub evaluations_recomputed: u64,
-    /// Evaluations computed by two workers at once.
+    /// Evaluations computed by two workers.
     pub evaluations_duplicated: u64,
-    /// What the confidence of a done job's predictions rests on, and how good it is.
+    /// The calibration of a done job and how good it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub confidence: Option<Confidence>,
-    /// What a comparison with the reference policy found, where samples were audited.
+    /// The comparison with the reference policy, if samples were audited.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub audit: Option<AuditReport>,
-    /// How the prompts of a class make its score.
+    /// How a class's score follows from its prompts.
     pub prompt_ensemble: PromptEnsemble,
-    /// Text, image and group score, where images with their own captions come in pairs.
+    /// Text, image and group score, if images with their own captions come in pairs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pairs: Option<PairScores>,
     /// True classes against predicted ones.
@@ -79,7 +79,7 @@ pub struct Report {
     /// Why samples were quarantined.
     #[serde(skip)]
     pub reasons: Reasons,
-    /// How long the job took, once it is done.
+    /// How long the job took, if it is done.
     #[serde(skip)]
     pub timings: Option<Timings>,
 }
@@ -88,18 +88,18 @@ fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-/// Shares of right predictions, in [0, 1].
+/// Shares of correct predictions, in [0, 1].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Accuracy {
     /// The label's class is predicted.
     pub top1: f64,
-    /// The label's class is among the five best scores; none where the job kept fewer than five (`--top-k`).
+    /// The label's class is among the five best scores; `None` if the job kept fewer than five (`--top-k`).
     pub top5: Option<f64>,
-    /// `top1` of each class that occurs as a label, averaged over these classes.
+    /// The mean of `top1` over the classes that occur as labels.
     pub mean_per_class: f64,
 }
 
-/// A sample whose two best classes are close.
+/// A sample whose two best classes have close scores.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Close {
     /// Its path relative to the source.
@@ -108,17 +108,17 @@ pub struct Close {
     pub label: Option<String>,
     /// The best class.
     pub class_name: String,
-    /// The mean error of the second-best class less that of the best.
+    /// The second-best class's mean error minus the best one's.
     pub margin: f32,
 }
 
-/// A report in the making.
+/// Builds a [`Report`].
 #[derive(Clone, Debug, Default)]
 pub struct ReportBuilder {
     classes: Classes,
     prompt_ensemble: PromptEnsemble,
     top_k: Option<u32>,
-    /// What labels mean: looking a name up among a thousand classes takes long for a million samples.
+    /// The class of each label seen: searching a name among a thousand classes is slow for a million samples.
     meanings: HashMap<String, Option<ClassIndex>>,
     pairs: Pairs,
     labelled: u64,
@@ -134,8 +134,8 @@ pub struct ReportBuilder {
 }
 
 impl ReportBuilder {
-    /// A report of predictions among `classes`, none of which are given where every sample brings its own captions; of the
-    /// scores a job may have kept the best `top_k`.
+    /// A report on predictions among `classes`, which are empty if every sample has its own captions. `top_k` is the number of
+    /// scores that the job kept.
     pub fn new(classes: &Classes, prompt_ensemble: PromptEnsemble, top_k: Option<u32>) -> Self {
         Self {
             classes: classes.clone(),
@@ -147,7 +147,7 @@ impl ReportBuilder {
         }
     }
 
-    /// Takes a prediction in.
+    /// Adds a prediction.
     pub fn add(&mut self, row: &Judgement) {
         let truth = row.label.as_ref().and_then(|label| match self.meanings.get(label) {
             Some(meaning) => *meaning,
@@ -156,8 +156,7 @@ impl ReportBuilder {
         self.count(row, truth, None);
     }
 
-    /// Takes in a sample with its own captions, and its prediction if there is one yet. A class is a position among the
-    /// captions.
+    /// Adds a sample with its own captions, and its prediction if there is one yet. A class is a position among the captions.
     pub fn add_captioned(&mut self, sample: &Sample, prediction: Option<&Prediction>) {
         if let Some(prediction) = prediction {
             let captions = Classes::of_captions(&sample.candidates);
@@ -167,53 +166,53 @@ impl ReportBuilder {
         self.pairs.add(sample, prediction);
     }
 
-    /// Takes in a quarantined sample whose row is not written yet.
+    /// Adds a quarantined sample whose row is not written yet.
     pub fn add_unwritten(&mut self, key: &str, error: &str) {
         self.quarantined += 1;
         self.unwritten += 1;
         self.reasons.add(key, error);
     }
 
-    /// Takes an audited sample in.
+    /// Adds an audited sample.
     pub fn add_audited(&mut self, row: &Audited) {
         self.audit.add(row);
     }
 
-    /// Counts a sample among classes of its own, or the job's.
+    /// Counts a sample. Its classes are its `own`, or else the job's.
     fn count(&mut self, row: &Judgement, truth: Option<ClassIndex>, own: Option<&Classes>) {
         self.evaluations += u64::from(row.evaluations);
-        let verdict = match &row.verdict {
-            Ok(verdict) => verdict,
+        let best_class = match &row.best_class {
+            Ok(best_class) => best_class,
             Err(error) => {
                 self.quarantined += 1;
                 self.reasons.add(&row.key, error);
                 return;
             }
         };
-        if !verdict.is_sure {
+        if !best_class.is_sure {
             self.uncertain += 1;
         } else {
             self.labelled += 1;
             if let Some(truth) = truth {
-                self.confusion.add(truth, verdict.class);
-                self.top5 += u64::from(verdict.best.contains(&truth));
+                self.confusion.add(truth, best_class.class);
+                self.top5 += u64::from(best_class.best.contains(&truth));
             }
         }
-        self.keep_if_close(row, verdict, own);
+        self.keep_if_close(row, best_class, own);
     }
 
-    /// Keeps the sample if its margin is among the smallest so far; equal margins stay in order.
-    fn keep_if_close(&mut self, row: &Judgement, verdict: &Verdict, own: Option<&Classes>) {
-        let Some(margin) = verdict.margin else { return };
+    /// Keeps the sample if its margin is among the smallest so far. Samples with equal margins stay in order.
+    fn keep_if_close(&mut self, row: &Judgement, best_class: &BestClass, own: Option<&Classes>) {
+        let Some(margin) = best_class.margin else { return };
         let at = self.closest.partition_point(|other| other.margin.total_cmp(&margin).is_le());
         if at < CLOSEST_SHOWN {
-            let class_name = own.unwrap_or(&self.classes).name(verdict.class).to_owned();
+            let class_name = own.unwrap_or(&self.classes).name(best_class.class).to_owned();
             self.closest.insert(at, Close { key: row.key.clone(), label: row.label.clone(), class_name, margin });
             self.closest.truncate(CLOSEST_SHOWN);
         }
     }
 
-    /// The report of a job, with what its record says of one that is done.
+    /// The report of a job, with the totals, timings and confidence from its record if it is done.
     pub fn finish(self, totals: Option<Totals>, timings: Option<Timings>, confidence: Option<Confidence>) -> Report {
         let judged = self.confusion.total();
         let kept = self.top_k.map_or(usize::MAX, |k| k as usize);
@@ -247,7 +246,7 @@ impl ReportBuilder {
 }
 
 impl Report {
-    /// What the job took, in all and for an image.
+    /// Writes the cost of the job, in total and per image.
     fn cost(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} evaluations", self.evaluations)?;
         let scored = self.labelled + self.uncertain;
@@ -262,7 +261,7 @@ impl Report {
                 let samples = self.samples as f64;
                 writeln!(f, "{seconds:.1} s, {:.3} s an image ({:.1} images/s)", seconds / samples, samples / seconds)
             }
-            // Of a coordinator that was killed nobody wrote down the time.
+            // The time of a coordinator that was killed is not recorded.
             Some(Timings { starts, seconds }) if starts > 1 => {
                 writeln!(f, "{seconds:.1} s in the last of {starts} runs; how long the others took is not recorded")
             }
@@ -284,7 +283,7 @@ impl Report {
         if self.confusion.is_nameless() { Ok(()) } else { write!(f, "\n{}", self.confusion) }
     }
 
-    /// Why samples are quarantined, and what to do about it.
+    /// Writes why samples are quarantined, and the remedy.
     fn quarantine(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "\n{}", self.reasons)?;
         if self.quarantined_unwritten > 0 {
@@ -294,8 +293,8 @@ impl Report {
                 self.quarantined_unwritten
             )?;
         }
-        writeln!(f, "the same command with --retry-quarantined tries them again, once the cause is")?;
-        writeln!(f, "mended; with a higher --max-bad more of them are borne")
+        writeln!(f, "once the cause is fixed, the same command with --retry-quarantined tries them")?;
+        writeln!(f, "again; a higher --max-bad allows more of them")
     }
 
     fn closest(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -349,7 +348,7 @@ mod tests {
 
     const NAMES: [&str; 7] = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"];
 
-    /// A prediction whose classes are ranked as given.
+    /// A prediction whose classes are ranked in the given order.
     fn prediction(id: u64, label: Option<&str>, ranked: &[i32], margin: f32) -> Prediction {
         let score =
             |&class| Score { class: ClassIndex(class), mean_error: 0.1, std_error: None, n: 1, round: Round(0) };
@@ -385,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn accuracy_counts_what_has_a_prediction_and_a_known_label() {
+    fn accuracy_counts_samples_with_a_prediction_and_a_known_label() {
         let report = report(
             &[
                 prediction(0, Some("ant"), &[0, 1, 2, 3, 4, 5, 6], 0.5),
@@ -442,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_quarantined_and_not_written_yet_counts_with_its_reason() {
+    fn unwritten_quarantined_samples_count_with_their_reason() {
         let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, None);
         builder.add(&(&bad(0, "read: gone")).into());
         builder.add_unwritten("1.png", "read: gone");
@@ -459,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn a_top_five_that_was_not_kept_is_unknown_and_not_low() {
+    fn top_five_accuracy_is_unknown_if_fewer_scores_were_kept() {
         let of = |top_k, ranked: &[i32]| {
             let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, top_k);
             builder.add(&(&prediction(0, Some("ant"), ranked, 0.5)).into());
@@ -469,7 +468,7 @@ mod tests {
         assert_eq!(serde_json::to_value(&cut).unwrap()["accuracy"]["top5"], serde_json::Value::Null);
         assert!(cut.to_string().contains("top 5               -   (--top-k"), "{cut}");
         assert_eq!(of(Some(5), &[1, 2, 3, 4, 0]).accuracy.unwrap().top5, Some(1.0));
-        // Of two classes the best two are all.
+        // With two classes, the best two are all of them.
         let two = Classes::parse("ant\nbee", &[]).unwrap();
         let mut builder = ReportBuilder::new(&two, PromptEnsemble::Max, Some(2));
         builder.add(&(&prediction(0, Some("ant"), &[1, 0], 0.5)).into());
@@ -477,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn time_is_told_for_an_image_where_it_is_known() {
+    fn time_per_image_is_shown_if_it_is_known() {
         let of = |starts| {
             let mut builder = ReportBuilder::new(&classes(), PromptEnsemble::Max, None);
             (0..4).for_each(|i| builder.add(&(&prediction(i, None, &[0, 1], 0.5)).into()));

@@ -1,9 +1,9 @@
-//! Checking an output: is every sample of the manifest predicted exactly once, by its own shard's file, and is every file as
-//! it was written?
+//! Checks an output: is every sample of the manifest predicted exactly once, in its own shard's file, and is every file as it
+//! was written?
 //!
-//! Only what is written is read, a shard at a time: neither model nor images are needed, so an output can be checked anywhere,
-//! long after its job. The ledger knows what every file must hash to; without it, the files are checked against what they say
-//! of themselves.
+//! Only the output is read, a shard at a time. The model and the images are not needed, so an output can be checked anywhere,
+//! long after its job. The ledger holds the checksum of every file; without it, the files are checked against their own
+//! checksums.
 
 mod file;
 
@@ -28,14 +28,14 @@ use crate::predictions::Quarantined;
 use crate::record::{JobRecord, JobState};
 use crate::{Output, OutputError};
 
-/// Problems spelled out; the rest is counted.
+/// The most problems listed; the rest are counted.
 const PROBLEMS_SHOWN: usize = 100;
-/// Damaged shards that are named.
+/// The most damaged shards that are named.
 const SHARDS_SHOWN: usize = 100;
-/// Shards that are read side by side.
+/// Shards that are read concurrently.
 const SHARDS: usize = 4;
 
-/// What was found. Serialises to what `elbo verify --json` prints.
+/// The result. Serialised as the output of `elbo verify --json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Verification {
     /// Whether the output is complete and consistent.
@@ -52,45 +52,45 @@ pub struct Verification {
     pub duplicated: u64,
     /// The job's fingerprint.
     pub fingerprint: String,
-    /// What is wrong, for people; the first hundred.
+    /// The first hundred problems, for display.
     #[serde(skip)]
     pub problems: Vec<String>,
-    /// The shards with something wrong, which can be computed again.
+    /// The shards with problems, which can be computed again.
     #[serde(skip)]
     pub shards: BTreeSet<ShardId>,
 }
 
-/// The files of committed shards, as the ledger knows them.
+/// The files of committed shards, according to the ledger.
 pub type Marks = BTreeMap<ShardId, Vec<Checksum>>;
 
-/// What an output must be like.
+/// What an output must satisfy.
 #[derive(Clone, Debug, Default)]
 pub struct Expected {
     /// The job's fingerprint.
     pub fingerprint: String,
-    /// Whether single errors are written.
+    /// Whether the errors of evaluations are written.
     pub errors: bool,
     /// Whether samples are audited.
     pub audit: bool,
-    /// How sure predictions are, once that is known.
+    /// The calibration of the predictions, if it is known.
     pub confidence: Option<Confident>,
-    /// What committed files hash to; none where the ledger can't be asked.
+    /// The checksums of committed files; `None` if the ledger is not available.
     pub marks: Option<Marks>,
 }
 
-/// What the confidence of predictions follows from.
+/// What determines the confidence of predictions.
 #[derive(Clone, Debug)]
 pub struct Confident {
-    /// From errors to confidence.
+    /// Turns errors into confidence.
     pub calibration: Calibration,
-    /// What less sure samples are not given a class for.
+    /// Samples with a lower confidence get no class.
     pub abstain_below: Option<f64>,
     /// The job's classes.
     pub classes: Classes,
 }
 
 impl Expected {
-    /// What the output of a job must be like.
+    /// The expectations for the output of a job.
     pub fn of(record: &JobRecord, marks: Option<Marks>) -> Self {
         let spec = &record.identity.spec;
         let confidence = record.confidence.as_ref().filter(|_| record.state == JobState::Done);
@@ -122,18 +122,18 @@ impl std::fmt::Display for Verification {
         if self.ok {
             return Ok(());
         }
-        writeln!(f, "run the job again with the same --out: what is missing is computed")?;
+        writeln!(f, "run the job again with the same --out to compute what is missing")?;
         let shards: Vec<_> = self.shards.iter().take(SHARDS_SHOWN).map(ToString::to_string).collect();
         let more = if self.shards.len() > SHARDS_SHOWN { " (and more)" } else { "" };
         if !shards.is_empty() {
-            writeln!(f, "what is damaged is computed again with --recompute {}{more}", shards.join(","))?;
+            writeln!(f, "to compute damaged shards again, add --recompute {}{more}", shards.join(","))?;
         }
         Ok(())
     }
 }
 
-/// Checks the files of `out` against its manifest, and against what is `expected` of them. Every column is decoded, so that
-/// damage shows wherever it is, but never more of a file than some hundred rows are in memory.
+/// Checks the files of `out` against its manifest and against `expected`. Every column is decoded, so that damage shows
+/// wherever it is, but only a few hundred rows of a file are in memory at a time.
 pub async fn verify(out: &Store, manifest: &Manifest, expected: &Expected) -> Result<Verification, OutputError> {
     let output = &Output::new(out);
     let mut check = Check::new(manifest.len());
@@ -150,14 +150,14 @@ pub async fn verify(out: &Store, manifest: &Manifest, expected: &Expected) -> Re
     Ok(check.finish(expected.fingerprint.clone()))
 }
 
-/// What is checked of a prediction.
+/// The checked parts of a prediction.
 #[derive(Debug)]
 struct Checked {
     sample: SampleId,
     key: String,
     label: Option<String>,
     quarantined: bool,
-    /// Whether it is as sure as it must be.
+    /// Whether its confidence is the expected one.
     is_sure: bool,
 }
 
@@ -172,12 +172,35 @@ impl Checked {
     }
 }
 
-/// What there is of a shard.
+/// The content of a file.
+#[derive(Debug)]
+enum Content<Row> {
+    Missing,
+    Sound(Vec<Row>),
+    Damaged(String),
+}
+
+impl<Row> Content<Row> {
+    fn of(read: Result<Option<Vec<Row>>, OutputError>) -> Result<Self, OutputError> {
+        match read {
+            Ok(Some(rows)) => Ok(Self::Sound(rows)),
+            Ok(None) => Ok(Self::Missing),
+            Err(error) => damage(error).map(Self::Damaged),
+        }
+    }
+}
+
+/// The problem of a file that can't be read. A failure of the store is an error, not a finding.
+fn damage(error: OutputError) -> Result<String, OutputError> {
+    if let OutputError::File { .. } = error { Ok(error.to_string()) } else { Err(error) }
+}
+
+/// The content of a shard's files.
 #[derive(Debug)]
 struct Found {
-    predictions: Result<Option<Vec<Checked>>, String>,
-    quarantine: Result<Vec<Quarantined>, String>,
-    /// What is wrong with whole files.
+    predictions: Content<Checked>,
+    quarantine: Content<Quarantined>,
+    /// Problems with whole files.
     files: Vec<String>,
 }
 
@@ -193,16 +216,15 @@ impl Found {
         let mut files = file::problems(output, out, expected, shard, &own).await?;
         let path = layout::predictions(shard);
         let predictions = match files.remove(&path) {
-            Some(problem) => Err(problem),
-            None => damage(checked(output, path, samples, expected).await)?,
+            Some(problem) => Content::Damaged(problem),
+            None => Content::of(checked(output, path, samples, expected).await)?,
         };
         let path = layout::quarantine(shard);
         let quarantine = match files.remove(&path) {
-            Some(problem) => Err(problem),
-            None => damage(output.quarantine_at(path).await)?,
+            Some(problem) => Content::Damaged(problem),
+            None => Content::of(output.quarantine_at(path).await)?,
         };
-        let (quarantine, files) = (quarantine.map(Option::unwrap_or_default), files.into_values().collect());
-        Ok(Self { predictions, quarantine, files })
+        Ok(Self { predictions, quarantine, files: files.into_values().collect() })
     }
 }
 
@@ -225,18 +247,9 @@ async fn checked(
     Ok(Some(rows))
 }
 
-/// A file that is wrong is a finding; a store that fails is none.
-fn damage<T>(read: Result<T, OutputError>) -> Result<Result<T, String>, OutputError> {
-    match read {
-        Ok(found) => Ok(Ok(found)),
-        Err(error @ OutputError::File { .. }) => Ok(Err(error.to_string())),
-        Err(error) => Err(error),
-    }
-}
-
-/// Counts of everything seen so far.
+/// Counts and problems so far.
 struct Check {
-    /// Rows per sample; two means two or more.
+    /// Rows per sample; 2 means two or more.
     seen: Vec<u8>,
     predictions: u64,
     quarantined: u64,
@@ -258,7 +271,7 @@ impl Check {
         }
     }
 
-    /// How many problems there are so far.
+    /// The number of problems so far.
     fn count(&self) -> usize {
         self.problems.len() + self.unspoken
     }
@@ -267,40 +280,42 @@ impl Check {
         if self.problems.len() < PROBLEMS_SHOWN { self.problems.push(problem) } else { self.unspoken += 1 }
     }
 
+    /// The rows of a file, if it can be read.
+    fn rows<Row>(&mut self, content: Content<Row>) -> Vec<Row> {
+        match content {
+            Content::Sound(rows) => rows,
+            Content::Missing => Vec::new(),
+            Content::Damaged(problem) => {
+                self.problem(problem);
+                Vec::new()
+            }
+        }
+    }
+
     fn shard(&mut self, shard: ShardId, samples: &[Sample], found: Found) {
         let before = self.count();
         let (predictions, quarantine) = (layout::predictions(shard), layout::quarantine(shard));
         found.files.into_iter().for_each(|problem| self.problem(problem));
-        let mut is_missing = false;
-        let rows = match found.predictions {
-            Ok(Some(rows)) => rows,
-            Ok(None) => {
-                is_missing = true;
-                self.problem(format!("{predictions} does not exist ({} samples)", samples.len()));
-                Vec::new()
-            }
-            Err(problem) => {
-                self.problem(problem);
-                Vec::new()
-            }
-        };
-        let quarantined = found.quarantine.unwrap_or_else(|problem| {
-            self.problem(problem);
-            Vec::new()
-        });
+        let is_missing = matches!(found.predictions, Content::Missing);
+        if is_missing {
+            self.problem(format!("{predictions} does not exist ({} samples)", samples.len()));
+        }
+        let (rows, quarantined) = (self.rows(found.predictions), self.rows(found.quarantine));
         self.predictions(&predictions, samples, &rows);
         self.quarantine(&quarantine, &rows, &quarantined);
         let unsure = rows.iter().filter(|row| !row.is_sure).count();
         if unsure > 0 {
-            self.problem(format!("{predictions}: {unsure} rows have another confidence than the job found out"));
+            self.problem(format!(
+                "{predictions}: {unsure} rows have another confidence than the job's calibration gives"
+            ));
         }
-        // What is missing is computed anyway.
+        // Missing shards are computed again anyway.
         if self.count() > before && !is_missing {
             self.shards.insert(shard);
         }
     }
 
-    /// Counts the rows of one predictions file and compares them with the samples it should hold.
+    /// Counts the rows of a predictions file and compares them with the shard's samples.
     fn predictions(&mut self, path: &Path, samples: &[Sample], rows: &[Checked]) {
         let own: BTreeMap<_, _> = samples.iter().map(|sample| (sample.id, sample)).collect();
         for row in rows {
@@ -326,7 +341,7 @@ impl Check {
         }
     }
 
-    /// Compares the rows with status quarantined with the quarantine file of the same shard.
+    /// Compares the quarantined rows with the quarantine file of the same shard.
     fn quarantine(&mut self, path: &Path, rows: &[Checked], quarantined: &[Quarantined]) {
         let mut predicted: BTreeMap<_, _> =
             rows.iter().filter(|row| row.quarantined).map(|row| (row.sample, &row.key)).collect();
@@ -346,7 +361,7 @@ impl Check {
         }
     }
 
-    /// Files that belong to no shard: their rows count, since every reader of the directory sees them.
+    /// Checks files that belong to no shard. Their rows count, since every reader of the directory sees them.
     async fn strays(&mut self, output: &Output, out: &Store, shards: u32) -> Result<(), OutputError> {
         for (directory, of) in layout::TABLES {
             let expected: BTreeSet<_> = (0..shards).map(|shard| of(ShardId(shard))).collect();
@@ -354,10 +369,9 @@ impl Check {
             for path in found.into_iter().filter(|p| p.extension() == Some("parquet") && !expected.contains(p)) {
                 self.problem(format!("{path} belongs to no shard of the manifest"));
                 if directory == layout::PREDICTIONS {
-                    match damage(checked(output, path.clone(), &[], &Expected::default()).await)? {
-                        Ok(rows) => self.predictions(&path, &[], &rows.unwrap_or_default()),
-                        Err(problem) => self.problem(problem),
-                    }
+                    let content = checked(output, path.clone(), &[], &Expected::default()).await;
+                    let rows = self.rows(Content::of(content)?);
+                    self.predictions(&path, &[], &rows);
                 }
             }
         }

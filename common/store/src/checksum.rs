@@ -1,7 +1,7 @@
-//! Hashes by which damage to a file shows, wherever in it a bit has changed.
+//! Hashes that detect damage to a file: any changed bit shows.
 //!
-//! The ledger keeps a [`Checksum`] of every file of a committed shard. Every table also holds one of its own rows
-//! ([`DATA`]), so that a file can be checked where there is no ledger; that one says nothing of the footer, which it is in.
+//! The ledger keeps a [`Checksum`] of every file of a committed shard. Every table also holds a hash of its own rows
+//! ([`DATA`]), so that a file can be checked without the ledger. That hash is stored in the footer and does not cover it.
 
 use futures::StreamExt;
 use object_store::ObjectStoreExt;
@@ -9,13 +9,13 @@ use object_store::path::Path;
 
 use crate::{Store, StoreError, retry};
 
-/// The key of a table's metadata with the BLAKE3 hash of all bytes before its footer, and how many these are.
+/// The metadata key of a table's own checksum: the BLAKE3 hash of all bytes before its footer, and their number.
 pub const DATA: &str = "elbo.checksum";
 
-/// A file as it was written.
+/// The checksum of a file as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checksum {
-    /// Where it lies in the output.
+    /// Its path in the output.
     pub path: Path,
     /// Its size in bytes.
     pub size: u64,
@@ -24,28 +24,28 @@ pub struct Checksum {
 }
 
 impl Checksum {
-    /// The checksum of a file with these bytes.
+    /// The checksum of a file with this content.
     pub fn of(path: &Path, bytes: &[u8]) -> Self {
         Self { path: path.clone(), size: bytes.len() as u64, hash: blake3::hash(bytes).into() }
     }
 
-    /// The checksum of the file that is there; `None` where there is none.
+    /// The checksum of a stored file; `None` if it does not exist.
     pub async fn read(out: &Store, path: &Path) -> Result<Option<Self>, StoreError> {
         Ok(Hashed::read(out, path, None).await?.map(|hashed| hashed.whole))
     }
 }
 
-/// The hashes of a file's bytes.
+/// The hashes of a file's content.
 #[derive(Debug)]
 pub struct Hashed {
-    /// Of all of them.
+    /// The checksum of the whole file.
     pub whole: Checksum,
-    /// Of those before its footer, if it was asked for.
+    /// The hash of the bytes before its footer, if requested.
     data: Option<blake3::Hash>,
 }
 
 impl Hashed {
-    /// Reads a file, piece by piece, and hashes it; also what its table says are the bytes before the footer.
+    /// Reads a file piece by piece and hashes it. With `data`, also hashes the bytes that it covers, those before the footer.
     pub async fn read(out: &Store, path: &Path, data: Option<&Data>) -> Result<Option<Self>, StoreError> {
         let store = out.inner();
         let hash = || async {
@@ -71,13 +71,13 @@ impl Hashed {
         }
     }
 
-    /// Whether the bytes before the footer are those that were written.
+    /// Whether the bytes before the footer match `data`.
     pub fn has(&self, data: &Data) -> bool {
         self.data.is_some_and(|hash| hash.to_hex().as_str() == data.hash)
     }
 }
 
-/// What a table says of its bytes before the footer.
+/// A table's own checksum of the bytes before its footer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Data {
     hash: String,
@@ -85,18 +85,18 @@ pub struct Data {
 }
 
 impl Data {
-    /// What is said of these bytes.
+    /// The checksum of these bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self { hash: blake3::hash(bytes).to_hex().to_string(), bytes: bytes.len() as u64 }
     }
 
-    /// The reverse of its display; `None` where it can't be understood.
+    /// The reverse of its display; `None` if the text is invalid.
     pub fn parse(text: &str) -> Option<Self> {
         let (hash, bytes) = text.strip_prefix("blake3:")?.split_once(':')?;
         Some(Self { hash: hash.to_owned(), bytes: bytes.parse().ok()? })
     }
 
-    /// Whether a file's bytes are as it says.
+    /// Whether a file's bytes match it.
     pub fn is_of(&self, file: &[u8]) -> bool {
         usize::try_from(self.bytes).ok().and_then(|bytes| file.get(..bytes)).is_some_and(|data| Self::of(data) == *self)
     }

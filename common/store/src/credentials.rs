@@ -1,24 +1,24 @@
 //! Where credentials and endpoints come from: environment variables first, then the AWS command line's files.
 //!
-//! [`object_store`] knows the variables `AWS_*`, `AZURE_*` and `GOOGLE_*`. Added here are profiles in `~/.aws`, Azure's
-//! connection string, and the names of variables that Azure's command line uses.
+//! [`object_store`] knows the variables `AWS_*`, `AZURE_*` and `GOOGLE_*`. This module adds profiles in `~/.aws`, Azure's
+//! connection string, and the variable names that Azure's command line uses.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use configparser::ini::{Ini, IniDefault};
 
-/// Settings by the lowercase names [`object_store`] gives them.
+/// Settings, by their lowercase names in [`object_store`].
 pub(super) type Settings = Vec<(String, String)>;
 
-/// The environment variables that speak of storage.
+/// The environment variables that configure storage.
 #[derive(Clone, Default)]
 pub(super) struct Environment(BTreeMap<String, String>);
 
 impl Environment {
-    /// This process's.
+    /// The environment of this process.
     pub(super) fn of_process() -> Self {
-        // Not `vars`, which panics where a variable is not Unicode.
+        // Not `vars`, which panics if a variable is not Unicode.
         let pairs = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         Self(pairs.filter(|(_, value)| !value.is_empty()).collect())
     }
@@ -28,7 +28,7 @@ impl Environment {
         Self(pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())
     }
 
-    /// A variable that is set, and not to nothing.
+    /// The value of a variable; `None` if it is unset or empty.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
@@ -37,7 +37,7 @@ impl Environment {
         names.iter().any(|name| self.0.contains_key(*name))
     }
 
-    /// The variables that begin with a prefix, in lowercase.
+    /// The variables that start with a prefix, in lowercase.
     fn starting_with(&self, prefix: &str) -> Settings {
         let ours = self.0.iter().filter(|(name, _)| name.starts_with(prefix));
         ours.map(|(name, value)| (name.to_ascii_lowercase(), value.clone())).collect()
@@ -55,9 +55,9 @@ pub(super) fn google(environment: &Environment) -> Settings {
     settings
 }
 
-/// The settings of Azure Blob Storage; an error says what is wrong with the connection string.
+/// The settings of Azure Blob Storage; the error says what is wrong with the connection string.
 pub(super) fn azure(environment: &Environment) -> Result<Settings, String> {
-    // What is set twice is taken from the end of the list, so the plainest names come last.
+    // Of duplicate settings the last one wins, so the plainest names come last.
     let mut settings = match environment.get("AZURE_STORAGE_CONNECTION_STRING") {
         Some(text) => connection_string(text)?,
         None => Settings::new(),
@@ -74,11 +74,11 @@ pub(super) fn azure(environment: &Environment) -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// Reads `AccountName=...;AccountKey=...`, as the portal gives it.
+/// Parses `AccountName=...;AccountKey=...`, as shown in the portal.
 fn connection_string(text: &str) -> Result<Settings, String> {
     let mut parts = BTreeMap::new();
     for part in text.split(';').map(str::trim).filter(|part| !part.is_empty()) {
-        // The text itself is secret: no part of it may be in the error.
+        // The text is secret, so the error must not contain any of it.
         let (name, value) = part.split_once('=').ok_or(
             "AZURE_STORAGE_CONNECTION_STRING is not a list of NAME=VALUE; copy it from the storage account's access keys",
         )?;
@@ -102,7 +102,7 @@ fn connection_string(text: &str) -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// Variables that bring credentials of their own, so that the files' are not asked for.
+/// Variables that supply credentials themselves. If one is set, those in the files are not used.
 const AWS_CREDENTIALS: [&str; 6] = [
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -112,7 +112,7 @@ const AWS_CREDENTIALS: [&str; 6] = [
     "AWS_SKIP_SIGNATURE",
 ];
 
-/// The settings of S3; an error says what is wrong with the profile.
+/// The settings of S3; the error says what is wrong with the profile.
 pub(super) fn s3(environment: &Environment) -> Result<Settings, String> {
     let mut settings = Settings::new();
     let profile = Profile::read(environment)?;
@@ -133,7 +133,7 @@ pub(super) fn s3(environment: &Environment) -> Result<Settings, String> {
     Ok(settings)
 }
 
-/// A profile of the AWS command line: what `credentials` and `config` say under its name.
+/// A profile of the AWS command line: its settings in `credentials` and `config`.
 struct Profile {
     name: String,
     keys: BTreeMap<String, Option<String>>,
@@ -145,7 +145,7 @@ impl Profile {
         let name = chosen.unwrap_or("default").to_owned();
         let mut found = false;
         let mut keys = BTreeMap::new();
-        // `credentials` wins over `config`.
+        // `credentials` takes precedence over `config`.
         for (variable, usual, section) in [
             ("AWS_CONFIG_FILE", "config", if name == "default" { name.clone() } else { format!("profile {name}") }),
             ("AWS_SHARED_CREDENTIALS_FILE", "credentials", name.clone()),
@@ -158,7 +158,7 @@ impl Profile {
                 Err(e) => return Err(format!("reading {}: {e}", path.display())),
             };
             let sections = parse(&text).map_err(|line| {
-                format!("{} is no file of AWS profiles: line {line} can't be understood", path.display())
+                format!("{} is not a file of AWS profiles: line {line} can't be parsed", path.display())
             })?;
             if let Some(section) = sections.get(&section) {
                 found = true;
@@ -177,7 +177,7 @@ impl Profile {
         self.keys.get(key).cloned().flatten().filter(|value| !value.is_empty())
     }
 
-    /// Refuses a profile whose keys have to be got from somewhere by the AWS command line.
+    /// Refuses a profile whose keys the AWS command line has to fetch first.
     fn check_kind(&self) -> Result<(), String> {
         if self.get("aws_access_key_id").is_some() {
             return Ok(());
@@ -186,7 +186,7 @@ impl Profile {
             ["sso_session", "sso_start_url", "credential_process", "role_arn", "credential_source", "login_session"];
         match fetched.iter().find(|key| self.get(key).is_some()) {
             Some(key) => Err(format!(
-                "the AWS profile '{name}' gets its keys by {key}, which elbo does not do: run `eval \"$(aws configure export-credentials --profile {name} --format env)\"` first, which sets variables elbo understands",
+                "the AWS profile '{name}' gets its keys by {key}, which elbo does not support: run `eval \"$(aws configure export-credentials --profile {name} --format env)\"` first, which sets variables elbo understands",
                 name = self.name
             )),
             None => Ok(()),
@@ -194,7 +194,7 @@ impl Profile {
     }
 }
 
-/// The sections of an INI file as AWS writes it; the number of the line that is none, for no part of it may be shown.
+/// Parses an INI file as AWS writes it. The error is the number of the invalid line, since its text may be secret.
 fn parse(text: &str) -> Result<BTreeMap<String, BTreeMap<String, Option<String>>>, usize> {
     let mut style = IniDefault::default();
     style.case_sensitive = true;
@@ -202,7 +202,7 @@ fn parse(text: &str) -> Result<BTreeMap<String, BTreeMap<String, Option<String>>
     style.comment_symbols = vec!['#', ';'];
     style.inline_comment_symbols = Some(vec![]);
     let mut ini = Ini::new_from_defaults(style);
-    // Indented lines are settings of a setting (`s3 =`), none of which is ours.
+    // Indented lines are nested settings (`s3 =`), none of which are used here.
     let flat: Vec<&str> =
         text.trim_start_matches('\u{feff}').lines().map(|l| if l.starts_with([' ', '\t']) { "" } else { l }).collect();
     let sections = ini.read(flat.join("\n")).map_err(|_| broken_line(&flat))?;
@@ -210,7 +210,7 @@ fn parse(text: &str) -> Result<BTreeMap<String, BTreeMap<String, Option<String>>
     Ok(sections.into_iter().map(|(name, keys)| (normal(&name), keys.into_iter().collect())).collect())
 }
 
-/// The line that opens a section and does not close it: all that can be wrong.
+/// The line that opens a section without closing it: the only possible error.
 fn broken_line(lines: &[&str]) -> usize {
     let broken = |line: &&str| line.starts_with('[') && !line.contains(']');
     lines.iter().position(broken).map_or(1, |at| at + 1)
@@ -224,7 +224,7 @@ mod tests {
         settings.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
-    /// An environment whose home has these AWS files.
+    /// An environment whose home directory has these AWS files.
     fn home(credentials: &str, config: &str, variables: &[(&str, &str)]) -> (tempfile::TempDir, Environment) {
         let home = tempfile::TempDir::new().unwrap();
         let aws = home.path().join(".aws");
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_profile_brings_token_region_and_endpoint() {
+    fn a_named_profile_sets_token_region_and_endpoint() {
         let (_home, environment) = home(CREDENTIALS, CONFIG, &[("AWS_PROFILE", "lab")]);
         let settings = s3(&environment).unwrap();
         assert_eq!(of(&settings, "aws_access_key_id"), Some("AKIA2"));
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_string_is_taken_apart_and_plain_variables_win() {
+    fn a_connection_string_is_parsed_and_plain_variables_win() {
         let text = "DefaultEndpointsProtocol=https;AccountName=acc;AccountKey=a+b/c==;EndpointSuffix=core.windows.net";
         let variables = [("AZURE_STORAGE_CONNECTION_STRING", text)];
         let settings = azure(&Environment::new(&variables)).unwrap();

@@ -1,7 +1,8 @@
-//! What goes wrong with storage, told so that it can be mended, and without secrets.
+//! Storage errors, with a remedy and without secrets.
 
 use std::path::PathBuf;
 
+use elbo_core::causes::{causes, with_causes};
 use elbo_core::text::{printable, shown};
 
 use super::pace::TooSlow;
@@ -10,27 +11,27 @@ use super::transient::{is_transient, status};
 
 /// A location that can't be opened, read or written.
 ///
-/// The text of the causes is part of the message, cleaned of credentials; so there is no [`source`](std::error::Error::source)
-/// that could tell them after all.
+/// The message includes the text of the causes, cleaned of credentials. There is no [`source`](std::error::Error::source),
+/// which could reveal them.
 #[derive(Debug)]
 pub enum StoreError {
-    /// The location is not a path or URL of a kind we know.
+    /// The location is not a path or a supported kind of URL.
     Location {
-        /// As given.
+        /// The location as given.
         location: String,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// A local directory can't be made or opened.
+    /// A local directory can't be created or opened.
     Directory {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
         /// The directory.
         path: PathBuf,
-        /// Why it failed.
+        /// The reason.
         source: std::io::Error,
     },
-    /// What is configured for a store (credentials, endpoint) can't be used.
+    /// The configuration of a store (credentials, endpoint) is invalid.
     Settings {
         /// The store.
         location: String,
@@ -39,11 +40,11 @@ pub enum StoreError {
     },
     /// An object can't be read, written or listed.
     Object {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
         /// The object.
         path: String,
-        /// Why it failed.
+        /// The reason.
         source: object_store::Error,
     },
 }
@@ -57,12 +58,12 @@ impl StoreError {
         }
     }
 
-    /// Whether a read was given up because next to nothing came, several times: others may be answered better.
+    /// Whether a read was given up several times because almost no data arrived. Other workers may have better luck.
     pub fn is_too_slow(&self) -> bool {
         self.too_slow().is_some()
     }
 
-    /// What was too slow, where that is what went wrong.
+    /// How slow the read was, if slowness is the problem.
     pub fn too_slow(&self) -> Option<TooSlow> {
         match self {
             Self::Object { source, .. } => TooSlow::find(source),
@@ -97,32 +98,23 @@ impl std::fmt::Display for StoreError {
 
 impl std::error::Error for StoreError {}
 
-/// The error of a store and its causes on one line, without credentials.
+/// A store's error and its causes on one line, without credentials.
 pub fn describe(error: &object_store::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        let more = inner.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = inner.source();
-    }
-    let text = redact(&summarize_page(&summarize_xml(&text)));
+    let text = redact(&summarize_page(&summarize_xml(&with_causes(error))));
     let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    // What a server sends along may be long, and anything.
+    // A server's response may be long and contain anything.
     match text.split_once(STATUS) {
         Some((before, told)) => format!("{}{STATUS}{}", printable(before), shown(told)),
         None => printable(&text),
     }
 }
 
-/// What the clients write before a status and what came with it.
+/// The text that clients write before a status and its body.
 const STATUS: &str = "non-2xx status code: ";
 
-/// Replaces a web page by its title.
+/// Replaces a web page with its title.
 fn summarize_page(text: &str) -> String {
-    // Byte for byte as long.
+    // `lower` has the same length in bytes.
     let lower = text.to_ascii_lowercase();
     let Some(start) = lower.find("<!doctype html").or_else(|| lower.find("<html")) else { return text.to_owned() };
     let title = lower[start..].find("<title>").map(|at| &text[start + at + "<title>".len()..]);
@@ -130,7 +122,7 @@ fn summarize_page(text: &str) -> String {
     format!("{}a web page{}", &text[..start], title.map_or_else(String::new, |title| format!(" '{title}'")))
 }
 
-/// Replaces an error document by the code and the message in it: the rest is request ids, and what was signed.
+/// Replaces an error document with its code and message. The rest is request ids and the signed text.
 fn summarize_xml(text: &str) -> String {
     let Some(start) = text.find("<?xml").or_else(|| text.find("<Error")) else { return text.to_owned() };
     let element = |name: &str| {
@@ -138,22 +130,22 @@ fn summarize_xml(text: &str) -> String {
         Some(after.split_once(&format!("</{name}>"))?.0)
     };
     let (code, message) = (element("Code"), element("Message"));
-    // Azure puts request id and time into the message, on lines of their own.
+    // Azure appends the request id and time to the message, on separate lines.
     let message = message.and_then(|m| m.lines().next());
     let summary: Vec<&str> = [code, message].into_iter().flatten().collect();
     format!("{}{}", &text[..start], summary.join(": "))
 }
 
-/// Whether an error says that there is no such bucket or container, rather than no such object.
+/// Whether the error means that the bucket or container does not exist, rather than an object in it.
 pub(super) fn is_bucket_missing(error: &object_store::Error) -> bool {
     let text = error.to_string();
     ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist"].iter().any(|sign| text.contains(sign))
 }
 
-/// Codes by which stores say that credentials have expired.
+/// Error codes for expired credentials.
 const EXPIRED: [&str; 5] =
     ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "ExpiredAuthenticationToken"];
-/// Codes by which stores say that credentials are none.
+/// Error codes for invalid credentials.
 const INVALID: [&str; 15] = [
     "InvalidToken",
     "InvalidAccessKeyId",
@@ -163,7 +155,7 @@ const INVALID: [&str; 15] = [
     "AuthenticationFailed",
     "InvalidAuthenticationInfo",
     "NoAuthenticationInformation",
-    // Of the account, whatever object is asked for.
+    // Codes about the account, whichever object is requested.
     "AccountProblem",
     "AccountIsDisabled",
     "AllAccessDisabled",
@@ -172,31 +164,26 @@ const INVALID: [&str; 15] = [
     "AuthenticationRequired",
     "KeyBasedAuthenticationNotPermitted",
 ];
-/// Codes by which stores say that the clocks differ.
+/// Error codes for a wrong clock.
 const SKEWED: [&str; 2] = ["RequestTimeTooSkewed", "RequestInTheFuture"];
 
-/// What to do about whoever asks, where a store has said that it is its credentials or its clock and not the object that is at
-/// fault. That an object may not be read says nothing of the kind, nor that a web server wants a password for it.
+/// The remedy if the store refuses the client (its credentials or clock) rather than the object. Being denied one object does
+/// not count, nor does a web server that asks for a password.
 pub fn refusal(error: &object_store::Error) -> Option<&'static str> {
     use object_store::Error;
     if !matches!(error, Error::Generic { .. } | Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) {
         return None;
     }
-    let mut said = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        said.push_str(&inner.to_string());
-        cause = inner.source();
-    }
+    let said: String = causes(error).map(ToString::to_string).collect();
     let has = |codes: &[&str]| codes.iter().any(|code| said.contains(&format!("<Code>{code}</Code>")));
     if has(&EXPIRED) {
         Some("the credentials have expired: renew them")
     } else if has(&SKEWED) {
-        Some("this machine's clock is wrong: set it, as by NTP")
+        Some("this machine's clock is wrong: set it, for example by NTP")
     } else if has(&INVALID) {
         Some("the store refuses these credentials: check the key, the secret and the token")
     } else if status(&said) == Some(407) {
-        Some("the proxy on the way refuses this machine: give user and password in HTTPS_PROXY or HTTP_PROXY")
+        Some("the proxy refuses this machine: give user and password in HTTPS_PROXY or HTTP_PROXY")
     } else if ["performing token request", "performing CreateSession request"].iter().any(|sign| said.contains(sign))
         && !is_transient(error)
     {
@@ -206,7 +193,7 @@ pub fn refusal(error: &object_store::Error) -> Option<&'static str> {
     }
 }
 
-/// What to do about an error, where it can be told.
+/// The remedy for an error, if one is known.
 fn remedy(error: &object_store::Error) -> Option<&'static str> {
     use object_store::Error;
     let text = describe(error);
@@ -227,7 +214,7 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
     }
     if says("non-2xx status code: 30") {
         return Some(
-            "the server sends this request on to another place, which is not followed from outside into this machine or its network, nor for ever: give the URL it is at",
+            "the server redirects this request, and the redirect was not followed: it leads from outside into this machine or its network, or there were too many in a row; give the final URL",
         );
     }
     if let Some(remedy) = refusal(error) {
@@ -235,7 +222,7 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
     }
     match error {
         Error::NotSupported { .. } if says("Range request not supported") => Some(
-            "the server sends whole files where parts are asked for, as tar shards and Parquet files are read: put them on a server or store that answers requests for byte ranges, or give the images as files of their own",
+            "the server sends whole files, but tar shards and Parquet files are read in parts: put them on a server or store that supports byte ranges, or give the images as files of their own",
         ),
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => Some(
             "the store refuses these credentials: check the key, its expiry, and that it may read, write, list and delete there",
@@ -245,7 +232,7 @@ fn remedy(error: &object_store::Error) -> Option<&'static str> {
              gives images that were quarantined for it another try)",
         ),
         _ if is_transient(error) && says("certificate") => Some(
-            "the server can't be trusted: its certificate may have expired, be of an authority this machine does not know, or this machine's clock be wrong",
+            "the server can't be trusted: its certificate may have expired or come from an authority that this machine does not know, or this machine's clock may be wrong",
         ),
         _ if is_transient(error) => Some(
             "the store could not be reached or kept failing: check the endpoint and the network, then run the same command again, which resumes a job",
@@ -276,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_server_sends_along_is_cut_and_never_raw() {
+    fn server_responses_are_cut_and_never_shown_raw() {
         let body =
             |body: &str| shown(generic(&format!("Server returned non-2xx status code: 502 Bad Gateway: {body}")));
         let page = body(
@@ -291,13 +278,13 @@ mod tests {
         let path = "/data/\u{1b}[2J.png".to_owned();
         let named = StoreError::Object { action: "reading", path, source: generic("no") }.to_string();
         assert!(named.contains("/data/\u{fffd}[2J.png: "), "{named}");
-        // What is to be done is told of the whole.
+        // The remedy is found from the whole text.
         let far = format!("{}<Error><Code>ExpiredToken</Code></Error>", "x".repeat(1_000));
         assert!(body(&far).contains("have expired"));
     }
 
     #[test]
-    fn the_causes_tell_no_more_than_the_message() {
+    fn the_causes_reveal_no_more_than_the_message() {
         let error = StoreError::Object {
             action: "reading",
             path: "https://me:hush@host/a?sig=hush".into(),
@@ -308,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_that_can_be_told_come_with_what_to_do() {
+    fn known_mistakes_come_with_a_remedy() {
         assert!(shown(generic("<Error><Code>NoSuchBucket</Code></Error>")).contains("make it"));
         assert!(shown(generic("Received redirect without LOCATION, this")).contains("AWS_REGION"));
         assert!(shown(generic("GET http://169.254.169.254/latest/api/token")).contains("AWS_PROFILE"));
@@ -317,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_store_says_of_credentials_and_clocks_is_told_apart_from_what_it_says_of_an_object() {
+    fn errors_about_credentials_and_clocks_are_distinguished_from_errors_about_objects() {
         let said = |code: &str| {
             format!("Server returned non-2xx status code: 400 Bad Request: <Error><Code>{code}</Code></Error>")
         };
@@ -325,7 +312,7 @@ mod tests {
         assert!(shown(generic(&said("ExpiredToken"))).contains("have expired: renew them"));
         assert!(refusal(&denied("RequestTimeTooSkewed")).unwrap().contains("clock"));
         assert!(refusal(&denied("InvalidAccessKeyId")).unwrap().contains("check the key"));
-        // A web server may want a password for some of its files.
+        // A web server may require a password for only some of its files.
         let nobody = object_store::Error::Unauthenticated { path: "a".into(), source: "401".into() };
         assert_eq!(refusal(&nobody), None);
         assert!(shown(nobody).contains("check the key"));
@@ -336,7 +323,7 @@ mod tests {
         assert_eq!(refusal(&generic(&token.replace("400 Bad Request", "503 Service Unavailable"))), None);
         assert_eq!(refusal(&denied("AccessDenied")), None);
         assert_eq!(refusal(&generic(&said("InvalidRange"))), None);
-        // An object may be called anything.
+        // An object name may contain any text.
         let missing = object_store::Error::NotFound { path: "<Code>ExpiredToken</Code>".into(), source: "404".into() };
         assert_eq!(refusal(&missing), None);
     }

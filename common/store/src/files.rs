@@ -1,17 +1,17 @@
-//! Local files that are read without hanging: a named pipe waits for a writer, and a device may never end.
+//! Opens local files without hanging: a named pipe would wait for a writer, and a device may never end.
 //!
-//! What a dataset or a model is made of must be regular files ([`open`]). A small text file that a user names may be a pipe
-//! too, as in `--classes <(...)` ([`read_given`]).
+//! Files of a dataset or model must be regular files ([`open`]). A small text file named by the user may also be a pipe, as in
+//! `--classes <(...)` ([`read_given`]).
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{Error, ErrorKind, Read, Result};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
-/// The most that is read of a pipe or device, in bytes.
+/// The most bytes read from a pipe or device.
 const LARGEST_GIVEN: u64 = 256 << 20;
 
-/// What there is in the place of a regular file.
+/// What a path is, if it is not a regular file.
 pub fn irregular(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
     if kind.is_file() {
@@ -28,7 +28,7 @@ pub fn irregular(metadata: &Metadata) -> Option<&'static str> {
     })
 }
 
-/// Refuses what is no regular file.
+/// Refuses anything but a regular file.
 fn check(metadata: &Metadata) -> Result<()> {
     match irregular(metadata) {
         None => Ok(()),
@@ -36,11 +36,11 @@ fn check(metadata: &Metadata) -> Result<()> {
     }
 }
 
-/// Opens a regular file for reading. Whatever else lies there is an error that says what it is; nothing is waited for.
+/// Opens a regular file for reading, without waiting. For anything else the error says what it is.
 pub fn open(path: &Path) -> Result<File> {
-    // Opening a device can already do something.
+    // Checked before opening, since opening a device may have effects.
     check(&std::fs::metadata(path)?)?;
-    // It may have become a pipe since.
+    // Checked again, since it may have become a pipe meanwhile.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     check(&file.metadata()?)?;
     Ok(file)
@@ -59,8 +59,8 @@ pub fn read_to_string(path: &Path) -> Result<String> {
     text(read(path)?)
 }
 
-/// The content of a file that a user names, which may be a pipe: it is waited for, and read to its end, but no further than
-/// any such file can be meant to be.
+/// Reads a file named by the user, which may be a pipe. Waits for its end, and fails if it is larger than such a file can
+/// reasonably be.
 pub fn read_given(path: &Path) -> Result<Vec<u8>> {
     let file = File::open(path)?;
     let limit = if file.metadata()?.is_file() { u64::MAX } else { LARGEST_GIVEN };
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_regular_files_are_opened_and_nothing_is_waited_for() {
+    fn only_regular_files_are_opened_and_without_waiting() {
         let root = tempfile::TempDir::new().unwrap();
         let pipe = root.path().join("a.png");
         assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_given_may_be_a_pipe_but_must_end() {
+    fn a_given_file_may_be_a_pipe_but_must_end() {
         let root = tempfile::TempDir::new().unwrap();
         let pipe = root.path().join("classes.txt");
         assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());

@@ -1,8 +1,8 @@
-//! Keys that no path can have, such as `a//b.png`: taken out of a listing before [`object_store`] refuses all of its page.
+//! Removes keys that are not valid paths, such as `a//b.png`, from a listing. [`object_store`] would refuse the whole page.
 //!
-//! S3 and Azure take any text for a key, and clients for a file's path, in which `//`, `/./`, `/../`, a slash at either end and
-//! control characters have no place. What has such a key can't be asked for, so it is left out, named and counted. Objects of
-//! no size whose keys end in a slash stand for directories; nobody misses them.
+//! S3 and Azure allow any text as a key, but the clients treat it as a path, which may not contain `//`, `/./`, `/../`, a slash
+//! at either end, or control characters. Objects with such keys can't be requested, so they are left out, reported and counted.
+//! Empty objects whose keys end in a slash stand for directories and are left out silently.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
@@ -22,19 +22,19 @@ use quick_xml::events::Event;
 
 use elbo_core::text::shown;
 
-/// Keys that are named.
+/// The most keys that are reported by name.
 const EXAMPLES: usize = 3;
 
-/// What a listing passed over, since its keys are no paths.
+/// The keys that a listing passed over because they are not valid paths.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SkippedKeys {
-    /// How many there are.
+    /// Their number.
     pub count: u64,
-    /// A few of them, fit to be shown.
+    /// A few of them, safe to print.
     pub examples: Vec<String>,
 }
 
-/// Takes note of keys, whichever page they come on again.
+/// Collects the keys passed over. A key that appears on several pages counts once.
 #[derive(Debug, Default)]
 pub(super) struct Skipped {
     seen: Mutex<(HashSet<u64>, SkippedKeys)>,
@@ -56,16 +56,16 @@ impl Skipped {
         let key = shown(key);
         if skipped.examples.len() < EXAMPLES {
             tracing::warn!(
-                "the key '{key}' is passed over: it is no path, since it has //, /./, /../, a slash at an end, or a control character; rename the object"
+                "the key '{key}' is passed over: it is not a valid path, since it has //, /./, /../, a slash at an end, or a control character; rename the object"
             );
             skipped.examples.push(key);
         } else if skipped.count.is_power_of_two() {
-            tracing::warn!("{} keys that are no paths have been passed over so far", skipped.count);
+            tracing::warn!("{} keys that are not valid paths have been passed over so far", skipped.count);
         }
     }
 }
 
-/// Makes clients whose listings have no keys but paths.
+/// Creates clients whose listings contain only keys that are valid paths.
 #[derive(Debug)]
 pub(super) struct PathsOnly(pub(super) Arc<Skipped>);
 
@@ -85,7 +85,7 @@ struct Filter {
 #[async_trait]
 impl HttpService for Filter {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        // As the clients of S3 and Google, and of Azure, ask for a page.
+        // The requests for a page from the clients of S3 and Google, and of Azure.
         let query = request.uri().query().unwrap_or_default();
         let lists = query.split('&').any(|part| part == "list-type=2" || part == "comp=list");
         let is_listing = request.method() == Method::GET && lists;
@@ -104,8 +104,8 @@ impl HttpService for Filter {
     }
 }
 
-/// A page of a listing without the objects whose keys are no paths, each of which is told; none where it stays as it is. What is
-/// no XML is left to the client, which says so.
+/// A page of a listing without the objects whose keys are not valid paths, each of which is reported to `told`. `None` if
+/// nothing was removed. A page that is not XML is left for the client to refuse.
 fn without_other_keys(page: &str, mut told: impl FnMut(&str)) -> Option<String> {
     let mut reader = Reader::from_str(page);
     let (mut cleaned, mut kept) = (String::new(), 0);
@@ -130,17 +130,17 @@ fn without_other_keys(page: &str, mut told: impl FnMut(&str)) -> Option<String> 
     (kept > 0).then(|| cleaned + &page[kept..])
 }
 
-/// What a page says of an object.
+/// An object in a page.
 #[derive(Debug, Default)]
 struct Object {
     key: String,
-    /// Whether the key is not as the page has it: Azure encodes what XML can't have, and others write it all the same.
+    /// Whether the page has the key encoded. Azure encodes characters that XML can't hold; other stores write them unencoded.
     is_encoded: bool,
     size: Option<u64>,
 }
 
 impl Object {
-    /// Reads on to the end of the element that was entered.
+    /// Reads up to the end of the current element.
     fn read(reader: &mut Reader<&[u8]>) -> Option<Self> {
         let (mut object, mut depth) = (Self::default(), 0);
         loop {
@@ -171,7 +171,7 @@ impl Object {
         }
     }
 
-    /// Whether it can be asked for by its key.
+    /// Whether its key is a valid path.
     fn has_path(&self) -> bool {
         !self.is_encoded && Path::parse(&self.key).is_ok_and(|path| path.as_ref() == self.key)
     }

@@ -1,7 +1,7 @@
-//! Opening a location, local or on object storage, as a store rooted there.
+//! Opens a location, local or on object storage, as a store rooted there.
 //!
-//! A [`Location`] is opened as a [`Store`] with the settings in [`credentials`]. What passes by itself is waited for
-//! ([`retry`]); whether a store can hold a job's ledger is found out before a job starts ([`preflight`]).
+//! A [`Location`] is opened as a [`Store`] with the settings in [`credentials`]. Transient failures are retried ([`retry`]).
+//! Before a job starts, [`preflight`] checks that the store can hold the job's ledger.
 
 pub mod checksum;
 mod credentials;
@@ -19,6 +19,7 @@ mod redact;
 mod redirect;
 pub mod retry;
 pub mod table;
+pub mod tls;
 mod transient;
 mod web;
 
@@ -33,7 +34,7 @@ use tokio::sync::watch;
 
 pub use error::{StoreError, describe, refusal};
 pub use keys::SkippedKeys;
-pub use local::Fault;
+pub use local::DiskFault;
 pub use location::{Location, absolute, is_url};
 pub use redact::redact;
 
@@ -45,32 +46,47 @@ use local::Directory;
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
     location: Location,
-    fault: watch::Receiver<Option<Fault>>,
+    fault: watch::Receiver<Option<DiskFault>>,
     skipped: Arc<Skipped>,
 }
 
-/// What was seen of an object, for a put that must not overwrite anything newer.
+/// The observed state of an object, for a put that must not overwrite anything newer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Seen {
-    /// There was none.
+pub enum ObjectVersion {
+    /// The object did not exist.
     Nothing,
-    /// There was this version of it.
+    /// The object had this version.
     Version(UpdateVersion),
 }
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Not the client, which knows credentials.
+        // The client is left out, since it holds credentials.
         write!(f, "Store({})", self.location)
     }
 }
 
 impl Store {
     /// Opens an existing location for reading.
+    ///
+    /// ```
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    /// # let directory = tempfile::tempdir()?;
+    /// # let url = directory.path().to_string_lossy();
+    /// use elbo_store::{Location, Store};
+    /// use object_store::path::Path;
+    ///
+    /// // Or a URL, such as s3://bucket/labels.
+    /// let store = Store::open(&Location::parse(&url)?)?;
+    /// store.write(&Path::from("job.json"), "{}".into()).await?;
+    /// assert_eq!(store.read(&Path::from("job.json")).await?.as_deref(), Some(&b"{}"[..]));
+    /// # Ok::<_, Box<dyn std::error::Error>>(()) })?;
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
     pub fn open(location: &Location) -> Result<Self, StoreError> {
         match location {
             Location::Local(path) => {
-                // object_store accepts a missing root and fails only at the first access.
+                // object_store accepts a missing root and fails only on first access.
                 std::fs::read_dir(path).map_err(|source| StoreError::Directory {
                     action: "opening",
                     path: path.clone(),
@@ -91,7 +107,7 @@ impl Store {
         }
     }
 
-    /// Opens a location for writing, making a local directory where there is none.
+    /// Opens a location for writing. Creates a local directory if it does not exist.
     pub fn create(location: &Location) -> Result<Self, StoreError> {
         if let Location::Local(path) = location {
             let failed = |source| StoreError::Directory { action: "creating", path: path.clone(), source };
@@ -100,22 +116,22 @@ impl Store {
         Self::open(location)
     }
 
-    /// A store over any [`ObjectStore`], for tests that inject faults.
+    /// A store on any [`ObjectStore`], for tests that inject faults.
     pub fn from_parts(inner: Arc<dyn ObjectStore>, location: Location) -> Self {
         Self { inner, location, fault: watch::channel(None).1, skipped: Arc::default() }
     }
 
-    /// Why nothing can be written any more, if that has been found out.
-    pub fn fault(&self) -> Option<Fault> {
+    /// The reason why nothing can be written any more, if there is one.
+    pub fn fault(&self) -> Option<DiskFault> {
         self.fault.borrow().clone()
     }
 
-    /// Waits until it is found out that nothing can be written any more.
-    pub async fn broken(&self) -> Fault {
+    /// Waits until nothing can be written any more.
+    pub async fn broken(&self) -> DiskFault {
         let mut fault = self.fault.clone();
         match fault.wait_for(Option::is_some).await.ok().and_then(|fault| fault.clone()) {
             Some(fault) => fault,
-            // Nobody watches for it.
+            // This store does not detect faults.
             None => std::future::pending().await,
         }
     }
@@ -125,17 +141,18 @@ impl Store {
         Arc::clone(&self.inner)
     }
 
-    /// Where it is rooted.
+    /// The location it is rooted at.
     pub fn location(&self) -> &Location {
         &self.location
     }
 
-    /// What listings of this store have passed over so far, since its keys are no paths: object storage takes any text for a key.
+    /// The keys that listings of this store have passed over so far because they are not valid paths. Object storage allows any
+    /// text as a key.
     pub fn skipped_keys(&self) -> SkippedKeys {
         self.skipped.so_far()
     }
 
-    /// A whole object; `None` where there is none.
+    /// Reads a whole object; `None` if it does not exist.
     pub async fn read(&self, path: &Path) -> Result<Option<Bytes>, StoreError> {
         let object = self.location.below(path.as_ref());
         let read = retry::run("reading", &object, || async {
@@ -151,29 +168,30 @@ impl Store {
         }
     }
 
-    /// Writes a whole object by one atomic put. The content must be a pure function of the path: a put whose reply is lost is
-    /// repeated.
+    /// Writes a whole object with one atomic put. The content must be a pure function of the path, because a put is repeated if
+    /// its reply is lost.
     pub async fn write(&self, path: &Path, bytes: Bytes) -> Result<(), StoreError> {
         let put = || async { self.inner.put(path, bytes.clone().into()).await };
         retry::run("writing", &self.location.below(path.as_ref()), put).await.map(drop)
     }
 
-    /// What an object is at present, for [`Store::replace`].
-    pub async fn look(&self, path: &Path) -> Result<Seen, StoreError> {
+    /// The current state of an object, for [`Store::replace`].
+    pub async fn look(&self, path: &Path) -> Result<ObjectVersion, StoreError> {
         let head = || self.inner.head(path);
         match retry::run("reading", &self.location.below(path.as_ref()), head).await {
-            Ok(meta) => Ok(Seen::Version(UpdateVersion { e_tag: meta.e_tag, version: meta.version })),
-            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(Seen::Nothing),
+            Ok(meta) => Ok(ObjectVersion::Version(UpdateVersion { e_tag: meta.e_tag, version: meta.version })),
+            Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(ObjectVersion::Nothing),
             Err(error) => Err(error),
         }
     }
 
-    /// Writes a whole object by one atomic put, unless there is another one by now than was seen: then `false`, and nothing
-    /// is written. A put whose reply is lost is repeated, so an object that is as it should be counts as written.
-    pub async fn replace(&self, path: &Path, bytes: Bytes, seen: &Seen) -> Result<bool, StoreError> {
+    /// Writes a whole object with one atomic put, unless the object has changed since it was `seen`; then it returns `false`
+    /// and writes nothing. A put is repeated if its reply is lost, so an object that already has the right content counts as
+    /// written.
+    pub async fn replace(&self, path: &Path, bytes: Bytes, seen: &ObjectVersion) -> Result<bool, StoreError> {
         let mode = match seen {
-            Seen::Nothing => PutMode::Create,
-            Seen::Version(version) => PutMode::Update(version.clone()),
+            ObjectVersion::Nothing => PutMode::Create,
+            ObjectVersion::Version(version) => PutMode::Update(version.clone()),
         };
         let put = || async { self.inner.put_opts(path, bytes.clone().into(), mode.clone().into()).await };
         match retry::run("writing", &self.location.below(path.as_ref()), put).await {
@@ -182,7 +200,7 @@ impl Store {
                 Ok(self.read(path).await?.as_ref() == Some(&bytes))
             }
             Err(StoreError::Object { source, .. }) if is_missing_object(&source) => Ok(false),
-            // The preflight takes a store that says so.
+            // The preflight accepts stores that don't support conditional updates.
             Err(StoreError::Object { source: Error::NotImplemented { .. } | Error::NotSupported { .. }, .. }) => {
                 self.write(path, bytes).await.map(|()| true)
             }
@@ -203,14 +221,14 @@ impl Store {
         retry::run("listing", &self.location.below(prefix), list).await
     }
 
-    /// Removes what writes to directories left behind that were cut short, as by a power cut.
+    /// Removes files that interrupted writes, for example in a power cut, left in these directories.
     pub fn sweep(&self, directories: &[&str]) {
         if let Some(root) = self.location.local() {
             local::sweep(root, directories);
         }
     }
 
-    /// Deletes an object, if it is there.
+    /// Deletes an object if it exists.
     pub async fn delete(&self, path: &Path) -> Result<(), StoreError> {
         let delete = || async { self.inner.delete(path).await };
         match retry::run("deleting", &self.location.below(path.as_ref()), delete).await {
@@ -224,20 +242,20 @@ impl Store {
         self.delete_each(self.list(prefix).await?).await
     }
 
-    /// Deletes objects, if they are there.
+    /// Deletes the objects that exist.
     pub async fn delete_each(&self, paths: impl IntoIterator<Item = Path>) -> Result<(), StoreError> {
-        // Each is a round trip to the store.
+        // Each deletion is a round trip to the store.
         let deletions = paths.into_iter().map(|path| async move { self.delete(&path).await });
         futures::stream::iter(deletions).buffer_unordered(16).try_collect().await
     }
 }
 
-/// Whether there is a bucket, but no such object in it.
+/// Whether the bucket exists but the object does not.
 fn is_missing_object(error: &object_store::Error) -> bool {
     matches!(error, object_store::Error::NotFound { .. }) && !error::is_bucket_missing(error)
 }
 
-/// A body shorter than announced; another attempt may bring it whole.
+/// The error for a body shorter than announced. Another attempt may get all of it.
 fn broken_off(got: u64, wanted: u64) -> object_store::Error {
     let text = format!("the answer broke off after {got} of {wanted} bytes");
     let source = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, text);

@@ -1,13 +1,15 @@
-//! Listing that goes on where it broke off.
+//! Listings that resume where they broke off.
 //!
-//! A listing of a million keys is a thousand requests. The clients of [`object_store`] repeat one that is refused, but not one
-//! whose answer breaks off, and then the whole listing fails.
+//! A listing of a million keys takes a thousand requests. The clients of [`object_store`] repeat a refused request, but not one
+//! whose response breaks off; then the whole listing fails.
 
 use std::fmt;
+use std::iter::Take;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use backon::ExponentialBackoff;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use object_store::path::Path;
@@ -16,12 +18,13 @@ use object_store::{
     PutOptions, PutPayload, PutResult, Result,
 };
 
+use super::retry;
 use super::transient::is_transient;
 
-/// Failures in a row after which a listing is given up.
-const FAILURES: u32 = 6;
+/// Consecutive failures after which a listing is given up.
+const FAILURES: usize = 6;
 
-/// A store that lists by ascending key, whose listings survive failures that pass.
+/// A store that lists keys in ascending order, and whose listings survive transient failures.
 #[derive(Debug)]
 pub(super) struct SteadyListing<T>(pub(super) Arc<T>);
 
@@ -77,13 +80,13 @@ impl<T: ObjectStore> ObjectStore for SteadyListing<T> {
 
 type Listed = BoxStream<'static, Result<ObjectMeta>>;
 
-/// What `open` lists after a key, opened again after the last key where it breaks off.
+/// Streams what `open` lists after a key. If the stream breaks off, it is opened again after the last key.
 fn steady<F>(from: Option<Path>, open: F) -> Listed
 where
     F: Fn(Option<&Path>) -> Listed + Send + 'static,
 {
     let listed = open(from.as_ref());
-    let listing = Listing { open, listed, last: from, failures: 0 };
+    let listing = Listing { open, listed, last: from, pauses: pauses() };
     let next = |listing: Option<Listing<F>>| async {
         let mut listing = listing?;
         let item = listing.next().await?;
@@ -97,7 +100,12 @@ struct Listing<F> {
     open: F,
     listed: Listed,
     last: Option<Path>,
-    failures: u32,
+    pauses: Take<ExponentialBackoff>,
+}
+
+/// The pauses before each attempt to reopen a listing.
+fn pauses() -> Take<ExponentialBackoff> {
+    retry::pauses(Duration::from_millis(50)).take(FAILURES)
 }
 
 impl<F: Fn(Option<&Path>) -> Listed> Listing<F> {
@@ -106,15 +114,16 @@ impl<F: Fn(Option<&Path>) -> Listed> Listing<F> {
             match self.listed.next().await? {
                 Ok(meta) => {
                     self.last = Some(meta.location.clone());
-                    self.failures = 0;
+                    self.pauses = pauses();
                     return Some(Ok(meta));
                 }
-                Err(error) if is_transient(&error) && self.failures < FAILURES => {
-                    tokio::time::sleep(Duration::from_millis(50 << self.failures)).await;
-                    self.failures += 1;
+                Err(error) => {
+                    let Some(pause) = self.pauses.next().filter(|_| is_transient(&error)) else {
+                        return Some(Err(error));
+                    };
+                    tokio::time::sleep(pause).await;
                     self.listed = (self.open)(self.last.as_ref());
                 }
-                Err(error) => return Some(Err(error)),
             }
         }
     }
@@ -132,7 +141,7 @@ mod tests {
         ObjectMeta { location, last_modified: Default::default(), size: 1, e_tag: None, version: None }
     }
 
-    /// Three keys after `last`, then what `fail` gives unless these are the last keys.
+    /// Lists three keys after `last`. If more follow, it then fails with `fail`.
     fn three(last: Option<&Path>, fail: fn() -> Error) -> Listed {
         let after: Vec<_> = (0..10).map(meta).filter(|m| last.is_none_or(|last| m.location > *last)).collect();
         let failure = (after.len() > 3).then(|| Err(fail()));
@@ -140,7 +149,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_listing_that_breaks_off_goes_on_after_the_last_key() {
+    async fn a_listing_that_breaks_off_resumes_after_the_last_key() {
         let broken = || Error::Generic { store: "S3", source: "the body broke off".into() };
         let all: Vec<_> = steady(None, move |last| three(last, broken)).try_collect().await.unwrap();
         assert_eq!(all, (0..10).map(meta).collect::<Vec<_>>());
@@ -150,7 +159,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_listing_ends_with_an_error_that_lasts() {
+    async fn a_listing_fails_with_a_permanent_error() {
         let denied = || Error::PermissionDenied { path: "a".into(), source: "403".into() };
         let listed: Vec<_> = steady(None, move |last| three(last, denied)).collect().await;
         assert_eq!((listed.len(), listed[3].is_err()), (4, true));

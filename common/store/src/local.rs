@@ -1,9 +1,10 @@
-//! A local directory as a store: a write that has returned is on the disk, and a write may depend on what it replaces.
+//! A local directory as a store, with durable writes and conditional replacement.
 //!
-//! [`LocalFileSystem`] writes a file beside its destination and renames it into place; here the file and its directory are
-//! flushed before the write returns, so that a power cut loses nothing that was said to be written. It has no put that
-//! replaces an object only if that is unchanged ([`PutMode::Update`]): a lock makes comparing and putting one step.
+//! [`LocalFileSystem`] writes a file beside its destination and renames it into place. This store also flushes the file and its
+//! directory before the write returns, so that a power cut loses nothing that was reported as written. `LocalFileSystem` has no
+//! put that replaces an object only if it is unchanged ([`PutMode::Update`]); here a lock makes comparing and putting one step.
 
+use elbo_core::causes::causes;
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
@@ -23,21 +24,21 @@ use tokio::sync::watch;
 
 /// The file that is locked while an object is compared and replaced.
 const LOCK: &str = ".elbo.lock";
-/// How long another process may hold the lock. It is held for one write; longer where that process stands still.
+/// How long to wait for the lock. Another process holds it only for one write, unless that process hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often the lock is tried.
+/// The pause between attempts to take the lock.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// A disk that takes no more writes: nothing helps until somebody mends it.
+/// A disk that accepts no more writes until someone fixes it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
-    /// It is full.
+pub enum DiskFault {
+    /// The disk is full.
     #[error(
         "the disk that holds {} is full: free some space there, then run the same command again, which resumes the job",
         .0.display()
     )]
     Full(PathBuf),
-    /// It is read-only, perhaps since it failed.
+    /// The disk is read-only, perhaps because it failed.
     #[error(
         "the file system that holds {} is read-only: mount it for writing (look at the kernel's log if nobody made it \
          read-only), then run the same command again, which resumes the job",
@@ -46,28 +47,24 @@ pub enum Fault {
     ReadOnly(PathBuf),
 }
 
-impl Fault {
-    /// The fault an error speaks of, if it is one.
+impl DiskFault {
+    /// The fault behind an error, if there is one.
     fn of(error: &Error, root: &FsPath) -> Option<Self> {
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-        while let Some(error) = cause {
-            match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
-                Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => return Some(Self::Full(root.to_owned())),
-                Some(ErrorKind::ReadOnlyFilesystem) => return Some(Self::ReadOnly(root.to_owned())),
-                _ => cause = error.source(),
-            }
-        }
-        None
+        causes(error).find_map(|cause| match cause.downcast_ref::<std::io::Error>()?.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Some(Self::Full(root.to_owned())),
+            ErrorKind::ReadOnlyFilesystem => Some(Self::ReadOnly(root.to_owned())),
+            _ => None,
+        })
     }
 }
 
-/// Makes a directory and those above it, durably.
+/// Creates a directory and its missing parents durably.
 pub(super) fn create(path: &FsPath) -> std::io::Result<()> {
     let is_missing = |path: &&FsPath| !path.as_os_str().is_empty() && !path.exists();
     let missing: Vec<_> = path.ancestors().take_while(is_missing).collect();
     std::fs::create_dir_all(path)?;
     for made in missing {
-        // A directory that can't be opened for reading is made all the same.
+        // A directory that can't be opened for reading is created all the same, but not flushed.
         let above = made.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(FsPath::new("."));
         if let Ok(above) = File::open(above) {
             above.sync_all()?;
@@ -76,45 +73,45 @@ pub(super) fn create(path: &FsPath) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Removes the files that writes below `root` left beside their destinations when they were cut short: `name#1`. Whoever
-/// is still writing one fails.
+/// Removes the temporary files (`name#1`) that interrupted writes left in these directories below `root`. A write still in
+/// progress there fails.
 pub(super) fn sweep(root: &FsPath, directories: &[&str]) {
     for directory in directories {
         let entries = std::fs::read_dir(root.join(directory)).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| is_staged(&entry.file_name().to_string_lossy())) {
-            // It is in nobody's way if it stays.
+            // A leftover file does no harm.
             let _ = std::fs::remove_file(entry.path());
         }
     }
 }
 
-/// Whether a file's name is one that [`LocalFileSystem`] writes to before it renames.
+/// Whether this is the name of a temporary file that [`LocalFileSystem`] writes before renaming it.
 fn is_staged(name: &str) -> bool {
     let number = name.rsplit_once('#').map(|(_, number)| number);
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// A directory.
+/// A local directory as a store.
 #[derive(Debug)]
 pub(super) struct Directory {
     inner: LocalFileSystem,
     root: PathBuf,
-    fault: watch::Sender<Option<Fault>>,
+    fault: watch::Sender<Option<DiskFault>>,
 }
 
 impl Directory {
-    /// An existing directory.
+    /// Opens an existing directory.
     pub(super) fn open(root: &FsPath) -> Result<Self> {
         let inner = LocalFileSystem::new_with_prefix(root)?.with_fsync(true);
         Ok(Self { inner, root: root.to_owned(), fault: watch::Sender::new(None) })
     }
 
-    /// Follows whether the disk takes writes.
-    pub(super) fn fault(&self) -> watch::Receiver<Option<Fault>> {
+    /// Reports whether the disk accepts writes.
+    pub(super) fn fault(&self) -> watch::Receiver<Option<DiskFault>> {
         self.fault.subscribe()
     }
 
-    /// Takes the lock. A file system without locks leaves comparing and putting two steps.
+    /// Takes the lock. On a file system without locks, returns `None`: comparing and putting are then two steps.
     async fn lock(&self) -> Result<Option<File>> {
         let failed = |source: std::io::Error| Error::Generic { store: "LocalFileSystem", source: source.into() };
         let path = self.root.join(LOCK);
@@ -126,7 +123,7 @@ impl Directory {
                 Err(TryLockError::WouldBlock) if began.elapsed() < PATIENCE => tokio::time::sleep(PAUSE).await,
                 Err(TryLockError::WouldBlock) => {
                     let what = format!(
-                        "another process has held {} for {} s: if a coordinator of this output stands still, end it",
+                        "another process has held {} for {} s: if a coordinator of this output hangs, stop it",
                         path.display(),
                         PATIENCE.as_secs()
                     );
@@ -141,7 +138,7 @@ impl Directory {
         }
     }
 
-    /// Replaces an object that is still the one that was seen.
+    /// Replaces an object if it is still the version that was seen.
     async fn update(&self, path: &Path, payload: PutPayload, seen: UpdateVersion) -> Result<PutResult> {
         let _lock = self.lock().await?;
         let found = match self.inner.head(path).await {
@@ -157,15 +154,15 @@ impl Directory {
     }
 }
 
-/// What is listed without the lock, which is no object.
+/// Removes the lock file, which is not an object, from a listing.
 fn without_lock(listed: BoxStream<'static, Result<ObjectMeta>>) -> BoxStream<'static, Result<ObjectMeta>> {
     let is_lock = |item: &Result<ObjectMeta>| item.as_ref().is_ok_and(|object| object.location.as_ref() == LOCK);
     listed.filter(move |item| std::future::ready(!is_lock(item))).boxed()
 }
 
-/// Passes an outcome on and notes what it says of the disk.
-fn note<T>(outcome: Result<T>, root: &FsPath, fault: &watch::Sender<Option<Fault>>) -> Result<T> {
-    if let Some(found) = outcome.as_ref().err().and_then(|error| Fault::of(error, root)) {
+/// Passes an outcome on, and records a disk fault that it reports.
+fn note<T>(outcome: Result<T>, root: &FsPath, fault: &watch::Sender<Option<DiskFault>>) -> Result<T> {
+    if let Some(found) = outcome.as_ref().err().and_then(|error| DiskFault::of(error, root)) {
         fault.send_if_modified(|known| known.replace(found).is_none());
     }
     outcome
@@ -224,12 +221,12 @@ impl ObjectStore for Directory {
     }
 }
 
-/// A file that is written in parts.
+/// A file written in parts.
 #[derive(Debug)]
 struct Upload {
     inner: Box<dyn MultipartUpload>,
     root: PathBuf,
-    fault: watch::Sender<Option<Fault>>,
+    fault: watch::Sender<Option<DiskFault>>,
 }
 
 #[async_trait]
@@ -258,7 +255,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_object_that_has_changed_is_not_replaced() {
+    async fn a_changed_object_is_not_replaced() {
         let directory = TempDir::new().unwrap();
         let store = Directory::open(directory.path()).unwrap();
         let path = Path::from("a/b.parquet");
@@ -275,12 +272,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn of_many_who_replace_the_same_object_one_succeeds() {
+    async fn of_many_concurrent_replacements_one_succeeds() {
         let directory = TempDir::new().unwrap();
         let path = Path::from("a");
         let first = Directory::open(directory.path()).unwrap().put(&path, "first".into()).await.unwrap();
         let rivals = (0..8).map(|rival| {
-            // Each as a process of its own would.
+            // Each opens the store anew, as a separate process would.
             let store = Directory::open(directory.path()).unwrap();
             let seen = UpdateVersion { e_tag: first.e_tag.clone(), version: None };
             let path = path.clone();
@@ -295,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_write_left_that_was_cut_short_is_swept_and_nothing_else() {
+    fn only_leftovers_of_interrupted_writes_are_swept() {
         let directory = TempDir::new().unwrap();
         let names = ["shard-00001.parquet", "shard-00001.parquet#1", "notes#a", "x#"];
         std::fs::create_dir(directory.path().join("predictions")).unwrap();
@@ -308,14 +305,14 @@ mod tests {
     }
 
     #[test]
-    fn a_full_or_read_only_disk_is_told_from_other_failures() {
+    fn a_full_or_read_only_disk_is_distinguished_from_other_failures() {
         let of = |kind: ErrorKind| {
             let source = std::io::Error::from(kind);
-            Fault::of(&Error::Generic { store: "LocalFileSystem", source: source.into() }, FsPath::new("/out"))
+            DiskFault::of(&Error::Generic { store: "LocalFileSystem", source: source.into() }, FsPath::new("/out"))
         };
-        assert_eq!(of(ErrorKind::StorageFull), Some(Fault::Full("/out".into())));
-        assert_eq!(of(ErrorKind::QuotaExceeded), Some(Fault::Full("/out".into())));
-        assert_eq!(of(ErrorKind::ReadOnlyFilesystem), Some(Fault::ReadOnly("/out".into())));
+        assert_eq!(of(ErrorKind::StorageFull), Some(DiskFault::Full("/out".into())));
+        assert_eq!(of(ErrorKind::QuotaExceeded), Some(DiskFault::Full("/out".into())));
+        assert_eq!(of(ErrorKind::ReadOnlyFilesystem), Some(DiskFault::ReadOnly("/out".into())));
         assert_eq!(of(ErrorKind::PermissionDenied), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Where something lies: a local path, or a URL of object storage or a web server.
+//! The location of data: a local path, or a URL of object storage or a web server.
 
 use std::path::{Component, Path as FsPath, PathBuf};
 
@@ -6,7 +6,7 @@ use url::Url;
 
 use super::StoreError;
 
-/// A directory or file, or a URL prefix or object. Shown without the parts of a URL that can hold credentials.
+/// A directory or file, or a URL prefix or object. Displayed without the parts of a URL that may hold credentials.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Location {
     /// An absolute local directory or file, without `..`.
@@ -15,9 +15,9 @@ pub enum Location {
     Remote(Url),
 }
 
-/// Whether a text is meant as a URL: a path may have a colon in it, like `frame:0001.png`.
+/// Whether a text is meant as a URL. A path may contain a colon, like `frame:0001.png`.
 pub fn is_url(text: &str) -> bool {
-    // What Java writes for `file:///`.
+    // Java writes `file:/` instead of `file:///`.
     text.starts_with("file:/") || text.split_once("://").is_some_and(|(scheme, _)| scheme.len() > 1)
 }
 
@@ -36,7 +36,7 @@ impl Location {
                 url.to_file_path().map(Self::Local).map_err(|()| wrong("it is not a local path".into()))
             }
             Ok(url) => Ok(Self::Remote(url)),
-            // Taken for a path, it would be made as a directory, password and all.
+            // If taken for a path, it would be created as a directory, password included.
             Err(error) => Err(StoreError::Location {
                 location: text.split_once("://").map_or_else(String::new, |(scheme, _)| format!("{scheme}://…")),
                 reason: format!("it is not a valid URL: {error}"),
@@ -52,7 +52,7 @@ impl Location {
         }
     }
 
-    /// An object below this location, for messages.
+    /// The name of an object below this location, for messages.
     pub fn below(&self, path: &str) -> String {
         let root = self.to_string();
         let root = root.trim_end_matches('/');
@@ -60,8 +60,8 @@ impl Location {
     }
 }
 
-/// A path made absolute, without the `..` that stores refuse. Behind a symbolic link `..` means, as for the system, the parent
-/// of where it leads.
+/// Makes a path absolute and resolves `..`, which stores refuse. After a symbolic link, `..` means the parent of the link's
+/// target, as for the operating system.
 pub fn absolute(path: &FsPath) -> std::io::Result<PathBuf> {
     let path = std::path::absolute(path)?;
     if !path.components().any(|part| part == Component::ParentDir) {
@@ -86,7 +86,7 @@ impl std::fmt::Display for Location {
         match self {
             Self::Local(path) => path.display().fmt(f),
             Self::Remote(url) => {
-                // Credentials in a URL must reach no log and no file.
+                // Credentials in a URL must not reach logs or files.
                 let mut url = url.clone();
                 let _ = url.set_password(None);
                 let _ = url.set_username("");
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_goes_up_is_the_one_it_means() {
+    fn a_path_with_parent_components_is_resolved() {
         let here = std::env::current_dir().unwrap();
         let above = here.parent().unwrap();
         for (text, expected) in [
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_colon_alone_makes_no_url() {
+    fn a_colon_alone_does_not_make_a_url() {
         let here = std::env::current_dir().unwrap();
         for text in ["frame:0001.png", "im/frame:0001.png", "C:/x", "C://x", "out:v2", "s3:bucket", "2024:a/b"] {
             let expected = std::path::absolute(here.join(text)).unwrap();
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_url_is_no_path() {
+    fn an_invalid_url_is_not_taken_for_a_path() {
         let error = Location::parse("https://user:hu/sh@host:port/x").unwrap_err().to_string();
         assert!(error.contains("not a valid URL") && !error.contains("sh@host"), "{error}");
         assert!(Location::parse("photos/a.png").unwrap().local().is_some());

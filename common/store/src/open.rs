@@ -1,4 +1,4 @@
-//! Opening a URL with the client of its kind of storage, configured by the environment.
+//! Opens a URL with the client for its kind of storage, configured by the environment.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,9 +17,9 @@ use super::keys::{PathsOnly, Skipped};
 use super::listing::SteadyListing;
 use super::pace::{CONNECT_TIMEOUT, Pace, Paced, READ_TIMEOUT};
 use super::redirect::OutwardRedirects;
-use super::{Location, StoreError, describe};
+use super::{Location, StoreError, describe, tls};
 
-/// A client's builder with its settings; those it does not know are other programs'.
+/// A client's builder with its settings. Unknown settings belong to other programs and are ignored.
 macro_rules! configured {
     ($builder:ty, $url:expr, $settings:expr, $skipped:expr) => {{
         let plain = <$builder>::new().with_url($url.as_str()).with_client_options(client()).with_retry(retries());
@@ -29,12 +29,13 @@ macro_rules! configured {
     }};
 }
 
-/// The store a URL names, rooted at its path; keys that its listings pass over are noted.
+/// The store that a URL names, rooted at its path. Keys that its listings pass over are recorded in `skipped`.
 pub(super) fn open(url: &Url, skipped: &Arc<Skipped>) -> Result<Arc<dyn ObjectStore>, StoreError> {
     open_in(url, &Environment::of_process(), skipped)
 }
 
 fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Result<Arc<dyn ObjectStore>, StoreError> {
+    tls::use_ring();
     let location = Location::Remote(url.clone()).to_string();
     let unusable = |e: &object_store::Error| StoreError::Location { location: location.clone(), reason: describe(e) };
     let settings = |reason: String| StoreError::Settings { location: location.clone(), reason };
@@ -42,7 +43,7 @@ fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Resu
     let of_web_server = matches!(scheme, ObjectStoreScheme::Http);
     if !of_web_server && (url.password().is_some() || url.query().is_some()) {
         return Err(settings(
-            "credentials or parameters in its URL would not be used, and would be written where they can be read: give them in the environment instead"
+            "credentials or parameters in its URL would not be used, and would be written to files that others may read: give them in the environment instead"
                 .into(),
         ));
     }
@@ -50,8 +51,9 @@ fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Resu
         let endpoint = endpoint.filter(|e| e.starts_with("http://"))?;
         let allowed =
             allowed.is_some_and(|value| matches!(&*value.to_ascii_lowercase(), "true" | "1" | "yes" | "y" | "on"));
-        let reason =
-            format!("its endpoint {endpoint} is not encrypted: use https://, or set {variable}=true if that is meant");
+        let reason = format!(
+            "its endpoint {endpoint} is not encrypted: use https://, or set {variable}=true if this is intended"
+        );
         (!allowed).then(|| settings(reason))
     };
     let http = ClientConfigKey::AllowHttp;
@@ -82,7 +84,7 @@ fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Resu
             Box::new(builder.build().map_err(|e| settings(describe(&e)))?)
         }
         ObjectStoreScheme::Http => {
-            // Who writes http:// has said what is meant.
+            // A URL with http:// states the intention already.
             let options = client().with_allow_http(true);
             let root = &url[..Position::BeforePath];
             let builder = HttpBuilder::new().with_url(root).with_client_options(options).with_retry(retries());
@@ -93,18 +95,18 @@ fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Resu
         _ => return Err(StoreError::Location { location, reason: "there is no client for it".into() }),
     };
     let store = PrefixStore::new(store, prefix);
-    // Directory buckets of S3 Express list in no order.
+    // Directory buckets of S3 Express don't list in order.
     let in_order = environment.get("AWS_S3_EXPRESS").is_none();
     let store: Arc<dyn ObjectStore> = if in_order { Arc::new(SteadyListing(Arc::new(store))) } else { Arc::new(store) };
     Ok(Arc::new(Paced::new(store, Pace::REMOTE)))
 }
 
-/// Slow is not broken: a transfer may take as long as enough arrives ([`Pace`]).
+/// No overall timeout: a transfer may take as long as it likes while enough data arrives ([`Pace`]).
 fn client() -> ClientOptions {
     ClientOptions::new().with_timeout_disabled().with_connect_timeout(CONNECT_TIMEOUT).with_read_timeout(READ_TIMEOUT)
 }
 
-/// A few quick repetitions; [`super::retry`] and the ledger's database outlast longer troubles, and say so.
+/// A few quick retries. [`super::retry`] and the ledger's database handle longer outages, and log them.
 fn retries() -> RetryConfig {
     RetryConfig {
         backoff: BackoffConfig {
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unencrypted_endpoint_must_be_meant() {
+    fn an_unencrypted_endpoint_must_be_allowed_explicitly() {
         let keys = [("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "hush")];
         let endpoint = ("AWS_ENDPOINT_URL", "http://me:hush@localhost:9000");
         let error = refused("s3://bucket/x", &[keys[0], keys[1], endpoint]);
@@ -149,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn half_a_key_is_told() {
+    fn half_a_key_is_reported() {
         let error = refused("s3://bucket/x", &[("AWS_ACCESS_KEY_ID", "id")]);
         assert!(error.to_ascii_lowercase().contains("secret"), "{error}");
         let error = refused("az://container/x", &[]);
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn variables_of_other_programs_are_no_settings() {
+    fn variables_of_other_programs_are_not_settings() {
         // `token` and `endpoint` are names of settings in object_store.
         let keys = [("AWS_ACCESS_KEY_ID", "id"), ("AWS_SECRET_ACCESS_KEY", "hush")];
         opens("s3://bucket/x", &[keys[0], keys[1], ("ENDPOINT", "http://elsewhere"), ("TOKEN", "other")]);

@@ -1,8 +1,9 @@
-//! Reads that come to an end: one that gets next to nothing for a while is given up.
+//! Reads that always end: one that gets almost no data for a while is given up.
 //!
-//! A slow link is no reason to give up, however large the file: only how much comes within a while is looked at. Who waits
-//! between two pieces, for memory say, is not taken for the storage's delay.
+//! A slow link is no reason to give up, however large the file: what counts is how much arrives within a time window. Time that
+//! the reader spends between two pieces, for example waiting for memory, is not counted.
 
+use elbo_core::causes::find_cause;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,26 +24,26 @@ use tokio::time::timeout;
 
 use super::StoreError;
 
-/// How long a connection may take.
+/// Time limit for connecting.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long nothing may arrive.
+/// The longest time without any data.
 pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How much must come.
+/// The least speed of a read.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
-    /// How long an answer is waited for before its first byte.
+    /// The longest wait for the first byte of a response.
     answer: Duration,
-    /// How long the next entry of a listing is waited for.
+    /// The longest wait for the next entry of a listing.
     entry: Duration,
-    /// Within each such while, of waiting alone,
+    /// Length of the window, which counts only time spent waiting for data.
     window: Duration,
-    /// so many bytes must come, or the end.
+    /// The least number of bytes per window, unless the read ends.
     least: u64,
 }
 
 impl Pace {
-    /// Of object storage and web servers. Beside it, a connection on which nothing comes for a minute is broken.
+    /// For object storage and web servers. In addition, a connection on which nothing arrives for a minute is broken.
     pub const REMOTE: Self = Self {
         answer: Duration::from_secs(120),
         entry: Duration::from_secs(600),
@@ -50,70 +51,63 @@ impl Pace {
         least: 256 << 10,
     };
 
-    /// Of file systems, where nothing is tried a second time.
+    /// For file systems, where reads are not retried.
     pub const LOCAL: Self = Self { answer: Duration::from_secs(60), window: Duration::from_secs(60), ..Self::REMOTE };
 }
 
-/// A read that was given up.
+/// A read that was given up because it was too slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooSlow {
     bytes: u64,
     within: Duration,
-    /// What would have been enough.
+    /// The bytes that would have been enough.
     least: u64,
 }
 
 impl fmt::Display for TooSlow {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { bytes, within, least } = self;
-        write!(f, "only {bytes} bytes came within {} s, and {least} are the least", within.as_secs_f64())
+        write!(f, "only {bytes} bytes came within {} s, but at least {least} are required", within.as_secs_f64())
     }
 }
 
 impl std::error::Error for TooSlow {}
 
 impl TooSlow {
-    /// As an error of a store.
+    /// The error of a store.
     pub fn of(self, store: &'static str) -> object_store::Error {
         object_store::Error::Generic { store, source: Box::new(self) }
     }
 
-    /// As an error of reading something on a store.
+    /// The error of reading something from a store.
     pub fn reading(self, path: &str, store: &'static str) -> StoreError {
         StoreError::Object { action: "reading", path: path.to_owned(), source: self.of(store) }
     }
 
-    /// The one that an error comes from.
+    /// The [`TooSlow`] that caused an error, if any.
     pub fn find(error: &(dyn std::error::Error + 'static)) -> Option<Self> {
-        let mut cause = Some(error);
-        while let Some(error) = cause {
-            if let Some(slow) = error.downcast_ref::<Self>() {
-                return Some(*slow);
-            }
-            cause = error.source();
-        }
-        None
+        find_cause(error).copied()
     }
 }
 
-/// How far a blocking read has got.
+/// The progress of a blocking read.
 #[derive(Clone, Debug, Default)]
 pub struct Progress(Arc<AtomicU64>);
 
 impl Progress {
-    /// Takes bytes in that have arrived.
+    /// Adds bytes that have arrived.
     pub fn add(&self, bytes: usize) {
         self.0.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
 
-/// Blocking reads at a time, those that were given up and hang included: the runtime has threads for twice as many, and the
-/// others are there for work that ends.
+/// The number of concurrent blocking reads, including those that hang after they were given up. The runtime has twice as many
+/// threads; the others are for work that ends.
 static BLOCKING: Semaphore = Semaphore::const_new(256);
 
 impl Pace {
-    /// Runs a blocking read of the file system, and gives it up when it is too slow: nothing can end it, but nobody waits for
-    /// it either. A panic in it is an error of the store.
+    /// Runs a blocking read of the file system, and gives up if it is too slow. The read itself can't be stopped, but its
+    /// caller continues. A panic in it becomes an error of the store.
     pub async fn blocking<T: Send + 'static>(self, read: impl FnOnce(&Progress) -> T + Send + 'static) -> Result<T> {
         let slow = |bytes| TooSlow { bytes, within: self.window, least: self.least }.of("LocalFileSystem");
         let place = timeout(self.window, BLOCKING.acquire()).await.map_err(|_| slow(0))?;
@@ -136,12 +130,12 @@ impl Pace {
         }
     }
 
-    /// A range of an open file, at this pace.
+    /// Reads a range of an open file at this pace.
     pub async fn read_range(self, file: std::fs::File, range: Range<u64>) -> Result<Bytes> {
         self.blocking(move |progress| read_range(file, range, progress)).await?
     }
 
-    /// What comes out of a body, at this pace; what comes too slowly ends with the error that `fail` makes of it.
+    /// A body read at this pace. If it is too slow, it ends with the error from `fail`.
     pub fn body<S, E, F>(self, body: S, fail: F) -> BoxStream<'static, std::result::Result<Bytes, E>>
     where
         S: Stream<Item = std::result::Result<Bytes, E>> + Send + Unpin + 'static,
@@ -161,7 +155,7 @@ impl Pace {
         futures::stream::unfold(Some((paced, fail)), next).boxed()
     }
 
-    /// What comes out of a listing.
+    /// A listing read at this pace.
     fn listing(self, listed: BoxStream<'static, Result<ObjectMeta>>) -> BoxStream<'static, Result<ObjectMeta>> {
         let next = move |listed: Option<BoxStream<'static, Result<ObjectMeta>>>| async move {
             let mut listed = listed?;
@@ -188,10 +182,10 @@ fn read_range(file: std::fs::File, range: Range<u64>, progress: &Progress) -> Re
     Ok(bytes.into())
 }
 
-/// Reads so many bytes of a file, fewer where it ends before, and tells how far it is.
+/// Reads up to `length` bytes of a file, fewer if it ends earlier, and reports progress.
 pub fn read_up_to(file: &mut std::fs::File, length: u64, progress: &Progress) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
-    /// So that a slow file system shows that it gets on.
+    /// Small enough that a slow file system still shows progress.
     const PIECE: u64 = 128 << 10;
     let mut bytes = Vec::with_capacity(usize::try_from(length.min(file.metadata()?.len())).unwrap_or_default());
     while (bytes.len() as u64) < length {
@@ -207,7 +201,7 @@ pub fn read_up_to(file: &mut std::fs::File, length: u64, progress: &Progress) ->
 struct Body<S> {
     body: S,
     pace: Pace,
-    /// Since enough came last.
+    /// Time waited since enough bytes last arrived.
     waited: Duration,
     got: u64,
 }
@@ -229,7 +223,7 @@ impl<E, S: Stream<Item = std::result::Result<Bytes, E>> + Unpin> Body<S> {
     }
 }
 
-/// A store whose reads and listings end.
+/// A store whose reads and listings always end.
 #[derive(Debug)]
 pub struct Paced {
     inner: Arc<dyn ObjectStore>,
@@ -237,7 +231,7 @@ pub struct Paced {
 }
 
 impl Paced {
-    /// A store that is given up where it is slower than `pace`.
+    /// A store whose reads are given up if they are slower than `pace`.
     pub fn new(inner: Arc<dyn ObjectStore>, pace: Pace) -> Self {
         Self { inner, pace }
     }
@@ -249,7 +243,7 @@ impl fmt::Display for Paced {
     }
 }
 
-// Ranges are got by the trait's own means, which are made of `get_opts`.
+// Range reads use the trait's default methods, which call `get_opts`.
 #[async_trait]
 impl ObjectStore for Paced {
     async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
@@ -310,7 +304,7 @@ mod tests {
         least: 8,
     };
 
-    /// Pieces of so many bytes, one every 20 ms.
+    /// Pieces of this many bytes, one every 20 ms.
     fn dribble(pieces: usize, bytes: usize) -> BoxStream<'static, Result<Bytes>> {
         let piece = move |_| async move {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -324,23 +318,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_that_dribbles_is_given_up_and_a_slow_one_is_not() {
+    async fn a_dribbling_body_is_given_up_and_a_slow_one_is_not() {
         let started = Instant::now();
         let slow = paced(dribble(1_000_000, 0)).try_collect::<Vec<_>>().await.unwrap_err();
         assert!(started.elapsed() < Duration::from_secs(5));
         let found = TooSlow::find(&slow).unwrap();
         assert_eq!((found.bytes, found.within), (0, PACE.window));
         assert!(super::super::transient::is_transient(&slow), "{slow}");
-        // Four windows long, with enough in each.
+        // It takes four windows, with enough data in each.
         let whole: Vec<Bytes> = paced(dribble(40, 8)).try_collect().await.unwrap();
         assert_eq!(whole.len(), 40);
-        // The end is never too early.
+        // A body that ends is never too slow.
         let short: Vec<Bytes> = paced(dribble(1, 1)).try_collect().await.unwrap();
         assert_eq!(short.len(), 1);
     }
 
     #[tokio::test]
-    async fn who_waits_between_two_pieces_does_not_make_the_body_slow() {
+    async fn a_reader_that_waits_between_pieces_does_not_make_the_body_slow() {
         let mut body = paced(dribble(4, 1));
         for _ in 0..4 {
             tokio::time::sleep(PACE.window).await;
@@ -350,7 +344,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_blocking_read_that_hangs_is_given_up_and_one_that_gets_on_is_not() {
+    async fn a_hanging_blocking_read_is_given_up_and_a_progressing_one_is_not() {
         let (end, hang) = std::sync::mpsc::channel::<()>();
         let hung = PACE.blocking(move |progress| {
             progress.add(3);
@@ -370,7 +364,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_listing_that_hangs_is_given_up() {
+    async fn a_hanging_listing_is_given_up() {
         let error = PACE.listing(futures::stream::pending().boxed()).try_collect::<Vec<_>>().await.unwrap_err();
         assert!(TooSlow::find(&error).is_some());
     }

@@ -1,4 +1,4 @@
-//! A Parquet file where it lies: its footer and the column chunks asked for are read by ranges, and nothing else.
+//! Reads parts of a stored Parquet file: only its footer and the requested column chunks, as byte ranges.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use parquet::file::metadata::{PageIndexPolicy, ParquetMetaData, ParquetMetaDataR
 
 use crate::{Store, StoreError, retry};
 
-/// Bytes read from the end of a file at first: most footers fit.
+/// Bytes first read from the end of a file: most footers fit.
 const FOOTER_GUESS: usize = 64 << 10;
 
 /// A Parquet file on a store.
@@ -23,19 +23,19 @@ const FOOTER_GUESS: usize = 64 << 10;
 pub struct ParquetFile {
     store: Arc<dyn ObjectStore>,
     path: Path,
-    /// What it is called in messages.
+    /// Its name in messages.
     name: String,
     size: u64,
 }
 
 impl ParquetFile {
-    /// A file whose size is known.
+    /// A file of known size.
     pub fn new(store: &Store, path: Path, size: u64) -> Self {
         let name = store.location().below(path.as_ref());
         Self { store: store.inner(), path, name, size }
     }
 
-    /// The file at `path`, which must be there.
+    /// The file at `path`, which must exist.
     pub async fn find(store: &Store, path: Path) -> std::result::Result<(Self, ObjectMeta), StoreError> {
         let (inner, name) = (store.inner(), store.location().below(path.as_ref()));
         let meta = retry::run("reading", &name, || inner.head(&path)).await?;
@@ -47,8 +47,8 @@ impl ParquetFile {
         ArrowReaderMetadata::load_async(&mut self.clone(), ArrowReaderOptions::new()).await
     }
 
-    /// Reads the footer of a file that another program wrote, and where pages begin if the file says so. Types are those of
-    /// Parquet, fewer than those of Arrow: no large strings, views or dictionaries.
+    /// Reads the footer of a file from another program, and the page index if there is one. Types are those of Parquet, of
+    /// which there are fewer than in Arrow: no large strings, views or dictionaries.
     pub async fn outside_metadata(&self) -> Result<ArrowReaderMetadata> {
         let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
         let options = options.with_offset_index_policy(PageIndexPolicy::Optional);

@@ -1,7 +1,7 @@
-//! Taking credentials out of text that somebody else wrote.
+//! Removes credentials from text of other programs.
 
-/// The text with every URL in it reduced to scheme, host and path: user, password, query and fragment may be credentials
-/// (a presigned URL's signature, a shared access signature), so none of them is shown.
+/// Reduces every URL in a text to scheme, host and path. User, password, query and fragment may be credentials (a presigned
+/// URL's signature, a shared access signature), so they are removed.
 pub fn redact(text: &str) -> String {
     let mut clean = String::with_capacity(text.len());
     let mut rest = text;
@@ -17,7 +17,7 @@ pub fn redact(text: &str) -> String {
     clean
 }
 
-/// Appends what may be shown of a URL after its scheme, and the punctuation of the sentence around it.
+/// Appends the parts of a URL after its scheme that may be shown, and the punctuation of the sentence around it.
 fn push_bare(clean: &mut String, url: &str) {
     let authority = url.find(['/', '?', '#']).unwrap_or(url.len());
     let host = url[..authority].rfind('@').map_or(0, |at| at + 1);
@@ -36,7 +36,7 @@ mod tests {
     use super::redact;
 
     #[test]
-    fn users_passwords_and_queries_go_and_the_rest_stays() {
+    fn users_passwords_and_queries_are_removed_and_the_rest_stays() {
         for (text, clean) in [
             ("plain text: no URL", "plain text: no URL"),
             ("PUT https://u:p@host:1/a/b@c.png?sig=x#y in 3 s", "PUT https://host:1/a/b@c.png?… in 3 s"),

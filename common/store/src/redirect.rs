@@ -1,7 +1,7 @@
-//! Following a web server's redirects, but not into this machine or its network.
+//! Follows a web server's redirects, but not from outside into this machine or its network.
 //!
-//! Images behind a redirect to another host are common: content delivery networks work that way. A server outside that sends
-//! its clients on to an address in here would have them read what only they can reach, such as a cloud's metadata.
+//! Images behind a redirect to another host are common: content delivery networks work that way. But an outside server could
+//! redirect its clients to an internal address, and make them read data that only they can reach, such as a cloud's metadata.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -13,18 +13,18 @@ use url::{Host, Url};
 use super::pace::{CONNECT_TIMEOUT, READ_TIMEOUT};
 use super::web::Lenient;
 
-/// Redirects in a row that are followed.
+/// The most consecutive redirects to follow.
 const FOLLOWED: usize = 10;
 
-/// Makes clients that follow redirects from outside only to outside. Names are not looked up for that: it is the addresses and
-/// names that say by themselves where they lead.
+/// Creates clients that follow redirects from outside only to outside. Names are not resolved for this check: it covers only
+/// addresses and names that are internal by themselves.
 #[derive(Debug)]
 pub(super) struct OutwardRedirects;
 
 impl HttpConnector for OutwardRedirects {
-    /// As `options` of [`super::open`] have it.
+    /// The client's options are those of [`super::open`].
     fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
-        // Compressed, an answer would not have the size it tells.
+        // Compressed responses are not requested, since their size would differ from the reported one.
         let client = reqwest::Client::builder()
             .user_agent(concat!("elbo/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
@@ -42,12 +42,12 @@ impl HttpConnector for OutwardRedirects {
     }
 }
 
-/// Whether a redirect is followed to a URL, after these.
+/// Whether to follow a redirect to a URL, given the URLs before it.
 fn is_followed(before: &[Url], to: &Url) -> bool {
     before.len() <= FOLLOWED && (before.first().is_some_and(is_inside) || !is_inside(to))
 }
 
-/// Whether a URL says that it is of this machine or its network.
+/// Whether a URL's host is this machine or its network.
 fn is_inside(url: &Url) -> bool {
     match url.host() {
         None => true,
@@ -64,7 +64,7 @@ fn is_inside_address(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => {
             let [a, b, ..] = v4.octets();
-            // The last is what providers share among their customers (RFC 6598).
+            // The last range is shared by providers among customers (RFC 6598).
             v4.is_loopback()
                 || v4.is_private()
                 || v4.is_link_local()
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_outside_sends_requests_in_here() {
+    fn outside_servers_cannot_redirect_requests_inside() {
         let url = |text: &str| Url::parse(text).unwrap();
         let (outside, cdn) = (url("https://host.example/a.png"), url("https://cdn.example/a.png"));
         let (inside, metadata) = (url("http://10.0.0.5/a.png"), url("http://169.254.169.254/latest/meta-data"));

@@ -1,12 +1,12 @@
-//! Waiting for failures of storage to pass.
+//! Waits for transient storage failures to pass.
 //!
-//! The clients of [`object_store`] already repeat a request a few times within seconds, and go on with a body that broke
-//! off where the object has an etag. What is here outlasts a store that is slow, overloaded or away for longer, for all
-//! that may be repeated: reads, lists, deletes, and puts of a content that is a pure function of its path.
+//! The clients of [`object_store`] already retry a request a few times within seconds, and resume a body that broke off if the
+//! object has an etag. This module handles stores that are slow, overloaded or unreachable for longer. It applies to everything
+//! that may be repeated: reads, lists, deletes, and puts whose content is a pure function of the path.
 
 use std::time::{Duration, Instant};
 
-use backon::{ExponentialBuilder, Retryable};
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder, Retryable};
 
 use super::transient::is_transient;
 use super::{StoreError, error};
@@ -14,10 +14,25 @@ use super::{StoreError, error};
 /// How long an operation is repeated before it fails.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Runs an operation that may be repeated until it succeeds, fails for good, or [`PATIENCE`] is used up.
+/// Pauses between attempts, which double from `first` to at most five seconds. Up to half of a pause is left out at random, so
+/// that clients that fail together don't retry together.
+pub fn pauses(first: Duration) -> ExponentialBackoff {
+    backoff(first).build()
+}
+
+fn backoff(first: Duration) -> ExponentialBuilder {
+    // The jitter at most doubles a pause.
+    ExponentialBuilder::default()
+        .with_min_delay(first / 2)
+        .with_max_delay(Duration::from_millis(2500))
+        .with_jitter()
+        .without_max_times()
+}
+
+/// Repeats an operation until it succeeds, fails permanently, or [`PATIENCE`] is used up.
 ///
-/// `action` and `path` say what is done, as in `reading s3://bucket/image.png`. An operation that reads a body must read it
-/// to its end, so that one that breaks off is read again.
+/// `action` and `path` describe the operation, as in `reading s3://bucket/image.png`. An operation that reads a body must read
+/// all of it, so that a body that breaks off is read again.
 ///
 /// ```
 /// # use object_store::{ObjectStoreExt, memory::InMemory, path::Path};
@@ -40,7 +55,7 @@ where
     outcome.map_err(|source| StoreError::Object { action, path: path.to_owned(), source })
 }
 
-/// [`run`] with another patience and the bare error.
+/// [`run`] with a custom patience, returning the bare error.
 pub(super) async fn repeat<T, F, A>(
     patience: Duration,
     action: &'static str,
@@ -52,16 +67,11 @@ where
     A: Future<Output = object_store::Result<T>>,
 {
     let (started, mut warned) = (Instant::now(), None::<Instant>);
-    let backoff = ExponentialBuilder::default()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_secs(5))
-        .with_jitter()
-        .without_max_times();
     attempt
-        .retry(backoff)
+        .retry(backoff(Duration::from_millis(200)))
         .when(|error| is_transient(error) && started.elapsed() < patience)
         .notify(|error, _| {
-            // A store that is away fails many operations: one line every few seconds tells enough.
+            // An unreachable store fails many operations; one line every few seconds is enough.
             if warned.is_none_or(|at| at.elapsed() > Duration::from_secs(10)) {
                 warned = Some(Instant::now());
                 let left = patience.saturating_sub(started.elapsed()).as_secs().max(1);
@@ -81,12 +91,24 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn pauses_double_up_to_five_seconds() {
+        let (first, seconds) = (Duration::from_millis(100), |n: u32| Duration::from_millis(100) * 2u32.pow(n));
+        for _ in 0..100 {
+            let pauses: Vec<_> = pauses(first).take(10).collect();
+            for (n, pause) in (0..).zip(&pauses) {
+                let most = seconds(n).min(Duration::from_secs(5));
+                assert!((most / 2..=most).contains(pause), "{n}: {pause:?}");
+            }
+        }
+    }
+
     fn generic(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
         Error::Generic { store: "S3", source: source.into() }
     }
 
     #[tokio::test]
-    async fn failures_that_pass_are_outlasted_and_others_are_told_at_once() {
+    async fn transient_failures_are_retried_and_others_are_reported_at_once() {
         let mut left = 3;
         let found = run("reading", "a", || {
             left -= 1;

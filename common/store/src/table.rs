@@ -1,7 +1,7 @@
-//! Rows to Parquet and back, the same way for every table of a job.
+//! Converts rows to Parquet and back, in the same way for every table of a job.
 //!
-//! Parquet is what DuckDB, Polars, pandas and Hugging Face datasets read without being told how. A table is written from
-//! its rows alone: no clock, no host and no thread order reaches its bytes, so writing it twice is harmless.
+//! DuckDB, Polars, pandas and Hugging Face datasets read Parquet without any options. A table's bytes depend only on its rows,
+//! not on clock, host or thread order, so writing it twice is harmless.
 
 mod stored;
 
@@ -29,10 +29,10 @@ pub enum TableError {
     Encode {
         /// Which table.
         table: &'static str,
-        /// Why.
+        /// The reason.
         source: ParquetError,
     },
-    /// Some bytes are not those that were written.
+    /// Some bytes are not as written.
     #[error(
         "reading the {table}: the file is damaged: its bytes are not those that were written; `elbo verify` names every \
          damaged file, and the job's command computes a shard again with --recompute and its number"
@@ -41,7 +41,7 @@ pub enum TableError {
         /// Which table.
         table: &'static str,
     },
-    /// The bytes are not a Parquet file, or damaged.
+    /// The file is damaged or not Parquet.
     #[error(
         "reading the {table}: {source}; the file is damaged or was written by another program: delete it and run the job \
          again, which writes it anew"
@@ -49,10 +49,10 @@ pub enum TableError {
     Decode {
         /// Which table.
         table: &'static str,
-        /// Why.
+        /// The reason.
         source: ParquetError,
     },
-    /// A column is missing or holds something else.
+    /// A column is missing or has the wrong content.
     #[error("reading the {table}: column '{column}' {problem}; the file was written by another program or version")]
     Column {
         /// Which table.
@@ -62,7 +62,7 @@ pub enum TableError {
         /// What is wrong.
         problem: String,
     },
-    /// The rows contradict what the table says of itself.
+    /// The rows contradict the table's own metadata.
     #[error("reading the {table}: {problem}; the output belongs to another job: use another --out, or --fresh")]
     Rows {
         /// Which table.
@@ -72,12 +72,12 @@ pub enum TableError {
     },
 }
 
-/// A table, and how its rows become columns and come back.
+/// A table, and the conversion of its rows to columns and back.
 pub trait Table: Sized {
     /// A row.
     type Row;
 
-    /// What the table is called in errors.
+    /// The table's name in errors.
     const NAME: &'static str;
 
     /// Its columns.
@@ -90,15 +90,15 @@ pub trait Table: Sized {
     fn read(columns: &Columns<'_>, rows: &mut Vec<Self::Row>) -> Result<(), TableError>;
 }
 
-/// What is read of a table's rows: all of them, or a part for which no other column is fetched and decoded.
+/// The part of a table that is read: whole rows or only some columns, so that no others are fetched and decoded.
 pub trait View: Sized {
-    /// What a row comes to.
+    /// The row it produces.
     type Row;
 
-    /// What the table is called in errors.
+    /// The table's name in errors.
     const TABLE: &'static str;
 
-    /// The columns read, by name or by the dotted path of a nested field; none means all.
+    /// The columns to read, by name or by the dotted path of a nested field. Empty means all.
     const COLUMNS: &'static [&'static str];
 
     /// Appends the rows of a batch.
@@ -124,7 +124,7 @@ pub struct Columns<'a> {
 }
 
 impl<'a> Columns<'a> {
-    /// How many rows there are.
+    /// The number of rows.
     pub fn rows(&self) -> usize {
         self.batch.num_rows()
     }
@@ -140,12 +140,12 @@ impl<'a> Columns<'a> {
         self.full(name, self.nullable::<T>(name)?)
     }
 
-    /// An array inside a column, of the type expected and without nulls.
+    /// An array inside a column, which must have the expected type and no nulls.
     pub fn inner<'b, T: Array + 'static>(&self, name: &str, array: &'b ArrayRef) -> Result<&'b T, TableError> {
         self.full(name, self.typed(name, array)?)
     }
 
-    /// An array of the type expected.
+    /// An array, which must have the expected type.
     pub fn typed<'b, T: Array + 'static>(&self, name: &str, array: &'b ArrayRef) -> Result<&'b T, TableError> {
         let problem = || format!("has the type {}", array.data_type());
         array.as_any().downcast_ref().ok_or_else(|| self.wrong(name, problem()))
@@ -161,9 +161,9 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Encodes rows, `group` to a row group, with `meta` as the file's key-value metadata. Every table is sorted by its first
-/// column, the sample, and says so; each row group and page has the smallest and largest value of every column, by which
-/// readers skip what a query can't match.
+/// Encodes rows with `group` rows per row group and `meta` as the file's key-value metadata. Every table is sorted by its first
+/// column, the sample, and declares this. Each row group and page has the smallest and largest value of every column, so that
+/// readers can skip what a query can't match.
 pub fn encode<T: Table>(rows: &[T::Row], group: usize, meta: &[(String, String)]) -> Result<Bytes, TableError> {
     let mut writer = Writer::<T>::new()?;
     meta.iter().for_each(|(key, value)| writer.note(key, value));
@@ -204,12 +204,12 @@ impl<T: Table> Writer<T> {
         self.writer.write(&batch).and_then(|()| self.writer.flush()).map_err(failed::<T>)
     }
 
-    /// Adds to the file's key-value metadata.
+    /// Adds an entry to the file's key-value metadata.
     pub fn note(&mut self, key: impl Into<String>, value: impl Into<String>) {
         self.writer.append_key_value_metadata(KeyValue::new(key.into(), value.into()));
     }
 
-    /// The file.
+    /// Ends the table and returns the file.
     pub fn finish(mut self) -> Result<Bytes, TableError> {
         self.writer.flush().map_err(failed::<T>)?;
         self.writer.sync().map_err(|e| failed::<T>(e.into()))?;
@@ -223,19 +223,19 @@ fn failed<T: Table>(source: ParquetError) -> TableError {
     TableError::Encode { table: T::NAME, source }
 }
 
-/// A note of a file's key-value metadata.
+/// An entry of a file's key-value metadata.
 pub fn note<'a>(metadata: &'a ArrowReaderMetadata, key: &str) -> Option<&'a str> {
     let notes = metadata.metadata().file_metadata().key_value_metadata()?;
     notes.iter().find(|note| note.key == key)?.value.as_deref()
 }
 
-/// A note of the key-value metadata of a file that is one of our tables.
+/// An entry of the key-value metadata of one of our tables.
 pub fn note_of(bytes: &Bytes, key: &str) -> Option<String> {
     let metadata = ArrowReaderMetadata::load(bytes, ArrowReaderOptions::new()).ok()?;
     note(&metadata, key).map(str::to_owned)
 }
 
-/// Decodes all rows of a file whose bytes are as they were written; older files don't tell.
+/// Decodes all rows of a file, after checking that its bytes are as written. Older files have no checksum.
 pub fn decode<T: Table>(bytes: Bytes) -> Result<Vec<T::Row>, TableError> {
     let metadata = metadata::<T>(&bytes)?;
     if let Some(data) = note(&metadata, checksum::DATA)

@@ -1,15 +1,14 @@
-//! Which failures of storage pass by themselves.
+//! Which storage failures are transient.
 
-use std::error::Error as _;
-
+use elbo_core::causes::causes;
 use object_store::Error;
 use object_store::client::HttpError;
 
 use super::pace::TooSlow;
 
-/// Whether the same operation may succeed later: the store was overloaded, unreachable, or the answer broke off.
+/// Whether the same operation may succeed later: the store was overloaded or unreachable, or the response broke off.
 ///
-/// What the store says about the object, the request or the credentials stays as it is.
+/// Errors about the object, the request or the credentials are permanent.
 pub(crate) fn is_transient(error: &Error) -> bool {
     match error {
         Error::Generic { store, source } => is_passing(store, source.as_ref()),
@@ -18,8 +17,7 @@ pub(crate) fn is_transient(error: &Error) -> bool {
 }
 
 fn is_passing(store: &str, error: &(dyn std::error::Error + 'static)) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
+    for error in causes(error) {
         if let Some(inner) = error.downcast_ref::<Error>() {
             return is_transient(inner);
         }
@@ -34,9 +32,8 @@ fn is_passing(store: &str, error: &(dyn std::error::Error + 'static)) -> bool {
             let passing = matches!(io.kind(), ErrorKind::Interrupted | ErrorKind::TimedOut | ErrorKind::WouldBlock);
             return passing || store != "LocalFileSystem";
         }
-        cause = error.source();
     }
-    // The clients keep the type that knows the status to themselves; its text is all there is.
+    // The clients don't expose the error type that holds the status, so it is parsed from the text.
     let text = error.to_string();
     match status(&text) {
         Some(status) => status >= 500 || status == 408 || status == 429,
@@ -44,21 +41,14 @@ fn is_passing(store: &str, error: &(dyn std::error::Error + 'static)) -> bool {
     }
 }
 
-/// Whether a request can't even be made, as to a URL that is none, or its answer is refused: nothing mends that.
+/// Whether a request can't be made at all, as with an invalid URL, or its response is refused. Repeating it does not help.
 fn is_unusable(error: &HttpError) -> bool {
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let text = inner.to_string();
-        if text.contains("builder error") || text.contains("the server tells no size") {
-            return true;
-        }
-        cause = inner.source();
-    }
-    false
+    let signs = ["builder error", "the server tells no size"];
+    let said: Vec<_> = causes(error).skip(1).map(ToString::to_string).collect();
+    said.iter().any(|text| signs.iter().any(|sign| text.contains(sign)))
 }
 
-/// What is said without a status and no repetition changes: no kind of URL we know, another region, ranges that the object has
-/// not.
+/// Permanent errors without a status: an unsupported kind of URL, the wrong region, or a range that the object does not have.
 const LASTING: [&str; 4] =
     ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at"];
 
@@ -77,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn overload_and_broken_connections_pass_and_refusals_do_not() {
+    fn overload_and_broken_connections_are_transient_and_refusals_are_not() {
         let status = |code: &str| generic(format!("Server returned non-2xx status code: {code}: body"));
         for passing in ["500 Internal Server Error", "503 Slow Down", "429 Too Many Requests", "408 Request Timeout"] {
             assert!(is_transient(&status(passing)), "{passing}");

@@ -1,13 +1,13 @@
-//! What web servers leave out or do in their own way, made up for below the client of [`object_store`], which expects a store.
+//! Compensates for missing or unusual behaviour of web servers, since the client of [`object_store`] above expects a store.
 //!
-//! | a server | here |
-//! |---|---|
-//! | has weak tags (`W/"x"`), or other ones for a compressed answer (`"x-gzip"`) | tags are told without either; `If-Match`, which a weak tag never meets, is not sent: the answer's tag is compared |
-//! | has no tags, but dates of change | such a date is the tag, where it is a minute old: a younger one may hide a change, or be the answer's own date |
-//! | refuses HEAD, or does not tell a size in its answer | the first byte is asked for, and the answer tells tag and size |
-//! | answers a request for the whole as a range with the whole | that is the range |
-//! | sends a file without telling its size | it is told once the file is here |
-//! | sends a page, of a login perhaps, in place of a file | there is no file |
+//! - The server has weak tags (`W/"x"`), or different tags for compressed responses (`"x-gzip"`): both marks are removed.
+//!   `If-Match`, which never matches a weak tag, is not sent; the response's tag is compared instead.
+//! - It has no tags, but modification dates: a date is used as the tag if it is at least a minute old. A newer one may hide a
+//!   change, or be the response's own date.
+//! - It refuses HEAD, or sends no size in its response: the first byte is requested, and that response has tag and size.
+//! - It responds to a range that covers the whole file with the whole file: this is treated as the range.
+//! - It sends a file without its size: the size is set once the file has arrived.
+//! - It sends a web page instead of a file, for example a login page: this counts as no file.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -25,14 +25,14 @@ use object_store::client::{
     HttpClient, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpResponseBody, HttpService,
 };
 
-/// The most bytes of an answer that does not tell how many it has.
+/// The largest response without a stated size, in bytes.
 const MAX_UNSIZED: usize = 64 << 20;
-/// How old a date of change must be to tell one content from another (RFC 7232, section 2.2.2).
+/// The least age of a modification date that identifies the content (RFC 7232, section 2.2.2).
 const SETTLED: Duration = Duration::from_secs(60);
-/// What servers append to the tag of a compressed answer.
+/// Suffixes that servers append to the tag of a compressed response.
 const CODINGS: [&str; 10] = ["--gzip", "-gzip", ";gzip", ":gzip", "-br", ";br", ":br", "-zstd", ";zstd", "-deflate"];
 
-/// A client that makes up for what a web server leaves out.
+/// A client that compensates for what a web server leaves out.
 #[derive(Debug)]
 pub(super) struct Lenient(pub(super) HttpClient);
 
@@ -60,7 +60,7 @@ impl HttpService for Lenient {
 }
 
 impl Lenient {
-    /// What HEAD tells, by way of a range where the server does not answer it.
+    /// The response to HEAD, obtained with a range request if the server does not support it.
     async fn head(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
         let mut get = request.clone();
         let response = self.0.execute(request).await?;
@@ -82,11 +82,11 @@ impl Lenient {
         let total = match parts.status {
             StatusCode::PARTIAL_CONTENT => total(&parts.headers),
             StatusCode::OK => size(&parts.headers),
-            // There is no first byte.
+            // The file is empty.
             StatusCode::RANGE_NOT_SATISFIABLE => total(&parts.headers).filter(|total| *total == 0),
             _ => return Ok(HttpResponse::from_parts(parts, body)),
         };
-        // What is left of the body is not waited for.
+        // The rest of the body is not read.
         drop(body);
         parts.headers.remove(CONTENT_RANGE);
         parts.headers.remove(CONTENT_LENGTH);
@@ -108,24 +108,24 @@ fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// The size an answer tells of itself.
+/// The size stated in a response.
 fn size(headers: &HeaderMap) -> Option<u64> {
     text(headers, CONTENT_LENGTH)?.trim().parse().ok()
 }
 
-/// The size of the file of which an answer is a part.
+/// The size of the whole file, from a partial response.
 fn total(headers: &HeaderMap) -> Option<u64> {
     text(headers, CONTENT_RANGE)?.rsplit_once('/')?.1.trim().parse().ok()
 }
 
-/// A tag as it is whether it is weak or not, and of whichever coding.
+/// A tag without the mark of a weak tag and without the suffix of a compression.
 fn plain(tag: &str) -> &str {
     let tag = tag.trim();
     let inner = tag.strip_prefix("W/").unwrap_or(tag).trim_matches('"');
     CODINGS.iter().find_map(|coding| inner.strip_suffix(coding)).unwrap_or(inner)
 }
 
-/// The date of change, where it tells one content from another.
+/// The modification date, if it is old enough to identify the content.
 fn settled_date(headers: &HeaderMap) -> Option<&str> {
     let changed = text(headers, LAST_MODIFIED)?;
     let at = httpdate::parse_http_date(changed).ok()?;
@@ -134,12 +134,12 @@ fn settled_date(headers: &HeaderMap) -> Option<&str> {
     is_settled.then_some(changed)
 }
 
-/// The tag by which later answers are compared.
+/// The tag that later responses are compared with.
 fn plain_tag(headers: &HeaderMap) -> Option<&str> {
     text(headers, ETAG).map(plain).or_else(|| settled_date(headers))
 }
 
-/// Whether an answer is of the content that had a tag; one that tells nothing of it is taken for it.
+/// Whether a response has the content with this tag. A response without a tag counts as the same.
 fn is_same(listed: &HeaderValue, headers: &HeaderMap) -> bool {
     let Ok(listed) = listed.to_str() else { return true };
     let listed = plain(listed);
@@ -159,7 +159,7 @@ fn with_plain_tag(mut response: HttpResponse) -> HttpResponse {
     response
 }
 
-/// An answer of the whole file to a request for a range that is all of it.
+/// Turns a response with the whole file into one to a range request that covers the whole file.
 fn whole_as_range(mut response: HttpResponse, range: &HeaderValue) -> HttpResponse {
     let asked = range.to_str().ok().and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
     let (StatusCode::OK, Some((first, last)), Some(size)) = (response.status(), asked, size(response.headers())) else {
@@ -180,7 +180,7 @@ fn whole_as_range(mut response: HttpResponse, range: &HeaderValue) -> HttpRespon
     response
 }
 
-/// Tells the size of an answer that does not do so itself.
+/// Adds the size to a response that lacks it.
 async fn with_size(response: HttpResponse) -> Result<HttpResponse, HttpError> {
     if response.headers().contains_key(CONTENT_LENGTH) || !response.status().is_success() {
         return Ok(response);
@@ -198,7 +198,7 @@ async fn with_size(response: HttpResponse) -> Result<HttpResponse, HttpError> {
     Ok(HttpResponse::from_parts(parts, all.freeze().into()))
 }
 
-/// An answer, unless it is a page: then one that says so. A file may be called one by mistake, so its beginning is looked at.
+/// Refuses a response that is a web page. A file may be labelled as one by mistake, so its beginning is checked.
 async fn without_page(response: HttpResponse) -> Result<HttpResponse, HttpError> {
     let kind = text(response.headers(), CONTENT_TYPE).unwrap_or_default();
     let is_called_page = ["text/html", "application/xhtml"].iter().any(|page| kind.starts_with(page));
@@ -218,13 +218,13 @@ async fn without_page(response: HttpResponse) -> Result<HttpResponse, HttpError>
     };
     let start = first.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&first).trim_ascii_start();
     if start.starts_with(b"<") {
-        let told = "a web page came in place of the file: perhaps one to log in, or that says what is wrong";
+        let told = "a web page came in place of the file: perhaps a login page, or one that says what is wrong";
         return Ok(answer(StatusCode::NOT_FOUND, Bytes::from_static(told.as_bytes())));
     }
     Ok(HttpResponse::from_parts(parts, HttpResponseBody::new(Rejoined { first: Some(first), rest: body })))
 }
 
-/// A body whose first bytes were looked at.
+/// A body whose first bytes were already read.
 #[derive(Debug)]
 struct Rejoined {
     first: Option<Bytes>,

@@ -1,27 +1,24 @@
-//! What a ledger knows, read beside whoever has it open: nothing is written, nobody is fenced.
+//! Reads a ledger that a coordinator may have open. Nothing is written, and no coordinator is fenced.
 
 use std::collections::BTreeMap;
 
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::{Epoch, SampleId, ShardId};
 use elbo_output::layout;
 use elbo_output::verify::Marks;
 use elbo_store::Store;
-use prost::Message;
 use slatedb::config::DbReaderOptions;
 use slatedb::{DbReader, DbReaderMode, KeyValue};
 
+use super::LedgerError;
+use super::entries::{DONE, RESULT, RETRY, RecordEntry, entries, failure, retry_entry, shard_of};
 use super::mark::done_entry;
-use super::{
-    DONE, LedgerError, RESULT, RETRY, StoredRecord, broken, failure, failure_from_wire, parse_result_key, parse_shard,
-    parse_u64,
-};
-use crate::scheduler::SampleFailure;
 
-/// How often an operation is repeated on a failing store: somebody waits for the answer.
+/// How often an operation is repeated on a failing store. This is small because a user waits for the answer.
 const STORE_RETRIES: u32 = 5;
 
-/// The samples of open shards that are given up, in order; none where there is no ledger. A sample that failed while it was
-/// audited is among them, though it keeps its class.
+/// The quarantined samples of open shards, in order; empty if there is no ledger. This includes samples that failed during
+/// their audit, though they keep their class.
 pub async fn given_up(out: &Store) -> Result<Vec<SampleFailure>, LedgerError> {
     let Some(glance) = Glance::open(out).await? else { return Ok(Vec::new()) };
     let found = failures(&glance).await;
@@ -29,13 +26,13 @@ pub async fn given_up(out: &Store) -> Result<Vec<SampleFailure>, LedgerError> {
     found
 }
 
-/// What the files of an output's committed shards hash to; none where there is no ledger.
+/// The hashes of the files of an output's committed shards; `None` if there is no ledger.
 pub async fn marks(out: &Store) -> Result<Option<Marks>, LedgerError> {
     let Some(glance) = Glance::open(out).await? else { return Ok(None) };
-    let entries = glance.entries(DONE).await;
+    let mark = |entry| done_entry(entry).map(|(shard, mark)| (shard, mark.files));
+    let found = entries(&glance.reader, &glance.directory, DONE, mark).await;
     glance.close().await?;
-    let mark = |entry| done_entry(&entry).map(|(shard, mark)| (shard, mark.files));
-    entries?.into_iter().map(mark).collect::<Result<_, _>>().map(Some)
+    found.map(Some)
 }
 
 /// A ledger that is only read.
@@ -45,7 +42,7 @@ struct Glance {
 }
 
 impl Glance {
-    /// `None` where there is no ledger.
+    /// Opens a ledger; `None` if there is none.
     async fn open(out: &Store) -> Result<Option<Self>, LedgerError> {
         let files = out.list(layout::LEDGER).await.map_err(LedgerError::Store)?;
         if files.is_empty() {
@@ -54,21 +51,10 @@ impl Glance {
         let directory = out.location().below(layout::LEDGER);
         let options = DbReaderOptions { object_store_max_retries: Some(STORE_RETRIES), ..DbReaderOptions::default() };
         let reader = DbReader::builder(layout::LEDGER, out.inner()).with_options(options);
-        // Its files are not held fast, which would be a write: while a coordinator collects its garbage, reading may fail.
+        // Pinning the files would be a write, so reading may fail while a coordinator collects garbage.
         let reader = reader.with_reader_mode(DbReaderMode::FollowLatest).with_db_cache_disabled();
         let reader = reader.build().await.map_err(|source| failure("opening", &directory, source))?;
         Ok(Some(Self { reader, directory }))
-    }
-
-    /// All entries whose keys begin with a prefix.
-    async fn entries(&self, prefix: &str) -> Result<Vec<KeyValue>, LedgerError> {
-        let failed = |source| failure("reading", &self.directory, source);
-        let mut found = self.reader.scan_prefix(prefix, ..).await.map_err(failed)?;
-        let mut entries = Vec::new();
-        while let Some(entry) = found.next().await.map_err(failed)? {
-            entries.push(entry);
-        }
-        Ok(entries)
     }
 
     async fn close(&self) -> Result<(), LedgerError> {
@@ -77,22 +63,16 @@ impl Glance {
 }
 
 async fn failures(glance: &Glance) -> Result<Vec<SampleFailure>, LedgerError> {
-    let mut retried: BTreeMap<ShardId, Epoch> = BTreeMap::new();
-    for entry in glance.entries(RETRY).await? {
-        let shard = parse_shard(&entry.key, RETRY).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
-        retried.insert(shard, Epoch(parse_u64(&entry.key, &entry.value)?));
-    }
+    let Glance { reader, directory } = glance;
+    let retried: BTreeMap<ShardId, Epoch> = entries(reader, directory, RETRY, retry_entry).await?;
+    let failed = |entry: KeyValue| {
+        let shard = shard_of(&entry, RESULT)?;
+        Ok(RecordEntry::read(&entry)?.since(retried.get(&shard).copied()).failures)
+    };
+    let failures: Vec<Vec<SampleFailure>> = entries(reader, directory, RESULT, failed).await?;
     let mut given_up: BTreeMap<SampleId, SampleFailure> = BTreeMap::new();
-    for entry in glance.entries(RESULT).await? {
-        let shard = parse_shard(&entry.key, RESULT).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
-        let (epoch, _) = parse_result_key(&entry.key).ok_or_else(|| broken(&entry.key, "its key is not a record's"))?;
-        if retried.get(&shard).is_some_and(|since| epoch < *since) {
-            continue;
-        }
-        let stored = StoredRecord::decode(entry.value.as_ref()).map_err(|e| broken(&entry.key, e))?;
-        for failure in stored.failures.into_iter().map(failure_from_wire) {
-            given_up.entry(failure.sample).or_insert(failure);
-        }
+    for failure in failures.into_iter().flatten() {
+        given_up.entry(failure.sample).or_insert(failure);
     }
     Ok(given_up.into_values().collect())
 }

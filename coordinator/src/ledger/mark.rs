@@ -1,4 +1,4 @@
-//! What the ledger says of a committed shard.
+//! The ledger's entry for a committed shard.
 
 use elbo_core::ids::ShardId;
 use elbo_store::checksum::Checksum;
@@ -6,7 +6,8 @@ use object_store::path::Path;
 use prost::Message;
 use slatedb::KeyValue;
 
-use super::{DONE, LedgerError, broken, parse_shard};
+use super::LedgerError;
+use super::entries::{DONE, broken, shard_of};
 use crate::scheduler::ShardTotals;
 
 #[derive(Clone, PartialEq, Message)]
@@ -33,12 +34,12 @@ struct StoredChecksum {
     hash: Vec<u8>,
 }
 
-/// What is known of a committed shard.
+/// The ledger's note that a shard is committed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mark {
-    /// What it contributed.
+    /// The shard's totals.
     pub totals: ShardTotals,
-    /// What its files hash to; two hashes of one file where it is being rewritten. None where an older version committed it.
+    /// The checksums of its files: two for a file that is being rewritten. Empty if an older version committed the shard.
     pub files: Vec<Checksum>,
 }
 
@@ -65,7 +66,7 @@ impl Mark {
     }
 }
 
-pub(super) fn done_entry(entry: &KeyValue) -> Result<(ShardId, Mark), LedgerError> {
-    let shard = parse_shard(&entry.key, DONE).ok_or_else(|| broken(&entry.key, "it names no shard"))?;
-    Ok((shard, Mark::decode(&entry.key, &entry.value)?))
+/// Parses the entry of a committed shard.
+pub(super) fn done_entry(entry: KeyValue) -> Result<(ShardId, Mark), LedgerError> {
+    Ok((shard_of(&entry, DONE)?, Mark::decode(&entry.key, &entry.value)?))
 }

@@ -1,12 +1,14 @@
-//! The ledger on a store in memory, and what takes how much room in it.
+//! Tests of the ledger on a store in memory, and of the size of its entries.
 
 use std::sync::Arc;
 
-use elbo_core::ids::Round;
+use elbo_core::failure::{FailureStage, SampleFailure};
+use elbo_core::ids::{Round, SampleId};
 use elbo_core::unit::UnitId;
 use slatedb::object_store::memory::InMemory;
 
 use super::*;
+use crate::scheduler::UnitResult;
 
 fn store() -> Store {
     Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap())
@@ -14,10 +16,16 @@ fn store() -> Store {
 
 fn record(sample: u64) -> Record {
     let id = UnitId { sample: SampleId(sample), round: Round(1), slots: 2, prompts: 0 };
-    let result =
-        UnitResult { id, prompts: vec![3, 5], slots: 2, sum: vec![0.5, 1.0], sum_sq: vec![0.25, 1.0], errors: vec![] };
-    let failure = SampleFailure { sample: SampleId(sample + 1), stage: "decode".into(), error: "cut off".into() };
-    Record { results: vec![result], failures: vec![failure] }
+    let result = v1::UnitResult {
+        id: Some(id.into()),
+        prompts: vec![3, 5],
+        slots: 2,
+        sum: vec![0.5, 1.0],
+        sum_sq: vec![0.25, 1.0],
+        errors: vec![],
+    };
+    let failure = SampleFailure { sample: SampleId(sample + 1), stage: FailureStage::Decode, error: "cut off".into() };
+    Record { results: vec![result.try_into().unwrap()], failures: vec![failure] }
 }
 
 #[tokio::test]
@@ -40,15 +48,18 @@ async fn records_survive_a_coordinator_that_never_closed_its_ledger() {
 async fn a_large_record_is_stored_in_entries_of_bounded_size_and_comes_back_whole() {
     let out = store();
     let ledger = Ledger::open(&out).await.unwrap();
-    let result = |slots| UnitResult {
-        id: UnitId { sample: SampleId(3), round: Round(0), slots, prompts: 0 },
-        prompts: (0..64).collect(),
-        slots: 64,
-        sum: vec![],
-        sum_sq: vec![],
-        errors: vec![0.5; 4096],
+    let result = |slots| {
+        let id = UnitId { sample: SampleId(3), round: Round(0), slots, prompts: 0 };
+        let reported = v1::UnitResult {
+            id: Some(id.into()),
+            prompts: (0..64).collect(),
+            slots: 64,
+            errors: vec![0.5; 4096],
+            ..v1::UnitResult::default()
+        };
+        UnitResult { id, reported }
     };
-    let failure = SampleFailure { sample: SampleId(4), stage: "read".into(), error: "x".repeat(4096) };
+    let failure = SampleFailure { sample: SampleId(4), stage: FailureStage::Read, error: "x".repeat(4096) };
     let large = Record { results: (0..400).map(result).collect(), failures: vec![failure; 500] };
     ledger.append(&large, 10, Waste::default()).await.unwrap();
     let mut entries = ledger.db.scan_prefix(result_prefix(ShardId(0)), ..).await.unwrap();
@@ -66,7 +77,7 @@ async fn a_large_record_is_stored_in_entries_of_bounded_size_and_comes_back_whol
 }
 
 #[tokio::test]
-async fn a_committed_shard_leaves_its_totals_and_nothing_else() {
+async fn a_committed_shard_leaves_only_its_totals() {
     let out = store();
     let ledger = Ledger::open(&out).await.unwrap();
     ledger.append(&record(1), 10, Waste::default()).await.unwrap();
@@ -88,14 +99,17 @@ async fn a_second_coordinator_fences_the_first() {
     let first = Ledger::open(&out).await.unwrap();
     first.hold().await.unwrap();
     let second = Ledger::open(&out).await.unwrap();
-    assert!(matches!(first.hold().await, Err(LedgerError::Fenced)), "who has nothing to write finds out too");
+    assert!(
+        matches!(first.hold().await, Err(LedgerError::Fenced)),
+        "a coordinator with nothing to write finds out too"
+    );
     second.hold().await.unwrap();
     let error = first.append(&record(1), 10, Waste::default()).await.unwrap_err();
     assert!(matches!(error, LedgerError::Fenced), "{error}");
 }
 
 #[tokio::test]
-async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_committed_again() {
+async fn a_retry_voids_earlier_failures_and_lasts_until_the_shard_is_committed_again() {
     let out = store();
     let first = Ledger::open(&out).await.unwrap();
     first.append(&record(1), 10, Waste::default()).await.unwrap();
@@ -119,7 +133,7 @@ async fn another_try_voids_earlier_failures_and_survives_until_the_shard_is_comm
 }
 
 #[tokio::test]
-async fn what_is_given_up_of_open_shards_is_read_beside_a_coordinator_that_goes_on() {
+async fn quarantined_samples_of_open_shards_can_be_read_while_a_coordinator_works() {
     let out = store();
     assert!(given_up(&out).await.unwrap().is_empty());
     let ledger = Ledger::open(&out).await.unwrap();
@@ -131,7 +145,7 @@ async fn what_is_given_up_of_open_shards_is_read_beside_a_coordinator_that_goes_
     assert_eq!(found(given_up(&out).await.unwrap()), [2, 6, 36]);
     ledger.append(&record(7), 10, Waste::default()).await.unwrap();
     ledger.hold().await.unwrap();
-    // Failures before another try are void.
+    // Failures from before a retry are void.
     let second = Ledger::open(&out).await.unwrap();
     second.retry([ShardId(0)]).await.unwrap();
     second.append(&record(3), 10, Waste::default()).await.unwrap();
@@ -139,9 +153,9 @@ async fn what_is_given_up_of_open_shards_is_read_beside_a_coordinator_that_goes_
     second.hold().await.unwrap();
 }
 
-/// What a race's ledger keeps: single errors, since sums lose the pairs. They are smaller too, as rounds are short.
+/// A race's ledger keeps single errors, since sums lose the pairs. Single errors are also smaller, as rounds are short.
 #[test]
-fn the_single_errors_of_a_race_take_less_than_sums_would() {
+fn single_errors_of_a_race_take_less_than_sums() {
     use elbo_core::policy::{Course, Policy, Timesteps};
     use prost::Message;
     let contenders = elbo_core::ensemble::Contenders::prompts(1000);
@@ -155,7 +169,7 @@ fn the_single_errors_of_a_race_take_less_than_sums_would() {
         let of = |sums: usize, errors: usize| {
             let (sum, sum_sq, errors) = (vec![0.5; sums], vec![0.25; sums], vec![0.1; errors]);
             let prompts = prompts.iter().map(|p| p.0).collect();
-            to_wire(UnitResult { id, prompts, slots: slots as u32, sum, sum_sq, errors }).encoded_len()
+            v1::UnitResult { id: Some(id.into()), prompts, slots: slots as u32, sum, sum_sq, errors }.encoded_len()
         };
         let (errors, sums) = (of(0, slots * left as usize), of(left as usize, 0));
         assert!(
@@ -168,7 +182,7 @@ fn the_single_errors_of_a_race_take_less_than_sums_would() {
 }
 
 #[tokio::test]
-async fn a_discarded_job_is_forgotten_and_whoever_worked_on_it_stays_fenced() {
+async fn a_discarded_job_is_forgotten_and_its_coordinator_stays_fenced() {
     let out = store();
     let old = Ledger::open(&out).await.unwrap();
     old.begin("old", BTreeMap::new()).await.unwrap();
@@ -181,13 +195,13 @@ async fn a_discarded_job_is_forgotten_and_whoever_worked_on_it_stays_fenced() {
     assert!(new.done().await.unwrap().is_empty() && new.begun().await.unwrap().is_empty());
     new.begin("new", BTreeMap::new()).await.unwrap();
     let third = Ledger::open(&out).await.unwrap();
-    assert_eq!(third.epoch(), Epoch(3), "a fence is never taken down");
+    assert_eq!(third.epoch(), Epoch(3), "a fence is permanent");
     assert_eq!(third.fingerprint().await.unwrap().as_deref(), Some("new"));
     assert_eq!(third.discarded().await.unwrap(), ["in job.json".to_owned(), "old".to_owned()].into());
 }
 
 #[tokio::test]
-async fn while_a_file_is_replaced_both_of_its_hashes_are_right() {
+async fn both_hashes_of_a_file_are_valid_while_it_is_replaced() {
     let out = store();
     let ledger = Ledger::open(&out).await.unwrap();
     let path = layout::predictions(ShardId(0));
@@ -196,7 +210,7 @@ async fn while_a_file_is_replaced_both_of_its_hashes_are_right() {
     let mark = Mark { totals: ShardTotals::default(), files: vec![audit.clone(), before.clone()] };
     ledger.commit(ShardId(0), mark, Waste::default()).await.unwrap();
     ledger.expect(ShardId(0), after.clone()).await.unwrap();
-    // As whoever checks the output sees it meanwhile.
+    // This is what a check of the output sees meanwhile.
     assert_eq!(marks(&out).await.unwrap().unwrap()[&ShardId(0)], [audit.clone(), before, after.clone()]);
     ledger.settle(vec![(ShardId(0), after.clone())]).await.unwrap();
     assert_eq!(marks(&out).await.unwrap().unwrap()[&ShardId(0)], [audit, after]);

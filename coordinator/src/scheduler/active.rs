@@ -1,26 +1,28 @@
-//! A sample on its way through the rounds: the units of the current one, and the sums of those before.
+//! An active sample: the units of its current round, and the sums of earlier rounds.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use elbo_core::ensemble::Contenders;
 use elbo_core::ids::{LeaseKey, PromptIndex, Round, SampleId};
-use elbo_core::policy::{Course, ScoredBy, Standing, Survivors};
+use elbo_core::policy::{Course, ScoredBy, Walk};
+use elbo_core::ranking::ScoredPrompt;
 use elbo_core::sums::Sums;
 use elbo_core::unit::{Cut, Unit, UnitId};
+use elbo_proto::v1;
 
-use super::lease::{HeldUnit, Holders};
-use super::outcome::{Outcome, ScoredPrompt, Settled, SlotError};
-use super::record::Verdict;
+use super::lease::{Holders, LeasedUnit};
+use super::outcome::{SampleOutcome, Settled, SlotError};
+use super::record::ResultStatus;
 use super::{JobShape, UnitResult};
 
-/// Bytes that a prompt of an active sample takes at most: its place in the list, the sums of its round and those before,
-/// and its last round. Once the sample has ended it takes less.
-pub(super) const PROMPT_BYTES: usize = size_of::<PromptIndex>() + 2 * size_of::<Sums>() + size_of::<Round>();
+/// The most bytes that a prompt of an active sample takes: the walk's state for it, and its sums in the current round. It
+/// takes less once the sample has ended.
+pub(super) const PROMPT_BYTES: usize = Walk::PROMPT_BYTES + size_of::<Sums>();
 
 const _: () = assert!(size_of::<ScoredPrompt>() <= PROMPT_BYTES);
 
-/// What a unit's evaluations came to.
+/// The results of a unit.
 #[derive(Clone, Debug)]
 enum Scores {
     /// Sums by prompt.
@@ -31,11 +33,11 @@ enum Scores {
 
 #[derive(Clone, Debug)]
 enum UnitState {
-    /// Ready, where nobody computes it.
+    /// Not done. Ready if it has no holders.
     Open(Holders),
     Done {
         scores: Scores,
-        /// The number of the next lease when it was done: leases from there on had no reason to compute it.
+        /// The number of the next lease when the unit was done. That lease and later ones had no reason to compute it.
         before: u64,
     },
 }
@@ -45,133 +47,87 @@ enum UnitState {
 pub(super) struct Active {
     sample: SampleId,
     contenders: Arc<Contenders>,
-    round: Round,
-    /// The round's slots, as positions in the course it belongs to. Those of the job's model before it are done.
-    slots: Range<usize>,
-    remaining: Vec<PromptIndex>,
-    /// The round's units; none once all rounds are over.
+    walk: Walk,
+    /// The units of the walk's current round; empty once all rounds are over.
     units: Vec<UnitState>,
-    /// What the rounds before have brought, by prompt; empty during the first round, which most samples of an open shard
-    /// are in.
-    totals: Vec<Sums>,
-    /// The last round a prompt was evaluated in, by prompt.
-    last_round: Vec<Round>,
-    /// The errors of the remaining prompts on every slot done, by prompt, where eliminations need pairs. A prompt that
-    /// leaves leaves nothing behind.
-    pairs: Vec<Vec<f32>>,
     errors: Vec<SlotError>,
-    /// Whether the sample is to be audited when it is through.
-    audited: bool,
-    /// What the course came to, and the round after its last, once the audit is under way.
-    judged: Option<(Vec<ScoredPrompt>, Round)>,
+    audit: Audit,
+}
+
+/// Where a sample is in its audit.
+#[derive(Debug)]
+enum Audit {
+    /// It has none, or it is over.
+    None,
+    /// The sample is still on the job's course.
+    Due,
+    /// The sample is on the audit's course.
+    Running {
+        /// The result of the job's course.
+        judged: Vec<ScoredPrompt>,
+        /// The round after the last one of the job's course.
+        start: Round,
+    },
 }
 
 impl Active {
-    /// A sample with so many captions of its own at the beginning of its first round.
+    /// A sample with this many captions of its own, at the start of its first round.
     pub(super) fn begin(job: &JobShape, sample: SampleId, captions: usize, audited: bool) -> Self {
         let contenders = job.contenders_of(captions);
         let mut state = Self {
             sample,
-            round: Round(0),
-            slots: 0..0,
-            remaining: contenders.first(),
+            walk: Walk::new(contenders.first()),
             units: Vec::new(),
-            totals: Vec::new(),
-            last_round: Vec::new(),
-            pairs: Vec::new(),
             errors: Vec::new(),
-            audited,
-            judged: None,
+            audit: if audited && job.course().audit().is_some() { Audit::Due } else { Audit::None },
             contenders,
         };
         state.enter_round(job);
         state
     }
 
-    /// The course the sample is on, and its round there.
-    fn course<'j>(&self, job: &'j JobShape) -> (&'j Course, Round) {
-        match (&self.judged, job.course().audit()) {
-            (Some((_, start)), Some(audit)) => (audit, Round(self.round.0 - start.0)),
-            _ => (job.course(), self.round),
+    /// The course the sample is on.
+    fn course<'j>(&self, job: &'j JobShape) -> &'j Course {
+        match (&self.audit, job.course().audit()) {
+            (Audit::Running { .. }, Some(audit)) => audit,
+            _ => job.course(),
         }
     }
 
-    /// Starts the current round, passing over rounds without a new slot; after the last one the audit, if there is one.
+    /// Enters the walk's next round. After the last one, enters the audit's first round, if the sample is audited.
     fn enter_round(&mut self, job: &JobShape) {
         self.units = Vec::new();
-        loop {
-            let (course, round) = self.course(job);
-            match course.round(round, self.slots.end, &self.contenders, &self.remaining) {
-                Some(slots) => self.slots = slots,
-                None if self.begin_audit(job) => continue,
-                None => return,
-            }
-            let units = self.cut().units();
-            if units > 0 {
-                self.units = vec![UnitState::Open(Holders::default()); units];
+        while !self.walk.enter(self.course(job), &self.contenders) {
+            if !matches!(self.audit, Audit::Due) {
                 return;
             }
-            self.eliminate(job);
+            self.begin_audit(job);
         }
+        self.units = vec![UnitState::Open(Holders::default()); self.cut().units()];
     }
 
-    /// Puts the sample on the audit's course, if it is to be audited and was not yet.
-    fn begin_audit(&mut self, job: &JobShape) -> bool {
-        if !std::mem::take(&mut self.audited) || job.course().audit().is_none() {
-            return false;
-        }
-        let scored = self.scored();
-        // A shortlist holds for both, what became of groups does not.
-        let is_on_shortlist = |prompt: &PromptIndex| !self.left_by_shortlist(job, &scored[prompt.at()]);
-        self.remaining = self.contenders.of_all_classes().filter(is_on_shortlist).collect();
-        self.judged = Some((scored, self.round));
-        (self.slots, self.totals, self.last_round, self.pairs) = (0..0, Vec::new(), Vec::new(), Vec::new());
-        true
+    fn begin_audit(&mut self, job: &JobShape) {
+        let judged = self.walk.scored();
+        // The audit keeps the eliminations of a shortlist, but not those of groups.
+        let left_by_shortlist = |prompt: &PromptIndex| {
+            judged[prompt.at()].round == Round(0) && job.course().scored_by(Round(0)) == ScoredBy::Shortlist
+        };
+        let first = self.contenders.of_all_classes().filter(|prompt| !left_by_shortlist(prompt)).collect();
+        self.audit = Audit::Running { judged, start: self.walk.round() };
+        self.walk = Walk::new(first);
     }
 
-    fn left_by_shortlist(&self, job: &JobShape, prompt: &ScoredPrompt) -> bool {
-        prompt.round == Round(0) && job.course().scored_by(Round(0)) == ScoredBy::Shortlist
-    }
-
-    fn eliminate(&mut self, job: &JobShape) {
-        self.allocate(job);
-        let (course, round) = self.course(job);
-        let standing = Standing { remaining: &self.remaining, totals: &self.totals, errors: &self.pairs };
-        let Survivors { prompts: stay, afresh } = course.survivors(round, &self.contenders, standing);
-        if afresh {
-            stay.iter().for_each(|prompt| self.totals[prompt.at()] = Sums::default());
-            self.errors.retain(|error| stay.binary_search(&error.prompt).is_err());
-            self.slots = 0..0;
-        }
-        for prompt in &self.remaining {
-            if let Some(pairs) = self.pairs.get_mut(prompt.at())
-                && (afresh || stay.binary_search(prompt).is_err())
-            {
-                *pairs = Vec::new();
-            }
-        }
-        self.remaining = stay;
-        self.round = Round(self.round.0 + 1);
-    }
-
-    /// Makes room for the sums of all prompts.
-    fn allocate(&mut self, job: &JobShape) {
-        let prompts = self.contenders.prompt_count();
-        self.totals.resize(prompts, Sums::default());
-        self.last_round.resize(prompts, Round(0));
-        if self.course(job).0.needs_pairs() {
-            self.pairs.resize(prompts, Vec::new());
-        }
-    }
-
-    /// The current round.
+    /// The current round. The rounds of an audit are numbered after those of the job's course.
     pub(super) fn round(&self) -> Round {
-        self.round
+        match self.audit {
+            Audit::Running { start, .. } => Round(start.0 + self.walk.round().0),
+            Audit::None | Audit::Due => self.walk.round(),
+        }
     }
 
     /// How the current round is cut into units.
     pub(super) fn cut(&self) -> Cut {
-        Cut::new(self.slots.len(), self.remaining.len())
+        Cut::new(self.walk.slots().len(), self.walk.remaining().len())
     }
 
     /// Whether all rounds are over.
@@ -180,7 +136,7 @@ impl Active {
     }
 
     fn position(&self, id: UnitId) -> Option<usize> {
-        if id.round == self.round { self.cut().position(id) } else { None }
+        if id.round == self.round() { self.cut().position(id) } else { None }
     }
 
     /// Whether a unit is of the current round and not leased or done.
@@ -188,7 +144,7 @@ impl Active {
         self.position(id).is_some_and(|p| matches!(&self.units[p], UnitState::Open(holders) if holders.is_empty()))
     }
 
-    /// Who computes a unit.
+    /// The leases on a unit.
     pub(super) fn holders(&self, id: UnitId) -> Holders {
         match self.position(id).map(|p| &self.units[p]) {
             Some(UnitState::Open(holders)) => *holders,
@@ -204,17 +160,21 @@ impl Active {
             return None;
         }
         let cut = self.cut();
-        Some(Unit { id, slots: self.unit_slots(job, id), prompts: self.remaining[cut.prompt_range(id)].to_vec() })
+        Some(Unit {
+            id,
+            slots: self.unit_slots(job, id),
+            prompts: self.walk.remaining()[cut.prompt_range(id)].to_vec(),
+        })
     }
 
-    /// The slots of a unit of the current round, as positions among all of the job.
+    /// The slots of a unit of the current round, as positions among all slots of the job.
     fn unit_slots(&self, job: &JobShape, id: UnitId) -> Range<usize> {
-        let before = if self.judged.is_some() { job.course().slots().len() } else { 0 };
-        let (start, slots) = (before + self.slots.start, self.cut().slot_range(id));
+        let before = if matches!(self.audit, Audit::Running { .. }) { job.course().slots().len() } else { 0 };
+        let (start, slots) = (before + self.walk.slots().start, self.cut().slot_range(id));
         start + slots.start..start + slots.end
     }
 
-    /// Takes a lease back; whether the unit is ready now.
+    /// Removes a lease from a unit. Returns whether the unit is ready now.
     pub(super) fn unlease(&mut self, id: UnitId, key: LeaseKey) -> bool {
         let Some(position) = self.position(id) else { return false };
         let UnitState::Open(holders) = &mut self.units[position] else { return false };
@@ -223,92 +183,91 @@ impl Active {
     }
 
     /// The units that are leased.
-    pub(super) fn leased(&self) -> Vec<HeldUnit> {
+    pub(super) fn leased(&self) -> Vec<LeasedUnit> {
         let cut = self.cut();
-        let units = cut.ids(self.sample, self.round).zip(&self.units);
+        let units = cut.ids(self.sample, self.round()).zip(&self.units);
         let held = units.filter_map(|(unit, state)| match state {
             UnitState::Open(holders) if !holders.is_empty() => {
-                Some(HeldUnit { unit, holders: *holders, evaluations: cut.evaluations(unit) })
+                Some(LeasedUnit { unit, holders: *holders, evaluations: cut.evaluations(unit) })
             }
             _ => None,
         });
         held.collect()
     }
 
-    /// What a result is to the sample.
-    pub(super) fn check(&self, job: &JobShape, result: &UnitResult) -> Verdict {
-        if result.id.round < self.round {
-            return Verdict::Known { before: None };
+    /// Whether a result is new to the sample, and valid.
+    pub(super) fn check(&self, job: &JobShape, result: &UnitResult) -> ResultStatus {
+        if result.id.round < self.round() {
+            return ResultStatus::Known { before: None };
         }
-        if result.id.round > self.round {
-            return Verdict::Ahead;
+        if result.id.round > self.round() {
+            return ResultStatus::Ahead;
         }
         let cut = self.cut();
-        let Some(position) = cut.position(result.id) else { return Verdict::Invalid("there is no such unit") };
-        let (slots, prompts) = (cut.slot_range(result.id).len(), &self.remaining[cut.prompt_range(result.id)]);
-        if result.slots as usize != slots
-            || !result.prompts.iter().copied().map(PromptIndex).eq(prompts.iter().copied())
+        let Some(position) = cut.position(result.id) else { return ResultStatus::Invalid("there is no such unit") };
+        let reported = &result.reported;
+        let (slots, prompts) = (cut.slot_range(result.id).len(), &self.walk.remaining()[cut.prompt_range(result.id)]);
+        if reported.slots as usize != slots
+            || !reported.prompts.iter().copied().map(PromptIndex).eq(prompts.iter().copied())
         {
-            return Verdict::Invalid("its slots or prompts are not the unit's");
+            return ResultStatus::Invalid("its slots or prompts are not the unit's");
         }
         let (errors, sums) = if job.takes_errors() { (slots * prompts.len(), 0) } else { (0, prompts.len()) };
-        if result.errors.len() != errors || result.sum.len() != sums || result.sum_sq.len() != sums {
-            return Verdict::Invalid(
-                "it needs every single error where the job takes them, and one sum per prompt elsewhere",
+        if reported.errors.len() != errors || reported.sum.len() != sums || reported.sum_sq.len() != sums {
+            return ResultStatus::Invalid(
+                "it needs one sum per prompt, or every single error if the job takes single errors",
             );
         }
-        if !sums_of(result).all(|sums| sums.is_plausible()) || !result.errors.iter().all(|e| e.is_finite() && *e >= 0.0)
+        if !sums_of(reported).all(|sums| sums.is_plausible())
+            || !reported.errors.iter().all(|e| e.is_finite() && *e >= 0.0)
         {
-            return Verdict::Invalid("its sums are not sums of errors, or its errors are none");
+            return ResultStatus::Invalid("its sums or errors are not valid");
         }
         match self.units[position] {
-            UnitState::Open(_) => Verdict::New,
-            UnitState::Done { before, .. } => Verdict::Known { before: Some(before) },
+            UnitState::Open(_) => ResultStatus::New,
+            UnitState::Done { before, .. } => ResultStatus::Known { before: Some(before) },
         }
     }
 
-    /// Takes a new result in, before the lease of that number is granted; `None` where it was known.
+    /// Takes in a new result; `None` if it was already known. `before` is the number of the next lease to be granted.
     pub(super) fn apply(&mut self, job: &JobShape, result: UnitResult, before: u64) -> Option<Settled> {
-        if self.check(job, &result) != Verdict::New {
+        if self.check(job, &result) != ResultStatus::New {
             return None;
         }
         let position = self.position(result.id)?;
-        let evaluations = u64::from(result.slots) * result.prompts.len() as u64;
-        let held = HeldUnit { unit: result.id, holders: self.holders(result.id), evaluations };
-        let scores = match job.takes_errors() {
-            true => Scores::Errors(result.errors.into()),
-            false => Scores::Sums(sums_of(&result).collect()),
+        let held = LeasedUnit { unit: result.id, holders: self.holders(result.id), evaluations: result.evaluations() };
+        let scores = if job.takes_errors() {
+            Scores::Errors(result.reported.errors.into())
+        } else {
+            Scores::Sums(sums_of(&result.reported).collect())
         };
         self.units[position] = UnitState::Done { scores, before };
         let round_complete = self.units.iter().all(|u| matches!(u, UnitState::Done { .. }));
         if round_complete {
             self.merge_round(job);
-            self.eliminate(job);
+            self.end_round(job);
             self.enter_round(job);
         }
         Some(Settled { held, round_complete })
     }
 
-    /// Merges the round's units in their order, which is the job's and not that of arrival.
+    /// Merges the round's units in the job's order, not the order of arrival.
     fn merge_round(&mut self, job: &JobShape) {
-        self.allocate(job);
-        self.remaining.iter().for_each(|prompt| self.last_round[prompt.at()] = self.round);
-        let cut = self.cut();
-        let units: Vec<_> = cut.ids(self.sample, self.round).zip(std::mem::take(&mut self.units)).collect();
-        let start = self.errors.len();
-        let (course, round) = self.course(job);
-        let of_model = course.scored_by(round) == ScoredBy::Model;
+        let (cut, start) = (self.cut(), self.errors.len());
+        let units: Vec<_> = cut.ids(self.sample, self.round()).zip(std::mem::take(&mut self.units)).collect();
         for (id, state) in units {
             let UnitState::Done { scores, .. } = state else { continue };
             let slots = self.unit_slots(job, id);
-            let prompts = self.remaining[cut.prompt_range(id)].to_vec();
+            let prompts = self.walk.remaining()[cut.prompt_range(id)].to_vec();
             match scores {
                 Scores::Sums(sums) => {
-                    prompts.iter().zip(&sums).for_each(|(prompt, sums)| self.totals[prompt.at()].merge(sums));
+                    let sums = prompts.iter().zip(&sums);
+                    sums.for_each(|(prompt, sums)| self.walk.merge_sums(&self.contenders, *prompt, sums));
                 }
                 Scores::Errors(errors) => {
                     for (prompt, errors) in prompts.iter().zip(errors.chunks_exact(slots.len())) {
-                        self.merge_errors(job, *prompt, slots.clone(), errors, of_model);
+                        self.walk.merge_errors(self.course(job), &self.contenders, *prompt, errors);
+                        self.keep_errors(job, *prompt, slots.clone(), errors);
                     }
                 }
             }
@@ -316,48 +275,42 @@ impl Active {
         self.errors[start..].sort_by_key(|e| (e.prompt, e.slot));
     }
 
-    /// Merges a prompt's errors on some slots; those of the job's model are kept, where the job needs them later.
-    fn merge_errors(
-        &mut self,
-        job: &JobShape,
-        prompt: PromptIndex,
-        slots: Range<usize>,
-        errors: &[f32],
-        of_model: bool,
-    ) {
-        self.totals[prompt.at()].merge(&Sums::of(errors));
-        if of_model && self.course(job).0.needs_pairs() {
-            self.pairs[prompt.at()].extend_from_slice(errors);
-        }
-        // What an audit looks at is no part of what the prediction rests on.
-        if of_model && job.keeps_errors() && self.judged.is_none() && !self.contenders.is_group(prompt) {
+    /// Keeps a prompt's errors on some slots, if the job writes errors and they come from the model on the job's own
+    /// course.
+    fn keep_errors(&mut self, job: &JobShape, prompt: PromptIndex, slots: Range<usize>, errors: &[f32]) {
+        // The prediction does not depend on the audit's errors.
+        if job.keeps_errors()
+            && !matches!(self.audit, Audit::Running { .. })
+            && job.course().scored_by(self.walk.round()) == ScoredBy::Model
+            && !self.contenders.is_group(prompt)
+        {
             self.errors.extend(slots.zip(errors).map(|(slot, &error)| SlotError { prompt, slot, error }));
         }
     }
 
-    /// Every prompt with its sums, by index.
-    fn scored(&self) -> Vec<ScoredPrompt> {
-        let scores = self.totals.iter().zip(&self.last_round);
-        let prompts = (0u32..).map(PromptIndex).zip(scores);
-        prompts.map(|(prompt, (sums, round))| ScoredPrompt { prompt, sums: *sums, round: *round }).collect()
+    /// Ends the merged round. Drops the errors of prompts that start again.
+    fn end_round(&mut self, job: &JobShape) {
+        let course = self.course(job);
+        let again = self.walk.end_round(course, &self.contenders);
+        self.errors.retain(|error| again.binary_search(&error.prompt).is_err());
     }
 
-    /// How the sample ended before its audit; `None` if that is not under way.
-    pub(super) fn outcome_before_audit(&mut self) -> Option<Outcome> {
-        let (prompts, _) = self.judged.take()?;
-        Some(Outcome::Scored { prompts, errors: std::mem::take(&mut self.errors), audit: None })
+    /// The sample's outcome without its audit; `None` if no audit is under way.
+    pub(super) fn outcome_before_audit(&mut self) -> Option<SampleOutcome> {
+        let Audit::Running { judged, .. } = std::mem::replace(&mut self.audit, Audit::None) else { return None };
+        Some(SampleOutcome::Scored { prompts: judged, errors: std::mem::take(&mut self.errors), audit: None })
     }
 
-    /// How the sample ended, once all rounds are over.
-    pub(super) fn take_outcome(&mut self) -> Outcome {
-        let (last, errors) = (self.scored(), std::mem::take(&mut self.errors));
-        match self.judged.take() {
-            Some((prompts, _)) => Outcome::Scored { prompts, errors, audit: Some(last) },
-            None => Outcome::Scored { prompts: last, errors, audit: None },
+    /// The sample's outcome, once all rounds are over.
+    pub(super) fn take_outcome(&mut self) -> SampleOutcome {
+        let (last, errors) = (self.walk.scored(), std::mem::take(&mut self.errors));
+        match std::mem::replace(&mut self.audit, Audit::None) {
+            Audit::Running { judged, .. } => SampleOutcome::Scored { prompts: judged, errors, audit: Some(last) },
+            Audit::None | Audit::Due => SampleOutcome::Scored { prompts: last, errors, audit: None },
         }
     }
 }
 
-fn sums_of(result: &UnitResult) -> impl Iterator<Item = Sums> + '_ {
+fn sums_of(result: &v1::UnitResult) -> impl Iterator<Item = Sums> + '_ {
     result.sum.iter().zip(&result.sum_sq).map(|(&sum, &sum_sq)| Sums { n: result.slots, sum, sum_sq })
 }

@@ -1,7 +1,7 @@
-//! Blocks that workers hold though this coordinator has not leased them to them, or no longer: they were leased by a
-//! coordinator before it, or taken from a worker that was thought dead. The worker goes on with what nobody else has.
+//! Blocks that workers hold without a current lease from this coordinator: an earlier coordinator leased them, or they were
+//! taken back from a worker that seemed dead. The worker continues with the units that no other worker has.
 //!
-//! What an earlier coordinator has granted is not known, so the worker is believed. What this one has granted it knows.
+//! The grants of an earlier coordinator are unknown, so the worker is believed. This coordinator knows its own grants.
 
 use std::time::Duration;
 
@@ -14,21 +14,21 @@ use super::{Scheduler, Shard};
 
 /// Units a worker holds of a shard that is not open yet.
 #[derive(Clone, Debug)]
-pub(super) struct Orphan {
+pub(super) struct AdoptedLease {
     worker: String,
     key: LeaseKey,
     units: Vec<UnitId>,
 }
 
 impl Scheduler {
-    /// Takes a block that a worker has in hand for leased to it, as far as nobody else has it. Of shards that are not open
-    /// that is done when they are.
+    /// Records a block that a worker already holds as leased to it, except for units that others have. If its shard is not
+    /// open, this waits until it is.
     pub fn adopt(&mut self, worker: &str, key: LeaseKey, units: &[UnitId], now: Duration) {
         if !self.knows(worker) {
             return;
         }
         let known = units.iter().filter(|unit| unit.sample.0 < self.job.samples());
-        // A block is of one shard.
+        // A block's units are all of one shard.
         let Some(shard) = known.clone().map(|unit| self.shard_of(unit.sample)).next() else { return };
         let mut units: Vec<_> = known.copied().filter(|unit| self.shard_of(unit.sample) == shard).collect();
         if key.epoch == self.epoch {
@@ -38,30 +38,30 @@ impl Scheduler {
                 return;
             }
         }
-        let orphan = Orphan { worker: worker.to_owned(), key, units };
+        let adopted = AdoptedLease { worker: worker.to_owned(), key, units };
         if self.open.contains_key(&shard) {
-            self.place(shard, orphan, now);
+            self.place(shard, adopted, now);
         } else if !self.is_begun(shard) {
             self.requested.insert(shard);
-            let waiting = self.orphans.entry(shard).or_default();
-            waiting.retain(|other| other.key != key || other.worker != orphan.worker);
-            waiting.push(orphan);
+            let waiting = self.adopted_leases.entry(shard).or_default();
+            waiting.retain(|other| other.key != key || other.worker != adopted.worker);
+            waiting.push(adopted);
         }
     }
 
-    /// Leases what was waiting for a shard.
+    /// Leases the blocks that were waiting for a shard.
     pub(super) fn place_orphans(&mut self, shard: ShardId, now: Duration) {
-        for orphan in self.orphans.remove(&shard).unwrap_or_default() {
-            if self.knows(&orphan.worker) {
-                self.place(shard, orphan, now);
+        for adopted in self.adopted_leases.remove(&shard).unwrap_or_default() {
+            if self.knows(&adopted.worker) {
+                self.place(shard, adopted, now);
             }
         }
     }
 
-    fn place(&mut self, shard: ShardId, orphan: Orphan, now: Duration) {
-        let Orphan { worker, key, units } = orphan;
+    fn place(&mut self, shard: ShardId, adopted: AdoptedLease, now: Duration) {
+        let AdoptedLease { worker, key, units } = adopted;
         let Some(open) = self.open.get_mut(&shard) else { return };
-        // Results of all of it are expected, also of what others have or is known by now.
+        // Accept results of all its units, including those that others have or that are known by now.
         open.note_grant(key, &worker, units.iter().copied());
         if self.leases.contains_key(&key) {
             return;
@@ -73,9 +73,9 @@ impl Scheduler {
         }
     }
 
-    /// Of the leases a worker is at, those nobody needs any more: their units are settled, or somebody else has them.
+    /// Returns the leases of a worker that are no longer needed: their units are settled, or other workers have them.
     pub(super) fn unwanted(&self, held: &[LeaseKey]) -> Vec<LeaseKey> {
-        let waits = |key: &LeaseKey| self.orphans.values().flatten().any(|orphan| orphan.key == *key);
+        let waits = |key: &LeaseKey| self.adopted_leases.values().flatten().any(|adopted| adopted.key == *key);
         held.iter().copied().filter(|key| !self.leases.contains_key(key) && !waits(key)).collect()
     }
 }

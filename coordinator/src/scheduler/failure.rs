@@ -1,74 +1,75 @@
-//! Blocks that failed, and blocks whose workers died: tried again, then bisected down to the sample at fault.
+//! Blocks that failed, and blocks whose workers died. They are tried again, then bisected down to the sample at fault.
 //!
-//! The two are told apart. A block that fails says so, and twice is no accident. A worker that dies may have been taken away
-//! by its cluster, which is nobody's fault; only units that were in the hands of many dying workers are suspected of killing
-//! them.
+//! The two cases are treated differently. A failed block is reported by its worker, and two failures are no accident. A
+//! worker that dies may have been removed by its cluster, which is nobody's fault. Only units that many dying workers held
+//! are suspected of killing them.
 
 use std::time::Duration;
 
+use elbo_core::failure::{FailureStage, SampleFailure};
 use elbo_core::ids::{LeaseKey, SampleId};
 use elbo_core::unit::UnitId;
 
-use super::{SampleFailure, Scheduler};
+use super::Scheduler;
 
-/// Failures after which a block is bisected, or a sample given up.
+/// A block is bisected, or its sample given up, after this many failures.
 const FAILURES: u32 = 2;
 
-/// Deaths of workers after which what they held is suspected: it is given to workers that have nothing else in hand, and
-/// bisected at every further death, which costs nothing but time.
+/// After this many deaths of workers, the units that they held are suspected. Suspected units go to workers that have
+/// nothing else in hand, and are bisected at every further death, which costs only time.
 const SUSPICION: u32 = 3;
 
-/// Deaths of workers that had nothing but one sample in hand, after which it is given up. Where every tenth lease is lost with
-/// its machine, one sample in a million comes to this by accident, and `--retry-quarantined` finds it sound.
+/// A sample is given up after the deaths of this many workers that held nothing else. If every tenth lease is lost with its
+/// machine, one sample in a million is given up by accident; `--retry-quarantined` then finds it sound.
 const DEATHS: u32 = 3;
 
-/// What a block has to answer for.
+/// The failures and deaths that a block has caused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Blame {
     /// How often its evaluation failed.
     pub(super) failures: u32,
-    /// Whether too many workers died that held it.
+    /// Whether too many workers died while they held it.
     pub(super) deadly: bool,
-    /// How often a worker died that held nothing else.
+    /// How many workers died while they held nothing else.
     pub(super) deaths: u32,
     /// Whether a worker could not read its samples.
     pub(super) unread: bool,
 }
 
-/// Units that are kept apart from others until it is known which of them is at fault.
+/// Units that are kept apart until it is known which of them is at fault.
 #[derive(Clone, Debug)]
 pub(super) struct Suspects {
     pub(super) units: Vec<UnitId>,
     pub(super) blame: Blame,
     pub(super) failed_on: String,
-    /// Since when they are left to others.
+    /// Since when they have been waiting for other workers.
     pub(super) since: Duration,
 }
 
 impl Scheduler {
-    /// A lease whose evaluation failed. Returns the samples that are beyond help.
+    /// Handles a lease whose evaluation failed. Returns the samples to give up.
     ///
-    /// The block is tried once more; then it is bisected, down to single samples, which are given up after their second
+    /// The block is tried once more. Then it is bisected down to single samples, which are given up after their second
     /// failure.
     pub fn fail(&mut self, worker: &str, key: LeaseKey, error: &str) -> Vec<SampleFailure> {
         let Some(failed) = self.end_lease_of(worker, key) else { return Vec::new() };
         self.unlease(&failed.units, key);
         for unit in &failed.units {
-            // Whoever computes it too may go on, but the unit must be found out about now.
+            // Other workers with a lease on it may go on, but the unit must be tested now.
             for other in self.open_shard_of(*unit).map(|shard| shard.holders(*unit)).unwrap_or_default().iter() {
                 let evaluations = self.open_shard_of(*unit).map_or(0, |shard| shard.unit_evaluations(*unit));
                 self.drop_unit(other, *unit, evaluations, false);
                 self.unlease([unit], other);
             }
         }
-        // Of what was taken out of it meanwhile nobody knows whether it was at fault: what is left is tried by itself.
+        // Units that were taken out of it meanwhile may have been at fault: try the remaining units alone first.
         let failures = if failed.mixed { failed.blame.failures.max(1) } else { failed.blame.failures + 1 };
         let blame = Blame { failures, ..failed.blame };
         let units = failed.units.into_iter().collect();
         self.judge(Suspects { units, blame, failed_on: failed.worker, since: self.now }, error)
     }
 
-    /// A lease whose worker died. Returns the samples that are beyond help.
+    /// Handles a lease whose worker died. Returns the samples to give up.
     pub(super) fn lose(&mut self, key: LeaseKey) -> Vec<SampleFailure> {
         let Some(lost) = self.end_lease(key) else { return Vec::new() };
         let free = self.unlease(&lost.units, key);
@@ -89,25 +90,25 @@ impl Scheduler {
 
     fn judge_dead(&mut self, suspects: Suspects) -> Vec<SampleFailure> {
         let error = format!(
-            "{SUSPICION} workers died while they held it, and {} that had nothing else in hand, the last one {}: see their logs",
+            "{SUSPICION} workers died while they held it, and {} more that held nothing else, the last one {}: see their logs",
             suspects.blame.deaths, suspects.failed_on
         );
         self.judge(suspects, &error)
     }
 
-    /// Units that nobody has any more, of a block that has so much to answer for: suspects stay suspects.
+    /// Takes back units of a block with this `blame` that no lease holds any more. Suspects stay suspects.
     pub(super) fn hand_back(&mut self, units: Vec<UnitId>, blame: Blame) {
         if blame == Blame::default() {
             units.into_iter().for_each(|unit| self.make_ready(unit));
         } else if blame == Blame::UNREAD {
             self.keep_waiting(units);
         } else if !units.is_empty() {
-            // Its last worker is as good as any: it was not there that it failed.
+            // It did not fail on its last worker, so that worker may get it again.
             self.suspects.push_back(Suspects { units, blame, failed_on: String::new(), since: self.now });
         }
     }
 
-    /// Another try, a bisection, or the end.
+    /// Decides between another try, a bisection, and giving the sample up.
     fn judge(&mut self, suspects: Suspects, error: &str) -> Vec<SampleFailure> {
         let Suspects { units, blame, failed_on, since } = suspects;
         if units.is_empty() {
@@ -121,7 +122,7 @@ impl Scheduler {
             return Vec::new();
         }
         if let [sample] = samples[..] {
-            return vec![SampleFailure { sample, stage: "evaluate".into(), error: error.to_owned() }];
+            return vec![SampleFailure { sample, stage: FailureStage::Evaluate, error: error.to_owned() }];
         }
         let middle = samples[samples.len() / 2];
         let (low, high): (Vec<_>, Vec<_>) = units.into_iter().partition(|unit| unit.sample < middle);
@@ -133,28 +134,28 @@ impl Scheduler {
         Vec::new()
     }
 
-    /// Whether somebody of these workers has asked for work lately. Of one that has joined and never asks nothing can be hoped.
+    /// Whether any of these workers has asked for work lately. A worker that joined and never asks does not count.
     pub(super) fn is_somebody_there(&self, is_meant: impl Fn(&str) -> bool) -> bool {
         self.workers.iter().any(|(name, worker)| is_meant(name) && !self.has_waited(worker.asked))
     }
 
-    /// Whether others have had the time to take what was left to them since then.
+    /// Whether other workers have had time since then to take what was left to them.
     pub(super) fn has_waited(&self, since: Duration) -> bool {
         self.now.saturating_sub(since) > self.policy.patience()
     }
 
-    /// Whether a worker is at something that may kill it, and is given nothing else until that is over.
+    /// Whether a worker holds a block that may kill it. It gets nothing else until that is over.
     pub(super) fn is_in_danger(&self, worker: &str) -> bool {
         self.workers.leases(worker).any(|key| self.leases.get(&key).is_some_and(|lease| lease.blame.deadly))
     }
 
-    /// Suspects for a worker, as far as they are still wanted.
+    /// Suspects for a worker, without units that are no longer wanted.
     pub(super) fn take_suspects(&mut self, worker: &str) -> Option<Suspects> {
         if self.suspects.is_empty() {
             return None;
         }
-        // Suspects go to somebody else than the one they failed on, as long as there is somebody else who asks for work, and for
-        // a while. What may be deadly goes to somebody who has nothing else in hand, so that it is clear what they die of.
+        // For a while, suspects go to a worker other than the one they failed on, if another worker asks for work. Units
+        // that may be deadly go to a worker that has nothing else in hand, so that the cause of a death is clear.
         let alone = !self.is_somebody_there(|other| other != worker);
         let busy = self.workers.leases(worker).next().is_some();
         let may_try = |s: &Suspects| alone || s.failed_on != worker || self.has_waited(s.since);

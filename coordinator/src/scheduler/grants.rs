@@ -1,22 +1,22 @@
-//! Who was given what: a result counts only from a worker that was given the unit under the lease it names.
+//! Which worker was given which units. A result counts only if its worker was given the unit under the lease it names.
 //!
-//! A lease that has ended is remembered for as long as a result of it could count: it may be on its way. Leases of earlier
-//! coordinators are known from the workers that say, when they join, that they hold them.
+//! An ended lease is remembered for as long as a result of it could count, since one may be on its way. Leases of earlier
+//! coordinators are known from the workers that name them when they join.
 
 use std::collections::BTreeMap;
 
 use elbo_core::ids::{LeaseKey, SampleId};
 use elbo_core::unit::UnitId;
 
-/// Units below which nothing is forgotten.
+/// Nothing is forgotten while there are at most this many units.
 const FEW: usize = 1024;
 
-/// What a worker was given under a lease, as to one unit or sample.
+/// Whether a worker was given a unit or sample under a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Proof {
-    /// It was given that.
+    /// It was given the lease, with that unit or sample.
     Given,
-    /// It was given the lease, but not that.
+    /// It was given the lease, but without that unit or sample.
     Other,
     /// It was not given the lease.
     None,
@@ -25,11 +25,12 @@ pub(super) enum Proof {
 /// The leases of one shard, with their workers and units.
 #[derive(Debug, Default)]
 pub(super) struct Grants {
-    /// The units a worker was given, ascending. Of an earlier coordinator's lease several may say that they hold it.
+    /// The units a worker was given, ascending. Several workers may say that they hold the same lease of an earlier
+    /// coordinator.
     of_lease: BTreeMap<LeaseKey, BTreeMap<String, Vec<UnitId>>>,
-    /// How many units there are in all.
+    /// The total number of units.
     units: usize,
-    /// How many there were left when last some were forgotten.
+    /// How many units were left after the last call of [`Grants::forget`].
     left: usize,
 }
 
@@ -65,13 +66,13 @@ impl Grants {
         if units.get(first).is_some_and(|unit| unit.sample == sample) { Proof::Given } else { Proof::Other }
     }
 
-    /// Whether so much has come since some were forgotten that it is worth a look at all.
+    /// Whether enough units were added since then to make another [`Grants::forget`] worthwhile.
     pub(super) fn has_grown(&self) -> bool {
         self.units > FEW.max(2 * self.left)
     }
 
-    /// Forgets units that are not `useful` any more; then, where there are more than `most`, the oldest leases that are not
-    /// `held`, which only somebody brings about who takes leases and hands them back without end.
+    /// Forgets units that are no longer `useful`. If more than `most` remain, then forgets the oldest leases that are not
+    /// `held`. Only a worker that endlessly takes leases and hands them back causes that.
     pub(super) fn forget(
         &mut self,
         most: usize,
@@ -88,7 +89,7 @@ impl Grants {
         });
         let count = |workers: &BTreeMap<String, Vec<UnitId>>| workers.values().map(Vec::len).sum::<usize>();
         self.units = self.of_lease.values().map(count).sum();
-        // Not just below it, or every further lease would make it necessary again.
+        // Go well below the limit, or every further lease would make this necessary again.
         let target = if self.units > most { most / 2 } else { most };
         let mut units = self.units;
         self.of_lease.retain(|key, workers| {
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_was_given_is_known_by_worker_lease_unit_and_sample() {
+    fn grants_are_remembered_by_worker_lease_unit_and_sample() {
         let mut grants = Grants::default();
         grants.note(key(1), "a", [unit(3, 1), unit(1, 0)]);
         grants.note(key(1), "a", [unit(1, 0), unit(5, 0)]);
@@ -136,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_count_is_forgotten_and_of_the_rest_the_oldest_that_nobody_holds() {
+    fn useless_units_are_forgotten_and_then_the_oldest_leases_that_are_not_held() {
         let mut grants = Grants::default();
         for lease in 0..100 {
             grants.note(key(lease), "a", [unit(lease % 4, 0), unit(4, 0)]);

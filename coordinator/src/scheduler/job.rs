@@ -1,4 +1,4 @@
-//! What the scheduler must know of a job.
+//! What the scheduler needs to know about a job.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,11 +11,11 @@ use super::ShardTotals;
 use super::active::PROMPT_BYTES;
 use super::outcome::SlotError;
 
-/// What the scheduler must know of a job.
+/// What the scheduler needs to know about a job.
 #[derive(Clone, Debug)]
 pub struct JobShape {
     course: Course,
-    /// What competes for a sample without captions of its own.
+    /// The contenders for a sample without captions of its own.
     contenders: Arc<Contenders>,
     samples: u64,
     shard_size: u32,
@@ -23,18 +23,18 @@ pub struct JobShape {
     planned: u64,
     /// Evaluations of a sample without captions of its own.
     planned_each: u64,
-    /// Prompts that such a sample is asked about first.
+    /// Prompts in the first round of such a sample.
     first_prompts: usize,
-    /// Which samples go through the course's audit too, by the job's seed.
+    /// Which samples are also audited, and the job's seed, which chooses them.
     audit: Option<(Audit, u64)>,
-    /// Bytes that a sample with the most prompts takes between its first evaluation and its commit: at most, or in the first
-    /// round of a race, after which most of its prompts are out.
+    /// Bytes that a sample with the most prompts takes between its first evaluation and its commit. This is the maximum;
+    /// for a race, it is the size in the first round, after which most prompts are eliminated.
     sample_bytes: u64,
 }
 
 impl JobShape {
     /// The shape of a job with shards of `shard_size`, in which `contenders` compete for every sample without captions of
-    /// its own; `samples` counts the samples by their number of captions, and `keep_errors` says whether single errors are
+    /// its own. `samples` counts the samples by their number of captions. `keep_errors` says whether single errors are
     /// written.
     pub fn new(
         course: Course,
@@ -63,9 +63,10 @@ impl JobShape {
             let (planned, prompts) = (job.planned_of(*captions), job.prompts_of(*captions));
             job.planned += count * planned;
             let errors = if keep_errors { planned * size_of::<SlotError>() as u64 } else { 0 };
-            let pairs = match job.course.needs_pairs() {
-                true => prompts * size_of::<Vec<f32>>() + job.course.first_slots(prompts) * prompts * size_of::<f32>(),
-                false => 0,
+            let pairs = if job.course.needs_pairs() {
+                prompts * size_of::<Vec<f32>>() + job.course.first_slots(prompts) * prompts * size_of::<f32>()
+            } else {
+                0
             };
             let bytes = (prompts * PROMPT_BYTES + pairs) as u64 + errors;
             job.sample_bytes = job.sample_bytes.max(bytes);
@@ -73,7 +74,7 @@ impl JobShape {
         job
     }
 
-    /// The shape with an audit in a job with this seed.
+    /// Adds an audit, for a job with this seed.
     pub fn with_audit(self, audit: Option<Audit>, seed: u64) -> Self {
         Self { audit: audit.map(|audit| (audit, seed)), ..self }
     }
@@ -103,32 +104,32 @@ impl JobShape {
         self.keep_errors
     }
 
-    /// Whether results bring every single error, from which sums follow, and not sums alone.
+    /// Whether results contain every single error, from which sums follow, instead of sums.
     pub(super) fn takes_errors(&self) -> bool {
         self.course.reports_errors(self.keep_errors)
     }
 
-    /// What competes for a sample with so many captions of its own.
+    /// The contenders for a sample with this many captions of its own.
     pub(super) fn contenders_of(&self, captions: usize) -> Arc<Contenders> {
         if captions == 0 { Arc::clone(&self.contenders) } else { Arc::new(Contenders::prompts(captions)) }
     }
 
-    /// How many prompts a sample with so many captions of its own has.
+    /// How many prompts a sample with this many captions of its own has.
     pub(super) fn prompts_of(&self, captions: usize) -> usize {
         if captions == 0 { self.contenders.prompt_count() } else { captions }
     }
 
-    /// How many of them it is asked about first.
+    /// How many of these prompts its first round has.
     pub(super) fn first_prompts(&self, captions: usize) -> usize {
         if captions == 0 { self.first_prompts } else { captions }
     }
 
-    /// The evaluations of a sample with so many captions that is not given up, or the most there can be.
+    /// The evaluations of a sample with this many captions that is not given up; the maximum where they vary.
     pub(crate) fn planned_of(&self, captions: usize) -> u64 {
         if captions == 0 { self.planned_each } else { evaluations(&self.course, &Contenders::prompts(captions)) }
     }
 
-    /// Bytes that a shard takes with every sample begun and none written.
+    /// Bytes that a shard takes when every sample is begun and none is written.
     pub(super) fn shard_bytes(&self) -> u64 {
         self.sample_bytes * u64::from(self.shard_size)
     }
@@ -138,16 +139,16 @@ impl JobShape {
         self.samples.div_ceil(u64::from(self.shard_size.max(1))) as u32
     }
 
-    /// The evaluations of all samples if none is given up; the most there can be where classes have unequally many prompts
-    /// and in races.
+    /// The evaluations of all samples if none is given up. This is the maximum in races, and if classes have different
+    /// numbers of prompts.
     pub fn planned_evaluations(&self) -> u64 {
         self.planned
     }
 
-    /// The evaluations of all samples, as far as can be told from `totals` when `open` samples are on their way.
+    /// An estimate of the evaluations of all samples, from `totals` and the number of `open` samples.
     ///
-    /// What a race takes only samples that have ended can tell, the easy ones first: those on their way are taken to be
-    /// half through, and those that were not begun for as hard as those that have ended.
+    /// In a race only ended samples tell their cost, and easy ones end first. Active samples are assumed to be half done,
+    /// and untouched ones to be as hard as those that have ended.
     pub fn expected_evaluations(&self, totals: ShardTotals, open: u64) -> Option<u64> {
         if !self.course.needs_pairs() {
             return Some(self.planned.saturating_sub(totals.spared));
@@ -162,7 +163,7 @@ impl JobShape {
     }
 }
 
-/// The evaluations of a sample through the course and its audit, at most.
+/// The most evaluations that a sample takes in the course and its audit.
 fn evaluations(course: &Course, contenders: &Contenders) -> u64 {
     let audit = course.audit().map_or_else(Vec::new, |audit| audit.costs(contenders));
     course.costs(contenders).iter().chain(&audit).map(|c| c.evaluations).sum()

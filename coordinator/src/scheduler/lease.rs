@@ -1,4 +1,4 @@
-//! Leases: who computes what, and how much is given to whom.
+//! Leases: which worker computes which units, and how many.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -14,17 +14,17 @@ use super::{JobShape, Scheduler, Shard};
 /// How leases are sized and when they end.
 #[derive(Clone, Copy, Debug)]
 pub struct LeasePolicy {
-    /// A worker silent for longer loses its leases.
+    /// A worker that is silent for longer loses its leases.
     pub time_to_live: Duration,
-    /// How long a block should take on the worker that asks.
+    /// How long a block should take on the worker that gets it.
     pub block_seconds: f64,
-    /// Evaluations of a block for a worker whose rate is unknown.
+    /// Evaluations in a block for a worker whose rate is unknown.
     pub first_block: u64,
-    /// Shards open at a time, however small they are.
+    /// The most shards open at a time, however small they are.
     pub window: usize,
-    /// Bytes that the samples of open shards may take; two shards are open whatever they take.
+    /// Bytes that the samples of open shards may take. Two shards are open whatever they take.
     pub memory: u64,
-    /// Bytes of a block's message, beside its first sample.
+    /// Bytes of a block's message, without its first sample.
     pub block_bytes: usize,
 }
 
@@ -42,22 +42,22 @@ impl Default for LeasePolicy {
 }
 
 impl LeasePolicy {
-    /// How long somebody who does not ask for work is still counted on, and others are waited for who might take what a worker
-    /// has failed of: longer than a lease takes, in which a worker has no reason to ask.
+    /// How long a worker that does not ask for work still counts as present, and how long failed units wait for other
+    /// workers. It is longer than a lease takes, since a worker has no reason to ask while it is busy.
     pub(super) fn patience(&self) -> Duration {
         let block = Duration::try_from_secs_f64(self.block_seconds).unwrap_or(self.time_to_live);
         2 * block.max(self.time_to_live)
     }
 
-    /// Evaluations for one block: `block_seconds` at the worker's rate, but never more than a fair part of what is
-    /// ready, so that the last blocks of a job end together (guided self-scheduling, Polychronopoulos & Kuck 1987).
+    /// Evaluations for one block: `block_seconds` at the worker's rate, but at most a fair part of the ready work, so that
+    /// the last blocks of a job end together (guided self-scheduling, Polychronopoulos & Kuck 1987).
     pub(super) fn block_evaluations(&self, rate: f64, ready: u64, workers: usize) -> u64 {
         if rate <= 0.0 {
             return self.first_block;
         }
         // Every worker holds two leases: one running, one waiting.
         let fair = ready / (4 * workers.max(1) as u64);
-        // Below half a second, asking costs more than it evens out.
+        // Blocks below half a second cost more in requests than they gain in balance.
         let least = (0.5 * rate) as u64;
         ((self.block_seconds * rate) as u64).min(fair).max(least).max(1)
     }
@@ -67,49 +67,50 @@ impl LeasePolicy {
         ((2.0 * self.block_seconds * rate) as u64).max(self.first_block * workers as u64).max(1)
     }
 
-    /// How many shards may be open: more small ones than large ones, so that memory is bounded.
+    /// How many shards may be open: more small ones than large ones, which bounds the memory.
     pub(super) fn window(&self, job: &JobShape) -> usize {
         let fit = self.memory / job.shard_bytes().max(1);
         usize::try_from(fit.max(2)).unwrap_or(usize::MAX).min(self.window)
     }
 }
 
-/// A block out on lease.
+/// A leased block.
 #[derive(Clone, Debug)]
 pub(super) struct Lease {
     pub(super) worker: String,
-    /// Units not reported yet.
+    /// The units that are not reported yet.
     pub(super) units: BTreeSet<UnitId>,
-    /// The evaluations these take.
+    /// The evaluations of these units.
     pub(super) evaluations: u64,
-    /// What the block had to answer for before.
+    /// The failures and deaths that the block caused before.
     pub(super) blame: Blame,
-    /// Whether units were taken out of it that its worker may still be at: if it fails, they may be at fault.
+    /// Whether units were taken out of it that its worker may still be computing. If the worker fails, they may be at
+    /// fault.
     pub(super) mixed: bool,
 }
 
-/// A lease as the worker gets it.
+/// A lease as sent to the worker.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Grant {
+pub struct LeasedBlock {
     /// Its id in this epoch.
     pub lease: LeaseId,
-    /// How often the block failed before.
+    /// How often the block has failed before.
     pub attempt: u32,
-    /// What to evaluate.
+    /// The units to evaluate.
     pub units: Vec<Unit>,
-    /// The samples the units speak of.
+    /// The samples of these units.
     pub samples: Vec<Sample>,
 }
 
-/// A unit somebody holds.
+/// A leased unit.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct HeldUnit {
+pub(super) struct LeasedUnit {
     pub(super) unit: UnitId,
     pub(super) holders: Holders,
     pub(super) evaluations: u64,
 }
 
-/// Who computes a unit: nobody, a lease, or two at once.
+/// The leases on a unit: none, one, or two at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Holders {
     pub(super) first: Option<LeaseKey>,
@@ -117,7 +118,7 @@ pub(super) struct Holders {
 }
 
 impl Holders {
-    /// Adds a lease, as long as there are fewer than two.
+    /// Adds a lease if there are fewer than two. Returns whether it did.
     pub(super) fn add(&mut self, key: LeaseKey) -> bool {
         let place = if self.first.is_none() { &mut self.first } else { &mut self.backup };
         place.is_none() && place.replace(key).is_none()
@@ -142,9 +143,9 @@ impl Holders {
 }
 
 impl Scheduler {
-    /// Leases units to a worker; `None` when there is nothing for it. When nothing is ready, that may be a second lease on
-    /// the units that would else be finished last.
-    pub fn grant(&mut self, worker: &str, rate: f64, now: Duration) -> Option<Grant> {
+    /// Leases units to a worker; `None` if there is nothing for it. If nothing is ready, this may be a backup: a second
+    /// lease on the units that would otherwise finish last.
+    pub fn grant(&mut self, worker: &str, rate: f64, now: Duration) -> Option<LeasedBlock> {
         self.now = self.now.max(now);
         if !self.workers.asks(worker, now) || self.is_in_danger(worker) {
             return None;
@@ -174,10 +175,10 @@ impl Scheduler {
         let samples = open.samples_of(&block);
         open.note_grant(key, worker, block.iter().map(|unit| unit.id));
         self.hold(key, worker, &block, blame, now);
-        Some(Grant { lease, attempt: blame.failures, units: block, samples })
+        Some(LeasedBlock { lease, attempt: blame.failures, units: block, samples })
     }
 
-    /// Units of one shard in two parts: the first ones, as many as go into a block, and the rest.
+    /// Splits units of one shard in two: the first ones, as many as fit into a block, and the rest.
     fn that_fit(&self, mut units: Vec<UnitId>) -> (Vec<UnitId>, Vec<UnitId>) {
         let mut room = Room::new(self.policy.block_bytes);
         let fits = |unit: &&UnitId| {
@@ -200,13 +201,13 @@ impl Scheduler {
     pub(super) fn take_ready(&mut self, worker: &str, rate: f64) -> Option<Vec<UnitId>> {
         loop {
             let target = self.policy.block_evaluations(rate, self.ready_evaluations(), self.workers.len());
-            // Older shards first, so that they get committed; but latents a worker has at hand come before.
+            // Prefer older shards, so that they get committed; but first use latents that the worker has.
             let own = self.open.values_mut().find(|s| s.has_ready_for(worker));
             let shard = match own {
                 Some(shard) => shard,
                 None => self.open.values_mut().find(|s| s.ready_evaluations() > 0)?,
             };
-            // A queue may hold nothing but units that were settled meanwhile: then it is empty now, and the next is tried.
+            // All queued units may have been settled meanwhile: the queue is empty now, so try the next one.
             let units = shard.take(worker, target, Room::new(self.policy.block_bytes));
             if !units.is_empty() {
                 return Some(units);
@@ -221,15 +222,16 @@ impl Scheduler {
         Some(lease)
     }
 
-    /// Notes that a leased unit needs no more work, by what came of one lease if that is known.
-    pub(super) fn settle(&mut self, held: HeldUnit, by: Option<LeaseKey>) {
+    /// Notes that a leased unit needs no more work. `by` is the lease that settled it, if known.
+    pub(super) fn settle(&mut self, held: LeasedUnit, by: Option<LeaseKey>) {
         self.deaths.remove(&held.unit);
         for key in held.holders.iter() {
             self.drop_unit(key, held.unit, held.evaluations, by == Some(key));
         }
     }
 
-    /// Takes a unit out of a lease, which ends with its last; whether it was its worker who has `done` it.
+    /// Takes a unit out of a lease, and ends the lease if that was its last unit. `done` says whether the lease's own
+    /// worker has finished the unit.
     pub(super) fn drop_unit(&mut self, key: LeaseKey, unit: UnitId, evaluations: u64, done: bool) {
         if let Some(lease) = self.leases.get_mut(&key)
             && lease.units.remove(&unit)
@@ -242,7 +244,7 @@ impl Scheduler {
         }
     }
 
-    /// A worker hands leases back; those of others it leaves alone.
+    /// A worker hands leases back. Leases of other workers are left alone.
     pub fn release(&mut self, worker: &str, leases: &[LeaseKey]) {
         for key in leases {
             if let Some(lease) = self.end_lease_of(worker, *key) {
@@ -257,15 +259,15 @@ impl Scheduler {
         if self.leases.get(&key)?.worker == worker { self.end_lease(key) } else { None }
     }
 
-    /// Takes back what `worker` was granted but does not hold: a grant whose reply was lost would else be waited for as
-    /// long as the worker lives. Returns whether there was any.
+    /// Takes back leases that `worker` was granted but does not hold. Without this, a grant whose reply was lost would stay
+    /// leased for as long as the worker lives. Returns whether there were any.
     pub fn keep_only(&mut self, worker: &str, held: &[LeaseKey]) -> bool {
         let lost: Vec<_> = self.workers.leases(worker).filter(|key| !held.contains(key)).collect();
         self.release(worker, &lost);
         !lost.is_empty()
     }
 
-    /// Takes units from a lease; those nobody else computes.
+    /// Removes a lease from units. Returns the units that have no other lease.
     pub(super) fn unlease<'a>(&mut self, units: impl IntoIterator<Item = &'a UnitId>, key: LeaseKey) -> Vec<UnitId> {
         let mut free = Vec::new();
         for unit in units {
@@ -294,7 +296,7 @@ mod tests {
     use elbo_core::ids::Epoch;
 
     #[test]
-    fn a_unit_is_computed_by_two_at_most_and_the_second_follows_the_first() {
+    fn a_unit_has_at_most_two_leases_and_the_second_replaces_the_first() {
         let key = |lease| LeaseKey { epoch: Epoch(1), lease: LeaseId(lease) };
         let mut holders = Holders::default();
         assert!(holders.add(key(1)) && holders.add(key(2)) && !holders.add(key(3)));

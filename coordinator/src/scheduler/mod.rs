@@ -1,11 +1,12 @@
-//! What the coordinator knows and decides, as a plain state machine: events in, decisions out.
+//! The coordinator's state and decisions, as a plain state machine: events in, decisions out.
 //!
-//! No IO, no clock (callers hand in `now`, the time since the coordinator started), no randomness: a test can drive any
-//! order of faults through it. The protocol of a result is check, persist, apply: [`Scheduler::check`] says which parts of a
-//! report are new and valid, the caller makes them durable, and [`Scheduler::apply`] merges them. Replaying the ledger is
-//! applying the same records again.
+//! It has no IO, no randomness and no clock: callers pass in `now`, the time since the coordinator started. A test can
+//! therefore drive any order of faults through it. A result is checked, persisted and applied: [`Scheduler::check`] says
+//! which parts of a report are new and valid, the caller makes them durable, and [`Scheduler::apply`] merges them.
+//! Replaying the ledger applies the same records again.
 //!
-//! Every event costs what it touches: the units of a lease, the shards that are open, never the corpus or all workers.
+//! The cost of an event depends on what it touches: the units of a lease, or the open shards. It never depends on the size
+//! of the corpus, or on the number of workers.
 
 mod active;
 mod adopt;
@@ -26,23 +27,23 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use elbo_core::failure::FailureStage;
 use elbo_core::ids::{Epoch, LeaseKey, SampleId, ShardId};
 use elbo_core::sample::Sample;
 use elbo_core::unit::{PROMPTS_PER_UNIT, SLOTS_PER_UNIT, UnitId};
 
 pub use job::JobShape;
-pub use lease::{Grant, LeasePolicy};
-pub use outcome::{Finished, Outcome, ScoredPrompt, SlotError};
-pub use record::{Checked, Record, ReportError, SampleFailure, ShardTotals, UnitResult, Waste};
+pub use lease::{LeasePolicy, LeasedBlock};
+pub use outcome::{Finished, SampleOutcome, SlotError};
+pub use record::{Checked, Record, ReportError, ShardTotals, UnitResult, Waste};
 pub use shard::Shard;
-pub use unread::UNREAD;
 pub use worker::{Heartbeat, WorkerView};
 
-use adopt::Orphan;
+use adopt::AdoptedLease;
 use failure::Suspects;
 use grants::Proof;
 use lease::Lease;
-use record::Verdict;
+use record::ResultStatus;
 use unread::Doubt;
 use worker::Workers;
 
@@ -58,33 +59,33 @@ pub struct Scheduler {
     done: BTreeSet<ShardId>,
     /// The totals of all committed shards.
     committed: ShardTotals,
-    /// Every shard before it is open, being committed or done.
+    /// Every shard before this one is open, being committed or done.
     next: ShardId,
     workers: Workers,
     leases: HashMap<LeaseKey, Lease>,
     suspects: VecDeque<Suspects>,
-    /// Samples that one worker could not read, and no other has looked at yet.
+    /// Samples that one worker could not read and no other worker has tried yet.
     doubts: BTreeMap<SampleId, Doubt>,
-    /// How many workers died while they held a unit, of units that are not done.
+    /// For each unit that is not done, how many workers died while they held it.
     deaths: HashMap<UnitId, u32>,
-    /// Blocks that workers hold of shards that are not open yet.
-    orphans: BTreeMap<ShardId, Vec<Orphan>>,
+    /// Blocks that workers hold, of shards that are not open yet.
+    adopted_leases: BTreeMap<ShardId, Vec<AdoptedLease>>,
     next_lease: u64,
-    /// The time of the last event that told it.
+    /// The latest time that any event has passed in.
     now: Duration,
-    /// When workers were last listened to.
+    /// When [`Scheduler::expire`] last ran.
     listened: Duration,
-    /// Evaluations that coordinators before this one have merged, of the shards committed and of those opened so far.
+    /// Evaluations that earlier coordinators merged, in committed shards and in those opened so far.
     earlier: u64,
-    /// Shards that reports speak of though they are not open.
+    /// Shards that are not open though a report or a worker's block refers to them.
     requested: BTreeSet<ShardId>,
-    /// Shards whose quarantined samples were given another try, and since when: failures under older leases are void.
+    /// Shards whose quarantined samples are retried, and the epoch of the retry. Failures under older leases are void.
     retried: BTreeMap<ShardId, Epoch>,
     waste: Waste,
 }
 
 impl Scheduler {
-    /// A scheduler for a job whose shards `done` are committed already, after so much `waste`.
+    /// A scheduler for a job whose shards `done` are already committed, with the `waste` of earlier runs.
     pub fn new(
         job: JobShape,
         epoch: Epoch,
@@ -108,7 +109,7 @@ impl Scheduler {
             suspects: VecDeque::new(),
             doubts: BTreeMap::new(),
             deaths: HashMap::new(),
-            orphans: BTreeMap::new(),
+            adopted_leases: BTreeMap::new(),
             next_lease: 0,
             now: Duration::ZERO,
             listened: Duration::ZERO,
@@ -119,7 +120,7 @@ impl Scheduler {
         }
     }
 
-    /// The same, where the quarantined samples of some shards have been given another try since these epochs.
+    /// Sets the shards whose quarantined samples are retried, with the epoch of the retry.
     pub fn with_retried(self, retried: BTreeMap<ShardId, Epoch>) -> Self {
         Self { retried, ..self }
     }
@@ -129,12 +130,12 @@ impl Scheduler {
         &self.job
     }
 
-    /// The coordinator's incarnation.
+    /// The coordinator's epoch.
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    /// The next shard to open, while there is room in the window and too little work is ready.
+    /// The next shard to open, if there is room in the window and too little work is ready.
     pub fn wants_shard(&mut self) -> Option<ShardId> {
         if let Some(requested) = self.requested.first() {
             return Some(*requested);
@@ -159,7 +160,7 @@ impl Scheduler {
         self.done.contains(&id) || self.committing.contains_key(&id)
     }
 
-    /// Opens a shard, restored from what the ledger remembers of it.
+    /// Opens a shard that was restored from the ledger.
     pub fn open_shard(&mut self, id: ShardId, shard: Shard, now: Duration) {
         self.requested.remove(&id);
         if !self.is_begun(id) {
@@ -173,25 +174,25 @@ impl Scheduler {
         sample.shard(self.job.shard_size())
     }
 
-    /// Evaluations waiting for a worker, at most.
+    /// An upper bound on the evaluations waiting for a worker.
     pub fn ready_evaluations(&self) -> u64 {
         self.open.values().map(Shard::ready_evaluations).sum()
     }
 
-    /// Whether there is work that nobody has; it may still be nothing that a certain worker is given.
+    /// Whether any work is not leased. A particular worker may still get none of it.
     pub fn has_ready(&self) -> bool {
         !self.suspects.is_empty() || self.has_doubts() || self.open.values().any(|shard| shard.ready_evaluations() > 0)
     }
 
-    /// Whether there is nothing but blocks that somebody is at, which somebody else may be given too as time passes.
+    /// Whether all remaining work is leased. Other workers may get backups of it as time passes.
     pub fn has_only_leased(&self) -> bool {
         !self.leases.is_empty() && !self.has_ready()
     }
 
-    /// Sorts a report into what is new and what was known. What is new must be of units and samples that the worker was given
-    /// under the lease. Merges nothing: that is for [`Scheduler::apply`], once it is durable. Samples that only this worker may be
-    /// unable to read are left to others, and nothing of them is to be made durable. `again` says that the report was sent
-    /// before, and no answer came.
+    /// Sorts a report into new and known parts. The new parts must be of units and samples that the worker was given under
+    /// the lease. Merges nothing: [`Scheduler::apply`] does that, once they are durable. Samples that perhaps only this
+    /// worker can't read are left to other workers, and nothing about them may be made durable. `again` says that the
+    /// report was sent before and got no answer.
     pub fn check(
         &mut self,
         worker: &str,
@@ -202,7 +203,7 @@ impl Scheduler {
     ) -> Result<Checked, ReportError> {
         self.workers.seen(worker, now);
         self.now = self.now.max(now);
-        // Leases of an earlier incarnation are known from the workers that named them when they joined.
+        // Leases of an earlier epoch are known only from the workers that named them when they joined.
         let never = key.epoch == self.epoch && key.lease.0 >= self.next_lease;
         if key.epoch > self.epoch {
             return Err(ReportError::Replaced(key));
@@ -214,22 +215,21 @@ impl Scheduler {
         for result in report.results {
             let sample = result.id.sample;
             let refusal = |reason| ReportError::Invalid { sample: sample.0, round: result.id.round.0, reason };
-            let (verdict, proof) = match self.shard(sample, refusal("there is no such sample"))? {
-                None => (Verdict::Known { before: None }, Proof::Given),
+            let (status, proof) = match self.shard(sample, refusal("there is no such sample"))? {
+                None => (ResultStatus::Known { before: None }, Proof::Given),
                 Some(shard) => (shard.check(&result), shard.gave_unit(key, worker, result.id)),
             };
-            match verdict {
-                Verdict::New => {
+            match status {
+                ResultStatus::New => {
                     self.require(proof, key, sample)?;
                     checked.record.results.push(result);
                 }
-                // It changes nothing, whoever has computed it.
-                Verdict::Known { .. } if proof == Proof::None => checked.duplicates += 1,
-                Verdict::Known { before } => {
+                // It changes nothing, so its origin does not matter.
+                ResultStatus::Known { .. } if proof == Proof::None => checked.duplicates += 1,
+                ResultStatus::Known { before } => {
                     checked.duplicates += 1;
-                    // What it says of itself may not have been compared with the unit, which may be gone.
-                    let said = u64::from(result.slots).saturating_mul(result.prompts.len() as u64);
-                    let evaluations = said.min((SLOTS_PER_UNIT * PROMPTS_PER_UNIT) as u64);
+                    // The unit may be gone, so its stated size may not have been compared with the unit: cap it.
+                    let evaluations = result.evaluations().min((SLOTS_PER_UNIT * PROMPTS_PER_UNIT) as u64);
                     let since = before.filter(|_| key.epoch == self.epoch);
                     if since.is_some_and(|before| key.lease.0 >= before) {
                         waste.recomputed += evaluations;
@@ -237,10 +237,10 @@ impl Scheduler {
                         waste.duplicated += evaluations;
                     }
                 }
-                // Its shard was committed and opened again since, to try once more: it begins anew.
-                Verdict::Ahead if key.epoch < self.epoch => checked.void.push(result.id),
-                Verdict::Ahead => return Err(refusal("the sample has not come to this round")),
-                Verdict::Invalid(reason) => return Err(refusal(reason)),
+                // Its shard has since been committed and reopened for a retry, so the sample starts over.
+                ResultStatus::Ahead if key.epoch < self.epoch => checked.void.push(result.id),
+                ResultStatus::Ahead => return Err(refusal("the sample has not reached this round")),
+                ResultStatus::Invalid(reason) => return Err(refusal(reason)),
             }
         }
         for failure in report.failures {
@@ -254,7 +254,8 @@ impl Scheduler {
                         let free = self.take_back(worker, key, failure.sample);
                         self.keep_waiting(free);
                         checked.outdated.push(failure);
-                    } else if failure.stage == UNREAD && !self.is_unreadable(worker, key, failure.sample) {
+                    } else if failure.stage == FailureStage::Unread && !self.is_unreadable(worker, key, failure.sample)
+                    {
                         self.postpone(worker, key, failure.sample);
                         checked.postponed.push(failure);
                     } else {
@@ -268,12 +269,12 @@ impl Scheduler {
         Ok(checked)
     }
 
-    /// Whether a lease is older than the try that a sample was given since.
+    /// Whether a lease is older than the retry of the sample.
     fn is_before_retry(&self, key: LeaseKey, sample: SampleId) -> bool {
         self.retried.get(&self.shard_of(sample)).is_some_and(|since| key.epoch < *since)
     }
 
-    /// Refuses what a worker was not given under the lease it names.
+    /// Refuses a result or failure that the worker was not given under the lease it names.
     fn require(&self, proof: Proof, key: LeaseKey, sample: SampleId) -> Result<(), ReportError> {
         match proof {
             Proof::Given => Ok(()),
@@ -283,7 +284,8 @@ impl Scheduler {
         }
     }
 
-    /// The open shard of a sample, `None` when all its results are known; `no_such_sample` where there is none.
+    /// The open shard of a sample; `None` if all its results are known, and the error `no_such_sample` if it does not
+    /// exist.
     fn shard(&mut self, sample: SampleId, no_such_sample: ReportError) -> Result<Option<&mut Shard>, ReportError> {
         let id = self.shard_of(sample);
         if sample.0 >= self.job.samples() {
@@ -296,10 +298,11 @@ impl Scheduler {
         Ok(self.open.get_mut(&id))
     }
 
-    /// Merges a durable record. The worker it is `of` gets the next round of the samples it has just evaluated.
+    /// Merges a durable record. `of` is the worker and lease it came from; that worker gets the next round of the samples
+    /// it has just evaluated.
     ///
-    /// Parts that were applied already are ignored, so that two copies of a report that were checked at the same time
-    /// count once.
+    /// Parts that were applied already are ignored, so two copies of a report that were checked at the same time count
+    /// once.
     pub fn apply(&mut self, record: Record, of: Option<(&str, LeaseKey)>) {
         let (worker, key) = of.unzip();
         let (mut evaluations, before) = (0, self.next_lease);
@@ -332,8 +335,8 @@ impl Scheduler {
         self.open.values().any(Shard::is_finished)
     }
 
-    /// The samples of a finished shard, how they ended, and its totals, to be written; until [`Scheduler::close_shard`] the
-    /// shard counts as being committed.
+    /// The samples of a finished shard, their outcomes and the shard's totals, to be written. The shard counts as being
+    /// committed until [`Scheduler::close_shard`].
     pub fn finished(&mut self, id: ShardId) -> Option<(Vec<Sample>, Vec<Finished>, ShardTotals)> {
         let shard = self.open.remove(&id)?;
         if !shard.is_finished() {
@@ -346,7 +349,7 @@ impl Scheduler {
         Some((manifest, outcomes, totals))
     }
 
-    /// A shard is committed.
+    /// Marks a shard as committed.
     pub fn close_shard(&mut self, id: ShardId) {
         if let Some(totals) = self.committing.remove(&id) {
             self.committed.add(totals);
@@ -367,18 +370,18 @@ impl Scheduler {
         totals
     }
 
-    /// Evaluations of the whole job, as far as can be told.
+    /// The estimated evaluations of the whole job; `None` while there is no estimate.
     pub fn expected_evaluations(&self) -> Option<u64> {
         let open = self.open.values().map(Shard::unfinished).sum();
         self.job.expected_evaluations(self.totals(), open)
     }
 
-    /// Evaluations merged by this coordinator, not by those before it.
+    /// Evaluations merged by this coordinator, without those of earlier ones.
     pub fn merged_here(&self) -> u64 {
         self.totals().evaluations.saturating_sub(self.earlier)
     }
 
-    /// Evaluations that came to nothing, in all runs.
+    /// Wasted evaluations, in all runs.
     pub fn waste(&self) -> Waste {
         self.waste
     }

@@ -1,10 +1,10 @@
-//! What comes of units and samples.
+//! The outcomes of units and samples.
 
-use elbo_core::ids::{PromptIndex, Round, SampleId};
-use elbo_core::sums::Sums;
+use elbo_core::failure::SampleFailure;
+use elbo_core::ids::{PromptIndex, SampleId};
+use elbo_core::ranking::ScoredPrompt;
 
-use super::SampleFailure;
-use super::lease::HeldUnit;
+use super::lease::LeasedUnit;
 
 /// One evaluation's error, kept with `--write-errors`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -17,32 +17,21 @@ pub struct SlotError {
     pub error: f32,
 }
 
-/// A prompt's final sums.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ScoredPrompt {
-    /// The prompt.
-    pub prompt: PromptIndex,
-    /// All its errors.
-    pub sums: Sums,
-    /// The last round it was evaluated in.
-    pub round: Round,
-}
-
 /// How a sample ended.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
+pub enum SampleOutcome {
     /// Scored through all rounds.
     Scored {
         /// Every prompt, by index.
         prompts: Vec<ScoredPrompt>,
-        /// Every error, by round, prompt and slot, where the job writes them.
+        /// Every error, by round, prompt and slot, if the job writes them.
         errors: Vec<SlotError>,
-        /// Every prompt by the audit, where the sample is audited.
+        /// Every prompt as scored by the audit, if the sample is audited.
         audit: Option<Vec<ScoredPrompt>>,
     },
     /// Given up.
     Quarantined(SampleFailure),
-    /// Scored before its shard was opened again: its row stays as it was written.
+    /// Scored before its shard was reopened: its row stays as it was written.
     Kept,
 }
 
@@ -52,14 +41,14 @@ pub struct Finished {
     /// The sample.
     pub sample: SampleId,
     /// How it ended.
-    pub outcome: Outcome,
+    pub outcome: SampleOutcome,
 }
 
-/// What became of a unit that was applied.
+/// The effect of applying a unit's result.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settled {
-    /// The unit, who had it, and what it took.
-    pub(super) held: HeldUnit,
-    /// The sample's round is complete: it is in the next one, or finished.
+    /// The unit, its leases and its evaluations.
+    pub(super) held: LeasedUnit,
+    /// Whether the sample's round is complete: the sample is in the next round, or finished.
     pub(super) round_complete: bool,
 }

@@ -1,41 +1,39 @@
-//! What reports bring: results and failures, checked before they are made durable, and the totals they add up to.
+//! The contents of reports: results and failures, checked before they are made durable, and their totals.
 
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::{LeaseKey, SampleId, ShardId};
 use elbo_core::unit::UnitId;
 use elbo_output::record::Totals;
+use elbo_proto::{OutOfRange, v1};
 
-/// The sums of one unit as a worker reports them.
+/// The sums of one unit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnitResult {
     /// The unit.
     pub id: UnitId,
-    /// Its prompts, as the worker understood them.
-    pub prompts: Vec<u32>,
-    /// How many slots each prompt was evaluated on.
-    pub slots: u32,
-    /// Sum of errors by prompt.
-    pub sum: Vec<f64>,
-    /// Sum of squared errors by prompt.
-    pub sum_sq: Vec<f64>,
-    /// Every error, prompt by prompt, where the job keeps them.
-    pub errors: Vec<f32>,
+    /// The worker's result, as it is stored.
+    pub reported: v1::UnitResult,
 }
 
-/// A sample no worker can evaluate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SampleFailure {
-    /// The sample.
-    pub sample: SampleId,
-    /// Where it failed: read, decode, preprocess, encode or evaluate; or [`UNREAD`](super::UNREAD).
-    pub stage: String,
-    /// Why.
-    pub error: String,
+impl UnitResult {
+    /// How many evaluations it contains.
+    pub fn evaluations(&self) -> u64 {
+        u64::from(self.reported.slots).saturating_mul(self.reported.prompts.len() as u64)
+    }
 }
 
-/// What one report adds: the unit of durability.
+impl TryFrom<v1::UnitResult> for UnitResult {
+    type Error = OutOfRange;
+
+    fn try_from(reported: v1::UnitResult) -> Result<Self, OutOfRange> {
+        Ok(Self { id: reported.id.ok_or(OutOfRange)?.try_into()?, reported })
+    }
+}
+
+/// The new contents of one report: the unit of durability.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Record {
-    /// Results of units that were not known.
+    /// Results of units that were not known before.
     pub results: Vec<UnitResult>,
     /// Samples that failed.
     pub failures: Vec<SampleFailure>,
@@ -50,19 +48,19 @@ pub enum ReportError {
     /// The lease was never granted.
     #[error("lease {0} was never granted by this coordinator")]
     UnknownLease(LeaseKey),
-    /// A later coordinator has granted the lease: this one is being replaced.
-    #[error("lease {0} is of a later coordinator than this one")]
+    /// A later coordinator granted the lease: this one is being replaced.
+    #[error("lease {0} was granted by a later coordinator")]
     Replaced(LeaseKey),
     /// The lease was granted to another worker.
     #[error("lease {0} was granted to another worker")]
     NotHeld(LeaseKey),
-    /// The worker has the lease of an earlier coordinator, and this one has not heard of that.
+    /// The lease is of an earlier coordinator, and the worker has not told this one that it holds it.
     #[error(
-        "lease {0} is of an earlier coordinator, and the worker has not said that it holds it: join again with what is in hand"
+        "lease {0} is of an earlier coordinator, and the worker has not said that it holds it: join again and name the leases in hand"
     )]
     Unclaimed(LeaseKey),
-    /// The lease was granted without that.
-    #[error("lease {key} was granted without what is reported of sample {sample}")]
+    /// The lease does not include what was reported.
+    #[error("lease {key} does not include what was reported for sample {sample}")]
     NotOfLease {
         /// The lease.
         key: LeaseKey,
@@ -81,26 +79,26 @@ pub enum ReportError {
     },
 }
 
-/// What a result is to its sample.
+/// Whether a result is new to its sample, and valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum ResultStatus {
     /// It is new and valid.
     New,
-    /// It was known already: since before the lease of that number was granted, where that is remembered.
+    /// It was known already.
     Known {
-        /// The first lease from when it was known.
+        /// The first lease that was granted after the result was known, if that is remembered.
         before: Option<u64>,
     },
-    /// The sample has not come to its round.
+    /// The sample has not reached its round.
     Ahead,
     /// It contradicts the job.
     Invalid(&'static str),
 }
 
-/// Evaluations that came to nothing, in all runs of a job.
+/// Wasted evaluations, in all runs of a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Waste {
-    /// Computed under a lease that was granted after they had been acknowledged, which must never be.
+    /// Computed under a lease that was granted after the result was acknowledged. This must never happen.
     pub recomputed: u64,
     /// Computed by two workers at once: backups, and leases of workers that seemed dead.
     pub duplicated: u64,
@@ -109,34 +107,34 @@ pub struct Waste {
 /// A checked report.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Checked {
-    /// What is new and must be made durable.
+    /// The new parts, which must be made durable.
     pub record: Record,
     /// Results that were known already.
     pub duplicates: u32,
-    /// Units of an earlier try of their samples, which begin anew: their results are of no use any more.
+    /// Units from before their samples were retried. The samples start over, so these results are useless.
     pub void: Vec<UnitId>,
-    /// Samples that the worker could not read, and others are to look at first.
+    /// Samples that the worker could not read, which other workers try first.
     pub postponed: Vec<SampleFailure>,
-    /// Failures from before their samples were given another try.
+    /// Failures from before their samples were retried.
     pub outdated: Vec<SampleFailure>,
 }
 
-/// What a done shard contributed to the job's totals.
+/// A shard's contribution to the job's totals.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShardTotals {
     /// Samples in the shard.
     pub samples: u64,
-    /// Samples of it that were quarantined.
+    /// Samples in the shard that were quarantined.
     pub quarantined: u64,
-    /// Evaluations its predictions rest on.
+    /// Evaluations behind its predictions.
     pub evaluations: u64,
-    /// Evaluations that were planned and turned out not to be needed: of samples given up, and of classes with fewer
-    /// prompts than others.
+    /// Evaluations that were planned and turned out not to be needed: those of quarantined samples, and of classes with
+    /// fewer prompts than others.
     pub spared: u64,
 }
 
 impl ShardTotals {
-    /// What a job amounts to whose shards are like this all together.
+    /// The totals of a job whose shards add up to this.
     pub fn of_job(self, waste: Waste) -> Totals {
         Totals {
             samples: self.samples,

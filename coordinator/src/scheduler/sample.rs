@@ -1,14 +1,15 @@
-//! One sample: untouched, on its way through the rounds, or ended.
+//! One sample: untouched, active, or ended.
 
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::{LeaseKey, Round, SampleId};
 use elbo_core::sample::Sample;
 use elbo_core::unit::{Cut, Unit, UnitId};
 
 use super::active::Active;
-use super::lease::{HeldUnit, Holders};
-use super::outcome::{Finished, Outcome, Settled};
-use super::record::Verdict;
-use super::{JobShape, SampleFailure, UnitResult, room};
+use super::lease::{Holders, LeasedUnit};
+use super::outcome::{Finished, SampleOutcome, Settled};
+use super::record::ResultStatus;
+use super::{JobShape, UnitResult, room};
 
 /// The state of one sample.
 #[derive(Debug)]
@@ -18,31 +19,24 @@ pub(super) struct SampleState {
     captions: u32,
     /// Whether it is audited.
     audited: bool,
-    stage: Stage,
-    /// Evaluations merged or waiting to be.
+    stage: SampleStage,
+    /// Evaluations merged or waiting to be merged.
     evaluations: u64,
 }
 
 #[derive(Debug)]
-enum Stage {
-    /// Every unit of the first round is ready: nothing else needs to be known.
+enum SampleStage {
+    /// Every unit of the first round is ready, so no further state is needed.
     Untouched,
     Active(Box<Active>),
-    Ended(Outcome),
+    Ended(SampleOutcome),
 }
 
 impl SampleState {
     pub(super) fn new(job: &JobShape, sample: &Sample) -> Self {
         let captions = sample.candidates.len();
         let audited = job.audits(&sample.key);
-        let mut state =
-            Self { id: sample.id, captions: captions as u32, audited, stage: Stage::Untouched, evaluations: 0 };
-        if job.prompts_of(captions) == 0 {
-            // There is nothing to evaluate.
-            state.active(job);
-            state.end_if_over();
-        }
-        state
+        Self { id: sample.id, captions: captions as u32, audited, stage: SampleStage::Untouched, evaluations: 0 }
     }
 
     /// How the first round is cut into units.
@@ -59,37 +53,38 @@ impl SampleState {
 
     pub(super) fn is_in_first_round(&self) -> bool {
         match &self.stage {
-            Stage::Untouched => true,
-            Stage::Active(active) => active.round() == Round(0),
-            Stage::Ended(_) => false,
+            SampleStage::Untouched => true,
+            SampleStage::Active(active) => active.round() == Round(0),
+            SampleStage::Ended(_) => false,
         }
     }
 
-    /// The sample's rounds, begun if need be; `None` once it has ended.
+    /// The sample's active state, begun if necessary; `None` once it has ended.
     fn active(&mut self, job: &JobShape) -> Option<&mut Active> {
-        if let Stage::Untouched = self.stage {
-            self.stage = Stage::Active(Box::new(Active::begin(job, self.id, self.captions as usize, self.audited)));
+        if let SampleStage::Untouched = self.stage {
+            self.stage =
+                SampleStage::Active(Box::new(Active::begin(job, self.id, self.captions as usize, self.audited)));
         }
         match &mut self.stage {
-            Stage::Active(active) => Some(active),
-            Stage::Untouched | Stage::Ended(_) => None,
+            SampleStage::Active(active) => Some(active),
+            SampleStage::Untouched | SampleStage::Ended(_) => None,
         }
     }
 
     fn end_if_over(&mut self) {
-        if let Stage::Active(active) = &mut self.stage
+        if let SampleStage::Active(active) = &mut self.stage
             && active.is_over()
         {
-            self.stage = Stage::Ended(active.take_outcome());
+            self.stage = SampleStage::Ended(active.take_outcome());
         }
     }
 
     /// The round and its cut into units; `None` once the sample has ended.
     fn round(&self, job: &JobShape) -> Option<(Round, Cut)> {
         match &self.stage {
-            Stage::Untouched => Some((Round(0), self.first_cut(job))),
-            Stage::Active(active) => Some((active.round(), active.cut())),
-            Stage::Ended(_) => None,
+            SampleStage::Untouched => Some((Round(0), self.first_cut(job))),
+            SampleStage::Active(active) => Some((active.round(), active.cut())),
+            SampleStage::Ended(_) => None,
         }
     }
 
@@ -98,19 +93,19 @@ impl SampleState {
         self.round(job).map_or(0, |(_, cut)| cut.evaluations(id))
     }
 
-    /// Bytes that a unit of the current round takes in a block, at most.
+    /// The most bytes that a unit of the current round takes in a block.
     pub(super) fn unit_bytes(&self, job: &JobShape, id: UnitId) -> usize {
         let prompts = self.round(job).map_or(0, |(_, cut)| cut.prompt_range(id).len());
         room::of_unit(prompts, job.prompts_of(self.captions as usize))
     }
 
-    /// Evaluations that were planned for the sample and not needed in the end.
+    /// Evaluations that were planned for the sample and turned out not to be needed.
     pub(super) fn spared(&self, job: &JobShape) -> u64 {
         job.planned_of(self.captions as usize).saturating_sub(self.evaluations)
     }
 
     pub(super) fn is_finished(&self) -> bool {
-        matches!(self.stage, Stage::Ended(_))
+        matches!(self.stage, SampleStage::Ended(_))
     }
 
     /// The ids of the current round's units.
@@ -121,17 +116,17 @@ impl SampleState {
     /// Whether a unit is of the current round and not leased or done.
     pub(super) fn is_ready(&self, job: &JobShape, id: UnitId) -> bool {
         match &self.stage {
-            Stage::Untouched => id.round == Round(0) && self.first_cut(job).position(id).is_some(),
-            Stage::Active(active) => active.is_ready(id),
-            Stage::Ended(_) => false,
+            SampleStage::Untouched => id.round == Round(0) && self.first_cut(job).position(id).is_some(),
+            SampleStage::Active(active) => active.is_ready(id),
+            SampleStage::Ended(_) => false,
         }
     }
 
-    /// Who computes a unit.
+    /// The leases on a unit.
     pub(super) fn holders(&self, id: UnitId) -> Holders {
         match &self.stage {
-            Stage::Active(active) => active.holders(id),
-            Stage::Untouched | Stage::Ended(_) => Holders::default(),
+            SampleStage::Active(active) => active.holders(id),
+            SampleStage::Untouched | SampleStage::Ended(_) => Holders::default(),
         }
     }
 
@@ -140,20 +135,20 @@ impl SampleState {
         self.active(job)?.lease(job, id, key)
     }
 
-    /// Takes a lease back; whether the unit is ready now.
+    /// Removes a lease from a unit. Returns whether the unit is ready now.
     pub(super) fn unlease(&mut self, id: UnitId, key: LeaseKey) -> bool {
         match &mut self.stage {
-            Stage::Active(active) => active.unlease(id, key),
-            Stage::Untouched | Stage::Ended(_) => false,
+            SampleStage::Active(active) => active.unlease(id, key),
+            SampleStage::Untouched | SampleStage::Ended(_) => false,
         }
     }
 
-    /// What a result is to the sample.
-    pub(super) fn check(&mut self, job: &JobShape, result: &UnitResult) -> Verdict {
-        self.active(job).map_or(Verdict::Known { before: None }, |active| active.check(job, result))
+    /// Whether a result is new to the sample, and valid.
+    pub(super) fn check(&mut self, job: &JobShape, result: &UnitResult) -> ResultStatus {
+        self.active(job).map_or(ResultStatus::Known { before: None }, |active| active.check(job, result))
     }
 
-    /// Takes a new result in, before the lease of that number is granted; `None` where it was known.
+    /// Takes in a new result; `None` if it was already known. `before` is the number of the next lease to be granted.
     pub(super) fn apply(&mut self, job: &JobShape, result: UnitResult, before: u64) -> Option<Settled> {
         let settled = self.active(job)?.apply(job, result, before)?;
         self.evaluations += settled.held.evaluations;
@@ -161,34 +156,34 @@ impl SampleState {
         Some(settled)
     }
 
-    /// Ends a sample that an earlier commit has written, after so many evaluations.
+    /// Ends a sample that an earlier commit has written, after this many evaluations.
     pub(super) fn keep(&mut self, evaluations: u64) {
-        (self.stage, self.evaluations) = (Stage::Ended(Outcome::Kept), evaluations);
+        (self.stage, self.evaluations) = (SampleStage::Ended(SampleOutcome::Kept), evaluations);
     }
 
-    /// Gives the sample up; the units of it that are leased.
-    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<HeldUnit> {
-        let Stage::Active(active) = &mut self.stage else {
-            self.stage = Stage::Ended(Outcome::Quarantined(failure));
+    /// Gives the sample up. Returns its leased units.
+    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<LeasedUnit> {
+        let SampleStage::Active(active) = &mut self.stage else {
+            self.stage = SampleStage::Ended(SampleOutcome::Quarantined(failure));
             return Vec::new();
         };
         let held = active.leased();
-        // What fails while it is audited has its class already: only the audit is lost.
-        let outcome = active.outcome_before_audit().unwrap_or(Outcome::Quarantined(failure));
-        self.stage = Stage::Ended(outcome);
+        // A sample that fails during its audit has its class already: only the audit is lost.
+        let outcome = active.outcome_before_audit().unwrap_or(SampleOutcome::Quarantined(failure));
+        self.stage = SampleStage::Ended(outcome);
         held
     }
 
     /// Whether the sample was given up.
     pub(super) fn is_quarantined(&self) -> bool {
-        matches!(self.stage, Stage::Ended(Outcome::Quarantined(_)))
+        matches!(self.stage, SampleStage::Ended(SampleOutcome::Quarantined(_)))
     }
 
-    /// How the sample ended; `None` if it has not.
+    /// The sample's outcome; `None` if it has not ended.
     pub(super) fn into_finished(self) -> Option<Finished> {
         match self.stage {
-            Stage::Ended(outcome) => Some(Finished { sample: self.id, outcome }),
-            Stage::Untouched | Stage::Active(_) => None,
+            SampleStage::Ended(outcome) => Some(Finished { sample: self.id, outcome }),
+            SampleStage::Untouched | SampleStage::Active(_) => None,
         }
     }
 }

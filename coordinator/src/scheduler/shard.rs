@@ -1,19 +1,20 @@
-//! An open shard: its samples and the units of them that are ready.
+//! An open shard: its samples and their ready units.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use elbo_core::failure::{FailureStage, SampleFailure};
 use elbo_core::ids::{LeaseKey, SampleId};
 use elbo_core::sample::Sample;
 use elbo_core::unit::{Unit, UnitId};
 
 use super::grants::{Grants, Proof};
-use super::lease::{HeldUnit, Holders};
+use super::lease::{Holders, LeasedUnit};
 use super::outcome::Finished;
-use super::record::Verdict;
+use super::record::ResultStatus;
 use super::room::{self, Room};
 use super::sample::SampleState;
-use super::{JobShape, Record, SampleFailure, ShardTotals, UnitResult};
+use super::{JobShape, Record, ShardTotals, UnitResult};
 
 /// A unit that waits for a worker.
 #[derive(Clone, Copy, Debug)]
@@ -30,31 +31,31 @@ pub struct Shard {
     states: Vec<SampleState>,
     first: u64,
     unfinished: usize,
-    /// Ready units of samples nobody has latents of.
+    /// Ready units of samples whose latents no worker has.
     fresh: VecDeque<Ready>,
-    /// The first sample whose first units are not queued yet: all are ready from here on.
+    /// The first sample whose units are not queued yet. From here on, all units of the first round are ready.
     unqueued: usize,
-    /// Ready units of samples whose latents a worker has at hand; no queue is empty.
+    /// Ready units of samples whose latents a worker has, by worker. No queue is empty.
     by_worker: BTreeMap<String, VecDeque<Ready>>,
     ready_evaluations: u64,
-    /// Who was given which of its units.
+    /// Which worker was given which units.
     grants: Grants,
     pub(super) totals: ShardTotals,
 }
 
-/// Whose queue a unit was taken from.
+/// The queue that a unit was taken from.
 #[derive(Clone, Copy, Debug)]
 enum Queue {
     Fresh,
-    /// The beginning of the worker's own.
+    /// The front of the worker's own queue.
     Own,
-    /// The end of another worker's.
+    /// The back of another worker's queue.
     Others,
 }
 
 impl Shard {
-    /// A shard of these samples, with what the ledger remembers of it. Those `kept` are done, after so many evaluations. Samples
-    /// that no worker can be sent are given up.
+    /// A shard of these samples, restored from the ledger's `records`. The samples in `kept` are done, after the given
+    /// number of evaluations. Samples that can't be sent to any worker are quarantined.
     pub fn restore(job: &Arc<JobShape>, manifest: Vec<Sample>, kept: &[(SampleId, u64)], records: Vec<Record>) -> Self {
         let states: Vec<_> = manifest.iter().map(|s| SampleState::new(job, s)).collect();
         let mut shard = Self {
@@ -73,8 +74,8 @@ impl Shard {
         for (sample, evaluations) in kept {
             shard.keep(*sample, *evaluations);
         }
-        let too_large: Vec<_> = shard.manifest.iter().filter_map(too_large).collect();
-        for failure in too_large {
+        let unfit: Vec<_> = shard.manifest.iter().filter_map(|sample| unfit(job, sample)).collect();
+        for failure in unfit {
             shard.quarantine(failure);
         }
         for record in records {
@@ -111,7 +112,8 @@ impl Shard {
         }
     }
 
-    /// Evaluations waiting for a worker; an upper bound, since units of samples given up are dropped only when met.
+    /// An upper bound on the evaluations waiting for a worker: units of quarantined samples stay queued until they are
+    /// popped.
     pub(super) fn ready_evaluations(&self) -> u64 {
         self.ready_evaluations
     }
@@ -120,8 +122,9 @@ impl Shard {
         self.by_worker.contains_key(worker)
     }
 
-    /// Takes ready units worth about `target` evaluations, at least one and no more than there is room for: first those whose
-    /// latents the worker has, then fresh ones, then those others have latents of, since affinity never makes anyone wait.
+    /// Takes ready units worth about `target` evaluations: at least one, and no more than there is room for. Units whose
+    /// latents the worker has come first, then fresh ones, then those whose latents other workers have: affinity never
+    /// makes a worker wait.
     pub(super) fn take(&mut self, worker: &str, target: u64, mut room: Room) -> Vec<UnitId> {
         let mut taken = Vec::new();
         let (mut evaluations, mut robbed) = (0, None);
@@ -139,12 +142,12 @@ impl Shard {
             }
         }
         taken.sort_unstable();
-        // A unit that was adopted while it waited, and handed back, is queued twice.
+        // A unit that was adopted while it waited, and then handed back, is queued twice.
         taken.dedup();
         taken
     }
 
-    /// Whether a unit goes into a block too.
+    /// Whether a unit fits into a block; if so, takes its room.
     pub(super) fn has_room(&self, room: &mut Room, id: UnitId) -> bool {
         self.index(id.sample).is_some_and(|index| {
             let unit = self.states[index].unit_bytes(&self.job, id);
@@ -188,7 +191,7 @@ impl Shard {
             if self.states[index].is_in_first_round() {
                 self.fresh = self.ready(index).collect();
             } else {
-                // The ledger had results for it, and what came after is queued.
+                // The ledger had results for this sample, and the units of its later round are already queued.
                 let first = self.states[index].first_evaluations(&self.job);
                 self.ready_evaluations = self.ready_evaluations.saturating_sub(first);
             }
@@ -196,7 +199,8 @@ impl Shard {
         self.fresh.pop_front()
     }
 
-    /// A unit out of the longest queue, whose owner is the last to come to it; and on out of the same.
+    /// Takes a unit from the back of another worker's queue: the longest one, whose owner needs longest to reach its end.
+    /// Further calls take from the same queue until it is empty.
     fn steal(&mut self, robbed: &mut Option<String>) -> Option<Ready> {
         let still = robbed.as_ref().is_some_and(|worker| self.by_worker.contains_key(worker));
         if !still {
@@ -205,7 +209,7 @@ impl Shard {
         self.pop_of(robbed.as_deref()?, VecDeque::pop_back)
     }
 
-    /// Whether a unit still has to be evaluated by somebody.
+    /// Whether a unit is not done and not leased.
     pub(super) fn is_wanted(&self, id: UnitId) -> bool {
         self.index(id.sample).is_some_and(|i| self.states[i].is_ready(&self.job, id))
     }
@@ -214,7 +218,7 @@ impl Shard {
         self.index(sample).is_some_and(|i| !self.states[i].is_finished())
     }
 
-    /// Who computes a unit.
+    /// The leases on a unit.
     pub(super) fn holders(&self, id: UnitId) -> Holders {
         self.index(id.sample).map(|i| self.states[i].holders(id)).unwrap_or_default()
     }
@@ -235,26 +239,26 @@ impl Shard {
         self.states[index].lease(&self.job, id, key)
     }
 
-    /// Takes a lease back; whether the unit is ready now.
+    /// Removes a lease from a unit. Returns whether the unit is ready now.
     pub(super) fn unlease(&mut self, id: UnitId, key: LeaseKey) -> bool {
         self.index(id.sample).is_some_and(|index| self.states[index].unlease(id, key))
     }
 
-    /// Puts a unit that came back where anyone finds it.
+    /// Queues a unit that came back, for any worker.
     pub(super) fn make_ready(&mut self, id: UnitId) {
         if self.is_wanted(id) {
             self.push_ready(Ready { unit: id, evaluations: self.unit_evaluations(id) }, None);
         }
     }
 
-    /// The latents of a worker that is gone are nobody's.
+    /// Forgets a worker that is gone: its queued units go to the fresh queue.
     pub(super) fn forget(&mut self, worker: &str) {
         if let Some(queue) = self.by_worker.remove(worker) {
             self.fresh.extend(queue);
         }
     }
 
-    /// The samples some units speak of, each once.
+    /// The samples of these units, each once.
     pub(super) fn samples_of(&self, units: &[Unit]) -> Vec<Sample> {
         let mut ids: Vec<_> = units.iter().map(|u| u.id.sample).collect();
         ids.sort_unstable();
@@ -262,11 +266,11 @@ impl Shard {
         ids.into_iter().filter_map(|id| self.index(id)).map(|i| self.manifest[i].clone()).collect()
     }
 
-    /// Remembers what a worker was given under a lease.
+    /// Remembers the units that a worker was given under a lease.
     pub(super) fn note_grant(&mut self, key: LeaseKey, worker: &str, units: impl IntoIterator<Item = UnitId>) {
         self.grants.note(key, worker, units);
         if self.grants.has_grown() {
-            // A part of what the shard itself takes.
+            // Keep the memory of grants small compared with the shard's own.
             let most = 64 * self.states.len() + (self.job.shard_bytes() / 64) as usize;
             let (states, first) = (&self.states, self.first);
             let state = |unit: &UnitId| states.get(unit.sample.0.checked_sub(first)? as usize);
@@ -288,21 +292,21 @@ impl Shard {
         self.grants.sample(key, worker, sample)
     }
 
-    /// How many units of its leases are remembered.
+    /// How many leased units are remembered.
     #[cfg(test)]
     pub(super) fn remembered(&self) -> usize {
         self.grants.len()
     }
 
-    pub(super) fn check(&mut self, result: &UnitResult) -> Verdict {
+    pub(super) fn check(&mut self, result: &UnitResult) -> ResultStatus {
         match self.index(result.id.sample) {
             Some(index) => self.states[index].check(&self.job, result),
-            None => Verdict::Invalid("there is no such sample"),
+            None => ResultStatus::Invalid("there is no such sample"),
         }
     }
 
-    /// Merges a new result, before the lease of that number is granted; `None` where it was known.
-    pub(super) fn apply(&mut self, result: UnitResult, worker: Option<&str>, before: u64) -> Option<HeldUnit> {
+    /// Merges a new result; `None` if it was already known. `before` is the number of the next lease to be granted.
+    pub(super) fn apply(&mut self, result: UnitResult, worker: Option<&str>, before: u64) -> Option<LeasedUnit> {
         let index = self.index(result.id.sample)?;
         let settled = self.states[index].apply(&self.job, result, before)?;
         self.totals.evaluations += settled.held.evaluations;
@@ -325,7 +329,7 @@ impl Shard {
         }
     }
 
-    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<HeldUnit> {
+    pub(super) fn quarantine(&mut self, failure: SampleFailure) -> Vec<LeasedUnit> {
         let Some(index) = self.index(failure.sample).filter(|&i| !self.states[i].is_finished()) else {
             return Vec::new();
         };
@@ -351,21 +355,24 @@ impl Shard {
         self.unfinished == 0
     }
 
-    /// The samples as listed, and how every finished one ended, in manifest order.
+    /// The samples as listed, and the outcomes of the finished ones, in manifest order.
     pub fn into_outcomes(self) -> (Vec<Sample>, Vec<Finished>) {
         let outcomes = self.states.into_iter().filter_map(SampleState::into_finished).collect();
         (self.manifest, outcomes)
     }
 }
 
-/// Why no worker can be sent a sample, where that is so.
-fn too_large(sample: &Sample) -> Option<SampleFailure> {
+/// The reason why a sample can't be sent to any worker, if there is one.
+fn unfit(job: &JobShape, sample: &Sample) -> Option<SampleFailure> {
     let (bytes, most) = (room::of_sample(sample), room::LARGEST_SAMPLE);
-    (bytes > most).then(|| SampleFailure {
-        sample: sample.id,
-        stage: "read".into(),
-        error: format!(
+    let error = if job.prompts_of(sample.candidates.len()) == 0 {
+        "the dataset has no caption for it: give it at least two".to_owned()
+    } else if bytes > most {
+        format!(
             "its key, location and captions take {bytes} bytes on the way to a worker, and a sample may take {most}: give it fewer or shorter captions"
-        ),
-    })
+        )
+    } else {
+        return None;
+    };
+    Some(SampleFailure { sample: sample.id, stage: FailureStage::Read, error })
 }

@@ -1,16 +1,17 @@
-//! Samples that one worker could not read though it can read others: another looks at them before they are blamed.
+//! Samples that one worker could not read, though it can read others. Another worker tries before they are given up.
 //!
-//! A worker that has lost its access to the images leaves and blames none. What is left are single images it can't read, and
-//! even then the fault may be its own: a directory that is not mounted there, a key it may not read, an answer that was stale. So
-//! the first such report only notes who it was, and the sample goes to others. It is given up
-//! - when a worker of another process has failed to read it too, or
-//! - when the same process has failed again under a lease it was granted after the first report, while nobody else asked for
-//!   work, or after all others had [`LeasePolicy::patience`](super::LeasePolicy) to look and did not.
+//! A worker that has lost its access to all images leaves, and no image is given up. The other case is a worker that can't
+//! read single images. Even then the fault may be its own: a directory that is not mounted there, a key it may not read, a
+//! stale answer. So the first such report only records the worker's process, and the sample goes to other workers. The
+//! sample is given up
+//! - when a worker of another process has also failed to read it, or
+//! - when the same process has failed again, under a lease granted after the first report, while no other worker asked for
+//!   work, or after all others had [`LeasePolicy::patience`](super::LeasePolicy) to try and did not.
 //!
-//! Engines of one process see the same storage with the same credentials: they bear no witness for each other. Processes on one
-//! host do, since each has its own mounts, user and environment.
+//! Engines of one process see the same storage with the same credentials, so their failures count as one. Processes on one
+//! host count separately, since each has its own mounts, user and environment.
 //!
-//! None of this is durable: a coordinator that was started again has forgotten a first report, and gets another.
+//! None of this is durable: a restarted coordinator has forgotten the first report, and gets another.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -21,22 +22,19 @@ use elbo_core::unit::UnitId;
 use super::Scheduler;
 use super::failure::Blame;
 
-/// The stage of a failure to read that may be the worker's own.
-pub const UNREAD: &str = "unread";
-
-/// A sample that was not read, and by whom.
+/// A sample that could not be read, and the process that failed.
 #[derive(Clone, Debug)]
 pub(super) struct Doubt {
     process: String,
     since: Duration,
-    /// Leases from this number on were granted afterwards.
+    /// Leases from this number on were granted after the failure.
     before: u64,
-    /// Its units that nobody has.
+    /// Its units that are not leased.
     waiting: BTreeSet<UnitId>,
 }
 
 impl Scheduler {
-    /// Whether a sample that this worker could not read is to be given up.
+    /// Whether to give up a sample that this worker could not read.
     pub(super) fn is_unreadable(&self, worker: &str, key: LeaseKey, sample: SampleId) -> bool {
         let Some(doubt) = self.doubts.get(&sample) else { return false };
         let process = self.workers.process(worker);
@@ -47,7 +45,7 @@ impl Scheduler {
         is_later && (self.has_waited(doubt.since) || !self.is_other_process_there(process))
     }
 
-    /// Leaves a sample that this worker could not read to others.
+    /// Leaves a sample that this worker could not read to other workers.
     pub(super) fn postpone(&mut self, worker: &str, key: LeaseKey, sample: SampleId) {
         let free = self.take_back(worker, key, sample);
         let first = || Doubt {
@@ -59,27 +57,27 @@ impl Scheduler {
         self.doubts.entry(sample).or_insert_with(first).waiting.extend(free);
     }
 
-    /// Takes a sample's units out of a worker's lease; those nobody else computes.
+    /// Takes a sample's units out of a worker's lease. Returns the units that have no other lease.
     pub(super) fn take_back(&mut self, worker: &str, key: LeaseKey, sample: SampleId) -> Vec<UnitId> {
         let lease = self.leases.get(&key).filter(|lease| lease.worker == worker);
         let units = lease.map(|lease| lease.units.iter().filter(|unit| unit.sample == sample).copied().collect());
         let units: Vec<_> = units.unwrap_or_default();
         for unit in &units {
             let evaluations = self.open_shard_of(*unit).map_or(0, |shard| shard.unit_evaluations(*unit));
-            // Its worker is through with it, as with one that is done.
+            // The worker is finished with this unit, as if it were done.
             self.drop_unit(key, *unit, evaluations, true);
         }
         self.unlease(&units, key)
     }
 
-    /// A sample was read after all, or has ended: what is left of it is for anyone.
+    /// Clears the doubt about a sample that was read after all, or has ended: its waiting units go to any worker.
     pub(super) fn dispel(&mut self, sample: SampleId) {
         if let Some(doubt) = self.doubts.remove(&sample) {
             doubt.waiting.into_iter().for_each(|unit| self.make_ready(unit));
         }
     }
 
-    /// Units that came back from a worker that was to look at them, or found no room in its block.
+    /// Takes back units of doubtful samples from a worker that returned them, or whose block had no room for them.
     pub(super) fn keep_waiting(&mut self, units: Vec<UnitId>) {
         for unit in units {
             match self.doubts.get_mut(&unit.sample) {
@@ -91,12 +89,12 @@ impl Scheduler {
         }
     }
 
-    /// Whether samples wait for somebody to look at them.
+    /// Whether any doubtful samples wait for another worker.
     pub(super) fn has_doubts(&self) -> bool {
         self.doubts.values().any(|doubt| !doubt.waiting.is_empty())
     }
 
-    /// Units of samples that others could not read, for a worker to look at: of one shard, worth about a block.
+    /// Units of samples that others could not read, for a worker to try: from one shard, worth about a block.
     pub(super) fn take_doubts(&mut self, worker: &str, rate: f64) -> Option<Vec<UnitId>> {
         if self.doubts.is_empty() {
             return None;
@@ -132,6 +130,6 @@ impl Scheduler {
 }
 
 impl Blame {
-    /// What has to answer for nothing but that somebody could not read it.
+    /// The blame of units that have only failed to be read.
     pub(super) const UNREAD: Self = Self { failures: 0, deadly: false, deaths: 0, unread: true };
 }

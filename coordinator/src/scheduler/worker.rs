@@ -1,23 +1,24 @@
-//! The workers the coordinator knows, and the leases each of them holds.
+//! The workers the coordinator knows, and their leases.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
 use elbo_core::activity::Activity;
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::LeaseKey;
 
-use super::{SampleFailure, Scheduler, Shard};
+use super::{Scheduler, Shard};
 
-/// A worker's sign of life.
+/// A worker's heartbeat.
 #[derive(Clone, Debug, Default)]
 pub struct Heartbeat {
-    /// Evaluations it has finished and not reported.
+    /// Evaluations it has finished but not reported.
     pub unreported: u64,
-    /// The leases it is at.
+    /// The leases it is working on.
     pub held: Vec<LeaseKey>,
-    /// What it is at, where it has said.
+    /// What it is doing, if it has said so.
     pub activity: Option<Activity>,
-    /// For how long nothing has come of that.
+    /// How long it has made no progress at that.
     pub quiet: Duration,
 }
 
@@ -26,12 +27,12 @@ pub struct Heartbeat {
 pub(super) struct Worker {
     host: String,
     device: String,
-    /// What the engines of its process have in common; empty where it is one of its own.
+    /// The name of its process, shared by all its engines; empty if the worker is a process of its own.
     process: String,
     last_seen: Duration,
-    /// When it last asked for work, or else joined.
+    /// When it last asked for work, or joined if it never did.
     pub(super) asked: Duration,
-    /// When it last reported something, or got something to do.
+    /// When it last reported something, or got new work.
     pub(super) progress: Duration,
     pub(super) rate: f64,
     evaluations: u64,
@@ -41,7 +42,7 @@ pub(super) struct Worker {
     pub(super) leases: BTreeSet<LeaseKey>,
 }
 
-/// All of them, with the sum of their rates.
+/// All workers, with the sum of their rates.
 #[derive(Debug, Default)]
 pub(super) struct Workers {
     known: HashMap<String, Worker>,
@@ -61,22 +62,23 @@ impl Workers {
         self.rate.max(0.0)
     }
 
-    /// Notes that a worker is alive; `false` where it is not known.
+    /// Notes that a worker is alive; `false` if it is unknown.
     pub(super) fn seen(&mut self, worker: &str, now: Duration) -> bool {
         self.known.get_mut(worker).map(|known| known.last_seen = now).is_some()
     }
 
-    /// Notes that a worker asks for work; `false` where it is not known.
+    /// Notes that a worker asks for work; `false` if it is unknown.
     pub(super) fn asks(&mut self, worker: &str, now: Duration) -> bool {
         self.known.get_mut(worker).map(|known| known.asked = now).is_some() && self.seen(worker, now)
     }
 
-    /// The process a worker is an engine of.
+    /// The process that a worker belongs to.
     pub(super) fn process<'a>(&'a self, worker: &'a str) -> &'a str {
         self.known.get(worker).map(|known| known.process.as_str()).filter(|p| !p.is_empty()).unwrap_or(worker)
     }
 
-    /// Notes the rate a worker says it has, and gives it as it is taken: 0, which is unknown, where it can't be one.
+    /// Notes the rate that a worker claims, and returns the rate in use: 0, which means unknown, if the claim is not a
+    /// valid rate.
     pub(super) fn set_rate(&mut self, worker: &str, told: f64) -> f64 {
         let rate = if told.is_finite() { told.clamp(0.0, HIGHEST_RATE) } else { 0.0 };
         if let Some(known) = self.known.get_mut(worker) {
@@ -85,11 +87,11 @@ impl Workers {
         rate
     }
 
-    /// Notes what a worker has reported.
+    /// Adds to the evaluations that a worker has reported.
     pub(super) fn credit(&mut self, worker: &str, evaluations: u64) {
         if let Some(known) = self.known.get_mut(worker) {
             known.evaluations += evaluations;
-            // A report is a sign of life: this is now.
+            // The report has just updated `last_seen`.
             known.progress = known.last_seen;
         }
     }
@@ -121,7 +123,7 @@ impl Workers {
 }
 
 impl Scheduler {
-    /// A worker introduces itself, or does so again.
+    /// Adds a worker that joins, or updates one that joins again.
     pub fn join(&mut self, worker: &str, host: &str, device: &str, now: Duration) {
         let new = || Worker { asked: now, ..Worker::default() };
         let known = self.workers.known.entry(worker.to_owned()).or_insert_with(new);
@@ -130,14 +132,14 @@ impl Scheduler {
         known.last_seen = now;
     }
 
-    /// A worker is an engine of a process, whose engines see the same storage.
+    /// Sets the process of a worker. All engines of a process see the same storage.
     pub fn is_of(&mut self, worker: &str, process: &str) {
         if let Some(known) = self.workers.known.get_mut(worker) {
             process.clone_into(&mut known.process);
         }
     }
 
-    /// Notes that a worker is alive. Of the leases it is at, those nobody needs any more; `None` when it must join (again).
+    /// Notes that a worker is alive. Returns those of its leases that are no longer needed; `None` if it must join (again).
     pub fn heartbeat(&mut self, worker: &str, beat: Heartbeat, now: Duration) -> Option<Vec<LeaseKey>> {
         let known = self.workers.known.get_mut(worker)?;
         known.last_seen = now;
@@ -150,19 +152,19 @@ impl Scheduler {
         self.workers.known.contains_key(worker)
     }
 
-    /// Whether a lease is out to that worker.
+    /// Whether the worker holds this lease.
     pub fn holds(&self, worker: &str, key: LeaseKey) -> bool {
         self.workers.known.get(worker).is_some_and(|known| known.leases.contains(&key))
     }
 
-    /// Whether no worker is there.
+    /// Whether there are no workers.
     pub fn is_alone(&self) -> bool {
         self.workers.known.is_empty()
     }
 
-    /// Gives up workers that gave no sign of life for the lease time, and takes their leases back: the workers, and the samples
-    /// that too many died of. To be called several times in the lease time: after a longer gap it was the coordinator that stood
-    /// still, and could not hear them.
+    /// Gives up workers that were silent for the lease time, and takes their leases back. Returns these workers, and the
+    /// samples to give up because too many workers died on them. Call this several times per lease time: after a longer
+    /// gap, the coordinator itself stood still and could not hear its workers.
     pub fn expire(&mut self, now: Duration) -> (Vec<String>, Vec<SampleFailure>) {
         let time_to_live = self.policy.time_to_live;
         self.now = self.now.max(now);
@@ -182,7 +184,7 @@ impl Scheduler {
         (silent, given_up)
     }
 
-    /// A worker takes its leave: its leases go to others.
+    /// Removes a worker that leaves; its leases go to others.
     pub fn leave(&mut self, worker: &str) {
         let leases: Vec<_> = self.workers.leases(worker).collect();
         self.release(worker, &leases);
@@ -193,13 +195,13 @@ impl Scheduler {
         self.workers.set_rate(worker, 0.0);
         self.workers.known.remove(worker);
         if self.workers.known.is_empty() {
-            // What rounding has left.
+            // Clears rounding errors.
             self.workers.rate = 0.0;
         }
         self.open.values_mut().for_each(|shard: &mut Shard| shard.forget(worker));
     }
 
-    /// What is known of each worker, for people; sorted by name.
+    /// A view of each worker for people, sorted by name.
     pub fn workers(&self) -> Vec<WorkerView> {
         let view = |(name, w): (&String, &Worker)| WorkerView {
             worker: name.clone(),
@@ -218,7 +220,7 @@ impl Scheduler {
     }
 }
 
-/// A worker as people see it.
+/// A view of a worker for people.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WorkerView {
     /// Its name.
@@ -231,12 +233,12 @@ pub struct WorkerView {
     pub leases: u32,
     /// Evaluations it reported.
     pub evaluations: u64,
-    /// Evaluations it has finished and not reported yet.
+    /// Evaluations it has finished but not reported yet.
     pub unreported: u64,
     /// Its measured rate in evaluations per second.
     pub rate: f64,
-    /// What it is at, where it has said.
+    /// What it is doing, if it has said so.
     pub activity: Option<Activity>,
-    /// For how long nothing has come of that.
+    /// How long it has made no progress at that.
     pub quiet: Duration,
 }

@@ -1,11 +1,12 @@
-"""What a chip's own libraries reach through PyTorch on the layers of Stable Diffusion 2-base: the ceilings for elbo's kernels.
+"""Measures the chip's own libraries through PyTorch on the layers of Stable Diffusion 2-base: the ceilings for elbo's kernels.
 
     python deploy/cuda/measure/ceilings.py --dtype bf16 --device cuda --out ceilings.json
 
-Latents are 64x64, and --batch of them are computed at once. A call is warmed up and then measured for --seconds; the median of its
-rounds counts. Inputs are random, and several sets of them take turns, so that they come from memory and not from the cache. On
-cuda a round is replayed as a graph, which leaves out the gaps between launches. A multiply-add counts as two operations. What could
-not be measured has an `error`. Prints one JSON object, which --out keeps in a file too, rewritten after every measurement.
+Latents are 64x64, and --batch of them are computed at once. A call is warmed up and then measured for --seconds; the result is
+the median of its rounds. Inputs are random, and calls cycle through several sets of them, so that inputs come from memory and
+not from the cache. On cuda a round is replayed as a graph, which removes the gaps between launches. A multiply-add counts as
+two operations. A failed measurement has an `error`. Prints one JSON object; --out also writes it to a file, rewritten after
+every measurement.
 --shrink N divides batch, channels, heads, positions and sides, so that a rehearsal on the CPU takes seconds.
 """
 import argparse
@@ -51,12 +52,12 @@ def shrunk(size, args, least=1):
 
 
 def drawn(*shape, args):
-    """Random numbers of the type measured in."""
+    """Random numbers of the measured type."""
     return torch.randn(shape, device=args.device, dtype=DTYPES[args.dtype])
 
 
 def rotated(make, args):
-    """Sets of a call's tensors, so many that the first has left the cache when the last has been used."""
+    """Sets of tensors for a call, enough that the first is out of the cache once the last has been used."""
     first = make()
     size = sum(tensor.nbytes for tensor in first)
     sets = math.ceil(ROTATED_BYTES / size) if args.device == "cuda" else 1
@@ -64,7 +65,7 @@ def rotated(make, args):
 
 
 def timer(call, turns, args):
-    """A function that calls with the tensors of every turn and returns how many seconds that took."""
+    """A function that makes the call with the tensors of every turn and returns the seconds it took."""
     if args.device == "cpu":
         def on_cpu():
             started = time.perf_counter()
@@ -104,7 +105,7 @@ def seconds_of(call, make, args):
 
 
 def attempt(call, make, args, operations=None, moved=None):
-    """The time of one call and what it does in it, or the error."""
+    """The time of one call and its rate, or the error."""
     try:
         seconds = seconds_of(call, make, args)
     except Exception as error:  # no kernel for this shape, out of memory
@@ -117,7 +118,7 @@ def attempt(call, make, args, operations=None, moved=None):
 
 
 def convolutions(args):
-    """3x3 convolutions of channels-last images. Without a bias: PyTorch adds it in a pass of its own."""
+    """3x3 convolutions of channels-last images, without a bias, since PyTorch adds it in a separate pass."""
     library = "cudnn" if args.device == "cuda" else "cpu"
     batch = shrunk(args.batch, args)
     for full_inputs, full_outputs, full_side in CONVOLUTIONS:
@@ -132,7 +133,7 @@ def convolutions(args):
 
 
 def linears(args):
-    """Those of attention (queries, keys and values at once; the output) and both of GEGLU, with their biases."""
+    """The linear layers of attention (queries, keys and values at once; the output) and both of GEGLU, with their biases."""
     library = "cublas" if args.device == "cuda" else "cpu"
     for full_channels, positions in LEVELS:
         channels, rows = shrunk(full_channels, args, 8), shrunk(args.batch, args) * shrunk(positions, args)
@@ -143,14 +144,14 @@ def linears(args):
 
 
 def attentions(args):
-    """Self-attention, then cross-attention to a prompt, by every backend; on the CPU by the first that works."""
+    """Self-attention, then cross-attention to a prompt, with every backend; on the CPU with the first that works."""
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION if args.device == "cuda" else SDPBackend.MATH]
     cases = [(*case, None) for case in SELF_ATTENTIONS] + [(*case, TOKENS) for case in CROSS_ATTENTIONS]
     batch = shrunk(args.batch, args)
     for full_heads, size, full_positions, tokens in cases:
         heads, positions = shrunk(full_heads, args), shrunk(full_positions, args)
         keys = tokens or positions
-        # [B, L, heads, d] in memory, as the linear layers before and after have it.
+        # [B, L, heads, d] in memory, the layout of the linear layers before and after.
         make = lambda: [drawn(batch, length, heads, size, args=args).transpose(1, 2) for length in (positions, keys, keys)]
         shape = f"{batch}x{heads} heads of {size}, {positions} to {keys}"
         for backend in backends:
@@ -171,7 +172,7 @@ def matmul(args):
 
 
 def copy(args):
-    """From device memory to device memory; bytes read and bytes written both count."""
+    """A copy within device memory; bytes read and bytes written both count."""
     size = COPIED_BYTES // args.shrink**3
     make = lambda: [torch.randint(256, (size,), device=args.device, dtype=torch.uint8) for _ in range(2)]
     measured = attempt(lambda to, source: to.copy_(source), make, args, moved=2 * size)
@@ -197,7 +198,7 @@ def main():
             if args.out:
                 temporary = args.out.with_name(f"{args.out.name}.tmp")
                 temporary.write_text(json.dumps(report))
-                temporary.replace(args.out)  # at once, so that a killed run leaves no half of it
+                temporary.replace(args.out)  # atomic: a killed run leaves no partial file
     print(json.dumps(report))
 
 

@@ -1,27 +1,27 @@
-"""What ncu says of a pass: the time of every kernel, and what limits the dearest."""
+"""Runs ncu on a pass: the time of every kernel, and what limits the slowest ones."""
 import csv
 import re
 import subprocess
 
 from steps import table
 
-# Metrics of the sections that are shown, by the names ncu gives them, and what they are called here.
+# The metrics shown, by ncu's names, and their names here.
 SHOWN = {
     "Duration": "ms", "Compute (SM) Throughput": "compute", "Memory Throughput": "memory", "DRAM Throughput": "DRAM",
     "L2 Cache Throughput": "L2", "Achieved Occupancy": "occupancy", "Registers Per Thread": "registers",
     "Warp Cycles Per Issued Instruction": "cycles an instruction",
 }
 SECTIONS = ["SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats"]
-# Milliseconds of ncu's units of time, as different versions call them.
+# Milliseconds per unit of time, by the names that different versions of ncu use.
 MILLISECONDS = {"ns": 1e-6, "nsecond": 1e-6, "us": 1e-3, "usecond": 1e-3, "ms": 1, "msecond": 1, "s": 1e3, "second": 1e3}
-# Launches looked at in detail, each of which is run again and again for its metrics.
+# The most launches measured in detail; each is repeated several times for its metrics.
 MOST_LAUNCHES = 60
 
 
 def command(log, *options):
-    """ncu over what lies between cuProfilerStart and cuProfilerStop, as CSV; kernels by their mangled names, which are unique.
+    """The ncu command that profiles from cuProfilerStart to cuProfilerStop and writes CSV, with mangled (unique) kernel names.
 
-    Clocks and caches are as in a pass that nobody looks at.
+    Clocks and caches are left as in a pass without a profiler.
     """
     return ["ncu", "--csv", "--log-file", log, "--target-processes", "all", "--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none", "--print-units", "base",
             "--kernel-name-base", "mangled", "--print-kernel-base", "mangled", *options]
@@ -32,7 +32,7 @@ def timing(log):
 
 
 def details(log, names, launches):
-    """The sections of the launches up to the first of each of `names`, the kernels of the `launches` in order."""
+    """The ncu command for the sections of enough launches that each of `names` occurs; `launches` has the kernels in order."""
     pattern = "regex:^(" + "|".join(map(re.escape, names)) + ")$"
     matching = [name for name, _ in launches if name in names]
     enough = max(matching.index(name) for name in names) + 1
@@ -41,18 +41,18 @@ def details(log, names, launches):
 
 
 def rows(log):
-    """The rows of a log as dictionaries; what ncu says beside them is passed over."""
+    """The rows of a log as dictionaries, without ncu's other messages."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith('"')]
     return list(csv.DictReader(lines))
 
 
 def milliseconds(row):
-    """The time that is a row's metric."""
+    """The time in a row's metric."""
     return float(row["Metric Value"].replace(",", "")) * MILLISECONDS[row["Metric Unit"]]
 
 
 def launches(log):
-    """(kernel, milliseconds) of every launch, in their order."""
+    """(kernel, milliseconds) of every launch, in order."""
     found = []
     for row in rows(log):
         if row["Metric Name"] == "gpu__time_duration.sum":
@@ -63,7 +63,7 @@ def launches(log):
 
 
 def by_kernel(found):
-    """(kernel, launches, milliseconds in all), the dearest first."""
+    """(kernel, launches, milliseconds in all), the slowest first."""
     totals = {}
     for name, time in found:
         count, total = totals.get(name, (0, 0.0))
@@ -72,7 +72,7 @@ def by_kernel(found):
 
 
 def kernel_table(found, most=30):
-    """The kernels of a pass, the dearest first."""
+    """The kernels of a pass, the slowest first."""
     kernels = by_kernel(found)
     whole = sum(total for _, _, total in kernels)
     readable = demangled([name for name, _, _ in kernels])
@@ -80,11 +80,11 @@ def kernel_table(found, most=30):
     rest = shown[most:]
     text = table(["ms", "share", "launches", "kernel"], shown[:most])
     text += f"\n{sum(count for _, count, _ in kernels)} launches, {whole:.3g} ms in all"
-    return text + (f"; {len(rest)} kernels more take {sum(row[0] for row in rest):.3g} ms.\n" if rest else ".\n")
+    return text + (f"; {len(rest)} other kernels take {sum(row[0] for row in rest):.3g} ms.\n" if rest else ".\n")
 
 
 def details_table(log, names=()):
-    """What limits each kernel: the longest of its launches that were looked at."""
+    """What limits each kernel, by the longest of its measured launches."""
     of_launch, stalls = {}, {}
     for row in rows(log):
         key = (row["Kernel Name"], row["ID"])
@@ -112,12 +112,12 @@ def details_table(log, names=()):
             text += f"\n- {short(name, 60)}: {stalls[key]}"
     missing = [name for name in names if name not in longest]
     if missing:
-        text += f"\n- not among the launches looked at: {', '.join(short(name, 60) for name in demangled(missing))}"
+        text += f"\n- not among the measured launches: {', '.join(short(name, 60) for name in demangled(missing))}"
     return text + f"\n\nThe longest among the first {len(of_launch)} launches of these kernels.\n"
 
 
 def demangled(names):
-    """The names as a person reads them, where c++filt is installed."""
+    """The demangled names, if c++filt is installed."""
     try:
         done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
     except OSError:

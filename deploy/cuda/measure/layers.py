@@ -1,10 +1,10 @@
-"""Makes layers of the size that the networks have, with PyTorch's outputs: the reference for elbo's kernels on a GPU.
+"""Makes layers of the networks' sizes with PyTorch's outputs: the reference for elbo's kernels on a GPU.
 
     python deploy/cuda/measure/layers.py make DIR --device cuda --dtype bf16
 
 writes DIR/layers.safetensors, whose tensors are named "<layer>.<tensor>", and DIR/layers.json, which lists the layers and their
-parameters. Inputs and weights are drawn in f32 and rounded to --dtype, in which they are stored; `out` is computed from the rounded
-values in f32 without TF32 and stored in f32. `peer_error` is |p - out| / |out|, with p what PyTorch computes in --dtype itself.
+parameters. Inputs and weights are drawn in f32, then rounded to --dtype and stored in it; `out` is computed from the rounded
+values in f32 without TF32 and stored in f32. `peer_error` is |p - out| / |out|, where p is PyTorch's output in --dtype.
 
 | op | tensors | out |
 |---|---|---|
@@ -60,7 +60,7 @@ def arguments():
 
 
 class Draw:
-    """Draws tensors on the CPU, so that a seed gives the same ones for every device."""
+    """Draws tensors on the CPU, so that a seed gives the same tensors for every device."""
 
     def __init__(self, args):
         self.args, self.generator = args, torch.Generator().manual_seed(args.seed)
@@ -70,7 +70,7 @@ class Draw:
         return torch.randn(self.args.batch, *shape, generator=self.generator)
 
     def weight(self, *shape):
-        """Normal numbers over the root of what an output sums."""
+        """Normal numbers divided by the square root of the number of terms in an output's sum."""
         return torch.randn(shape, generator=self.generator) / math.sqrt(math.prod(shape[1:]))
 
     def bias(self, size):
@@ -81,7 +81,7 @@ class Draw:
         return 1 + self.bias(size)
 
     def channels(self, full):
-        """Fewer of them, in which 32 groups still fit."""
+        """Fewer channels, still enough for 32 groups."""
         return full if full < GROUPS else max(GROUPS, full // self.args.shrink // GROUPS * GROUPS)
 
     def heads(self, full):
@@ -95,7 +95,7 @@ class Draw:
 
 
 def conv2d(x, weight, bias, stride):
-    """Of channels-last images [B, H, W, I], padded by one pixel."""
+    """Convolves channels-last images [B, H, W, I], padded by one pixel."""
     images, weight = x.permute(0, 3, 1, 2), weight.contiguous(memory_format=torch.channels_last)
     return F.conv2d(images, weight, bias, stride=stride, padding=1).permute(0, 2, 3, 1)
 
@@ -116,7 +116,7 @@ def linear(x, weight, bias, residual=None):
 
 
 def attention(q, keys, values, heads):
-    """Of q [B, L, heads d] to keys and values [B, K, heads d]: PyTorch's own, but in f32 softmax as it is written."""
+    """Attention of q [B, L, heads d] to keys and values [B, K, heads d]: PyTorch's own, but in f32 by the softmax formula."""
     q, keys, values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, keys, values))
     if q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
@@ -205,7 +205,7 @@ def layers(draw):
 
 @torch.inference_mode()
 def computed(op, tensors, parameters):
-    """The layer's output in f32 from tensors of a smaller type, and how far off it is when computed in that type."""
+    """The layer's output in f32 from tensors of a smaller type, and PyTorch's error when it computes in that type."""
     exact = OPS[op](**{name: tensor.float() for name, tensor in tensors.items()}, **parameters)
     peer = OPS[op](**tensors, **parameters).float()
     return exact.contiguous(), (torch.linalg.vector_norm(peer - exact) / torch.linalg.vector_norm(exact)).item()

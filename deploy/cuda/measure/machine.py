@@ -1,4 +1,4 @@
-"""What both scripts begin with: their arguments, the programs to run, and what this machine is."""
+"""The common part of both scripts: their arguments, the programs to run, and a description of this machine."""
 import argparse
 import json
 import os
@@ -19,7 +19,7 @@ print(json.dumps({
 """
 
 
-# Where NVIDIA's tools are if they are not on the path.
+# Directories of NVIDIA's tools if they are not on the path.
 TOOLS = ["/usr/local/cuda/bin", *sorted(map(str, Path("/opt/nvidia/nsight-compute").glob("*")), reverse=True)]
 # Kernels of cuBLASLt and cuDNN.
 OF_LIBRARIES = "cublas|cudnn|cutlass|xmma|nvjet|gemm"
@@ -35,12 +35,12 @@ class Machine:
         self.torch_device = args.torch_device or self.torch_device
         self.tiny = args.tiny
         self.site = scratch / "site"
-        # Numbers of devices as nvidia-smi counts them.
+        # Number the devices like nvidia-smi.
         common = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "TMPDIR": str(scratch), "PATH": os.pathsep.join([os.environ["PATH"], *TOOLS])}
         self.libraries = args.libraries or library_path(self.python, scratch)
         self.of_tools = common | {"ELBO_CACHE": str(scratch / "cache"), "ELBO_TEST_DEVICE": args.device, "ELBO_TEST_ROOT": str(ROOT)}
         self.environment = self.of_tools | {"LD_LIBRARY_PATH": self.libraries}
-        # PyTorch brings its libraries itself, and counts its devices from 0.
+        # PyTorch brings its own libraries and counts its devices from 0.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         number = int(args.device.partition(":")[2] or 0)
         the_device = visible.split(",")[number : number + 1] if visible else [str(number)]
@@ -50,7 +50,7 @@ class Machine:
         self.wheels = sorted(Path(args.wheels).glob("*.whl"))
 
     def begin(self, run):
-        """Installs the wheels and finds out what the machine is: rows of a table."""
+        """Installs the wheels and describes the machine: rows of a table."""
         version = run.step("elbo --version", [self.elbo, "--version"], 5)
         if self.wheels:
             install = [self.python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
@@ -68,7 +68,7 @@ class Machine:
         if torch.ok:
             found = json.loads(torch.output)
             rows.append(["PyTorch", ", ".join(f"{key} {value}" for key, value in found.items())])
-        # A short run opens everything, and says what it was.
+        # A short run opens all libraries and reports them.
         short = [self.elbo, "bench", "engine", "--model", "digits", "--device", self.device, "--dtype", "bf16", "--batch", "2",
                  "--seconds", "0.1", "--rounds", "1", "--no-peak", "--json"]
         opened = run.step("CUDA's libraries", short, 60, self.environment, lambda step: json.loads(step.output)["batches"])
@@ -79,20 +79,20 @@ class Machine:
         return rows
 
     def in_torch(self, run, name, program, limit):
-        """Runs a program of PyTorch's side as a step, unless PyTorch is missing; that it was slow to start is no reason."""
+        """Runs a PyTorch program as a step, unless PyTorch is missing. A slow start of PyTorch does not count as missing."""
         if self.torch.outcome == "failed":
             return run.skip(name, f"{self.python} has no PyTorch")
         return run.step(name, [self.python, *program], limit, self.of_python)
 
     def under(self, tool, command):
-        """A command under a tool of NVIDIA's, which does not get the program's libraries."""
+        """A command under one of NVIDIA's tools; the tool itself does not get the program's libraries."""
         return [*tool, "env", f"LD_LIBRARY_PATH={self.libraries}", *command]
 
     def sanitized(self, tool, out):
-        """The command that labels two digits in bf16 under a tool of compute-sanitizer's.
+        """The command that labels two digits in bf16 under one of compute-sanitizer's tools.
 
-        Libraries ask the driver for functions it may lack, which is no error, and their kernels synchronise in ways that
-        racecheck does not know.
+        Libraries ask the driver for functions that it may lack, which is not an error, and their kernels synchronise in ways
+        that racecheck does not know.
         """
         job = [self.elbo, "label", "--images", ROOT / "cli/demo/images", "--model", ROOT / "cli/demo/model", "--classes",
                ROOT / "cli/demo/classes.csv", "--limit", "2", "--keep", "2,1", "--samples", "2,4", "--batch", "16", "--device",
@@ -102,15 +102,15 @@ class Machine:
 
 
 def main(description, seconds, name, work):
-    """Parses arguments and runs `work(run, machine, args)` in a scratch folder; exits with 0 if every step was ok."""
+    """Parses arguments and runs `work(run, machine)` in a scratch directory; exits with 0 if every step was ok."""
     target = ROOT / "target/cuda"
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda:0", help="as elbo calls it [default: cuda:0]")
+    parser.add_argument("--device", default="cuda:0", help="the device, by elbo's name [default: cuda:0]")
     parser.add_argument("--carry", default=target / "carry.tar.xz", metavar="FILE|DIR", help="the programs elbo and parity")
-    parser.add_argument("--wheels", default=target / "wheels", metavar="DIR", help="Python packages to install for PyTorch's side")
-    parser.add_argument("--libraries", metavar="DIRS", help="where CUDA's libraries are [default: as PyTorch brings them]")
-    parser.add_argument("--torch-device", metavar="NAME", help="where PyTorch computes [default: as --device]")
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"for everything [default: {seconds}]")
+    parser.add_argument("--wheels", default=target / "wheels", metavar="DIR", help="Python packages to install for the PyTorch scripts")
+    parser.add_argument("--libraries", metavar="DIRS", help="directories of CUDA's libraries [default: PyTorch's]")
+    parser.add_argument("--torch-device", metavar="NAME", help="PyTorch's device [default: that of --device]")
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"time limit of the whole run [default: {seconds}]")
     parser.add_argument("--tiny", action="store_true", help="small networks and layers, to try the script itself")
     args = parser.parse_args()
     if not Path(args.carry).exists():
@@ -128,19 +128,19 @@ def main(description, seconds, name, work):
 
 
 def steps_table(run):
-    """Every step, what became of it and how long it took."""
+    """Every step with its outcome and time."""
     rows = [[step.name, step.outcome, round(step.seconds, 1), "" if step.ok else step.reason()] for step in run.steps]
     return table(["step", "outcome", "s", ""], rows)
 
 
 def warnings(run, most=20):
-    """What the program warned of, each once: a list in Markdown."""
+    """The program's warnings, each once: a list in Markdown."""
     found = {line.split(" WARN ", 1)[1].strip() for step in run.steps for line in step.said.splitlines() if " WARN " in line}
     more = [f"... and {len(found) - most} more: see log.txt"] if len(found) > most else []
     return "".join(f"- {warning}\n" for warning in [*sorted(found)[:most], *more])
 
 
 def title(facts, device):
-    """What the report is of: the GPU's name."""
+    """The title of the report: the GPU's name."""
     gpu = next((value for key, value in facts if key == "GPU"), None)
     return gpu.split(", ")[0].removeprefix("name ") if gpu else device

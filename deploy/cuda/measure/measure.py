@@ -1,4 +1,4 @@
-"""Measures this program on this machine's GPU: deploy/cuda/measure.sh says how it is called."""
+"""Measures this program on this machine's GPU; deploy/cuda/measure.sh says how to call it."""
 import json
 import shlex
 import sys
@@ -8,7 +8,7 @@ import kernels
 import machine
 from steps import ROOT, table
 
-# What is measured. The names are `elbo bench engine`'s.
+# What is measured. The names are those of `elbo bench engine`.
 FULL = {
     "main": "sd2-base", "batches": [8, 16, 32, 64], "prompts": 10, "batches_of_prompts": [20, 40, 80], "pass": 32,
     "others": [("dit-xl-2", 64), ("sd15", 32)], "seconds": 1, "accuracy": 0.97, "peak": [], "ceilings": ["--batch", "32"],
@@ -22,7 +22,7 @@ MODES = ["eager", "compile", "max-autotune"]
 
 
 class Measurements:
-    """The steps, in the order of what they are worth, and what they found."""
+    """The steps, the most important first, and their findings."""
 
     def __init__(self, run, machine_, sizes):
         self.run, self.machine, self.sizes = run, machine_, sizes
@@ -53,9 +53,9 @@ class Measurements:
         self.peer(main, self.sizes["pass"], "max-autotune", self.run.left())
 
     def smoke(self):
-        """Labels the digits: whether the program is right at all."""
+        """Labels the digits, to check that the program works at all."""
         elbo, out, tiny = self.machine.elbo, self.run.scratch / "digits", self.machine.tiny
-        # A small job on an emulated device; the demo's own on a real one.
+        # A small job on an emulated device; the demo's own job on a real one.
         some = ["--limit", "4", "--max-slots", "10", "--batch", "20"] if tiny else []
         job = [elbo, "label", "--images", ROOT / "cli/demo/images", "--model", ROOT / "cli/demo/model", "--classes",
                ROOT / "cli/demo/classes.csv", "--label-from", "parent", *some, "--device", self.machine.device, "--dtype", "bf16",
@@ -67,7 +67,7 @@ class Measurements:
             found.append(json.loads(step.output)["accuracy"]["top1"])
             return found[0] >= self.sizes["accuracy"]
 
-        # The first job on a device waits for its libraries to be loaded.
+        # The first job on a device also waits while its libraries are loaded.
         step = self.run.step("digits in bf16", ["bash", "-c", script], 300 if tiny else 120, self.machine.environment, right)
         if found:
             self.right.append(f"Digits labelled in bf16: {100 * found[0]:.2f} % right, {step.seconds:.1f} s.")
@@ -137,7 +137,7 @@ class Measurements:
         self.run.refresh()
 
     def report(self):
-        """Writes what is known so far."""
+        """Writes the findings so far."""
         engines, speed = self.engines, []
         for found in engines:
             for measured in found["batches"]:
@@ -172,7 +172,7 @@ class Measurements:
             (f"Time by part {profiled}", parts and table(["part", "share", "TFLOP/s"], parts)),
             (f"Time by operation {profiled}", operations and table(["ms", "calls", "part", "operation"], operations)),
             (f"Kernels of a pass over {self.sizes['pass']}, {self.sizes['main']}, by ncu", self.launches and kernels.kernel_table(self.launches)),
-            ("What limits the dearest", self.limits),
+            ("What limits the slowest kernels", self.limits),
             ("What PyTorch's libraries reach on the shapes of sd2-base", ceilings and table(
                 ["", "shape", "backend", "ms", "TFLOP/s", "GB/s", ""], ceilings)),
             ("Steps", machine.steps_table(self.run)),

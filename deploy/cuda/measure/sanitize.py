@@ -1,4 +1,4 @@
-"""Looks for what only a real GPU shows: deploy/cuda/sanitize.sh says how it is called."""
+"""Checks what only a real GPU can show; deploy/cuda/sanitize.sh says how to call it."""
 import shlex
 import sys
 import time
@@ -27,7 +27,7 @@ class Checks:
             self.values_beyond_32_bits()
 
     def full_size(self, dtype):
-        """Layers of full size, drawn and computed by PyTorch, computed again by this program."""
+        """Layers of full size: PyTorch draws and computes them, and this program computes them again."""
         made = self.run.scratch / f"layers-{dtype}"
         script = ROOT / "deploy/cuda/measure/layers.py"
         shrink = ["--batch", "1", "--shrink", "16"] if self.machine.tiny else []
@@ -49,7 +49,7 @@ class Checks:
         self.run.refresh()
 
     def report(self):
-        """Writes what is known so far."""
+        """Writes the findings so far."""
         sections = [
             ("Machine", table(["", ""], self.facts)),
             ("Warnings", machine.warnings(self.run)),

@@ -1,7 +1,7 @@
-"""Steps that cost only themselves: each under its own time limit and the whole run's, what it says kept as it ends.
+"""Independent steps, each under its own time limit and that of the whole run. A step's output is saved when it ends.
 
-A `Run` writes into the folder OUT: log.txt has everything the steps said, and whatever a step leaves. Commands run in a process
-group of their own, which is killed when their time is up.
+A `Run` writes to the directory OUT: log.txt with all output of the steps, and the files that the steps write. Each command
+runs in its own process group, which is killed when its time is up.
 """
 import os
 import signal
@@ -14,15 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 # Seconds kept for writing the report.
 RESERVE = 5
-# What the libraries' names begin with: those the program opens, and what they open.
+# Prefixes of library names: those that the program opens, and those that they open.
 LIBRARIES = ("libcublas", "libcurand", "libcudnn", "libnvrtc", "libnvJitLink")
-# Seconds between asking a command to end and ending it.
+# Seconds between asking a command to end and killing it.
 GRACE = 3
 
 
 @dataclass
 class Step:
-    """What became of a step: ok, failed, timeout or skipped."""
+    """A step and its outcome: ok, failed, timeout or skipped."""
     name: str
     outcome: str
     seconds: float = 0.0
@@ -35,7 +35,7 @@ class Step:
         return self.outcome == "ok"
 
     def reason(self):
-        """The line that tells best why it is not ok."""
+        """The line that best explains why the step is not ok."""
         lines = [line.strip() for line in f"{self.output}\n{self.said}".splitlines() if line.strip()]
         failed = [line for line in lines if line.startswith("test ") and line.endswith("FAILED")]
         if failed:
@@ -46,7 +46,7 @@ class Step:
 
 class Run:
     def __init__(self, out, scratch, seconds):
-        """A run of so many seconds that leaves its files in the folder `out` and works in the folder `scratch`."""
+        """A run of at most `seconds` that writes its files to the directory `out` and works in the directory `scratch`."""
         self.out, self.scratch = Path(out), Path(scratch)
         self.out.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + seconds - RESERVE
@@ -58,9 +58,9 @@ class Run:
         return self.deadline - time.monotonic()
 
     def step(self, name, command, limit, environment=None, accept=lambda step: True):
-        """Runs a command for `limit` seconds at most; it is ok if it ends with 0 and `accept(step)` says so.
+        """Runs a command for `limit` seconds at most; the step is ok if it ends with 0 and `accept(step)` is true.
 
-        What it writes to standard output is the step's `output`, and to standard error what it `said`.
+        Standard output becomes the step's `output`, standard error becomes `said`.
         """
         command = [str(part) for part in command]
         limit = min(limit, self.left())
@@ -85,12 +85,12 @@ class Run:
         try:
             if step.ok and not accept(step):
                 step.outcome, step.said = "failed", f"{step.said}\nerror: what it found is not right"
-        except Exception as error:  # whatever is odd about it, it costs this step alone
+        except Exception as error:  # whatever went wrong, only this step fails
             step.outcome, step.said = "failed", f"{step.said}\nerror: its output makes no sense: {error!r}"
         return self._end(step)
 
     def skip(self, name, reason):
-        """Notes a step that is not run."""
+        """Records a step that is not run."""
         return self._end(Step(name, "skipped", said=reason))
 
     def _end(self, step):
@@ -102,7 +102,7 @@ class Run:
         return step
 
     def refresh(self):
-        """Has the report written anew; what goes wrong with that is in the log, and costs no step."""
+        """Rewrites the report. If that fails, the error goes to the log and no step fails."""
         try:
             self.report()
         except Exception as error:
@@ -112,7 +112,7 @@ class Run:
 
 
 def _end_group(process):
-    """Ends what a command left running, and itself."""
+    """Ends a command and all processes that it left running."""
     for number, patience in [(signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)]:
         try:
             os.killpg(process.pid, number)
@@ -124,7 +124,7 @@ def _end_group(process):
     try:
         process.wait(GRACE)
     except subprocess.TimeoutExpired:
-        pass  # a driver that hangs lets nobody end its process: the next step begins all the same
+        pass  # a process can't be killed while its driver hangs: the next step begins anyway
 
 
 def _group_lives(process):
@@ -137,7 +137,7 @@ def _group_lives(process):
 
 
 def unpack(carry, scratch):
-    """The folder with the programs `elbo` and `parity`: `carry` itself, or what is in it if it is an archive."""
+    """The directory with the programs `elbo` and `parity`: `carry` itself, or its content if it is an archive."""
     carry = Path(carry)
     if carry.is_dir():
         return carry.resolve()
@@ -147,10 +147,11 @@ def unpack(carry, scratch):
 
 
 def library_path(python, scratch):
-    """A folder with CUDA's libraries as they come with PyTorch, for LD_LIBRARY_PATH.
+    """A directory with the CUDA libraries that come with PyTorch, for LD_LIBRARY_PATH.
 
-    Programs ask for names without a version first, which those lack: a toolkit's would be taken instead, and parts of two
-    versions mixed. So they get such names. What else lies beside them is left out: tools like ncu bring their own.
+    Programs first ask for names without a version, which PyTorch's libraries lack: a toolkit's would be taken instead, and
+    parts of two versions mixed. So the libraries get such names. Other files beside them are left out: tools like ncu bring
+    their own.
     """
     script = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     site = Path(subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip())

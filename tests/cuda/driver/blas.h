@@ -37,7 +37,7 @@ struct Matrix {
     }
 };
 
-// d = finish(alpha * op(a) op(b) + beta * c, row, batch), in the order of the stream. The pointers are those of the device.
+// d = finish(alpha * op(a) op(b) + beta * c, row, batch), in the order of the stream. The pointers are device pointers.
 template <class Finish>
 void product(const void* stream, bool transpose_a, bool transpose_b, float alpha, const void* a, const Matrix& ma, const void* b, const Matrix& mb,
              float beta, const void* c, const Matrix& mc, void* d, const Matrix& md, size_t batch, bool tf32, Finish finish) {

@@ -3,12 +3,12 @@
 # A program that loads CUDA dynamically (cudarc with the cfg dynamic-loading) finds one emulated H100 with LD_LIBRARY_PATH=OUT.
 # At run time, read when the program initialises CUDA:
 #   ELBO_EMULATED_MEMORY   bytes of device memory, beyond which allocations fail (default: 80 GB)
-#   ELBO_EMULATED_REVERSE 1: threads of a block run last to first; a result that changes had a race
-#   ELBO_EMULATED_ASYNC    1: work is done as late as the API allows, not at once (see queue.cpp)
-#   ELBO_EMULATED_PROFILE  a file, for the names and times of what runs between cuProfilerStart and cuProfilerStop
-#   ELBO_EMULATED_FAULT    lost@N: launch N fails, and every call after it; stale@N: launch N is refused, and reported once more later
-#   ELBO_EMULATED_CUDNN    what does not work of it (see cudnn.cpp)
-# What the program must not do (memory out of bounds or freed, wrong pointers, unknown kernels) aborts it with a message.
+#   ELBO_EMULATED_REVERSE  1: threads of a block run last to first; a result that changes has a race
+#   ELBO_EMULATED_ASYNC    1: work runs as late as the API allows, not at once (see queue.cpp)
+#   ELBO_EMULATED_PROFILE  a file for the names and times of all work between cuProfilerStart and cuProfilerStop
+#   ELBO_EMULATED_FAULT    lost@N: launch N and every later call fail; stale@N: launch N is refused, and its error appears once more later
+#   ELBO_EMULATED_CUDNN    which part of cuDNN does not work (see cudnn.cpp)
+# Wrong use (memory out of bounds or freed, wrong pointers, unknown kernels) aborts the program with a message.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)
@@ -17,13 +17,13 @@ out=$(cd "$1" && pwd)
 candle=${2:-$(ls -d "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/candle-kernels-0.11.*/src | tail -1)}
 objects=$out/objects
 mkdir -p "$objects/stubs/cuda/std"
-for stub in cuda_fp16.h cuda_bf16.h cuda_fp8.h cuda.h cuda/std/limits; do  # candle.h stands in for them
+for stub in cuda_fp16.h cuda_bf16.h cuda_fp8.h cuda.h cuda/std/limits; do  # candle.h replaces them
     [ -e "$objects/stubs/$stub" ] || touch "$objects/stubs/$stub"
 done
 gpp="${CXX:-g++} -std=c++17 -O2 -march=native -fPIC -fno-strict-aliasing -Wall -I$here -I$root/tests/cuda -DELBO_CUDA_ON_CPU"
 export here objects gpp
 
-# compile SOURCE OBJECT FLAGS...: unless the object is newer than all it was made of
+# compile SOURCE OBJECT FLAGS...: does nothing if the object is newer than all its sources
 compile() {
     local source=$1 object=$2 f stale=; shift 2
     if [ -e "$object" ]; then
@@ -41,7 +41,7 @@ wrap() {
     flags="-I$(dirname "$2") -Wno-unknown-pragmas"
     [ "$group" = candle ] && flags="-I$objects/stubs $flags -w"
     sed 's/extern __shared__ int dst_row\[\];/int* dst_row = (int*)elbo_cuda::dynamic_shared();/' "$2" > "$objects/$name.cu.new"
-    # Lines "name bound", the bound being the threads that stand in __launch_bounds__.
+    # Lines "name bound", where the bound is the number of threads in __launch_bounds__.
     kernels=$({ echo "#include \"$4\""; echo "#undef __launch_bounds__"; echo "#define __launch_bounds__(threads, ...) BOUND<threads>"; cat "$objects/$name.cu.new"; } |
         $gpp $flags -E -P -x c++ - | tr '\n' ' ' | grep -oP 'extern "C"\s+(BOUND<[^>]*>\s*)?void\s+(BOUND<[^>]*>\s*)?\w+(?=\s*\()' |
         sed -E 's/.*BOUND<([^>]*)>.* (\w+)$/\2 \1/; s/^extern.* (\w+)$/\1/' | sort -u) ||

@@ -1,7 +1,7 @@
-// What candle's own kernels need beyond cuda_on_cpu.h: half types with operators, and a few intrinsics.
+// Additions to cuda_on_cpu.h for candle's own kernels: half types with operators, and a few intrinsics.
 //
-// candle's sources are compiled as they are (see build.sh), for compute capability 8.0. Its FP8 kernels compile, but abort
-// when one runs.
+// candle's sources are compiled unchanged (see build.sh), for compute capability 8.0. Its FP8 kernels compile, but abort when
+// they run.
 #pragma once
 
 #define __half elbo_plain_half  // ours have no operators; the names are candle's here
@@ -32,7 +32,7 @@
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
 
-// A 16-bit float: every operation in f32, rounded once.
+// A 16-bit float: every operation is done in f32 and rounded once.
 template <uint16_t (*encode)(float), float (*decode)(uint16_t)>
 struct __attribute__((may_alias)) Small {
     uint16_t bits;
@@ -121,7 +121,7 @@ inline int __float_as_int(float a) { return elbo_bits<int>(a); }
 inline double __longlong_as_double(long long a) { return elbo_bits<double>(a); }
 inline long long __double_as_longlong(double a) { return elbo_bits<long long>(a); }
 
-// One thread of a launch runs at a time, so these are atomic.
+// Only one thread of a launch runs at a time, so these are atomic.
 template <class T>
 T atomicCAS(T* at, T expected, T value) {
     T old = *at;

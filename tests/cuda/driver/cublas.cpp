@@ -1,4 +1,4 @@
-// The fake libcublas: the products candle's matmul asks for.
+// The fake libcublas: the matrix products that candle's matmul needs.
 #include "blas.h"
 
 namespace {

@@ -1,5 +1,5 @@
-// The fake libcublasLt: matmul with the epilogues none, bias, GELU and ReLU. It refuses what the real library refuses, and
-// a request without a heuristic's algorithm is checked alike.
+// The fake libcublasLt: matmul with the epilogues none, bias, GELU and ReLU. It refuses what the real library refuses, also for
+// requests that do not take their algorithm from the heuristic.
 #include "blas.h"
 
 #include <cmath>
@@ -15,7 +15,7 @@ struct Desc {
     int epilogue = 1;
     const void* bias = nullptr;
     long long bias_stride = 0;
-    int bias_type = -1;  // that of D
+    int bias_type = -1;  // -1: the type of D
 };
 
 struct Layout {
@@ -58,7 +58,7 @@ Status get(T& field, const void* value, size_t bytes) {
     return SUCCESS;
 }
 
-// What cublasLtMatmul and the heuristic both check.
+// The checks of both cublasLtMatmul and the heuristic.
 Status check(const Desc& o, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
     for (const Layout* l : {&a, &b, &c, &d}) {
         if (l->order) ELBO_FAIL("cublasLt: matrix order %d is not implemented, only columns", l->order);
@@ -76,7 +76,7 @@ Status check(const Desc& o, const Layout& a, const Layout& b, const Layout& c, c
     return SUCCESS;
 }
 
-// Whether an algorithm is one for these types and this epilogue.
+// Whether an algorithm supports these types and this epilogue.
 bool suits(const Algorithm& algorithm, const Desc& o, const Layout& a, const Layout& d) {
     return algorithm.made_by_heuristic == MADE && algorithm.type_in == a.type && algorithm.type_out == d.type && algorithm.compute == o.compute &&
            algorithm.epilogue == o.epilogue;

@@ -1,10 +1,10 @@
 // The fake libcudnn (9, legacy API): two-dimensional forward convolutions, plain and with bias, residual and activation.
 //
-// Sums are in f32, in the order (ky, kx, channel). f32 operands are rounded to TF32 unless the math type is FMA, as the
-// library does it on tensor cores. What the real one does not support is refused; padding is symmetric by construction.
+// Sums are in f32, in the order (ky, kx, channel). f32 operands are rounded to TF32 unless the math type is FMA, like the real
+// library on tensor cores. It refuses what the real one does not support; padding is symmetric by construction.
 //
-// ELBO_EMULATED_CUDNN makes it one that does not start (fails), that has no convolution with bias and residual (no-fused), no
-// convolution at all (no-convolutions, or breaks where that shows when it is asked for one), or no memory for the hundredth (no-memory).
+// ELBO_EMULATED_CUDNN breaks it: it does not start (fails), has no convolution with bias and residual (no-fused), no convolution
+// at all (no-convolutions, or breaks if that only shows when one is run), or no memory for the hundredth one (no-memory).
 #include "emulated.h"
 #include "gemm.h"
 #include "number.h"
@@ -81,7 +81,7 @@ std::optional<number::Type> type(int data_type) {
     }
 }
 
-// Operands start at multiples of 16 bytes, which the library's channels-last kernels rely on.
+// Operands must start at multiples of 16 bytes, which the real library's channels-last kernels rely on.
 bool aligned(std::initializer_list<const void*> pointers) {
     return std::all_of(pointers.begin(), pointers.end(), [](const void* p) { return reinterpret_cast<uint64_t>(p) % 16 == 0; });
 }
@@ -98,13 +98,13 @@ Status check(const Handle* handle, const Tensor& x, const Filter& w, const Convo
         y.w != conv.out(x.w, w.w, conv.pad_w, conv.stride_w, conv.dilation_w))
         return BAD_PARAM;
     if (!type(x.type) || x.type != w.type) return NOT_SUPPORTED;
-    const bool all_half = conv.compute == DATA_HALF && x.type == DATA_HALF;  // what candle asks for; the sums are f32 here all the same
+    const bool all_half = conv.compute == DATA_HALF && x.type == DATA_HALF;  // what candle asks for; the sums here are f32 anyway
     if (x.type != y.type || (conv.compute != DATA_FLOAT && !all_half)) return NOT_SUPPORTED;
     if (w.format == NHWC ? !x.channels_last() || !y.channels_last() : !y.channels_first()) return NOT_SUPPORTED;
     return SUCCESS;
 }
 
-// The real sizes vary with the shape too: one that was asked for another shape must not pass.
+// The real sizes also vary with the shape: a size queried for another shape must not pass.
 size_t workspace_bytes(int algorithm, const Tensor& y) {
     return algorithm == IMPLICIT_PRECOMP_GEMM ? std::min<size_t>(256 + 4 * size_t(y.n) * y.h * y.w, 1 << 20) : 0;
 }
@@ -275,7 +275,7 @@ Status cudnnGetConvolutionForwardAlgorithm_v7(Handle* handle, const Tensor* x, c
     return SUCCESS;
 }
 
-// The real one runs every algorithm on y; here y becomes NaN.
+// The real library runs every algorithm on y; here y becomes NaN.
 Status cudnnFindConvolutionForwardAlgorithmEx(Handle* handle, const Tensor* x, const void* x_data, const Filter* w, const void* w_data,
                                               const Convolution* conv, const Tensor* y, void* y_data, int requested, int* returned,
                                               Performance* results, void* workspace, size_t workspace_size) {

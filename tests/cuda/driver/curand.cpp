@@ -1,4 +1,4 @@
-// The fake libcurand: generators that candle creates with a device. Their numbers are not cuRAND's.
+// The fake libcurand: the generators that candle creates with a device. Their numbers differ from cuRAND's.
 #include "emulated.h"
 
 #include <cstring>
@@ -15,7 +15,7 @@ template <class T, class D>
 int fill(Generator* generator, T* out, size_t count, D distribution) {
     if (!count) return 0;
     T* host = emulated<T>(out, count * sizeof(T), "a random fill");
-    std::string numbers(count * sizeof(T), 0);  // drawn now: the generator may be gone when the stream gets there
+    std::string numbers(count * sizeof(T), 0);  // drawn now: the generator may be gone when the stream gets here
     for (size_t i = 0; i < count; i++) {
         T number = static_cast<T>(distribution(generator->engine));
         std::memcpy(&numbers[i * sizeof(T)], &number, sizeof(T));

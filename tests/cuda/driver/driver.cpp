@@ -17,7 +17,7 @@ bool initialized = false;
 int retained = 0;
 thread_local Context* current = nullptr;
 
-// What goes wrong, and at which launch: ELBO_EMULATED_FAULT.
+// The fault and its launch, from ELBO_EMULATED_FAULT.
 enum class Fault { None, Lost, Stale } fault = Fault::None;
 long fault_at = 0;
 std::atomic<bool> lost = false, stale = false;
@@ -74,7 +74,7 @@ CUresult cuInit(unsigned) {
     queue::configure();
     driver::configure_threads();
     configure_fault();
-    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");  // any name stands for the one device, none for none
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");  // any name means the one device; an empty list means no device
     if (visible && !*visible) return CUDA_ERROR_NO_DEVICE;
     initialized = true;
     return CUDA_SUCCESS;

@@ -32,11 +32,11 @@ constexpr int SHARED_PROCESSOR = 228 << 10; // bytes of a multiprocessor
 
 // Reads ELBO_EMULATED_REVERSE.
 void configure_threads();
-// Success if this thread has a current context, the driver's own condition for nearly every call.
+// Success if this thread has a current context, which the driver requires for nearly every call.
 CUresult ready();
-// The same for a launch, of which one may be made to fail.
+// The same for a launch, one of which can be made to fail.
 CUresult launching();
-// The error of an earlier call that nobody was told of yet, once.
+// Returns the unreported error of an earlier call, once.
 CUresult left_over();
 bool alive(CUstream stream);
 }  // namespace driver

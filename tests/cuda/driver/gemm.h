@@ -1,5 +1,5 @@
-// The matrix product behind cuBLAS, cuBLASLt and cuDNN: f32, each output summed in the order of k, so that a result never
-// depends on the shape around it.
+// The matrix product behind cuBLAS, cuBLASLt and cuDNN, in f32. Each output is summed in the order of k, so that a result never
+// depends on the shape of the whole product.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ void halves(size_t count, bool threads, F work) {
     second.join();
 }
 
-// put(i, j, sum over p of a(i)[p] * b(j)[p]) for i < m, j < n.
+// Calls put(i, j, sum over p of a(i)[p] * b(j)[p]) for i < m, j < n.
 // read_a(i, to, stride) and read_b(j, to, stride) write the k operands of a row and of a column to to[p * stride].
 template <class A, class B, class Put>
 void multiply(size_t m, size_t n, size_t k, A read_a, B read_b, Put put) {

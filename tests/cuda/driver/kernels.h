@@ -1,5 +1,5 @@
-// Kernels the fake driver can launch. `build.sh` wraps every .cu file into a translation unit that registers its entry
-// points here; a launch unpacks the driver's void** by the type of the function.
+// The kernels that the fake driver can launch. `build.sh` wraps every .cu file in a translation unit that registers its entry
+// points here. A launch unpacks the driver's void** by the type of the function.
 #pragma once
 
 #include "cuda_on_cpu.h"
@@ -53,7 +53,7 @@ T unpack(const Launch& launch, size_t index, std::vector<uint64_t>& touched) {
     return value;
 }
 
-// As elbo_cuda_launch, without a fiber for each thread: for kernels whose threads never wait for each other.
+// Like elbo_cuda_launch, but without a fiber per thread: for kernels whose threads never wait for each other.
 template <class F>
 void launch_flat(F kernel, dim3 grid, dim3 size) {
     elbo_cuda::Block& block = elbo_cuda::block();

@@ -15,7 +15,7 @@ constexpr size_t H100 = 85'029'158'912;  // bytes
 struct Allocation {
     unsigned char* block;
     size_t bytes;
-    bool retired = false;  // freed, but the stream has not got there
+    bool retired = false;  // freed, but the stream has not reached the free yet
 };
 
 std::mutex mutex;
@@ -31,7 +31,7 @@ std::map<uint64_t, Allocation>::iterator find(uint64_t device) {
     return device <= found->first + found->second.bytes ? found : allocations.end();
 }
 
-// The same, if the program may still use it.
+// The same, but only if the program may still use it.
 const Allocation* usable(uint64_t device) {
     auto found = find(device);
     return found == allocations.end() || found->second.retired ? nullptr : &found->second;

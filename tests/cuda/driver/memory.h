@@ -1,4 +1,4 @@
-// Device memory of the fake driver: every allocation is tracked and stands between two red zones.
+// Device memory of the fake driver: every allocation is tracked and is surrounded by two red zones.
 #pragma once
 
 #include "emulated.h"
@@ -6,16 +6,16 @@
 #include <string>
 
 namespace memory {
-// Fixes the capacity: ELBO_EMULATED_MEMORY in bytes, or the 80 GB of an H100.
+// Sets the capacity: ELBO_EMULATED_MEMORY in bytes, or the 80 GB of an H100.
 void configure();
 size_t capacity();
 size_t used();
-// The most that was in use since the start or the last reset.
+// The peak use since the start or the last reset.
 size_t high();
 void reset_high();
-// Zero if the capacity does not suffice. The content is NaN in every float type.
+// Returns zero if the capacity is too small. The content is NaN in every float type.
 uint64_t allocate(size_t bytes);
-// Ends an allocation for the program, and gives its memory back, in this order. False if there is no such allocation.
+// `retire` ends an allocation for the program (false if there is none), `release` then frees its memory.
 bool retire(uint64_t device);
 void release(uint64_t device);
 bool is_device(uint64_t address);

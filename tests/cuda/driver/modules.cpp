@@ -1,4 +1,4 @@
-// The fake libcuda's modules and launches: a kernel is found by its name, in the image first and then among those compiled in.
+// The fake libcuda's modules and launches. A kernel is found by its name, first in the image and then among the compiled kernels.
 #include "driver.h"
 #include "kernels.h"
 
@@ -11,7 +11,7 @@
 #include <mutex>
 
 namespace {
-// A kernel image. Names are read off PTX and cubins; a fat binary is compressed and shows none.
+// A kernel image. Names are read from PTX and cubins; a fat binary is compressed, so its names can't be read.
 struct Module {
     std::string image;
     bool legible;
@@ -21,13 +21,13 @@ struct Module {
 
 struct Function {
     std::string name;
-    const kernels::Kernel* kernel;  // none: not compiled in, so a launch aborts
+    const kernels::Kernel* kernel;  // null: not compiled in, so a launch aborts
     int dynamic_shared = driver::SHARED_DEFAULT;
 };
 
 std::mutex mutex;
 std::map<Module*, std::unique_ptr<Module>> modules;
-std::map<Function*, std::unique_ptr<Function>> functions;  // outlive their module: cudarc holds both
+std::map<Function*, std::unique_ptr<Function>> functions;  // these outlive their module, since cudarc holds both
 
 bool part_of_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$'; }
 
@@ -39,7 +39,7 @@ bool Module::has(const std::string& name) const {
     return false;
 }
 
-// Of kernels of one name, that of the source file most of whose kernels are in the image; ours where nothing is legible.
+// Of several kernels with one name, the one whose source file has most of its kernels in the image; elbo's if names can't be read.
 const kernels::Kernel* Module::resolve(const std::string& name) const {
     const kernels::Kernel* best = nullptr;
     double best_share = -1;

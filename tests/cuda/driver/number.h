@@ -1,4 +1,4 @@
-// Element types of cuBLAS and cuDNN on the CPU, read as and rounded from f32.
+// Element types of cuBLAS and cuDNN on the CPU, converted to and rounded from f32.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ inline void set(Bf16& to, float x) {  // to the nearest, ties to even
     to.bits = x != x ? 0x7FFF : static_cast<uint16_t>((b + 0x7FFF + (b >> 16 & 1)) >> 16);
 }
 
-// What a tensor core sees of an f32 operand where TF32 is allowed: 10 bits of mantissa, rounded to nearest.
+// An f32 operand as a tensor core reads it if TF32 is allowed: 10 bits of mantissa, rounded to nearest.
 inline float tf32(float x) { return x - x != 0 ? x : bits((pattern(x) + 0x1000) & ~0x1FFFu); }
 
 // Calls f with a null pointer of the C++ type behind `type`.

@@ -1,10 +1,10 @@
-// When the fake GPU works: at once, or with ELBO_EMULATED_ASYNC=1 as late as the API allows, in the order of the calls.
+// Decides when the fake GPU works: at once, or with ELBO_EMULATED_ASYNC=1 as late as the API allows, in the order of the calls.
 //
-// Late work shows what a GPU only shows by bad luck: a staging buffer that is refilled before its copy was made, a result
-// that is read before it is waited for. All streams share one queue, so a missing wait between two streams is not shown.
+// Late work reveals bugs that a GPU shows only by chance: a staging buffer that is refilled before it was copied, a result that is
+// read before it is ready. All streams share one queue, so a missing wait between two streams is not detected.
 //
-// Between cuProfilerStart and cuProfilerStop, each piece of work is written to the file ELBO_EMULATED_PROFILE names, as a line
-// of its name and its nanoseconds.
+// Between cuProfilerStart and cuProfilerStop, each piece of work is written to the file named by ELBO_EMULATED_PROFILE, as a line
+// with its name and its nanoseconds.
 #include "driver.h"
 #include "queue.h"
 

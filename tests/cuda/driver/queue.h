@@ -1,14 +1,14 @@
-// Work of the fake GPU that waits for its turn: see queue.cpp.
+// The queue of work of the fake GPU: see queue.cpp.
 #pragma once
 
 namespace queue {
-// At once, or late: ELBO_EMULATED_ASYNC.
+// Reads ELBO_EMULATED_ASYNC: work runs at once or late.
 void configure();
-// Does all that was asked for.
+// Runs all queued work.
 void finish();
-// Does the next piece. False if there is none.
+// Runs the next piece of work. False if there is none.
 bool advance();
-// What lies between is written down: ELBO_EMULATED_PROFILE.
+// Work between these calls is recorded: ELBO_EMULATED_PROFILE.
 void start_profile();
 void stop_profile();
 }  // namespace queue

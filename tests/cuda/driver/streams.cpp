@@ -14,7 +14,7 @@ using Clock = std::chrono::steady_clock;
 struct Event {
     bool timed;
     bool recorded = false;
-    int pending = 0;  // records not reached yet
+    int pending = 0;  // records that the stream has not reached yet
     Clock::time_point at;
 };
 
@@ -53,7 +53,7 @@ CUresult cuStreamCreate(CUstream* stream, unsigned flags) { return cuStreamCreat
 CUresult cuStreamDestroy_v2(CUstream stream) {
     ELBO_READY();
     queue::finish();
-    std::lock_guard lock(mutex);  // the byte of a destroyed stream stays, so that no new one looks like it
+    std::lock_guard lock(mutex);  // the byte of a destroyed stream stays allocated, so that no new stream gets its address
     return streams.erase(stream) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;
 }
 
@@ -99,7 +99,7 @@ CUresult cuEventCreate(Event** event, unsigned flags) {
 CUresult cuEventDestroy_v2(Event* event) {
     ELBO_READY();
     std::lock_guard lock(mutex);
-    return events.erase(event) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;  // stays for a record that is still to come
+    return events.erase(event) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE;  // pending records keep the event alive
 }
 
 CUresult cuEventRecord(Event* event, CUstream stream) {
@@ -118,7 +118,7 @@ CUresult cuEventRecord(Event* event, CUstream stream) {
     return CUDA_SUCCESS;
 }
 
-// A program that asks again and again makes progress: every question does one piece of work.
+// Every query runs one piece of work, so that a program that polls makes progress.
 CUresult cuEventQuery(Event* event) {
     ELBO_READY();
     if (!alive(event)) return CUDA_ERROR_INVALID_HANDLE;

@@ -11,7 +11,7 @@
 using driver::alive;
 
 namespace {
-// Keeps nothing back: what is freed is free, so its threshold has no effect.
+// Keeps no freed memory, so its threshold has no effect.
 struct Pool {
     uint64_t attributes[16] = {0, 1, 1, 1};
 } pool;
@@ -32,7 +32,7 @@ CUresult cuMemAlloc_v2(CUdeviceptr* device, size_t bytes) {
     ELBO_READY();
     if (!bytes) return CUDA_ERROR_INVALID_VALUE;
     *device = memory::allocate(bytes);
-    if (!*device) {  // what is freed in the order of a stream may be given out again
+    if (!*device) {  // memory freed in stream order may be reused after waiting
         queue::finish();
         *device = memory::allocate(bytes);
     }
@@ -102,7 +102,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr device, const void* host, size_t bytes
             if (!is_pinned(host, bytes)) ELBO_FAIL("page-locked memory was freed before it was copied to the device");
             std::memcpy(to, host, bytes);
         });
-    } else {  // the driver takes pageable memory before it returns
+    } else {  // the driver copies pageable memory before it returns
         auto from = static_cast<const char*>(host);
         later(stream, "cuMemcpyHtoD", [=, staged = std::string(from, from + bytes)] { std::memcpy(to, staged.data(), bytes); });
     }
@@ -154,7 +154,7 @@ CUresult cuMemsetD32Async(CUdeviceptr device, unsigned value, size_t count, CUst
     return CUDA_SUCCESS;
 }
 
-// The calls without a stream wait.
+// Calls without a stream wait until the work is done.
 #define WAIT(call)                     \
     CUresult result = call;            \
     if (!result) queue::finish();      \

@@ -1,4 +1,4 @@
-//! Every error of every reference table: what all predictions rest on.
+//! Every error of every reference table. All predictions depend on these errors.
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use elbo_core::loss::Loss;
@@ -11,7 +11,7 @@ use elbo_tests::numbers::{assert_close, flat};
 use crate::for_each;
 use crate::reference::{Reference, times};
 
-/// Classes in the table of errors.
+/// The number of classes in the table of errors.
 const CLASSES: usize = 10;
 
 for_each!(check:
@@ -50,7 +50,7 @@ fn check_shifted(fixture: &str) {
     check_table(&reference, reference.schedule().with_shift(3.0).unwrap(), "_shift3");
 }
 
-/// The largest relative difference of every table of errors, and the raw outputs that are there.
+/// Checks the largest relative difference of every table of errors, and the raw outputs if the fixture has them.
 fn check_table(reference: &Reference, schedule: NoiseSchedule, suffix: &str) {
     let model = reference.model();
     let mut tables = 0;

@@ -1,5 +1,6 @@
-//! Layers of full size against PyTorch, which no fixture reaches: `deploy/cuda/measure/layers.py` draws and computes them on
-//! the machine at hand, `deploy/cuda/sanitize.sh` has them compared. And tensors of more values than 32 bits count.
+//! Layers of full size, larger than those of any fixture, compared with PyTorch. `deploy/cuda/measure/layers.py` draws and
+//! computes them on the same machine, and `deploy/cuda/sanitize.sh` runs the comparison. Also tensors with more values than
+//! 32 bits can count.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use serde_json::Value;
 
 use crate::reference::device;
 
-/// A layer that PyTorch computed.
+/// A layer computed by PyTorch.
 struct Layer<'a> {
     json: &'a Value,
     tensors: &'a HashMap<String, Tensor>,
@@ -28,7 +29,7 @@ impl Layer<'_> {
         self.tensors.get(&format!("{}.{tensor}", self.name()))
     }
 
-    /// A tensor on the device, in the type it is stored in; on the CPU in f32, as everything is computed there.
+    /// A tensor on the device, in its stored type; on the CPU in f32, since everything is computed in f32 there.
     fn get(&self, tensor: &str) -> Tensor {
         self.optional(tensor).unwrap_or_else(|| panic!("no {tensor} of {}", self.name()))
     }
@@ -88,7 +89,7 @@ impl Layer<'_> {
     }
 }
 
-/// The length of the difference over the length of what is expected.
+/// The norm of the difference divided by the norm of the expected tensor.
 fn relative(found: &Tensor, expected: &Tensor) -> Result<f64> {
     let wide = |t: &Tensor| t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all();
     let (found, expected) = (wide(found)?, wide(expected)?);
@@ -98,7 +99,7 @@ fn relative(found: &Tensor, expected: &Tensor) -> Result<f64> {
 
 #[test]
 #[ignore = "ELBO_LAYERS=DIR, which deploy/cuda/measure/layers.py has made"]
-fn layers_of_full_size_are_as_near_as_pytorchs_own() {
+fn layers_of_full_size_are_as_precise_as_pytorch() {
     let dir = PathBuf::from(std::env::var_os("ELBO_LAYERS").unwrap());
     let made: Value = serde_json::from_slice(&std::fs::read(dir.join("layers.json")).unwrap()).unwrap();
     let tensors = safetensors::load(dir.join("layers.safetensors"), &Device::Cpu).unwrap();
@@ -112,7 +113,7 @@ fn layers_of_full_size_are_as_near_as_pytorchs_own() {
         let expected = layer.stored("out").unwrap();
         assert_eq!(found.dims(), expected.dims(), "{}", layer.name());
         let ours = relative(&found, expected).unwrap();
-        // For scripts: the layer, what this program is off by, and what PyTorch is in the same type.
+        // For scripts: the layer, the error of this program, and PyTorch's error in the same type.
         println!("layer\t{}\t{ours:.2e}\t{theirs:.2e}", layer.name());
         if ours.is_nan() || ours > 2.0 * theirs + 1e-5 {
             wrong.push(format!("{}: {ours:.2e} where PyTorch is off by {theirs:.2e}", layer.name()));
@@ -121,7 +122,7 @@ fn layers_of_full_size_are_as_near_as_pytorchs_own() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// A batch of `IMAGES` images `[shape]`, all the same but for the last, and that one alone.
+/// A batch of `IMAGES` images `[shape]`, all equal except the last, and the last image alone.
 fn large(shape: &[usize]) -> Result<(Tensor, Tensor)> {
     let shape: Vec<usize> = [&[1], shape].concat();
     let random = || Tensor::randn(0f32, 1f32, &shape[..], &Device::Cpu)?.to_dtype(DType::BF16)?.to_device(&device());
@@ -133,21 +134,21 @@ fn large(shape: &[usize]) -> Result<(Tensor, Tensor)> {
 
 const IMAGES: usize = 70;
 
-/// Asserts that an operation over a batch gives for its last image what it gives for that image alone.
+/// Asserts that an operation gives the same for the last image in a batch as for that image alone.
 fn check_large(name: &str, (x, last): (&Tensor, &Tensor), operation: &dyn Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
     let (many, alone) = (operation(x)?, operation(last)?);
     let difference = relative(&gather(&many, &[IMAGES as u32 - 1])?, &alone)?;
     let values = many.elem_count().max(x.elem_count());
     println!("large\t{name}\t{values}\t{difference:.1e}");
     assert!(values > u32::MAX as usize, "{name}: {values} values");
-    // Libraries may choose another order of sums for a batch; NaN must not pass.
+    // Libraries may choose another order of summation for a batch. NaN must not pass.
     assert!(difference <= 1e-2, "{name}: {difference}");
     Ok(())
 }
 
 #[test]
 #[ignore = "takes 60 GB of a GPU"]
-fn batches_of_more_values_than_32_bits_count() {
+fn batches_of_more_values_than_32_bits_can_count_are_right() {
     let small =
         |shape: &[usize]| Tensor::randn(0f32, 0.1f32, shape, &Device::Cpu)?.to_dtype(DType::BF16)?.to_device(&device());
     let run = || -> Result<()> {

@@ -124,7 +124,7 @@ fn a_truncated_file_is_named() {
 }
 
 #[test]
-fn what_only_looks_like_weights_is_told_apart() {
+fn files_that_only_look_like_weights_are_refused_with_a_remedy() {
     let model = copied(&Reference::open("digits-sd").model);
     let path = model.path().join(UNET);
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
@@ -168,7 +168,7 @@ fn an_index_that_does_not_fit_its_shards_is_named() {
         }
         other => panic!("{other}"),
     }
-    // Such a file would be read, wherever it lies, and no fingerprint would know of it.
+    // Such a file would be read from outside the model, and no fingerprint would cover it.
     std::fs::copy(dir.join("part-1.safetensors"), model.path().join("part-2.safetensors")).unwrap();
     let elsewhere = model.path().join("part-2.safetensors");
     for shard in ["../part-2.safetensors", elsewhere.to_str().unwrap(), ".."] {
@@ -183,7 +183,7 @@ fn an_index_that_does_not_fit_its_shards_is_named() {
 }
 
 #[test]
-fn old_names_and_shapes_of_the_autoencoders_attention_are_understood() {
+fn old_names_and_shapes_of_the_autoencoder_attention_are_understood() {
     let reference = Reference::open("digits-sd");
     let model = copied(&reference.model);
     rewrite(&model.path().join("vae/diffusion_pytorch_model.safetensors"), |tensors| {
@@ -197,7 +197,7 @@ fn old_names_and_shapes_of_the_autoencoders_attention_are_understood() {
             }
         }
     });
-    // Some checkpoints carry positions that are none of the weights.
+    // Some checkpoints contain position ids, which are not weights.
     rewrite(&model.path().join("text_encoder/model.safetensors"), |tensors| {
         let ids = Tensor::arange(0i64, 77, &Device::Cpu).unwrap().reshape((1, 77)).unwrap();
         tensors.insert("text_model.embeddings.position_ids".into(), ids);

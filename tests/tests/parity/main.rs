@@ -1,8 +1,8 @@
-//! The models against reference numbers of PyTorch, diffusers and transformers, computed in double precision.
+//! The models compared with reference numbers of PyTorch, diffusers and transformers in double precision.
 //!
-//! `fixtures/<name>/reference.json` gives the formula of every tensor and what f32 itself loses; the tolerances here are a
-//! few times that. `digits-sd` and `digits-dit` are trained; the others have random weights and imitate each family's
-//! switches, every bias and norm included.
+//! `fixtures/<name>/reference.json` gives the formula of every tensor and the loss of f32 itself; the tolerances here are a
+//! few times that loss. `digits-sd` and `digits-dit` are trained. The others have random weights and cover each family's
+//! options, including every bias and norm.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
@@ -15,7 +15,7 @@ mod text;
 mod variants;
 mod weights;
 
-/// A test per fixture.
+/// Defines one test per fixture.
 macro_rules! for_each {
     ($check:path: $($test:ident $fixture:literal),* $(,)?) => {
         $(

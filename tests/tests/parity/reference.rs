@@ -1,4 +1,4 @@
-//! Opening a fixture, and comparing with it.
+//! Opens fixtures and compares with them.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::loading::copied;
 
-/// Where the models compute: on the CPU, or on what `ELBO_TEST_DEVICE` says (`cuda:0`).
+/// The device of the models: the CPU, or the value of `ELBO_TEST_DEVICE` (`cuda:0`).
 pub(crate) fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     let open = || {
@@ -27,7 +27,7 @@ pub(crate) fn device() -> Device {
     DEVICE.get_or_init(open).clone()
 }
 
-/// How the models are loaded: there, in f32.
+/// How the models are loaded: on that device, in f32.
 pub(crate) fn options() -> LoadOptions {
     LoadOptions::new(device(), ModelDtype::F32)
 }
@@ -36,7 +36,7 @@ pub(crate) struct Reference {
     pub(crate) tensors: HashMap<String, Tensor>,
     json: serde_json::Value,
     pub(crate) model: PathBuf,
-    /// Where the model lies if it was put together from two fixtures.
+    /// The model's directory if it was assembled from two fixtures.
     _assembled: Option<TempDir>,
 }
 
@@ -53,7 +53,7 @@ impl Reference {
         Self { tensors, json, model: if own.is_dir() { own } else { model() }, _assembled: None }
     }
 
-    /// The same with the UNet in `dir`, its scheduler where it has its own, and what diffusers makes of it.
+    /// The same fixture with the UNet in `dir`, its scheduler if it has one, and the reference that diffusers computed for it.
     fn with_unet(mut self, dir: &Path, tensors: HashMap<String, Tensor>) -> Self {
         let assembled = copied(&self.model);
         for component in ["unet", "scheduler"].into_iter().filter(|component| dir.join(component).is_dir()) {
@@ -143,7 +143,7 @@ impl Reference {
     }
 }
 
-/// A network's timesteps as it sees them.
+/// The timesteps in the form that the network takes.
 pub(crate) fn times(schedule: &NoiseSchedule, timesteps: &[u32]) -> Vec<f32> {
     timesteps.iter().map(|t| schedule.time(*t)).collect()
 }

@@ -18,7 +18,7 @@ for_each!(check_clip:
     stable_diffusion_35 "sd35",
 );
 
-/// Token ids of odd texts too, with and without tokenizer.json; all hidden states; pooled embeddings.
+/// Checks token ids, also of odd texts, with and without tokenizer.json; all hidden states; pooled embeddings.
 fn check_clip(fixture: &str) {
     let reference = Reference::open(fixture);
     for suffix in ["", "_2"] {
@@ -64,7 +64,7 @@ fn check_t5(fixture: &str) {
     let mut states = Vec::new();
     let mut watch = |_: &str, state: &Tensor| states.push(state.get(0).unwrap());
     let last = encoder.forward(&ids, &mut Probe::new(&mut watch)).unwrap();
-    // transformers gives the last state after the final norm.
+    // In transformers, the last state is after the final norm.
     states.pop();
     states.push(last.get(0).unwrap());
     let states = Tensor::stack(&states, 0).unwrap();
@@ -88,7 +88,7 @@ for_each!(check_embeddings:
     embeddings_of_stable_diffusion_35 "sd35",
 );
 
-/// What a network is conditioned on, from all encoders of its family.
+/// Checks the conditioning of the network, from all encoders of its family.
 fn check_embeddings(fixture: &str) {
     let reference = Reference::open(fixture);
     let TextEmbeddings { tokens, pooled } = reference.model().encode_texts(&reference.strings("prompts")).unwrap();
@@ -100,13 +100,13 @@ fn check_embeddings(fixture: &str) {
 }
 
 #[test]
-fn without_t5_its_tokens_are_zeros() {
+fn t5_tokens_are_zeros_if_t5_is_missing() {
     let reference = Reference::open("sd3");
     let model = copied(&reference.model);
     std::fs::remove_dir_all(model.path().join("text_encoder_3")).unwrap();
     let texts = reference.strings("prompts");
     let found = DiffusionModel::load(model.path()).unwrap().encode_texts(&texts).unwrap().tokens;
-    // As diffusers' pipeline has it: 256 tokens of zeros.
+    // Like diffusers' pipeline: 256 tokens of zeros.
     assert_eq!(found.dims(), [texts.len(), 77 + 256, 64]);
     let expected = reference.get("prompt_embeds").narrow(1, 0, 77).unwrap();
     assert_close("CLIP's tokens", &found.narrow(1, 0, 77).unwrap(), &expected, 5e-6);

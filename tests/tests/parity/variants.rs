@@ -1,4 +1,4 @@
-//! Models as other tools and versions save them: they are the same models, or the difference is said.
+//! Models as other tools and versions save them. They load as the same models, or the difference is reported.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,14 +18,14 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     std::fs::write(path, json.to_string()).unwrap();
 }
 
-/// What a model makes of a short and of a long text.
+/// The model's encodings of a short and a long text.
 fn embeddings(model: &Path) -> Tensor {
     let texts = ["a photo of a small cat", &"many words ".repeat(60)].map(str::to_owned);
     DiffusionModel::load(model).unwrap().encode_texts(&texts).unwrap().tokens
 }
 
 #[test]
-fn a_tokenizers_own_padding_and_truncation_do_not_count() {
+fn padding_and_truncation_of_a_tokenizer_file_are_ignored() {
     for (fixture, tokenizers) in [("sd15", &["tokenizer"][..]), ("sdxl", &["tokenizer", "tokenizer_2"])] {
         let plain = Reference::open(fixture).model;
         let expected = embeddings(&plain);
@@ -42,7 +42,7 @@ fn a_tokenizers_own_padding_and_truncation_do_not_count() {
     }
 }
 
-/// Renames the weights of a file.
+/// Renames the weights in a file.
 fn rename(path: &Path, name: impl Fn(&str) -> String) {
     let tensors = safetensors::load(path, &Device::Cpu).unwrap();
     let tensors: HashMap<String, Tensor> = tensors.into_iter().map(|(key, tensor)| (name(&key), tensor)).collect();
@@ -64,7 +64,7 @@ fn text_encoders_without_prefixes_are_the_same() {
 }
 
 #[test]
-fn an_end_of_text_that_is_null_is_the_default() {
+fn a_null_end_of_text_means_the_default() {
     let plain = Reference::open("sd15").model;
     let model = copied(&plain);
     edit(&model.path().join("text_encoder/config.json"), |config| config["eos_token_id"] = Value::Null);
@@ -123,7 +123,7 @@ fn an_index_of_a_variant_is_found() {
 }
 
 #[test]
-fn the_statistics_of_latents_are_applied_as_in_diffusers() {
+fn latent_statistics_are_applied_as_in_diffusers() {
     let reference = Reference::open("sdxl");
     let model = copied(&reference.model);
     let (mean, std) = ([0.1f32, -0.2, 0.3, 0.4], [2.0f32, 0.5, 1.5, 4.0]);
@@ -136,7 +136,7 @@ fn the_statistics_of_latents_are_applied_as_in_diffusers() {
         config["scaling_factor"].as_f64().unwrap()
     };
     let found = DiffusionModel::load(model.path()).unwrap().encode_images(&reference.pixels()).unwrap();
-    // The reference's latents are scaled: (latents - latents_mean) * scaling_factor / latents_std of what they were.
+    // The reference's latents are scaled: (latents - latents_mean) * scaling_factor / latents_std of the original ones.
     let row = |values: [f32; 4]| Tensor::new(&values, &Device::Cpu).unwrap();
     let unscaled = (reference.channels_last("latents_mean").to_dtype(DType::F32).unwrap() / scale).unwrap();
     let expected = unscaled.broadcast_sub(&row(mean)).unwrap().broadcast_div(&row(std)).unwrap();
@@ -151,7 +151,7 @@ fn the_statistics_of_latents_are_applied_as_in_diffusers() {
 }
 
 #[test]
-fn an_inspection_shows_the_schedule_and_says_an_error_once() {
+fn an_inspection_shows_the_schedule_and_each_error_once() {
     let model = copied(&Reference::open("digits-sd").model);
     edit(&model.path().join("scheduler/scheduler_config.json"), |config| {
         config["rescale_betas_zero_snr"] = true.into();
@@ -169,7 +169,7 @@ fn an_inspection_shows_the_schedule_and_says_an_error_once() {
 }
 
 #[test]
-fn an_inspection_says_of_a_distilled_model_that_its_errors_were_never_measured() {
+fn an_inspection_warns_that_a_distilled_model_was_never_measured() {
     let cases = [
         ("bk-sdm-base", "layers"),
         ("bk-sdm-small", "layers"),

@@ -1,4 +1,4 @@
-//! Half precision and adapters: what happens to weights between file and layer.
+//! Half precision and adapters: how weights change between file and layer.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ for_each!(check_half_precision:
     half_precision_of_digits_dit "digits-dit",
 );
 
-/// In half precision, errors move no more than twice as far as PyTorch's own half precision moves them.
+/// In half precision, errors change at most twice as much as with PyTorch's own half precision.
 fn check_half_precision(fixture: &str) {
     let reference = Reference::open(fixture);
     let theirs = safetensors::load(fixtures().join(fixture).join("precision.safetensors"), &Device::Cpu).unwrap();
@@ -49,7 +49,7 @@ fn check_half_precision(fixture: &str) {
     }
 }
 
-/// What a model predicts of the first image at the tenth timestep for all ten prompts, `[10, H, W, C]`.
+/// The model's outputs for the first image at the tenth timestep and all ten prompts, `[10, H, W, C]`.
 fn predict(reference: &Reference, model: &DiffusionModel) -> Tensor {
     let (schedule, timesteps) = (reference.schedule(), [reference.timesteps()[9]]);
     let latents = reference.noisy(&schedule, 0, 9).to_device(&Device::Cpu).unwrap();
@@ -86,7 +86,7 @@ fn adapters_of_all_formats_match_diffusers_and_peft() {
         let found = predict(&reference, &model);
         let expected_output = channels_last(&expected[name]);
         let (error, effect) = (difference(name, &found, &expected_output), difference(name, &plain, &expected_output));
-        println!("{name}: {error:.2e}, where the adapter changes {effect:.2}");
+        println!("{name}: error {error:.2e}; the adapter changes the output by {effect:.2}");
         assert!(error < 2e-5 && effect > 0.01, "{name}: {error}");
         if name == "diffusers" {
             let text = model.encode_texts(&reference.strings("prompts")[..10]).unwrap();

@@ -1,9 +1,9 @@
-//! Decoding, and decoding, resizing and cropping to 512, one file at a time on one core.
+//! Measures decoding alone, and decoding with resizing and cropping to 512, one file at a time on one core.
 //!
-//! `cargo bench --bench decode` on the files that the tests use, `ELBO_BENCH_IMAGES=DIR` on those of a directory.
-//! `python tests/peer/decode.py` runs it beside Pillow and torchvision.
+//! `cargo bench --bench decode` uses the files of the tests; with `ELBO_BENCH_IMAGES=DIR` it uses the files in a
+//! directory. `python tests/peer/decode.py` runs it beside Pillow and torchvision.
 
-#![allow(clippy::unwrap_used)] // a benchmark has nobody to return an error to
+#![allow(clippy::unwrap_used)] // a benchmark has no caller to return an error to
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use divan::{Bencher, black_box};
 use elbo_images::{Picture, Preprocessing};
 
-/// The program's own: an image of 12 megapixels is 36 MB, which the C library takes from the system and gives back for each.
+/// The allocator that the program uses. A 12-megapixel image takes 36 MB, which the C library would request from the
+/// system and return for every image.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

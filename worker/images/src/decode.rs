@@ -1,4 +1,4 @@
-//! Bytes of an image file to pixels of 8 bits.
+//! Decodes the bytes of an image file to 8-bit pixels.
 
 use std::borrow::Cow;
 use std::io::{Cursor, ErrorKind};
@@ -10,7 +10,7 @@ use crate::orientation::Metadata;
 use crate::pixels::{Colour, Pixels, Turn, look_like};
 use crate::{Extent, ImageError, MAX_ALLOC, MAX_FILE_BYTES, MAX_SIDE, account, check_size, jpeg};
 
-/// The first image of a file and how to bring it upright.
+/// Decodes the first image of a file and finds how to bring it upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     match format_of(bytes)? {
         ImageFormat::Jpeg => jpeg::decode(bytes),
@@ -18,7 +18,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     }
 }
 
-/// What a file's header says of the memory it takes, before any is taken.
+/// Reads from a file's header how much memory decoding takes, before allocating any.
 pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
     match format_of(bytes)? {
         ImageFormat::Jpeg => jpeg::probe(bytes),
@@ -28,7 +28,7 @@ pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
             let pixels = u64::from(width) * u64::from(height);
             let channels = u64::from(colour.channel_count());
             let decoded = pixels * u64::from(colour.bytes_per_pixel());
-            // These decoders hold the picture once more, beside what they give.
+            // These decoders hold a second copy of the picture besides their output.
             let twice = matches!(format, ImageFormat::WebP | ImageFormat::Gif | ImageFormat::Tiff);
             let others = if twice { decoded } else { 0 };
             let converted = if decoded == pixels * channels { 0 } else { pixels * channels };
@@ -48,14 +48,14 @@ fn format_of(bytes: &[u8]) -> Result<ImageFormat, ImageError> {
         return Err(ImageError::FileTooLarge { bytes: bytes.len() as u64 });
     }
     match image::guess_format(bytes) {
-        // TIFF with positions of eight bytes, whose decoder is there.
+        // BigTIFF (8-byte offsets): `guess_format` doesn't know it, but the TIFF decoder reads it.
         Err(_) if bytes.starts_with(b"II+\0") || bytes.starts_with(b"MM\0+") => Ok(ImageFormat::Tiff),
         Ok(format) if format == ImageFormat::Jpeg || format.reading_enabled() => Ok(format),
         _ => Err(ImageError::NotAnImage { what: look_like(bytes) }),
     }
 }
 
-/// Reads a header, and refuses what is too large.
+/// Reads a header and refuses images that are too large.
 fn open(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder + '_, ImageError> {
     let fail = |error| from_library(format, error);
     if format == ImageFormat::WebP && is_truncated_riff(bytes) {
@@ -81,7 +81,7 @@ fn other(bytes: &[u8], format: ImageFormat) -> Result<(Pixels, Turn), ImageError
     Ok((pixels, turn))
 }
 
-/// What a file says of its picture, of the formats that carry it.
+/// The metadata of a file, for the formats that have any.
 fn metadata<'a>(bytes: &'a [u8], format: ImageFormat, decoder: &mut impl ImageDecoder) -> Metadata<'a> {
     match format {
         ImageFormat::Png => Metadata::of_png(bytes),
@@ -94,13 +94,15 @@ fn metadata<'a>(bytes: &'a [u8], format: ImageFormat, decoder: &mut impl ImageDe
     }
 }
 
-/// Whether less follows than the container says: a WebP's orientation is its last part, whose loss nothing else would notice.
+/// Whether the file is shorter than its container says. A WebP stores its orientation last, so no other check would
+/// notice that it is missing.
 fn is_truncated_riff(bytes: &[u8]) -> bool {
     let size = bytes.get(4..).and_then(|rest| rest.first_chunk());
     size.is_none_or(|&size| bytes.len() as u64 - 8 < u64::from(u32::from_le_bytes(size)))
 }
 
-/// Whether a PNG may have one transparent colour, in place of alpha (its colour type is gray or RGB): Pillow keeps its colours as they are.
+/// Whether a PNG can have one transparent colour instead of an alpha channel (its colour type is gray or RGB). Pillow
+/// keeps the colours of such files unchanged.
 fn is_colour_keyed_png(bytes: &[u8], format: ImageFormat) -> bool {
     format == ImageFormat::Png && matches!(bytes.get(25), Some(0 | 2))
 }
@@ -132,7 +134,7 @@ fn name(format: ImageFormat) -> &'static str {
     }
 }
 
-/// The image in 8 bits with its own channels: alpha must still be there when it is resized.
+/// Converts the image to 8 bits and keeps its channels, since resizing needs alpha.
 fn eight_bits(image: DynamicImage) -> Pixels {
     let (width, height) = (image.width(), image.height());
     let high = |values: Vec<u16>| values.into_iter().map(|value| (value >> 8) as u8).collect();

@@ -1,9 +1,9 @@
-//! JPEG: decoded by zune-jpeg itself, rather than through `image`, which copies the file, reads its headers twice more, paints
-//! what is damaged gray, and turns ink into RGB before it could be resized.
+//! Decodes JPEG with zune-jpeg directly, not through the `image` crate, which copies the file, reads its headers two
+//! more times, fills damaged parts with gray, and converts CMYK to RGB before we can resize it.
 //!
-//! A file that ends before its image does is told apart from a complete one by walking its markers. One that was cut and closed again
-//! with an end marker is found by the decoder, but for the last few blocks; in a progressive file that is a coarser picture, and taken
-//! for one, as by libjpeg.
+//! Walking the markers detects a file that ends before its image does. The decoder detects a file that was cut and then
+//! closed with an end marker, unless only the last few blocks are missing. A progressive file that was cut this way is
+//! a coarser picture, and we accept it as libjpeg does.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -17,7 +17,7 @@ use crate::orientation::Metadata;
 use crate::pixels::{Colour, Pixels, Turn};
 use crate::{Extent, ImageError, account, check_size};
 
-/// What the headers of a JPEG say of the memory it takes.
+/// Reads from a JPEG's headers how much memory decoding takes.
 pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
     let outline = Outline::of(bytes);
     let Header { width, height, colour, .. } = Header::read(&mut decoder(bytes, &outline), &outline)?;
@@ -27,12 +27,13 @@ pub(crate) fn probe(bytes: &[u8]) -> Result<Extent, ImageError> {
     Ok(Extent { width, height, channels, decoding: pixels * channels * outline.bytes_per_value() + copied })
 }
 
-/// The pixels of a JPEG and how to bring them upright.
+/// Decodes the pixels of a JPEG and finds how to bring them upright.
 pub(crate) fn decode(bytes: &[u8]) -> Result<(Pixels, Turn), ImageError> {
     let outline = Outline::of(bytes);
     let turn = outline.metadata(bytes).turn();
     let bytes = match outline.end {
-        // At an end marker the decoder fills up what is missing, at the end of the data it fails. It reads eight bytes ahead.
+        // At an end marker the decoder fills in missing data; at the end of the input it fails. So cut the end marker
+        // off, and pad with zeros because the decoder reads eight bytes ahead.
         Some(end) if outline.is_baseline() => Cow::Owned([&bytes[..end], &[0; 16]].concat()),
         _ => Cow::Borrowed(bytes),
     };
@@ -58,18 +59,18 @@ fn decoder<'a>(bytes: &'a [u8], outline: &Outline) -> JpegDecoder<ZCursor<&'a [u
     JpegDecoder::new_with_options(ZCursor::new(bytes), outline.options())
 }
 
-/// What the headers say of the picture.
+/// The picture as the headers describe it.
 struct Header {
     width: usize,
     height: usize,
     stored: ColorSpace,
     colour: Colour,
-    /// What the decoder is to give.
+    /// The colour space to request from the decoder.
     wanted: ColorSpace,
 }
 
 impl Header {
-    /// Reads the headers, and refuses what is cut off or too large.
+    /// Reads the headers and refuses truncated or too large images.
     fn read(decoder: &mut JpegDecoder<ZCursor<&[u8]>>, outline: &Outline) -> Result<Self, ImageError> {
         if outline.end.is_none() {
             return Err(ImageError::Truncated { format: "JPEG" });
@@ -90,7 +91,7 @@ impl Header {
     }
 }
 
-/// C, M and Y of their luma and chroma (JFIF, in 16 bits of fixed point as libjpeg has it); ink is 255 - RGB.
+/// Converts luma and chroma to C, M and Y (JFIF, in 16-bit fixed point like libjpeg); ink is 255 - RGB.
 fn ycck_to_inverted_cmyk(pixel: &mut [u8; 4]) {
     let [y, cb, cr] = [pixel[0], pixel[1], pixel[2]].map(i32::from);
     let (cb, cr, half) = (cb - 128, cr - 128, 1 << 15);
@@ -102,22 +103,22 @@ fn ycck_to_inverted_cmyk(pixel: &mut [u8; 4]) {
     }
 }
 
-/// What the markers of a file say, without decoding it.
+/// What the markers of a file tell without decoding it.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Outline {
-    /// Where the image's end marker is, if there is one. What follows it is not looked at.
+    /// Where the image's end marker is, if there is one. Data after it is ignored.
     end: Option<usize>,
     progressive: bool,
-    /// Whether there are bytes between segments that belong to none.
+    /// Whether there are stray bytes between segments.
     padded: bool,
     scans: u32,
-    /// Where EXIF and XMP are, in parts of 64 KB at most.
+    /// Where EXIF and XMP are, in parts of at most 64 KB.
     application: Vec<Range<usize>>,
 }
 
-/// What EXIF begins with in a JPEG.
+/// The start of EXIF data in a JPEG.
 const EXIF: &[u8] = b"Exif\0\0";
-/// What XMP begins with.
+/// The start of XMP data in a JPEG.
 const XMP: &[u8] = b"http://ns.adobe.com/xap/1.0/\0";
 
 impl Outline {
@@ -125,12 +126,12 @@ impl Outline {
         self.scans == 1 && !self.progressive
     }
 
-    /// The coefficients of a picture that comes in several scans are kept, two bytes each, until the last one.
+    /// If a picture has several scans, the decoder keeps the coefficients, two bytes each, until the last scan.
     fn bytes_per_value(&self) -> u64 {
         if self.scans > 1 { 3 } else { 1 }
     }
 
-    /// EXIF, put together where it comes in several parts, and the last XMP.
+    /// EXIF, joined if it is stored in several parts, and the last XMP.
     fn metadata<'a>(&self, bytes: &'a [u8]) -> Metadata<'a> {
         let parts = || self.application.iter().map(|part| &bytes[part.clone()]);
         let exif: Vec<&[u8]> = parts().filter_map(|part| part.strip_prefix(EXIF)).collect();
@@ -143,7 +144,8 @@ impl Outline {
         Metadata { exif, xmp: xmp.map(Cow::from) }
     }
 
-    /// Strict: damage within the picture is an error, not gray. Bytes between its headers are skipped by every program.
+    /// Strict, so that damage within the picture is an error and not gray pixels. If there are stray bytes between the
+    /// headers, which every program skips, strict mode is off.
     fn options(&self) -> DecoderOptions {
         DecoderOptions::default()
             .set_strict_mode(!self.padded)
@@ -151,14 +153,15 @@ impl Outline {
             .set_max_height(usize::from(u16::MAX))
     }
 
-    /// Walks from segment to segment (ITU T.81, annex B): the decoder would take the end of the file for the image's.
+    /// Walks from segment to segment (ITU T.81, annex B), since the decoder would accept the end of the file as the end
+    /// of the image.
     fn of(bytes: &[u8]) -> Self {
         let mut outline = Self::default();
         let mut rest = bytes.get(2..).unwrap_or_default();
         while let Some(start) = rest.iter().position(|&byte| byte == 0xFF) {
             outline.padded |= start > 0;
             rest = &rest[start..];
-            // Any number of FF may precede a marker.
+            // A marker may be preceded by any number of FF bytes.
             let position = bytes.len() - rest.len();
             let Some(fill) = rest.iter().position(|&byte| byte != 0xFF) else { break };
             let marker = rest[fill];
@@ -189,7 +192,7 @@ impl Outline {
     }
 }
 
-/// What follows compressed data, in which a byte FF is followed by 00 or a restart marker.
+/// Skips compressed data, in which a byte FF is followed by 00 or a restart marker, and returns the rest.
 fn after_scan(mut rest: &[u8]) -> &[u8] {
     while let Some(position) = rest.iter().position(|&byte| byte == 0xFF) {
         match rest.get(position + 1) {
@@ -211,8 +214,8 @@ mod tests {
     }
 
     #[test]
-    fn an_end_counts_only_where_a_scan_ends() {
-        // The end marker in a segment is data; so is FF 00 in a scan, and restart markers don't end it.
+    fn an_end_marker_counts_only_where_a_scan_ends() {
+        // An end marker within a segment is data, and so is FF 00 in a scan. Restart markers don't end a scan.
         assert_eq!(outline(&[1, 0xFF, 0x00, 0xD9, 0xFF, 0xD0, 5]).end, None);
         let complete = Outline { end: Some(HEADER.len() + 4), scans: 1, ..Outline::default() };
         assert_eq!(outline(&[1, 0xFF, 0xD7, 5, 0xFF, 0xD9]), complete);

@@ -1,33 +1,39 @@
-//! Bytes of an image file to the pixels a model takes: decode, resize, crop, RGB, normalise.
+//! Turns the bytes of an image file into the pixels a model takes: decode, resize, crop, convert to RGB, normalise.
 //!
-//! Every family of models was trained on images prepared in its own way ([`Preprocessing`]), with Pillow and torchvision.
-//! A prediction moves with its pixels, so the same is done here to within rounding. What an input becomes:
-//!
-//! | input | becomes |
+//! Every model family was trained on images prepared in its own way ([`Preprocessing`]), with Pillow and torchvision.
+//! Predictions depend on the pixels, so this crate reproduces that preparation to within rounding. How each kind of
+//! input is handled: | input | handling |
 //! |---|---|
-//! | gray, bilevel | resized as gray, then the same in R, G and B |
-//! | palette | its colours, *then* resized (Pillow resizes palette images by nearest neighbour) |
-//! | alpha | resized with premultiplied alpha, then dropped: no background shows through; where a family converts to RGB before it resizes, dropped first |
-//! | one transparent colour (PNG) | that colour: only a palette's transparency is alpha, as for Pillow |
+//! | gray, bilevel | resized as gray, then copied to R, G and B |
+//! | palette | converted to its colours, *then* resized (Pillow resizes palette images by nearest neighbour) |
+//! | alpha | resized with premultiplied alpha, then alpha is dropped, so no background shows through; families that
+//! convert to RGB before resizing drop it first | | one transparent colour (PNG) | treated as opaque: only a palette's
+//! transparency counts as alpha, as in Pillow |
 //! | 16 bits | the high byte |
-//! | 32-bit float RGB TIFF | [0, 1] to 8 bits, clamped; gray TIFF of 32 bits is refused |
-//! | CMYK, YCCK JPEG | resized as it is where a family converts to RGB last; RGB by multiplying ink and black, without a colour profile |
+//! | 32-bit float RGB TIFF | [0, 1] to 8 bits, clamped; 32-bit gray TIFF is refused |
+//! | CMYK, YCCK JPEG | families that convert to RGB last resize the CMYK channels; converted to RGB by multiplying ink
+//! and black, without a colour profile |
 //! | orientation (EXIF, else XMP) | applied first |
-//! | animation | its first frame |
+//! | animation | only the first frame is used |
 //!
-//! The format is read from the content; a file's name says nothing. Colour profiles are not applied, as in the reference.
+//! The format is detected from the content, not from the file's name. Colour profiles are not applied, as in the
+//! reference.
 //!
-//! **How close.** `tests/pillow.rs` compares with Pillow 13 and torchvision 0.29, in 1/255: everything has a mean under 1 and a maximum under 4.
-//! PNG, WebP (lossy too) and GIF differ by rounding of the resize. So does JPEG with whole or horizontally repeated chroma (4:4:4, 4:1:1) and CMYK; 4:2:0
-//! has a mean of 0.35 (its chroma is rounded after either direction, in libjpeg once), 4:2:2 and 4:4:0 of 0.19; pixels of 3 off occur unresized. The
-//! exception: in JPEG at most four pixels wide, libjpeg repeats subsampled chroma down the columns too, and we
-//! interpolate: a mean of 1.1 and a maximum of 4 in the fixtures, up to 12 and 45 in pure noise.
+//! **How close.** `tests/pillow.rs` compares with Pillow 13 and torchvision 0.29. In units of 1/255, every difference
+//! has a mean under 1 and a maximum under 4. PNG, WebP (lossy too) and GIF differ only by rounding in the resize, and
+//! so do CMYK and JPEG with whole or horizontally repeated chroma (4:4:4, 4:1:1). JPEG 4:2:0 has a mean of 0.35 (its
+//! chroma is rounded after each direction, in libjpeg once), 4:2:2 and 4:4:0 have 0.19; without resizing, some pixels
+//! are off by 3. The exception is JPEG at most four pixels wide: libjpeg also repeats subsampled chroma down the
+//! columns, while we interpolate. There the mean is 1.1 and the maximum 4 in the fixtures, and up to 12 and 45 in pure
+//! noise.
 //!
-//! **How fast.** zune-jpeg decodes at 0.8 to 1.2 times the speed of Pillow on a core with AVX2, and needs neither C nor an assembler; with the resize we are
-//! two to six times as fast as Pillow (BENCHMARKS.md). A binding of libjpeg-turbo would gain up to a fifth of that, at the price of cmake and nasm to build.
+//! **How fast.** zune-jpeg decodes at 0.8 to 1.2 times the speed of Pillow on a core with AVX2, and needs neither C nor
+//! an assembler. With the resize we are two to six times as fast as Pillow (BENCHMARKS.md). A binding to libjpeg-turbo
+//! would gain up to a fifth of that, but its build needs cmake and nasm.
 //!
-//! **Not done: decoding at a fraction of the size** (the DCT's, Pillow's `draft`). It would change what the model sees: of a 12-megapixel photograph
-//! brought to 512, half the size moves a pixel by 13/255 (mean 0.14), a quarter by 17; brought to 224, by 6, 8 and, an eighth, 13.
+//! **Not done: decoding at a fraction of the size** (the DCT's, Pillow's `draft`). It would change what the model sees.
+//! For a 12-megapixel photograph resized to 512, decoding at half the size changes pixels by up to 13/255 (mean 0.14)
+//! and at a quarter by 17; resized to 224, half the size changes them by 6, a quarter by 8 and an eighth by 13.
 
 mod decode;
 mod jpeg;
@@ -42,31 +48,32 @@ use self::decode::decode;
 use self::pixels::{Pixels, Turn};
 use self::resize::fit_to;
 
-/// The size of a file that is decoded, in bytes. Callers need not fetch more.
+/// Maximum size of a file to decode, in bytes. Callers need not fetch more.
 pub const MAX_FILE_BYTES: usize = 256 << 20;
 
-/// The longest side of an image that is decoded, in pixels.
+/// Maximum side of an image to decode, in pixels.
 pub const MAX_SIDE: u32 = 16_384;
 
-/// The pixels of an image that is decoded: RGB of so many fills [`MAX_ALLOC`], and Pillow refuses more.
+/// Maximum number of pixels of an image to decode. This many RGB pixels fill [`MAX_ALLOC`], and Pillow refuses more.
 pub const MAX_PIXELS: u64 = MAX_ALLOC / 3;
 
-/// The memory one image may take to decode, in bytes: a file of a few KB may claim to hold gigabytes. Counted are the pixels as decoded,
-/// and the coefficients of a JPEG in several scans (progressive): six bytes more a pixel, so that such a one may have 59 megapixels. Dropping alpha takes three
-/// quarters of it again, for a moment.
+/// Maximum memory to decode one image, in bytes, since a file of a few KB may claim to hold gigabytes. It covers the
+/// decoded pixels, and the coefficients of a JPEG in several scans (progressive): six more bytes a pixel, so such a
+/// file may have 59 megapixels. Dropping alpha briefly takes three quarters of it again.
 pub const MAX_ALLOC: u64 = 512 << 20;
 
 /// How an image becomes a square.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fit {
-    /// The short side is resized and the centre cropped, as torchvision rounds; RGB comes last. Stable Diffusion, OpenCLIP.
+    /// Resizes the short side and crops the centre, rounding like torchvision; converts to RGB last. Stable Diffusion,
+    /// OpenCLIP.
     CropThenRgb,
-    /// RGB first; the short side is resized and the centre cropped, as transformers rounds. CLIP.
+    /// Converts to RGB first; resizes the short side and crops the centre, rounding like transformers. CLIP.
     RgbThenCrop,
-    /// RGB first; halved by averaging while twice as large as asked for, then the short side is resized and the centre
-    /// cropped (Dhariwal & Nichol, NeurIPS 2021, `center_crop_arr`). DiT.
+    /// Converts to RGB first; halves by averaging while at least twice the target size, then resizes the short side and
+    /// crops the centre (Dhariwal & Nichol, NeurIPS 2021, `center_crop_arr`). DiT.
     HalveThenCrop,
-    /// RGB first; both sides are resized, whatever the aspect ratio. SigLIP.
+    /// Converts to RGB first; resizes both sides, whatever the aspect ratio. SigLIP.
     Squash,
 }
 
@@ -79,51 +86,51 @@ pub enum Filter {
     Bicubic,
 }
 
-/// What a model wants done to an image before it sees it.
+/// How to prepare an image for a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Preprocessing {
     /// Side of the square in pixels.
     pub size: u32,
     /// How the image becomes a square.
     pub fit: Fit,
-    /// How its pixels are interpolated.
+    /// How pixels are interpolated.
     pub filter: Filter,
     /// Subtracted from R, G and B in [0, 1].
     pub mean: [f32; 3],
-    /// What R, G and B are then divided by.
+    /// R, G and B are then divided by this.
     pub std: [f32; 3],
 }
 
 impl Preprocessing {
-    /// Stable Diffusion's, as in the reference: values in [-1, 1].
+    /// For Stable Diffusion, as in the reference: values in [-1, 1].
     pub fn stable_diffusion(size: u32) -> Self {
         Self { size, fit: Fit::CropThenRgb, filter: Filter::Bicubic, mean: [0.5; 3], std: [0.5; 3] }
     }
 
-    /// DiT's: values in [-1, 1].
+    /// For DiT: values in [-1, 1].
     pub fn dit(size: u32) -> Self {
         Self { fit: Fit::HalveThenCrop, ..Self::stable_diffusion(size) }
     }
 
-    /// CLIP's; see the checkpoint for its mean and standard deviation.
+    /// For CLIP; the mean and standard deviation come from the checkpoint.
     pub fn clip(size: u32, filter: Filter, mean: [f32; 3], std: [f32; 3]) -> Self {
         Self { size, fit: Fit::RgbThenCrop, filter, mean, std }
     }
 
-    /// OpenCLIP's, likewise.
+    /// For OpenCLIP, likewise.
     pub fn open_clip(size: u32, filter: Filter, mean: [f32; 3], std: [f32; 3]) -> Self {
         Self { size, fit: Fit::CropThenRgb, filter, mean, std }
     }
 
-    /// SigLIP's, likewise.
+    /// For SigLIP, likewise.
     pub fn siglip(size: u32, filter: Filter, mean: [f32; 3], std: [f32; 3]) -> Self {
         Self { size, fit: Fit::Squash, filter, mean, std }
     }
 
-    /// The memory [`Preprocessing::apply`] takes beside the file, in bytes, as the file's header says; an error where that is
-    /// enough to tell that it fails.
+    /// The memory [`Preprocessing::apply`] takes besides the file, in bytes, estimated from the file's header. Fails if
+    /// the header is enough to tell that decoding would fail.
     ///
-    /// Counted are the pixels as decoded, what the decoder holds beside them, and copies in other colours or another size.
+    /// It counts the decoded pixels, what the decoder holds besides them, and copies in other colours or another size.
     pub fn memory(&self, bytes: &[u8]) -> Result<u64, ImageError> {
         let Extent { width, height, channels, decoding } = decode::probe(bytes)?;
         let pixels = u64::from(width) * u64::from(height);
@@ -132,17 +139,25 @@ impl Preprocessing {
         let copied = match self.fit {
             Fit::RgbThenCrop | Fit::Squash if has_more_than_colours => colours,
             Fit::CropThenRgb | Fit::RgbThenCrop | Fit::Squash => 0,
-            // Turned, or half of it and a quarter.
+            // A turned copy, or the copies at a half and a quarter of the size.
             Fit::HalveThenCrop => colours,
         };
         let size = u64::from(self.size);
-        // Resized in one direction, and turned.
+        // The copy resized in one direction, and its turned copy.
         let narrow = 2 * size * u64::from(width.max(height)) * channels;
-        // Three bytes and three floats a pixel.
+        // The output: three bytes and three floats a pixel.
         Ok(decoding.max(pixels * channels + copied + narrow) + 15 * size * size)
     }
 
     /// Decodes an image file and brings it to `[size, size, 3]` (row, column, channel), normalised.
+    ///
+    /// ```
+    /// // A gray image of one black pixel.
+    /// let file = b"P5 1 1 255 \x00";
+    /// let pixels = elbo_images::Preprocessing::stable_diffusion(8).apply(file)?;
+    /// assert_eq!((pixels.len(), pixels[0]), (8 * 8 * 3, -1.0));
+    /// # Ok::<_, elbo_images::ImageError>(())
+    /// ```
     pub fn apply(&self, bytes: &[u8]) -> Result<Vec<f32>, ImageError> {
         self.prepare(Picture::decode(bytes)?)
     }
@@ -160,20 +175,20 @@ impl Preprocessing {
         Ok(rgb.data.as_chunks().0.iter().map(normalise).collect::<Vec<_>>().into_flattened())
     }
 
-    /// What each of the 256 values of a channel becomes.
+    /// The normalised value for each of the 256 values of a channel.
     fn normalised(&self, channel: usize) -> [f32; 256] {
         std::array::from_fn(|value| (value as f32 / 255.0 - self.mean[channel]) / self.std[channel])
     }
 }
 
-/// What a header says of a picture.
+/// The size and memory of a picture, from its header.
 #[derive(Clone, Copy, Debug)]
 struct Extent {
     width: u32,
     height: u32,
-    /// Of a byte each, as decoded.
+    /// Channels of one byte each, as decoded.
     channels: u64,
-    /// Bytes that are held at once while it is decoded.
+    /// Peak memory while decoding, in bytes.
     decoding: u64,
 }
 
@@ -191,7 +206,7 @@ impl Picture {
     }
 }
 
-/// An image that can't be used. It is the sample's fault, and no other sample's.
+/// An image that can't be used. The error concerns this sample only.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The file is empty.
@@ -205,7 +220,7 @@ pub enum ImageError {
         /// Size of the file.
         bytes: u64,
     },
-    /// Of no known format.
+    /// The format is unknown.
     #[error(
         "decoding the image: the file is {what}; put a JPEG, PNG, WebP, GIF, BMP, TIFF or PNM in its place, or remove it from the dataset"
     )]
@@ -213,18 +228,18 @@ pub enum ImageError {
         /// What it looks like.
         what: Cow<'static, str>,
     },
-    /// Wider or higher than [`MAX_SIDE`], of more than [`MAX_PIXELS`], or more than [`MAX_ALLOC`] bytes.
+    /// A side exceeds [`MAX_SIDE`], the pixels exceed [`MAX_PIXELS`], or decoding takes more than [`MAX_ALLOC`] bytes.
     #[error(
         "decoding the image: {width} x {height} pixels are too many (at most {MAX_SIDE} a side, {MAX_PIXELS} in all and {} MiB of memory); \
          save the image smaller, or remove it from the dataset", MAX_ALLOC >> 20
     )]
     TooLarge {
-        /// Width as the file says.
+        /// Width according to the file.
         width: u32,
-        /// Height as the file says.
+        /// Height according to the file.
         height: u32,
     },
-    /// Damaged, or of a kind that isn't supported.
+    /// The file is damaged or of an unsupported kind.
     #[error("decoding the image ({format}): {reason}; replace the file, or remove it from the dataset")]
     Decode {
         /// Format of the file.
@@ -238,31 +253,21 @@ pub enum ImageError {
         /// Format of the file.
         format: &'static str,
     },
-    /// The pixels can't be brought to the size asked for.
+    /// The image can't be resized to the requested size.
     #[error("resizing a {width} x {height} image to {size}: {reason}; use a --size between 1 and {MAX_SIDE}")]
     Resize {
         /// Width as decoded.
         width: u32,
         /// Height as decoded.
         height: u32,
-        /// Side asked for.
+        /// Requested side.
         size: u32,
-        /// Why not.
+        /// The cause.
         reason: String,
     },
 }
 
-impl ImageError {
-    /// What was being done: `decode` or `preprocess`, as the quarantine table names it.
-    pub fn stage(&self) -> &'static str {
-        match self {
-            Self::Resize { .. } => "preprocess",
-            _ => "decode",
-        }
-    }
-}
-
-/// What a library says of a file, which it may quote: cut where it is long, and without what a terminal would obey.
+/// A library's error message. It may quote the file, so shorten it and remove control characters.
 fn account(error: impl std::fmt::Display) -> String {
     let text = error.to_string();
     let (said, rest) = text.split_at(text.floor_char_boundary(200));
@@ -270,7 +275,7 @@ fn account(error: impl std::fmt::Display) -> String {
     if rest.is_empty() { said } else { said + "…" }
 }
 
-/// Refuses an image before memory is taken for it.
+/// Refuses an image before memory is allocated for it.
 fn check_size(format: &'static str, width: u32, height: u32, bytes_per_pixel: u64) -> Result<(), ImageError> {
     let pixels = u64::from(width) * u64::from(height);
     if pixels == 0 {

@@ -1,8 +1,8 @@
-//! How an image is brought upright, as Pillow's `ImageOps.exif_transpose` finds it (`Image.getexif` of Pillow 13).
+//! Finds how to bring an image upright, like Pillow's `ImageOps.exif_transpose` (`Image.getexif` of Pillow 13).
 //!
-//! EXIF is looked for wherever a format keeps it, also in a PNG's text as ImageMagick and exiftool write it there. Where EXIF has
-//! no orientation, XMP's is taken. Numbers of any type count; bytes and text do not, and then nothing is turned. Metadata that is
-//! damaged says nothing: it is no reason to give up an image.
+//! EXIF is read from every place where a format can store it, including a PNG's text chunks, as ImageMagick and
+//! exiftool write it. If EXIF has no orientation, XMP's is used. An orientation may be a number of any type; if it is
+//! bytes or text, the image is not turned. Damaged metadata is ignored: it is no reason to reject an image.
 
 use std::borrow::Cow;
 
@@ -15,13 +15,13 @@ use crate::tiff::Directory;
 const ORIENTATION: u16 = 274;
 /// The tag of XMP in TIFF.
 const XMP: u16 = 700;
-/// What a text in a PNG may hold once it is decompressed, in bytes.
+/// Maximum size of a decompressed text in a PNG, in bytes.
 const MAX_TEXT: usize = 1 << 20;
 
-/// What a file says of its picture beside the pixels.
+/// A file's metadata.
 #[derive(Debug, Default)]
 pub(crate) struct Metadata<'a> {
-    /// A TIFF file of its own, perhaps after a mark.
+    /// Itself a TIFF file, perhaps with a prefix.
     pub(crate) exif: Option<Cow<'a, [u8]>>,
     /// XML.
     pub(crate) xmp: Option<Cow<'a, [u8]>>,
@@ -38,13 +38,13 @@ impl<'a> Metadata<'a> {
         value.and_then(|value| Orientation::from_exif(u8::try_from(value).ok()?)).map_or_else(Turn::default, Turn::from)
     }
 
-    /// A TIFF's.
+    /// The metadata of a TIFF.
     pub(crate) fn of_tiff(bytes: &'a [u8]) -> Self {
         let xmp = Directory::first(bytes).and_then(|directory| directory.find(XMP)?.bytes());
         Self { exif: Some(bytes.into()), xmp: xmp.map(Cow::from) }
     }
 
-    /// A PNG's, before the pixels and after them.
+    /// The metadata of a PNG, from chunks before and after the pixels.
     pub(crate) fn of_png(bytes: &'a [u8]) -> Self {
         let (mut found, mut profile, mut has_pixels) = (Self::default(), None, false);
         let mut rest = bytes.get(8..).unwrap_or_default();
@@ -53,7 +53,7 @@ impl<'a> Metadata<'a> {
             match kind {
                 b"IEND" => break,
                 b"IDAT" => has_pixels = true,
-                // The next picture of an animation.
+                // The next frame of an animation.
                 b"fcTL" if has_pixels => break,
                 b"eXIf" => found.exif = Some(data.into()),
                 b"tEXt" | b"zTXt" | b"iTXt" => match text(kind, data) {
@@ -69,7 +69,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// EXIF without the mark that JPEG puts before it, and some programs put before it elsewhere.
+/// EXIF without the prefix that JPEG puts before it and some programs add in other formats.
 fn unmarked(exif: &[u8]) -> &[u8] {
     const MARK: &[u8] = b"Exif\0\0";
     let once = exif.strip_prefix(MARK).unwrap_or(exif);
@@ -87,7 +87,7 @@ fn orientation_in_xmp(xmp: &[u8]) -> Option<u64> {
     values.find_map(|value| value.filter(u8::is_ascii_digit)).map(|digit| u64::from(digit - b'0'))
 }
 
-/// The first chunk of a PNG's rest: its kind, its data and what follows it.
+/// The first chunk of the rest of a PNG: its kind, its data and the bytes after it.
 fn chunk(rest: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let (length, rest) = rest.split_first_chunk::<4>()?;
     let (kind, rest) = rest.split_at_checked(4)?;
@@ -95,7 +95,7 @@ fn chunk(rest: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     Some((kind, data, rest.get(4..)?))
 }
 
-/// Keyword and text of a PNG's chunk of text.
+/// Keyword and text of a PNG's text chunk.
 fn text<'a>(kind: &[u8], data: &'a [u8]) -> Option<(&'a [u8], Cow<'a, [u8]>)> {
     let (keyword, rest) = split_at_zero(data)?;
     let text = match kind {
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_is_hexadecimal_after_three_lines() {
+    fn a_raw_profile_is_hexadecimal_after_three_lines() {
         assert_eq!(raw_profile(b"\nexif\n       3\n4d4D\n00\n").as_deref(), Some(&b"MM\0"[..]));
         for damaged in [&b"\nexif\n3\n4d4"[..], b"\nexif\n3\n4d4g", b"\nexif\n3", b""] {
             assert_eq!(raw_profile(damaged), None);
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_grows_too_large_is_not_read() {
+    fn compressed_text_above_the_limit_is_not_read() {
         let bomb = miniz_oxide::deflate::compress_to_vec_zlib(&vec![b'0'; MAX_TEXT + 1], 6);
         assert!(inflate(&bomb).is_none());
     }

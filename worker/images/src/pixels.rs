@@ -1,18 +1,18 @@
-//! Pixels of 8 bits and how they lie in a file.
+//! 8-bit pixels, and how to bring them upright.
 
 use std::borrow::Cow;
 
 use fast_image_resize::PixelType;
 use image::metadata::Orientation;
 
-/// What the channels of a pixel are.
+/// The channels of a pixel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Colour {
     Gray,
     GrayAlpha,
     Rgb,
     Rgba,
-    /// As JPEG stores it after Adobe: 255 is no ink.
+    /// As Adobe's JPEG files store it: 255 is no ink.
     InvertedCmyk,
 }
 
@@ -35,7 +35,7 @@ impl Colour {
     }
 }
 
-/// Pixels of 8 bits, interleaved by channel, row by row.
+/// 8-bit pixels, interleaved by channel, row by row.
 #[derive(Debug)]
 pub(crate) struct Pixels {
     pub(crate) width: u32,
@@ -45,7 +45,7 @@ pub(crate) struct Pixels {
 }
 
 impl Pixels {
-    /// R, G and B of every pixel, without alpha.
+    /// Converts to RGB and drops alpha.
     pub(crate) fn into_rgb(self) -> Self {
         let data = match self.colour {
             Colour::Rgb => self.data,
@@ -59,7 +59,8 @@ impl Pixels {
         Self { colour: Colour::Rgb, data, ..self }
     }
 
-    /// R, G and B without alpha; gray stays gray, since what is done to its three channels can be done to one.
+    /// Converts to RGB and drops alpha. Gray stays gray, since one channel can be processed in place of three equal
+    /// ones.
     pub(crate) fn into_gray_or_rgb(self) -> Self {
         match self.colour {
             Colour::Gray => self,
@@ -71,7 +72,7 @@ impl Pixels {
         }
     }
 
-    /// The image upright.
+    /// Brings the image upright.
     pub(crate) fn upright(self, turn: Turn) -> Self {
         if turn == Turn::default() {
             return self;
@@ -105,7 +106,7 @@ fn turned<const CHANNELS: usize>(pixels: &Pixels, turn: Turn) -> Vec<u8> {
     let mut target = Vec::with_capacity(width * height);
     for y in 0..height {
         let y = if turn.mirrored_y { height - 1 - y } else { y };
-        // Where the row starts and how far its pixels are apart in the file.
+        // Where the row starts in the file, and the distance between its pixels.
         let (first, step) = if turn.transposed { (y, across) } else { (y * across, 1) };
         let row = source.iter().skip(first).step_by(step).take(width);
         debug_assert_eq!(row.len(), if turn.transposed { down } else { across });
@@ -118,7 +119,7 @@ fn turned<const CHANNELS: usize>(pixels: &Pixels, turn: Turn) -> Vec<u8> {
     target.into_flattened()
 }
 
-/// How an image is brought upright: transposed first, then its axes are mirrored.
+/// How to bring an image upright: first transpose it, then mirror its axes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Turn {
     pub(crate) transposed: bool,
@@ -149,7 +150,7 @@ impl From<Orientation> for Turn {
     }
 }
 
-/// A description of bytes that are no image, for people.
+/// A readable description of bytes that are not an image.
 pub(crate) fn look_like(bytes: &[u8]) -> Cow<'static, str> {
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(512)]);
     let start = text.trim_start_matches('\u{feff}').trim_start().to_lowercase();

@@ -1,16 +1,17 @@
-//! Pixels to a square of the size asked for.
+//! Resizes and crops pixels to a square.
 
 use std::error::Error;
 use std::ops::Range;
 
 use fast_image_resize::images::Image;
-use fast_image_resize::{FilterType, MulDiv, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::pixels::{U8, U8x2, U8x3, U8x4};
+use fast_image_resize::{FilterType, MulDiv, PixelTrait, ResizeAlg, ResizeOptions, Resizer};
 
-use crate::pixels::{Pixels, Turn};
+use crate::pixels::{Colour, Pixels, Turn};
 use crate::{Filter, Fit, ImageError, MAX_SIDE};
 
 impl Fit {
-    /// The size of the resized image, of which the crop is a part.
+    /// The size of the whole resized image, before the crop.
     fn resized(self, width: u32, height: u32, size: u32) -> (u32, u32) {
         let long = |long: u32, short: u32| match self {
             Self::Squash => size,
@@ -23,7 +24,7 @@ impl Fit {
         if width <= height { (size, long(height, width)) } else { (long(width, height), size) }
     }
 
-    /// Where the centre crop starts: half the margin, which torchvision rounds as Python does, halves to even.
+    /// Where the centre crop starts: at half the margin. torchvision rounds it like Python, halves to even.
     fn offset(self, side: u32, size: u32) -> u32 {
         match self {
             Self::CropThenRgb => (f64::from(side - size) / 2.0).round_ties_even() as u32,
@@ -32,10 +33,10 @@ impl Fit {
     }
 }
 
-/// Brings upright, resizes and crops to `size` x `size`.
+/// Brings the image upright, resizes it and crops it to `size` x `size`.
 ///
-/// Only the part of the resized image that the crop keeps is computed, from all the pixels that bear on it. The result is
-/// that of resizing first and cropping then, at a cost that an extreme aspect ratio can't blow up.
+/// Computes only the part of the resized image that the crop keeps, from all pixels that contribute to it. The result
+/// is the same as resizing and then cropping, but an extreme aspect ratio doesn't increase the cost.
 pub(crate) fn fit_to(pixels: Pixels, turn: Turn, size: u32, fit: Fit, filter: Filter) -> Result<Pixels, ImageError> {
     let (width, height) = turn.size(pixels.width, pixels.height);
     let fail = |reason: String| ImageError::Resize { width, height, size, reason };
@@ -69,7 +70,8 @@ fn halved(mut pixels: Pixels, size: u32) -> Pixels {
     pixels
 }
 
-/// Pillow's BOX filter to half the width and height, rounded down: every pixel is the average of two or three.
+/// Pillow's BOX filter to half the width and height, rounded down. Every pixel is the average of two or three per
+/// direction.
 fn halve(pixels: &Pixels) -> Pixels {
     let data = match pixels.colour.channels() {
         1 => halve_channels::<1>(pixels),
@@ -103,9 +105,9 @@ fn halve_channels<const CHANNELS: usize>(pixels: &Pixels) -> Vec<u8> {
     data
 }
 
-/// Which of `from` pixels each of `to` pixels averages.
+/// For each of `to` pixels, the range of the `from` pixels it averages.
 ///
-/// Where a pixel's centre lies on the border between two averages, rounding decides: this is Pillow's arithmetic.
+/// If a pixel's centre lies on the border between two averages, rounding decides, so this repeats Pillow's arithmetic.
 fn averaged(from: u32, to: u32) -> Vec<Range<usize>> {
     let scale = f64::from(from) / f64::from(to);
     let (support, inverse) = (0.5 * scale, 1.0 / scale);
@@ -123,7 +125,7 @@ fn averaged(from: u32, to: u32) -> Vec<Range<usize>> {
     (0..to).map(span).collect()
 }
 
-/// [`average`] of two, which nearly all are.
+/// [`average`] of two values, the usual case.
 fn average_of_two(a: u8, b: u8) -> u8 {
     (u16::from(a) + u16::from(b)).div_ceil(2) as u8
 }
@@ -134,11 +136,12 @@ fn average(values: impl ExactSizeIterator<Item = u8>) -> u8 {
     ((values.map(u32::from).sum::<u32>() + count / 2) / count) as u8
 }
 
-/// Resamples the given spans of the upright image's columns and rows to `size` x `size`: horizontally, then vertically, in 8
-/// bits between.
+/// Resamples the given spans of the upright image's columns and rows to `size` x `size`: first horizontally, then
+/// vertically, with an 8-bit intermediate result.
 ///
-/// This is Pillow's order. The other one, the library's own for 8 bits, clips other overshoots at sharp edges. The image is
-/// turned between the two, when there is least to turn: what is horizontal then may be vertical, or run backwards, in the file.
+/// This is Pillow's order. The library's own order for 8 bits is the opposite, which clips different overshoots at
+/// sharp edges. The image is turned between the two steps, when it has the fewest pixels. So the horizontal direction
+/// may be vertical, or run backwards, in the file.
 fn convolve(
     pixels: Pixels,
     turn: Turn,
@@ -149,11 +152,12 @@ fn convolve(
 ) -> Result<Pixels, Box<dyn Error>> {
     let Pixels { width, height, colour, data } = pixels;
     let kind = colour.pixel_type();
-    let mut resizer = Resizer::new();
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(filter)).use_alpha(false);
     let mut source = Image::from_vec_u8(width, height, data, kind)?;
-    if colour.has_alpha() {
-        MulDiv::new().multiply_alpha_inplace(&mut source)?;
+    match colour {
+        Colour::GrayAlpha => multiply_by_alpha::<U8x2>(&mut source)?,
+        Colour::Rgba => multiply_by_alpha::<U8x4>(&mut source)?,
+        Colour::Gray | Colour::Rgb | Colour::InvertedCmyk => {}
     }
     let (across, down) = turn.size(width, height);
     let start = if turn.mirrored_x { f64::from(across) - columns.0 - columns.1 } else { columns.0 };
@@ -162,12 +166,12 @@ fn convolve(
     } else {
         (Image::new(size, height, kind), options.crop(start, 0.0, columns.1, f64::from(height)))
     };
-    resizer.resize(&source, &mut narrow, &span)?;
+    resample(&source, &mut narrow, colour, &span)?;
     let (width, height) = (narrow.width(), narrow.height());
     let narrow = Pixels { width, height, colour, data: narrow.into_vec() }.upright(turn);
     let narrow = Image::from_vec_u8(size, down, narrow.data, kind)?;
     let mut target = Image::new(size, size, kind);
-    resizer.resize(&narrow, &mut target, &options.crop(0.0, rows.0, f64::from(size), rows.1))?;
+    resample(&narrow, &mut target, colour, &options.crop(0.0, rows.0, f64::from(size), rows.1))?;
     let mut data = target.into_vec();
     if colour.has_alpha() {
         data.chunks_exact_mut(colour.channels()).for_each(divide_by_alpha);
@@ -175,7 +179,38 @@ fn convolve(
     Ok(Pixels { width: size, height: size, colour, data })
 }
 
-/// Undoes the premultiplication of one pixel, rounding down as Pillow does: alpha amplifies what rounding leaves.
+/// Resamples an image with pixels of 8 bits. By their types, so that the library's code for other pixels is not compiled.
+fn resample(
+    source: &Image<'_>,
+    target: &mut Image<'_>,
+    colour: Colour,
+    options: &ResizeOptions,
+) -> Result<(), Box<dyn Error>> {
+    match colour {
+        Colour::Gray => resample_typed::<U8>(source, target, options),
+        Colour::GrayAlpha => resample_typed::<U8x2>(source, target, options),
+        Colour::Rgb => resample_typed::<U8x3>(source, target, options),
+        Colour::Rgba | Colour::InvertedCmyk => resample_typed::<U8x4>(source, target, options),
+    }
+}
+
+fn resample_typed<P: PixelTrait>(
+    source: &Image<'_>,
+    target: &mut Image<'_>,
+    options: &ResizeOptions,
+) -> Result<(), Box<dyn Error>> {
+    let source = source.typed_image::<P>().ok_or("pixels of another type")?;
+    let mut target = target.typed_image_mut::<P>().ok_or("pixels of another type")?;
+    Ok(Resizer::new().resize_typed(&source, &mut target, options)?)
+}
+
+fn multiply_by_alpha<P: PixelTrait>(image: &mut Image<'_>) -> Result<(), Box<dyn Error>> {
+    let mut image = image.typed_image_mut::<P>().ok_or("pixels of another type")?;
+    Ok(MulDiv::new().multiply_alpha_inplace_typed(&mut image)?)
+}
+
+/// Undoes the premultiplication of one pixel. It rounds down as Pillow does, since dividing by alpha amplifies rounding
+/// differences.
 fn divide_by_alpha(pixel: &mut [u8]) {
     if let Some((&mut alpha @ 1..=254, colours)) = pixel.split_last_mut() {
         for colour in colours {
@@ -184,7 +219,8 @@ fn divide_by_alpha(pixel: &mut [u8]) {
     }
 }
 
-/// Start and length, in source pixels, of `size` pixels from `start` on of an axis resized from `from` to `to` pixels.
+/// On an axis resized from `from` to `to` pixels: start and length, in source pixels, of the `size` pixels from `start`
+/// on.
 fn source_span(start: u32, size: u32, from: u32, to: u32) -> (f64, f64) {
     let from = f64::from(from);
     let scale = from / f64::from(to);

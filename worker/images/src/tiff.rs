@@ -1,18 +1,18 @@
-//! The first directory of a TIFF file (TIFF 6.0, section 2; BigTIFF), which EXIF is too.
+//! Reads the first directory of a TIFF file (TIFF 6.0, section 2; BigTIFF). EXIF data is a TIFF file too.
 
 /// The fields of a directory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Directory<'a> {
     file: &'a [u8],
     order: Order,
-    /// Whether positions and counts have eight bytes (BigTIFF).
+    /// Whether offsets and counts have eight bytes (BigTIFF).
     is_big: bool,
-    /// What follows the number of fields.
+    /// The data after the number of fields.
     fields: &'a [u8],
     count: u64,
 }
 
-/// Which byte of a number comes first.
+/// Byte order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     Low,
@@ -38,9 +38,9 @@ pub(crate) struct Field<'a> {
 }
 
 impl<'a> Directory<'a> {
-    /// The first directory of a file; none where it is no TIFF.
+    /// The first directory of a file; `None` if the file is not a TIFF.
     pub(crate) fn first(file: &'a [u8]) -> Option<Self> {
-        // Two of these have their bytes swapped by mistake, and are read by other programs.
+        // Two of these have their bytes swapped by mistake, but other programs accept them.
         let (order, is_big) = match file.get(..4)? {
             b"II*\0" | b"II\0*" => (Order::Low, false),
             b"MM\0*" | b"MM*\0" => (Order::High, false),
@@ -54,7 +54,7 @@ impl<'a> Directory<'a> {
         Some(Self { file, order, is_big, fields, count: order.number(count) })
     }
 
-    /// The first field with a tag whose data is there.
+    /// The first field with this tag whose data is not cut off.
     pub(crate) fn find(&self, tag: u16) -> Option<Field<'a>> {
         let (width, inline) = if self.is_big { (20, 8) } else { (12, 4) };
         let fields = self.fields.chunks_exact(width).take(usize::try_from(self.count).unwrap_or(usize::MAX));
@@ -73,7 +73,7 @@ impl<'a> Directory<'a> {
     }
 }
 
-/// Bytes of a value of a type.
+/// Size of a value of this type, in bytes.
 fn size_of(kind: u64) -> Option<u64> {
     match kind {
         1 | 2 | 6 | 7 => Some(1),
@@ -85,13 +85,13 @@ fn size_of(kind: u64) -> Option<u64> {
 }
 
 impl<'a> Field<'a> {
-    /// Its first value, where that is a whole number from 0 on and no byte: bytes and text are no numbers.
+    /// Its first value, if that is a non-negative whole number. Bytes and text don't count as numbers.
     pub(crate) fn number(&self) -> Option<u64> {
         let value = &self.data[..usize::try_from(size_of(self.kind)?).ok()?];
         let number = self.order.number(value);
         match self.kind {
             3 | 4 | 13 | 16 => Some(number),
-            // Negative ones have their highest bit set.
+            // Negative numbers have their highest bit set.
             6 | 8 | 9 => Some(number).filter(|number| number >> (8 * value.len() - 1) == 0),
             5 | 10 => {
                 let (above, below) = (self.order.number(&value[..4]), self.order.number(&value[4..]));
@@ -103,7 +103,7 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// Its bytes, where it holds such.
+    /// Its bytes, if it holds bytes.
     pub(crate) fn bytes(&self) -> Option<&'a [u8]> {
         matches!(self.kind, 1 | 7).then_some(self.data)
     }
@@ -117,7 +117,7 @@ fn whole(number: f64) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// A file whose directory has one field, with its value in place or right after it.
+    /// A file whose directory has one field, with its value inline or right after the directory.
     fn file(order: Order, kind: u16, count: u32, value: &[u8]) -> Vec<u8> {
         let two = |n: u16| if order == Order::Low { n.to_le_bytes() } else { n.to_be_bytes() };
         let four = |n: u32| if order == Order::Low { n.to_le_bytes() } else { n.to_be_bytes() };
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_every_type_are_read_in_either_order_and_bytes_are_none() {
+    fn numbers_of_every_type_are_read_in_either_byte_order_but_bytes_are_not() {
         for order in [Order::Low, Order::High] {
             let ordered = |mut bytes: Vec<u8>| {
                 if order == Order::High {
@@ -152,7 +152,7 @@ mod tests {
             assert_eq!(number(&file(order, 5, 1, &[six(4), ordered(vec![2, 0, 0, 0])].concat())), Some(3));
             assert_eq!(number(&file(order, 11, 1, &ordered(6f32.to_le_bytes().to_vec()))), Some(6));
             assert_eq!(number(&file(order, 12, 1, &ordered(6f64.to_le_bytes().to_vec()))), Some(6));
-            assert_eq!(number(&file(order, 3, 4, &six(2).repeat(4))), Some(6), "of several the first");
+            assert_eq!(number(&file(order, 3, 4, &six(2).repeat(4))), Some(6), "the first of several values");
             for kind in [1, 2, 7] {
                 assert_eq!(number(&file(order, kind, 1, &[6])), None, "type {kind}");
             }
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_is_nothing() {
+    fn damaged_fields_are_ignored() {
         let whole = file(Order::Low, 4, 9, &[6; 36]);
         assert!(number(&whole).is_some());
         for end in 0..whole.len() {
@@ -169,6 +169,6 @@ mod tests {
         }
         assert_eq!(number(&file(Order::Low, 3, u32::MAX, &[6, 0])), None);
         assert_eq!(number(&file(Order::Low, 99, 1, &[6, 0])), None);
-        assert_eq!(number(&file(Order::Low, 5, 1, &[6, 0, 0, 0, 0, 0, 0, 0])), None, "divided by zero");
+        assert_eq!(number(&file(Order::Low, 5, 1, &[6, 0, 0, 0, 0, 0, 0, 0])), None, "a denominator of zero");
     }
 }

@@ -1,6 +1,6 @@
-//! Images become what Pillow and torchvision make of them: every reference that tests/fixtures/preprocess/make.py wrote.
+//! Compares images with Pillow and torchvision, using every reference that tests/fixtures/preprocess/make.py wrote.
 //!
-//! `cargo test --release --test pillow -- --nocapture` prints how far each one is off.
+//! `cargo test --release --test pillow -- --nocapture` prints the difference for each one.
 
 #![allow(clippy::unwrap_used, clippy::panic)] // a test fails by panicking
 
@@ -9,14 +9,14 @@ use std::path::PathBuf;
 
 use elbo_images::{Filter, Preprocessing};
 
-/// What a mean and a single value may be off, in 1/255.
+/// The largest accepted mean and maximum difference, in 1/255.
 const BOUND: (f32, f32) = (1.0, 4.0);
 
 fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/preprocess")
 }
 
-/// `FILE.SIZE` or `FILE.FAMILY.SIZE`: the image and what is done to it.
+/// Parses `FILE.SIZE` or `FILE.FAMILY.SIZE` into the image and its preprocessing.
 fn parse(reference: &str) -> (String, Preprocessing) {
     let parts: Vec<&str> = reference.split('.').collect();
     let size = parts.last().unwrap().parse().unwrap();
@@ -44,7 +44,7 @@ fn difference(image: &[u8], expected: &[u8], preprocessing: &Preprocessing) -> (
     (sum / expected.len() as f32, max)
 }
 
-/// Compares every reference of a directory.
+/// Compares every reference in a directory.
 fn assert_all(directory: PathBuf, bound: impl Fn(&str) -> (f32, f32)) {
     let names: BTreeSet<String> = std::fs::read_dir(&directory)
         .unwrap()
@@ -67,18 +67,18 @@ fn assert_all(directory: PathBuf, bound: impl Fn(&str) -> (f32, f32)) {
 }
 
 #[test]
-fn every_kind_of_pixel_and_fit() {
+fn every_kind_of_pixel_and_fit_matches() {
     assert_all(directory(), |_| BOUND);
 }
 
 #[test]
-fn every_way_to_say_how_an_image_is_turned() {
+fn every_way_to_store_an_orientation_matches() {
     assert_all(directory().join("orientation"), |_| BOUND);
 }
 
 #[test]
-fn real_shaped_files() {
-    // In images at most four pixels wide, libjpeg repeats subsampled chroma from row to row, where ours is interpolated.
+fn realistic_files_match() {
+    // In images at most four pixels wide, libjpeg repeats subsampled chroma from row to row, while we interpolate it.
     let narrow = |name: &str| name.starts_with("thin1x40.jpg") || name.starts_with("thin2x37.jpg");
     assert_all(directory().join("real"), |name| if narrow(name) { (1.2, 5.0) } else { BOUND });
 }

@@ -1,8 +1,9 @@
-// Attention that never stores its scores: softmax(q k^T scale) v, one block a tile of queries of a head of an image.
+// Attention that never stores its scores: softmax(q k^T scale) v. One block handles a tile of queries of one head of
+// one image.
 //
-// Online softmax (Milakov, Gimelshein 2018) over tiles of keys, as FlashAttention-2 arranges it (Dao 2023). Launch with grid
-// (ceil(q_len / queries), heads, images), and these threads and bytes of dynamic shared memory (more than 48 KiB has to be
-// allowed with CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES):
+// Online softmax (Milakov, Gimelshein 2018) over tiles of keys, arranged as in FlashAttention-2 (Dao 2023). Launch with
+// grid (ceil(q_len / queries), heads, images), and these threads and bytes of dynamic shared memory (to use more than
+// 48 KiB, set CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES):
 //
 //        |       f16, bf16: 128 threads       |          f32: 128 threads
 //    D   | queries   keys a step      bytes   | queries   keys a step      bytes
@@ -15,14 +16,14 @@
 //   128  |   128          32          69632   |    64          32          76800
 //   160  |    64          32          64512   |    64          32          93184
 //
-// Heads narrower than D are padded with zeros in shared memory alone. Rows are read 16 bytes at a time where `dim`, the
-// strides and the tensors allow (for half types a `dim` that is a multiple of 8), else element by element.
+// Heads narrower than D are padded with zeros, only in shared memory. Rows are read 16 bytes at a time if `dim`, the
+// strides and the tensors' alignment allow (for half types `dim` must be a multiple of 8), else element by element.
 #include "common.cuh"
 
 constexpr u32 ATTENTION_THREADS = 128;
 constexpr float LOG2_E = 1.44269504088896341f;
 
-/// The arguments of an entry point, and the block's place among them.
+/// The arguments of an entry point, and the part of them this block works on.
 template <typename T>
 struct Heads {
     const T *q, *k, *v;
@@ -31,7 +32,7 @@ struct Heads {
     /// Whether every row of a head starts at a multiple of 16 bytes.
     bool vectors, out_vectors;
     bool causal;
-    /// Of a score, so that 2^(score * factor) is exp(score * scale).
+    /// Factor of a score, so that 2^(score * factor) is exp(score * scale).
     float factor;
 
     __device__ __forceinline__ Heads(const T* q, const u32* q_rows, const T* k, const T* v, const u32* kv_rows, T* out, u32 q_len,
@@ -50,15 +51,15 @@ struct Heads {
         out_vectors = whole && aligned(out);
     }
 
-    /// Keys that some query of a tile sees.
+    /// Number of keys that at least one query of a tile sees.
     __device__ __forceinline__ u32 keys(u32 queries) const { return causal ? min(kv_len, first_query + queries) : kv_len; }
-    /// Keys that every query of a tile sees.
+    /// Number of keys that every query of a tile sees.
     __device__ __forceinline__ u32 common_keys() const { return causal ? min(kv_len, first_query + 1) : kv_len; }
     __device__ __forceinline__ bool sees(u32 query, u32 key) const { return key < kv_len && (!causal || key <= query); }
 };
 
-/// Brings rows `first` to `first + ROWS` of a head to shared memory, zero past `len` and past `dim`. Vectors arrive in the
-/// background, as part of the thread's next group of copies.
+/// Copies rows `first` to `first + ROWS` of a head to shared memory, with zeros past `len` and past `dim`. Vectors are
+/// copied asynchronously, as part of the thread's next group of copies.
 template <u32 D, u32 ROWS, u32 STRIDE, typename T>
 __device__ __forceinline__ void load_tile(T* tile, const T* head, u32 stride, u32 first, u32 len, u32 dim, bool vectors) {
     constexpr u32 WIDTH = 16 / sizeof(T), CHUNKS = D / WIDTH;
@@ -83,31 +84,31 @@ __device__ __forceinline__ void load_tile(T* tile, const T* head, u32 stride, u3
 
 // ---- half types: tensor cores -------------------------------------------------------------------------------------
 
-/// How a block of four warps works on a head of D elements of a half type.
+/// Tile sizes for a block of four warps on a head of D elements of a half type.
 template <u32 D>
 struct HalfTiles {
     static constexpr u32 WARPS = ATTENTION_THREADS / WARP;
-    /// Blocks of 16 queries a warp has. With two, each load of keys or values from shared memory feeds two products; at 160
-    /// their sums would not fit in registers.
+    /// Blocks of 16 queries per warp. With two, each load of keys or values from shared memory feeds two products. For
+    /// D = 160 the sums of two would not fit in registers.
     static constexpr u32 BLOCKS = D <= 128 ? 2 : 1;
     static constexpr u32 WARP_QUERIES = 16 * BLOCKS;
     static constexpr u32 QUERIES = WARPS * WARP_QUERIES;
     static constexpr u32 KEYS = D <= 80 ? 64 : 32;
-    /// An odd number of 16-byte words: the eight rows that ldmatrix reads at once lie in different banks.
+    /// An odd number of 16-byte words, so that the eight rows that ldmatrix reads at once lie in different banks.
     static constexpr u32 STRIDE = D + 8;
     static constexpr u32 SHARED_BYTES = (QUERIES + 4 * KEYS) * STRIDE * 2;
-    /// Blocks that the registers of a multiprocessor have to hold at once.
+    /// Blocks that must fit in the registers of a multiprocessor at once.
     static constexpr u32 RESIDENT = D == 16 ? 4 : D == 32 || D == 160 ? 3 : 2;
-    /// Whether the queries stay in registers, or are read again from shared memory for each tile of keys.
+    /// Whether the queries stay in registers; else they are read again from shared memory for each tile of keys.
     static constexpr bool HELD = D <= 64;
 };
 
-/// The scores of a row may pass the maximum it started from by a factor of 2^8 before its sums are rescaled: they stay far
+/// A row's sums are rescaled only when its weights would exceed 2^8 relative to the old maximum. The weights stay far
 /// inside the range of f16, and most tiles need no rescaling.
 constexpr float SLACK = 8.0f;
 
-/// A warp's queries and what it has summed over the keys so far. Of a 16 x 8 result a lane has columns 2 (lane % 4) and the
-/// next, in rows lane / 4 (elements 0, 1) and 8 below (2, 3).
+/// A warp's queries and its sums over the keys so far. Of a 16 x 8 result, a lane holds columns 2 (lane % 4) and the
+/// next one, in row lane / 4 (elements 0, 1) and in the row 8 below (2, 3).
 template <typename T, u32 D>
 struct WarpQueries {
     using Tiles = HalfTiles<D>;
@@ -139,7 +140,7 @@ struct WarpQueries {
         ldmatrix_x4<false>(a, queries + (m * 16 + lane % 16) * STRIDE + d * 16 + lane / 16 * 8);
     }
 
-    /// Once the queries have arrived.
+    /// Loads the queries into registers if they are kept there. Call it once they have arrived in shared memory.
     __device__ __forceinline__ void hold() {
         if constexpr (Tiles::HELD) {
 #pragma unroll
@@ -149,8 +150,8 @@ struct WarpQueries {
         }
     }
 
-    /// Adds a tile of keys, the first of which is `first_key`. With `masked`, some are hidden from some queries, and from
-    /// `end` on from all.
+    /// Adds a tile of keys that starts at `first_key`. With `masked`, some keys are hidden from some queries, and keys
+    /// from `end` on are hidden from all.
     template <bool masked>
     __device__ __forceinline__ void step(const T* keys, const T* values, u32 first_key, u32 end) {
         float scores[BLOCKS][KEYS / 8][4];
@@ -192,7 +193,7 @@ struct WarpQueries {
 #pragma unroll
         for (u32 n = 0; n < KEYS / 16; ++n) {
             if (masked && first_key + n * 16 >= end) break;
-            // Two results side by side, rounded, are the left operand of the next product.
+            // Two adjacent results, rounded, form the left operand of the next product.
             u32 a[BLOCKS][4];
 #pragma unroll
             for (u32 m = 0; m < BLOCKS; ++m)
@@ -225,7 +226,7 @@ struct WarpQueries {
                 }
     }
 
-    /// Turns scores into weights relative to the largest score of each row, and the sums so far with them.
+    /// Turns scores into weights relative to the largest score of each row, and rescales the sums so far to match.
     __device__ __forceinline__ void exponentiate(float (&scores)[BLOCKS][KEYS / 8][4]) {
         float rescale[BLOCKS][2];
         bool any = false;
@@ -237,13 +238,13 @@ struct WarpQueries {
 #pragma unroll
                 for (u32 n = 0; n < KEYS / 8; ++n) best = fmaxf(best, fmaxf(scores[m][n][2 * r], scores[m][n][2 * r + 1]));
                 best = lane_max<4>(best);
-                // Negated, so that the first tile, which starts from -inf, is rescaled.
+                // The negated comparison makes the first tile, which starts from -inf, rescale.
                 const bool passed = !((best - largest[m][r]) * heads.factor <= SLACK);
                 rescale[m][r] = passed ? exp2_fast((largest[m][r] - best) * heads.factor) : 1.0f;
                 if (passed) largest[m][r] = best;
                 any |= passed;
             }
-        // Rows that did not pass are multiplied by 1: a row's result does not depend on its neighbours.
+        // Rows below the limit are multiplied by 1, so a row's result does not depend on its neighbours.
         if (__any_sync(ALL_LANES, any)) {
 #pragma unroll
             for (u32 m = 0; m < BLOCKS; ++m) {
@@ -270,7 +271,7 @@ struct WarpQueries {
             }
     }
 
-    /// Writes the results, by way of the warp's own rows of shared memory, so that lanes store 16 bytes.
+    /// Writes the results through the warp's own rows of shared memory, so that each lane stores 16 bytes.
     __device__ __forceinline__ void finish() {
         __syncwarp();
 #pragma unroll
@@ -322,7 +323,7 @@ __device__ __forceinline__ void half_attention(const Heads<T>& heads, T* shared)
 
     WarpQueries<T, D> queries(heads, shared);
     for (u32 tile = 0; tile < tiles; ++tile) {
-        // This tile has arrived, and no warp reads the other buffer any more.
+        // Now this tile has arrived, and no warp still reads the other buffer.
         cp_async_wait<0>();
         __syncthreads();
         if (tile == 0) queries.hold();
@@ -337,9 +338,10 @@ __device__ __forceinline__ void half_attention(const Heads<T>& heads, T* shared)
     queries.finish();
 }
 
-// ---- f32: no tensor cores, whose f32 products are not f32 ---------------------------------------------------------
+// ---- f32: no tensor cores, since they would round f32 to TF32 ------------------------------------------------------
 
-/// How a block of 8 x 16 threads works on a head of D floats: a thread has 8 queries, and every 16th key or dimension.
+/// Tile sizes for a block of 8 x 16 threads on a head of D floats. A thread handles 8 queries, and every 16th key or
+/// dimension.
 template <u32 D>
 struct FloatTiles {
     static constexpr u32 ROWS = 8, COLUMNS = 16;
@@ -349,7 +351,7 @@ struct FloatTiles {
     static constexpr u32 STRIDE = D + 4, WEIGHTS_STRIDE = KEYS + 4;
     static constexpr u32 SHARED_BYTES = ((QUERIES + 2 * KEYS) * STRIDE + QUERIES * WEIGHTS_STRIDE) * 4;
     static constexpr u32 RESIDENT = 2;
-    /// Steps of four dimensions or keys in flight: where the sums take most registers, one.
+    /// Steps of four dimensions or keys in flight; one for wide heads, whose sums take most registers.
     static constexpr u32 UNROLL = D <= 80 ? 2 : 1;
 };
 
@@ -418,7 +420,7 @@ __device__ __forceinline__ void float_attention(const Heads<float>& heads, float
                 weights[r * Tiles::WEIGHTS_STRIDE + column + n * COLUMNS] = weight;
             }
         }
-        // The 16 threads that share these rows are in one warp.
+        // The 16 threads that share these rows belong to one warp.
         __syncwarp();
 
 #pragma unroll Tiles::UNROLL
@@ -462,16 +464,16 @@ struct AttentionTiles<float, D> : FloatTiles<D> {};
 
 template <typename T, u32 D>
 __device__ __forceinline__ void attention(const Heads<T>& heads, unsigned char* shared) {
-    static_assert(AttentionTiles<T, D>::SHARED_BYTES <= 99 << 10, "what a block may have on sm_86 and sm_120");
+    static_assert(AttentionTiles<T, D>::SHARED_BYTES <= 99 << 10, "too much shared memory for sm_86 and sm_120");
     if constexpr (sizeof(T) == 4)
         float_attention<D>(heads, reinterpret_cast<float*>(shared));
     else
         half_attention<T, D>(heads, reinterpret_cast<T*>(shared));
 }
 
-/// out [images, q_len, heads dim] = softmax(q k^T scale) v for each image and head, where image b reads q of row q_rows[b],
-/// and k and v of row kv_rows[b]. Row r of q starts at r q_image, its position i at i q_stride, its head h at h dim; k and v
-/// likewise. Causal: query i sees keys 0 to i. At least one key.
+/// out [images, q_len, heads dim] = softmax(q k^T scale) v for each image and head. Image b reads row q_rows[b] of q,
+/// and row kv_rows[b] of k and v. Row r of q starts at r q_image, its position i at i q_stride, its head h at h dim; k
+/// and v likewise. If causal, query i sees keys 0 to i. There must be at least one key.
 #define ELBO_ATTENTION(T, suffix, D)                                                                                               \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, AttentionTiles<T, D>::RESIDENT)                                \
         attention_d##D##_##suffix(const T* q, const u32* q_rows, const T* k, const T* v, const u32* kv_rows, T* out, u32,          \

@@ -1,6 +1,6 @@
-// What the kernels share: element types, 16-byte vectors, sums over a warp, and the instructions that CUDA C++ has no
-// name for. Arithmetic is in f32, rounded once when stored. No kernel uses atomics, and the order of every sum depends on
-// the shape of one image alone: an image's result is the same bits whatever else is in its batch.
+// Code shared by the kernels: element types, 16-byte vectors, sums over a warp, and instructions that CUDA C++ has no
+// name for. Arithmetic is in f32, rounded once when stored. No kernel uses atomics, and the order of every sum depends
+// only on the shape of one image, so an image's result has the same bits whatever else is in its batch.
 #pragma once
 
 #ifndef ELBO_CUDA_ON_CPU
@@ -13,9 +13,9 @@ typedef unsigned long long u64;
 
 constexpr u32 WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
-/// Threads of a block of every kernel but attention.
+/// Threads per block of every kernel except attention.
 constexpr u32 THREADS = 256;
-/// Elements a thread moves at a time where the layout allows: 16 bytes of a half type, 32 of f32.
+/// Elements a thread moves at a time if the layout allows: 16 bytes of a half type, 32 of f32.
 constexpr u32 VECTOR = 8;
 
 /// Defines `name`_f32, `name`_f16 and `name`_bf16 through `define(T, suffix)`.
@@ -76,7 +76,7 @@ __device__ __forceinline__ float2 unpack_pair<__nv_bfloat16>(u32 pair) {
 
 __device__ __forceinline__ bool aligned(const void* address) { return (reinterpret_cast<u64>(address) & 15) == 0; }
 
-/// N elements as they lie in memory: one, or VECTOR moved 16 bytes at a time (their address is a multiple of 16).
+/// N elements as stored in memory: one, or VECTOR moved 16 bytes at a time (their address must be a multiple of 16).
 template <u32 N, typename T>
 struct Elements;
 template <typename T>
@@ -140,7 +140,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
     put<N>(to, elements);
 }
 
-/// Index of an image's row: `rows` says which, absent means the image's own.
+/// Index of an image's row: `rows[image]`, or the image's own index if `rows` is null.
 __device__ __forceinline__ u32 row_of(const u32* rows, u32 image) { return rows ? rows[image] : image; }
 
 // ---- indices ------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ __device__ __forceinline__ u32 row_of(const u32* rows, u32 image) { return rows 
 __device__ __forceinline__ u64 grid_index() { return u64(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ u64 grid_step() { return u64(gridDim.x) * blockDim.x; }
 
-/// Quotient and remainder; 64-bit division is a slow routine on a GPU, and seldom needed.
+/// Quotient and remainder. 64-bit division is slow on a GPU and seldom needed.
 __device__ __forceinline__ u64 divide(u64 value, u32 by, u32& remainder) {
     if (value >> 32) {
         remainder = u32(value % by);
@@ -180,7 +180,7 @@ __device__ __forceinline__ float lane_max(float value) {
 
 // ---- activations --------------------------------------------------------------------------------------------------
 
-/// x / (1 + exp(-x)); half types take the fast exponential, whose error their rounding hides.
+/// x / (1 + exp(-x)); half types use the fast exponential, whose error is below their rounding.
 template <typename T>
 __device__ __forceinline__ float sigmoid_times(float x, float argument) {
     if constexpr (sizeof(T) == 4) return x / (1.0f + expf(-argument));
@@ -225,7 +225,7 @@ __device__ __forceinline__ u32 shared_address(const void* address) {
     return static_cast<u32>(__cvta_generic_to_shared(address));
 }
 
-/// Copies `bytes` (0 to 16) of 16 into shared memory and zeroes the others, in the background.
+/// Copies the first `bytes` (0 to 16) of 16 bytes into shared memory and zeroes the others, asynchronously.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(__cvta_generic_to_global(from)),
                  "r"(bytes)
@@ -235,7 +235,7 @@ __device__ __forceinline__ void cp_async_16(void* to, const void* from, u32 byte
 /// Ends a group of copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Waits until at most `pending` groups of this thread are under way.
+/// Waits until at most `pending` groups of this thread are in flight.
 template <u32 pending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");

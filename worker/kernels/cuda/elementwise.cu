@@ -1,7 +1,7 @@
-// Activations, gates and sums, element by element: one pass over memory each.
+// Elementwise activations, gates and sums, each in one pass over memory.
 //
-// Launch: any grid of 256 threads (the loops stride by the grid), no dynamic shared memory. A thread moves 8 channels at
-// a time where the number of channels is a multiple of 8 and the tensors are aligned to 16 bytes.
+// Launch: any grid of 256 threads (the loops stride by the grid), no dynamic shared memory. A thread moves 8 channels
+// at a time if the number of channels is a multiple of 8 and the tensors are aligned to 16 bytes.
 #include "common.cuh"
 
 enum Activation : u32 { SILU = 0, GELU_ERF = 1, GELU_TANH = 2, QUICK_GELU = 3 };

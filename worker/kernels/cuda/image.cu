@@ -1,7 +1,7 @@
-// Moves of elements between layouts: nothing is computed, so the types differ only in their width.
+// Moves elements between layouts. Nothing is computed, so the types differ only in their width.
 //
-// Launch: any grid of 256 threads (the loops stride by the grid), no dynamic shared memory. A thread moves 8 channels at
-// a time where the number of channels is a multiple of 8 and the tensors are aligned to 16 bytes.
+// Launch: any grid of 256 threads (the loops stride by the grid), no dynamic shared memory. A thread moves 8 channels
+// at a time if the number of channels is a multiple of 8 and the tensors are aligned to 16 bytes.
 #include "common.cuh"
 
 template <typename T, u32 N>
@@ -55,7 +55,7 @@ __device__ __forceinline__ void concat(const T* x, const T* other, const u32* ot
         concat_by<T, 1>(x, other, other_rows, out, images, pixels, c1, c2);
 }
 
-/// A thread reads an input once and writes its four copies.
+/// A thread reads each input once and writes four copies.
 template <typename T, u32 N>
 __device__ void upsample_by(const T* x, T* out, u32 images, u32 h, u32 w, u32 c) {
     const u32 width = c / N;
@@ -80,7 +80,8 @@ __device__ __forceinline__ void upsample(const T* x, T* out, u32 images, u32 h, 
         upsample_by<T, 1>(x, out, images, h, w, c);
 }
 
-/// A thread writes the nine taps of its channels: nine independent loads, of which neighbours share most in cache.
+/// A thread writes the nine taps of its channels. The nine loads are independent, and neighbouring threads share most
+/// of them in cache.
 template <typename T, u32 N>
 __device__ void im2col_by(const T* x, T* out, u32 images, u32 h, u32 w, u32 c, u32 out_h, u32 out_w, u32 stride, u32 before) {
     const u32 width = c / N;
@@ -93,7 +94,7 @@ __device__ void im2col_by(const T* x, T* out, u32 images, u32 h, u32 w, u32 c, u
         Elements<N, T> taps[9];
 #pragma unroll
         for (u32 tap = 0; tap < 9; ++tap) {
-            // A coordinate before the first wraps to a large number, and is outside like one past the last.
+            // A coordinate below 0 wraps to a large number, so it counts as outside like one past the end.
             const u32 in_y = at_y * stride + tap / 3 - before, in_x = at_x * stride + tap % 3 - before;
             taps[tap] = Elements<N, T>{};
             if (in_y < h && in_x < w) taps[tap] = fetch<N>(from + (u64(in_y) * w + in_x) * c);

@@ -1,28 +1,28 @@
-// Normalisations. Means and variances are found in two steps or around a pivot, never as E[x^2] - E[x]^2, whose difference
-// cancels where the mean is large.
+// Normalisations. Means and variances are computed in two steps or around a pivot, never as E[x^2] - E[x]^2, which
+// loses precision when the mean is large.
 //
-// Launch, 256 threads a block and no dynamic shared memory in all:
+// Launch all with 256 threads per block and no dynamic shared memory:
 //   group_norm_stats, group_norm   grid (ceil(pixels / chunk), images); groups <= 256, channels / groups <= 2048. A chunk of
-//                                  about 32 to 128 pixels fills a GPU and keeps the partials small beside the image.
-//   layer_norm, adaptive_norm      any grid; a warp takes a row: ceil(rows / 8) blocks cover all at once
-//   qk_norm                        any grid; 8 lanes take a head: ceil(positions * 3 * heads / 32) blocks cover all at once
+//                                  about 32 to 128 pixels fills a GPU and keeps the partials small relative to the image.
+//   layer_norm, adaptive_norm      any grid; one warp per row: ceil(rows / 8) blocks cover all at once
+//   qk_norm                        any grid; 8 lanes per head: ceil(positions * 3 * heads / 32) blocks cover all at once
 #include "common.cuh"
 
 constexpr u32 WARPS = THREADS / WARP;
-/// Blocks that the registers of a multiprocessor have to hold at once: enough to keep its memory busy, without spills.
+/// Blocks that must fit in the registers of a multiprocessor at once: enough to keep its memory busy, without spills.
 template <typename T>
 constexpr u32 RESIDENT = sizeof(T) == 4 ? 2 : 3;
 
 // ---- group norm ---------------------------------------------------------------------------------------------------
 
-/// Channels that a block works on at a time: whole groups, 8 consecutive channels a thread.
+/// Channels that a block works on at a time: whole groups, 8 consecutive channels per thread.
 constexpr u32 SLAB = THREADS * VECTOR;
 constexpr u32 MAX_GROUPS = THREADS;
-/// Pixels a thread reads ahead of using them.
+/// Number of pixels a thread prefetches.
 constexpr u32 AHEAD = 4;
 
-/// How the threads of a block divide a slab of a chunk: a thread owns `owned` channels from `channel` on, in each `rows`th
-/// pixel from `row` on. Threads of a row read consecutive addresses.
+/// How the threads of a block divide a slab of a chunk. A thread owns `owned` channels from `channel` on, in every
+/// `rows`th pixel from `row` on. Threads of a row read consecutive addresses.
 struct Share {
     u32 channels, rows, row, channel, owned;
 
@@ -33,11 +33,11 @@ struct Share {
         channel = threadIdx.x % columns * VECTOR;
         owned = min(VECTOR, channels - channel);
     }
-    /// Pixels of a chunk of `count` that row `of` reads.
+    /// How many of a chunk's `count` pixels row `of` reads.
     __device__ __forceinline__ u32 pixels(u32 count, u32 of) const { return of < rows ? count / rows + (of < count % rows) : 0; }
 };
 
-/// Groups of a slab, as even as they can be.
+/// Groups per slab, divided as evenly as possible.
 __device__ __forceinline__ u32 slab_groups(u32 channels, u32 groups) {
     const u32 most = SLAB / (channels / groups);
     const u32 slabs = (groups + most - 1) / most;
@@ -68,8 +68,8 @@ __device__ void chunk_statistics(float* means, float* squares, const T* x, const
         const Share share(here * group_channels);
         const u32 mine = share.pixels(count, share.row);
         if (share.row < share.rows) {
-            // Around a value of the same channel the squares stay of the size of the variance. The shift moves a
-            // channel's mean alone, so it waits until then.
+            // Relative to a value of the same channel, the squares stay about as large as the variance. The shift
+            // changes only a channel's mean, so it is added later.
             float pivot[VECTOR] = {}, sum[VECTOR] = {}, square[VECTOR] = {};
             const T* const from = x + u64(share.row) * channels + from_channel + share.channel;
             const u64 step = u64(share.rows) * channels;
@@ -95,7 +95,7 @@ __device__ void chunk_statistics(float* means, float* squares, const T* x, const
                 }
         }
         __syncthreads();
-        // Rows into channels, in the place of row 0.
+        // Sum the rows into channels, in the place of row 0.
         for (u32 c = threadIdx.x; c < share.channels; c += THREADS) {
             float mean = 0.0f, deviations = 0.0f;
             for (u32 row = 0; row < share.rows; ++row)
@@ -109,7 +109,7 @@ __device__ void chunk_statistics(float* means, float* squares, const T* x, const
             squares[c] = deviations;
         }
         __syncthreads();
-        // Channels into groups.
+        // Sum the channels into groups.
         for (u32 g = threadIdx.x / WARP; g < here; g += WARPS) {
             const u32 lane = threadIdx.x % WARP;
             float mean = 0.0f, deviations = 0.0f;
@@ -149,7 +149,7 @@ __device__ __forceinline__ void group_norm_stats(const T* x, const T* shift, con
 struct Moments {
     float count, mean, squares;
 
-    /// The moments of two sets together (Chan, Golub, LeVeque 1979).
+    /// Combines the moments of two sets (Chan, Golub, LeVeque 1979).
     __device__ __forceinline__ void merge(const Moments& other) {
         const float total = count + other.count;
         if (total == 0.0f) return;
@@ -160,14 +160,14 @@ struct Moments {
     }
 };
 
-/// Mean and 1 / sqrt(variance + eps) of each group of this block's image, from its chunks.
+/// Mean and 1 / sqrt(variance + eps) of each group of this block's image, from the image's chunks.
 __device__ void merge_chunks(const float* partial, u32 pixels, u32 groups, u32 group_channels, u32 chunk, float eps, float* means,
                              float* inverses) {
     __shared__ Moments lanes[THREADS];
     const u32 chunks = (pixels + chunk - 1) / chunk;
     partial += u64(blockIdx.y) * chunks * groups * 2;
 
-    // As many threads as fit merge the chunks of each group, then one merges theirs.
+    // As many threads as fit merge the chunks of each group, then one thread merges their results.
     const u32 parts = THREADS / groups;
     if (threadIdx.x < parts * groups) {
         const u32 group = threadIdx.x % groups;
@@ -263,10 +263,11 @@ __device__ __forceinline__ void group_norm(const T* x, const T* shift, const u32
 
 // ---- norms of a row -----------------------------------------------------------------------------------------------
 
-/// Vectors of a row that a lane keeps in registers; longer rows are read again.
+/// Vectors of a row that a lane keeps in registers; the rest of a longer row is read again.
 constexpr u32 HELD = 8;
 
-/// Calls `write(channel, values)` with (x - mean) / sqrt(variance + eps), N channels of a row at a time. A warp's work.
+/// Calls `write(channel, values)` with (x - mean) / sqrt(variance + eps), N channels of a row at a time. One warp
+/// handles one row.
 template <typename T, u32 N, typename Write>
 __device__ __forceinline__ void normalise_row(const T* x, u32 channels, float eps, const Write& write) {
     const u32 lane = threadIdx.x % WARP, columns = channels / N;
@@ -374,7 +375,7 @@ __device__ __forceinline__ void adaptive_norm(const T* x, const T* rows, T* out,
 
 // ---- norms of heads -----------------------------------------------------------------------------------------------
 
-/// Lanes that share a head: a head of 64 elements of a half type is one 16-byte load of each.
+/// Lanes that share a head. For a head of 64 elements of a half type, each lane does one 16-byte load.
 constexpr u32 HEAD_LANES = 8;
 
 template <typename T, u32 N>
@@ -382,7 +383,7 @@ __device__ void qk_norm_by(const T* qkv, const T* query, const T* key, T* out, u
     constexpr u32 HEADS = THREADS / HEAD_LANES;
     const u32 lane = threadIdx.x % HEAD_LANES, columns = dim / N;
     const u64 count = positions * 3 * heads;
-    // The whole block goes round together, so that each warp is complete when its lanes sum.
+    // All threads of a block run the same number of iterations, so that each warp is complete when its lanes sum.
     for (u64 base = u64(blockIdx.x) * HEADS; base < count; base += u64(gridDim.x) * HEADS) {
         const u64 head = base + threadIdx.x / HEAD_LANES;
         const bool present = head < count;

@@ -1,7 +1,7 @@
-// The error of a model's prediction, one number an evaluation.
+// The error of a model's prediction, one number per evaluation.
 //
-// Launch: grid (evaluations), 256 threads, no dynamic shared memory. Few bytes beside the model's: one block an evaluation
-// keeps the order of its sum.
+// Launch: grid (evaluations), 256 threads, no dynamic shared memory. This moves few bytes compared to the model, so one
+// block per evaluation is fast enough and fixes the order of its sum.
 #include "common.cuh"
 
 enum Distance : u32 { SQUARED = 0, ABSOLUTE = 1, HUBER = 2 };

@@ -12,9 +12,9 @@ use super::profile::{Part, timed};
 pub enum Activation {
     /// `x sigmoid(x)`.
     Silu,
-    /// `x Phi(x)`, with the exact normal distribution function.
+    /// `x Phi(x)`, where `Phi` is the exact normal distribution function.
     Gelu,
-    /// `x Phi(x)`, with the normal distribution function approximated by a hyperbolic tangent.
+    /// `x Phi(x)`, where `Phi` is approximated by a hyperbolic tangent.
     GeluTanh,
     /// `x sigmoid(1.702 x)`.
     QuickGelu,
@@ -24,10 +24,7 @@ pub enum Activation {
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     timed(x, Part::Other, "activation", 0, || {
         on_gpu!(x, gpu => gpu.activate(x, activation));
-        match is_cpu_f32(x) {
-            true => x.contiguous()?.apply_op1_no_bwd(&Elementwise(activation)),
-            false => plain(x, activation),
-        }
+        if is_cpu_f32(x) { x.contiguous()?.apply_op1_no_bwd(&Elementwise(activation)) } else { plain(x, activation) }
     })
 }
 
@@ -41,14 +38,12 @@ pub(crate) fn plain(x: &Tensor, activation: Activation) -> Result<Tensor> {
     }
 }
 
-/// The gated linear unit of a transformer's feed-forward: `x [.., 2C]`, halves `(h, g)`, gives `h gelu(g) [.., C]`.
+/// The gated linear unit of a transformer's feed-forward: maps `x [.., 2C]`, with halves `(h, g)`, to `h gelu(g) [..,
+/// C]`.
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
     timed(x, Part::Other, "geglu", 0, || {
         on_gpu!(x, gpu => gpu.geglu(x));
-        match is_cpu_f32(x) {
-            true => x.contiguous()?.apply_op1_no_bwd(&Geglu),
-            false => plain_geglu(x),
-        }
+        if is_cpu_f32(x) { x.contiguous()?.apply_op1_no_bwd(&Geglu) } else { plain_geglu(x) }
     })
 }
 

@@ -1,4 +1,4 @@
-//! Adaptive layer normalisation (adaLN-Zero; Peebles & Xie, ICCV 2023): shifts, scales and gates that come from the
+//! Adaptive layer normalisation (adaLN-Zero; Peebles & Xie, ICCV 2023): shifts, scales and gates computed from the
 //! timestep and the condition, one row per image.
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
@@ -8,7 +8,7 @@ use super::math::dispatch;
 use super::norm::{LayerKernel, LayerOp};
 use super::profile::{Part, timed};
 
-/// Rows `[B, K C]` of `K` shifts, scales and gates of `C` channels each, addressed by their position.
+/// Rows `[B, K C]` of `K` shifts, scales and gates of `C` channels each, addressed by position.
 #[derive(Clone, Copy, Debug)]
 pub struct Modulation<'a> {
     rows: &'a Tensor,
@@ -16,7 +16,7 @@ pub struct Modulation<'a> {
 }
 
 impl<'a> Modulation<'a> {
-    /// Rows as a modulation's linear layer gives them.
+    /// From the output of a modulation's linear layer.
     pub fn new(rows: &'a Tensor, channels: usize) -> Self {
         Self { rows, channels }
     }

@@ -1,7 +1,7 @@
 //! Multi-head attention, `softmax(Q K^T / sqrt(d)) V` per image and head.
 //!
-//! On the CPU it runs head by head and block by block (`flash`). The keys and values of a prompt are the same for every
-//! evaluation with that prompt: [`KeyValues`] packs them once.
+//! On the CPU it runs head by head and block by block (`flash`). A prompt's keys and values are the same for all its
+//! evaluations, so [`KeyValues`] packs them once.
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 
@@ -16,7 +16,7 @@ pub struct KeyValues {
     heads: usize,
     /// Width of a head.
     dim: usize,
-    /// Keys of a sequence.
+    /// Number of keys in a sequence.
     len: usize,
     count: usize,
     store: Store,
@@ -59,7 +59,7 @@ impl KeyValues {
 
 /// Attends queries to cached sequences.
 ///
-/// `q [Q, L, heads * d]`; `pairs[b] = (row of q, sequence)`; gives `[B, L, heads * d]`.
+/// `q` is `[Q, L, heads * d]`, `pairs[b]` is `(row of q, sequence)`, and the result is `[B, L, heads * d]`.
 pub fn cross_attention(q: &Tensor, cache: &KeyValues, pairs: &[(u32, u32)]) -> Result<Tensor> {
     let (rows, _, channels) = q.dims3()?;
     if channels != cache.heads * cache.dim {
@@ -88,7 +88,7 @@ pub fn cross_attention(q: &Tensor, cache: &KeyValues, pairs: &[(u32, u32)]) -> R
     })
 }
 
-/// Self-attention over `qkv [B, L, 3 heads d]` (queries, keys, values side by side), giving `[B, L, heads d]`.
+/// Self-attention over `qkv [B, L, 3 heads d]` (queries, keys, values side by side); returns `[B, L, heads d]`.
 ///
 /// With `causal`, position `i` attends to positions `0..=i` only.
 pub fn self_attention(qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
@@ -112,7 +112,7 @@ pub fn self_attention(qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor
 
 /// The same in plain candle operations, for any device and data type.
 pub(crate) fn plain(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
-    /// Scores made at once: candle's kernels on a GPU count them in 32 bits.
+    /// Maximum number of scores computed at once, since candle's GPU kernels count them in 32 bits.
     const MOST_SCORES: usize = i32::MAX as usize;
     let (batch, len, _) = q.dims3()?;
     let at_once = (MOST_SCORES / (heads * len * k.dim(1)?).max(1)).max(1);
@@ -160,7 +160,7 @@ impl CustomOp1 for CrossOp<'_> {
         let mut out = vec![0.0; self.pairs.len() * image];
         let mut scratch = Scratch::new(plan);
         let mut rest = &mut out[..];
-        // Pairs that share their queries stand together: the queries are laid out once for all of them.
+        // Pairs that share queries are adjacent, so the queries are laid out once for all of them.
         for pairs in self.pairs.chunk_by(|a, b| a.0 == b.0) {
             let (out, after) = rest.split_at_mut(pairs.len() * image);
             rest = after;

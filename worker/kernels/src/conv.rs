@@ -1,7 +1,8 @@
-//! 3x3 convolutions on channels-last images: implicit matrix products, or Winograd's where an image is large enough.
+//! 3x3 convolutions on channels-last images, as implicit matrix products, or by Winograd's method for images that are
+//! large enough.
 //!
-//! A zero-padded copy of the image (or of a strip of its rows) is made in a scratch buffer, normalised and activated on
-//! the way when the convolution follows a group norm; the product then reads its patches straight from that copy.
+//! The image, or a strip of its rows, is copied to a zero-padded scratch buffer. If the convolution follows a group
+//! norm, the copy is normalised and activated on the way. The product then reads its patches directly from the buffer.
 
 use std::sync::OnceLock;
 
@@ -15,15 +16,15 @@ use super::norm::{Affine, GroupNorm};
 use super::profile::{Part, timed};
 use super::winograd::{self, Winograd};
 
-/// Values of the padded copy made at once: a strip should stay in the second-level cache.
+/// Values of the padded copy per strip. A strip should stay in the second-level cache.
 const STRIP_VALUES: usize = 128 * 1024;
 
-/// Zeros around the image.
+/// Where zeros are added to the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Padding {
     /// One pixel on every side.
     Around,
-    /// One pixel to the right and at the bottom only, as the autoencoder's downsampler pads.
+    /// One pixel at the right and at the bottom only, like the autoencoder's downsampler.
     After,
 }
 
@@ -33,7 +34,7 @@ impl Padding {
     }
 }
 
-/// What surrounds a convolution and is computed along with it.
+/// Operations around a convolution that are computed along with it.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Fused<'a> {
     /// Group norm and SiLU applied to the input.
@@ -78,7 +79,7 @@ impl Conv2d {
     /// A convolution with weight `[Cout, Cin, 3, 3]` and bias `[Cout]`.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: Padding) -> Result<Self> {
         let (outputs, inputs, 3, 3) = weight.dims4()? else {
-            bail!("a 3x3 convolution was given a kernel {:?}", weight.shape());
+            bail!("a 3x3 convolution got a kernel {:?}", weight.shape());
         };
         let weights = if is_cpu_f32(weight) {
             let w = weight.flatten_all()?.to_vec1::<f32>()?;
@@ -94,7 +95,7 @@ impl Conv2d {
         Ok(Self { inputs, outputs, stride, padding, weights })
     }
 
-    /// Weights for other devices and types than f32 on the CPU.
+    /// Weights for anything but f32 on the CPU.
     fn elsewhere(weight: &Tensor, bias: Option<&Tensor>) -> Result<Weights> {
         on_gpu!(weight, gpu => {
             let bias = match bias {
@@ -115,7 +116,7 @@ impl Conv2d {
                 let op = Op { conv: self, matrix, bias, winograd, fused };
                 whole(&|| x.contiguous()?.apply_op1_no_bwd(&op))
             }
-            // There the norm, the convolution and what is added are operations of their own, and times of their own.
+            // On a GPU the norm, the convolution and the additions are separate operations, each timed on its own.
             #[cfg(feature = "cuda")]
             Weights::Gpu { gpu, weight, bias } => {
                 let (stride, padding) = (self.stride, self.padding);
@@ -202,7 +203,7 @@ impl CustomOp1 for Op<'_> {
 }
 
 impl Op<'_> {
-    /// The transformed kernels, made when the first image comes for which they are of use.
+    /// The transformed kernels, created for the first image that is large enough to use them.
     fn winograd(&self, geometry: &Geometry) -> Option<&Winograd> {
         let (conv, matrix) = (self.conv, self.matrix);
         let suits = conv.stride == 1
@@ -243,7 +244,7 @@ impl Op<'_> {
                 let pixels = first * geometry.out_width..(first + rows) * geometry.out_width;
                 let part = pixels.start * outputs..pixels.end * outputs;
                 let done = out.len();
-                out.resize(done + part.len(), 0.0); // here rather than at once: the memory is then warm for the product
+                out.resize(done + part.len(), 0.0); // per strip and not all at once, so the memory is in cache for the product
                 let padded = &mut scratch[..geometry.strip_len(rows)];
                 dispatch(Pad { geometry, image, affine: affine.as_ref(), first, padded });
                 let residual = residual.map(|r| &r[part]);
@@ -271,7 +272,7 @@ impl Op<'_> {
     }
 }
 
-/// The row of batch element `b`, `len` values long.
+/// The row of batch element `b`, with `len` values.
 fn row<'a>(rows: Option<Rows<'_>>, values: Option<&'a [f32]>, b: usize, len: usize) -> Result<Option<&'a [f32]>> {
     let (Some(rows), Some(values)) = (rows, values) else {
         return Ok(None);
@@ -279,7 +280,7 @@ fn row<'a>(rows: Option<Rows<'_>>, values: Option<&'a [f32]>, b: usize, len: usi
     let start = rows.at(b)? * len;
     match values.get(start..start + len) {
         Some(row) => Ok(Some(row)),
-        None => bail!("what is added to a convolution has another shape: {:?}", rows.tensor.shape()),
+        None => bail!("a row or image to add to a convolution has the wrong shape: {:?}", rows.tensor.shape()),
     }
 }
 
@@ -303,13 +304,13 @@ impl Geometry {
         self.out_height * self.out_width
     }
 
-    /// Output rows worked on at once.
+    /// Output rows per strip.
     fn strip(&self) -> usize {
         let row = self.padded_width * self.channels * self.stride;
         (STRIP_VALUES / row.max(1)).clamp(4, self.out_height.max(4))
     }
 
-    /// Values of the padded copy behind `rows` output rows.
+    /// Values of the padded copy for `rows` output rows.
     fn strip_len(&self, rows: usize) -> usize {
         ((rows - 1) * self.stride + 3) * self.padded_width * self.channels
     }
@@ -321,7 +322,7 @@ impl Geometry {
     }
 }
 
-/// Writes the padded copy behind the output rows from `first` on.
+/// Writes the padded copy for the output rows from `first` on.
 struct Pad<'a> {
     geometry: &'a Geometry,
     image: &'a [f32],

@@ -2,14 +2,14 @@
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 
-/// One row (the values of one image) per batch element, taken directly or through an index.
+/// One row (the values of one image) per batch element, by position or through an index.
 ///
 /// The index lets many evaluations of one point add the same row without copying it.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     /// The rows, along the first dimension.
     pub tensor: &'a Tensor,
-    /// For each batch element the row it takes; its own position when absent.
+    /// For each batch element, the row it takes; its own position if absent.
     pub index: Option<&'a [u32]>,
 }
 
@@ -24,7 +24,7 @@ impl<'a> Rows<'a> {
         Self { tensor, index: Some(index) }
     }
 
-    /// The rows spelled out as a tensor, one per batch element.
+    /// The rows as a tensor, one per batch element.
     pub(crate) fn materialise(&self) -> Result<Tensor> {
         match self.index {
             None => Ok(self.tensor.clone()),
@@ -45,12 +45,12 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Whether the kernels of this module can read the tensor.
+/// Whether the CPU kernels can read the tensor.
 pub(crate) fn is_cpu_f32(tensor: &Tensor) -> bool {
     tensor.device().is_cpu() && tensor.dtype() == DType::F32
 }
 
-/// The tensor in f32 if it is in half precision: norms and softmax need the range and the digits.
+/// Converts half precision to f32, since norms and softmax need its range and precision.
 pub(crate) fn full_precision(tensor: &Tensor) -> Result<Tensor> {
     match tensor.dtype() {
         DType::F16 | DType::BF16 => tensor.to_dtype(DType::F32),
@@ -66,7 +66,7 @@ pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a
     }
 }
 
-/// Hands the values of a contiguous f32 CPU tensor to `f`.
+/// Calls `f` with the values of a contiguous f32 CPU tensor.
 pub(crate) fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
@@ -75,7 +75,7 @@ pub(crate) fn with_values<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R
     }
 }
 
-/// Like [`with_values`], or `None` for an absent operand.
+/// Like [`with_values`], but passes `None` for an absent operand.
 pub(crate) fn with_optional<R>(tensor: Option<&Tensor>, f: impl FnOnce(Option<&[f32]>) -> Result<R>) -> Result<R> {
     match tensor {
         Some(tensor) => with_values(tensor, |values| f(Some(values))),

@@ -1,4 +1,4 @@
-//! From a network's outputs to errors, where the outputs are.
+//! Computes errors from a network's outputs, on the outputs' device.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -13,24 +13,24 @@ pub enum Deviation {
     Huber,
 }
 
-/// What the outputs of evaluations are compared with. Tensors are f32, on the outputs' device.
+/// What to compare the outputs of evaluations with. Tensors are f32, on the outputs' device.
 #[derive(Clone, Copy, Debug)]
 pub struct MeanErrors<'a> {
     /// The noisy latents of the points, `[P, H, W, C]`.
     pub noisy: &'a Tensor,
-    /// What the network should have predicted, `[P, H, W, C]`.
+    /// The predictions the network should have made, `[P, H, W, C]`.
     pub targets: &'a Tensor,
-    /// Per point how much of the output and of the noisy latent make up the prediction, `[P, 2]`.
+    /// For each point, the weights of the output and the noisy latent in the prediction, `[P, 2]`.
     pub mix: &'a Tensor,
-    /// Per evaluation its point.
+    /// The point of each evaluation.
     pub points: &'a [u32],
-    /// The error of an element.
+    /// How to compute the error of an element.
     pub deviation: Deviation,
 }
 
-/// The mean error of every evaluation, `[B]` in f32, from outputs `[B, H, W, C or more]`, of which the first `C` channels count.
+/// The mean error of every evaluation, `[B]` in f32, from the first `C` channels of outputs `[B, H, W, C or more]`.
 ///
-/// On a GPU this is one pass over the outputs, and only its result has to leave the device.
+/// On a GPU this is one pass over the outputs, and only the result leaves the device.
 pub fn mean_errors(output: &Tensor, of: &MeanErrors<'_>) -> Result<Tensor> {
     let (evaluations, height, width, out_channels) = output.dims4()?;
     let (points, h, w, channels) = of.targets.dims4()?;

@@ -1,7 +1,7 @@
 //! A transformer's gated feed-forward: norm, projection to eight times the width, gate, projection back, residual.
 //!
-//! The hidden activations are by far the widest of a UNet. A block of positions at a time goes through all steps, so that
-//! they never leave the cache.
+//! The hidden activations are by far the widest in a UNet. All steps run on one block of positions at a time, so that
+//! the activations never leave the cache.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -12,7 +12,7 @@ use super::math::dispatch;
 use super::norm::{LayerKernel, LayerNorm};
 use super::profile::{Part, timed};
 
-/// Positions worked on at once.
+/// Positions per block.
 const BLOCK: usize = 32;
 
 /// `x + W2 geglu(W1 norm(x))`.
@@ -24,7 +24,7 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    /// Layers of widths `C`, `C` to `2 I` and `I` to `C`.
+    /// From layers of widths `C`, `C` to `2 I` and `I` to `C`.
     pub fn new(norm: LayerNorm, gate: Linear, out: Linear) -> Self {
         Self { norm, gate, out }
     }
@@ -41,7 +41,7 @@ impl FeedForward {
         }
     }
 
-    /// The same one step after the other.
+    /// The same, one step after the other.
     pub(crate) fn plain(&self, x: &Tensor) -> Result<Tensor> {
         let hidden = self.gate.forward(&self.norm.forward(x)?, None)?;
         self.out.forward(&geglu(&hidden)?, Some(Rows::direct(x)))

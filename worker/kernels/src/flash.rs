@@ -1,29 +1,29 @@
 //! Attention of one head on the CPU, block of keys by block of keys.
 //!
-//! The softmax is online (Milakov & Gimelshein, 2018), the order of the loops FlashAttention's (Dao et al., 2022): a
-//! panel of queries meets all keys while a running maximum, the sum of exponentials and the weighted values stay with it,
-//! so what is kept does not grow with the sequence. A panel's queries lie side by side in the lanes of its vectors: both
-//! products and the softmax between them then use whole vectors however narrow a head is, and every query sees its keys
-//! in the same order on every machine.
+//! The softmax is online (Milakov & Gimelshein, 2018), with FlashAttention's loop order (Dao et al., 2022). A panel of
+//! queries goes through all keys and keeps a running maximum, the sum of exponentials and the weighted values, so
+//! memory does not grow with the sequence. A panel's queries are stored side by side in the lanes of its vectors. Both
+//! products and the softmax between them therefore use whole vectors, however narrow a head is, and every query sees
+//! its keys in the same order on every machine.
 
 use pulp::Simd;
 
 use super::gemm::{multiply, panels};
 use super::math::{Kernel, exp2, outline};
 
-/// Keys scored at once: their scores for the widest panel take three quarters of a first-level cache.
+/// Keys per block. Their scores for the widest panel take three quarters of a first-level cache.
 const BLOCK_KEYS: usize = 128;
 /// Floats in the widest panel's row: three vectors of AVX-512.
 const WIDEST: usize = 48;
 
-/// How one sequence's keys and values are packed: per head the keys `[len, dim]`, then the values, block of keys by block
-/// of keys, `[dim, keys]`.
+/// How one sequence's keys and values are packed. Each head has its keys `[len, dim]`, then its values as `[dim, keys]`
+/// for each block of keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
     pub(crate) heads: usize,
     /// Width of a head.
     pub(crate) dim: usize,
-    /// Keys.
+    /// Number of keys.
     pub(crate) len: usize,
 }
 
@@ -32,7 +32,7 @@ impl Plan {
         2 * self.len * self.dim
     }
 
-    /// Values a packed sequence takes.
+    /// Number of values in a packed sequence.
     pub(crate) fn sequence_len(self) -> usize {
         self.heads * self.head_len()
     }
@@ -140,7 +140,7 @@ impl Kernel for Attend<'_> {
 struct Panel<'a> {
     plan: Plan,
     head: &'a [f32],
-    /// The panel's first query, if later keys are hidden.
+    /// Index of the panel's first query, if later keys are hidden.
     causal: Option<usize>,
     scratch: &'a mut Scratch,
 }
@@ -200,7 +200,7 @@ impl<const NV: usize> Kernel for Vectors<'_, NV> {
     }
 }
 
-/// The scores of keys after a query, which are hidden from it: key `first` is the block's first, `query` the panel's.
+/// Hides the scores of keys that come after a query. `first` is the block's first key, `query` the panel's first query.
 fn hide(scores: &mut [f32], width: usize, first: usize, query: usize) {
     for (j, row) in scores.chunks_exact_mut(width).enumerate() {
         let hidden = (first + j).saturating_sub(query).min(width);
@@ -227,7 +227,7 @@ fn scale<S: Simd, const NV: usize>(simd: S, rows: &mut [f32], factor: [S::f32s; 
     }
 }
 
-/// `out[m] = sum_k a[m, k] b[k]`, a function of its own so that it has all registers to itself.
+/// `out[m] = sum_k a[m, k] b[k]`, as a separate function so that it can use all registers.
 struct Product<'a, const NV: usize> {
     /// `rows` rows of `inner` values.
     a: &'a [f32],
@@ -256,7 +256,7 @@ impl<const NV: usize> Kernel for Product<'_, NV> {
 }
 
 impl<const NV: usize> Product<'_, NV> {
-    /// Whole tiles of `MR` rows from row `m` on; returns the first row not done.
+    /// Computes whole tiles of `MR` rows from row `m` on; returns the first row not done.
     #[inline(always)]
     fn tiles<S: Simd, const MR: usize>(&mut self, simd: S, mut m: usize) -> usize {
         while m + MR <= self.rows {
@@ -275,7 +275,7 @@ impl<const NV: usize> Product<'_, NV> {
     }
 }
 
-/// `to[c, r] = from[r, c]` for `r < rows`, `c < columns`; rows of `from` and `to` are their strides apart.
+/// `to[c, r] = from[r, c]` for `r < rows`, `c < columns`; rows of `from` and `to` are one stride apart.
 #[inline(always)]
 fn transpose(from: &[f32], stride: usize, [rows, columns]: [usize; 2], to: &mut [f32], to_stride: usize) {
     const SIDE: usize = 4;

@@ -1,11 +1,12 @@
 //! The matrix product behind linear layers, convolutions and attention.
 //!
-//! `out[m, n] = bias[n] + residual[m, n] + sum_k A[m, k] B[k, n]`, where a row of A is a base offset into a buffer plus a
-//! list of contiguous segments. A linear layer has one segment; a 3x3 convolution over a padded channels-last image has
-//! three (three neighbouring pixels each), so it is an implicit product and no patch matrix is ever written.
+//! `out[m, n] = bias[n] + residual[m, n] + sum_k A[m, k] B[k, n]`, where a row of A is a base offset into a buffer plus
+//! a list of contiguous segments. A linear layer has one segment. A 3x3 convolution over a padded channels-last image
+//! has three (three neighbouring pixels each), so it is an implicit product that never writes a patch matrix.
 //!
-//! B is packed once into panels of up to three vectors of columns. A tile of rows by one panel stays in registers while
-//! the inner dimension runs; row remainders use smaller tiles whose elements see the same operations in the same order.
+//! B is packed once into panels of up to three vectors of columns. A tile of rows by one panel stays in registers
+//! during the loop over the inner dimension. Remaining rows use smaller tiles, whose elements see the same operations
+//! in the same order.
 
 use pulp::Simd;
 
@@ -13,9 +14,9 @@ use super::math::{Kernel, dispatch, lanes, outline};
 
 /// Vectors of columns in the widest panel: with eight rows, 24 of AVX-512's 32 registers accumulate.
 const PANEL_VECTORS: usize = 3;
-/// Inner dimension worked on at once, so that a panel's part stays in the first-level cache.
+/// Block size of the inner dimension, so that a panel's part stays in the first-level cache.
 const BLOCK_K: usize = 224;
-/// Rows worked on at once for one block of the inner dimension.
+/// Rows per block for one block of the inner dimension.
 const BLOCK_M: usize = 192;
 
 /// Matrix B `[k, n]`, packed in panels of columns.
@@ -40,7 +41,7 @@ impl Packed {
         Self { k, n, data, start }
     }
 
-    /// The values of column `n`, from the first row on.
+    /// The values of column `n`, starting at the first row.
     pub(crate) fn column(&self, n: usize) -> impl Iterator<Item = f32> {
         let lanes = lanes();
         let panel = panels(self.n.div_ceil(lanes)).find(|(first, vectors)| n < (first + vectors) * lanes);
@@ -55,7 +56,7 @@ impl Packed {
     }
 }
 
-/// A packed matrix somewhere in a larger buffer.
+/// A packed matrix within a larger buffer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PackedView<'a> {
     /// Rows of B.
@@ -66,12 +67,12 @@ pub(crate) struct PackedView<'a> {
     pub(crate) data: &'a [f32],
 }
 
-/// Number of values packing writes.
+/// Number of values in a packed matrix.
 fn packed_len(k: usize, n: usize) -> usize {
     k * n.next_multiple_of(lanes())
 }
 
-/// Packs a `[k, n]` matrix whose columns are `column(n)`, zero where there is none.
+/// Packs a `[k, n]` matrix whose columns are `column(n)`; missing columns are zero.
 fn pack_transposed<'a>(k: usize, n: usize, data: &mut [f32], column: impl Fn(usize) -> Option<&'a [f32]>) {
     let lanes = lanes();
     for (first, vectors) in panels(n.div_ceil(lanes)) {
@@ -94,9 +95,9 @@ pub(crate) fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..count).map(move |i| (i * base + i.min(extra), base + usize::from(i < extra)))
 }
 
-/// One product; see the module.
+/// One product; see the module documentation.
 pub(crate) struct Gemm<'a> {
-    /// The buffer A's rows lie in.
+    /// The buffer that holds A's rows.
     pub(crate) a: &'a [f32],
     /// Offset of each row of A.
     pub(crate) rows: &'a [usize],
@@ -164,14 +165,14 @@ struct Part<'p, 'g> {
     m1: usize,
     k0: usize,
     k1: usize,
-    /// The segment `k0` is in, and where in it.
+    /// The segment that contains `k0`, and the position in it.
     segment: usize,
     within: usize,
     first: usize,
 }
 
-/// `NV` vectors of columns; the last one lies partly beyond the last column unless `WHOLE`. Telling them apart at compile
-/// time keeps the sums of whole panels in registers throughout.
+/// `NV` vectors of columns; unless `WHOLE`, the last one is partly beyond the last column. Making this a compile-time
+/// parameter keeps the sums of whole panels in registers throughout.
 struct Panel<'p, 'g, const NV: usize, const WHOLE: bool>(Part<'p, 'g>);
 
 impl<const NV: usize, const WHOLE: bool> Kernel for Panel<'_, '_, NV, WHOLE> {
@@ -279,7 +280,7 @@ fn finish<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
-/// The same for a tile whose last vector lies partly beyond the last column.
+/// The same for a tile whose last vector is partly beyond the last column.
 #[inline(always)]
 fn finish_partly<S: Simd, const MR: usize, const NV: usize>(
     simd: S,
@@ -304,7 +305,7 @@ fn finish_partly<S: Simd, const MR: usize, const NV: usize>(
 
 /// The inner loop: `acc[r][v] += a[r][k] * b[k][v]`, k ascending.
 ///
-/// Every slice is cut to `len` values first, so that no bounds are checked in the loop.
+/// Slices are cut to `len` values first, so that the loop has no bounds checks.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(
     simd: S,

@@ -1,4 +1,4 @@
-//! CUDA devices, in programs built with the feature `cuda`; elsewhere there are none.
+//! CUDA devices. Programs built without the feature `cuda` have none.
 
 use candle_core::Device;
 
@@ -12,7 +12,7 @@ pub fn libraries() -> Vec<Library> {
     Vec::new()
 }
 
-/// How many devices there are.
+/// The number of devices.
 pub fn count() -> Result<usize, Unavailable> {
     #[cfg(feature = "cuda")]
     return crate::cuda::count();
@@ -41,18 +41,18 @@ pub fn is_lost(device: &Device) -> bool {
     false
 }
 
-/// Makes room after an allocation on a GPU has failed: waits for what it was asked for, and gives unused memory back.
+/// Makes room after a failed allocation on a GPU: waits for its work and returns unused memory.
 pub fn recover(device: &Device) {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device
         && let Err(error) = crate::cuda::recover(device)
     {
-        tracing::warn!(%error, "the GPU's unused memory could not be given back");
+        tracing::warn!(%error, "returning the GPU's unused memory failed");
     }
     let _ = device;
 }
 
-/// Runs work on a GPU between the calls that profilers (ncu, nsys) take for the beginning and the end of what they look at.
+/// Runs work on a GPU between the calls that start and stop a capture in profilers (ncu, nsys).
 pub fn capture<R>(device: &Device, work: impl FnOnce() -> R) -> candle_core::Result<R> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -62,7 +62,7 @@ pub fn capture<R>(device: &Device, work: impl FnOnce() -> R) -> candle_core::Res
     Ok(work())
 }
 
-/// What a GPU is called; none for the CPU.
+/// The name of a GPU; `None` for the CPU.
 pub fn name(device: &Device) -> Option<String> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -72,7 +72,7 @@ pub fn name(device: &Device) -> Option<String> {
     None
 }
 
-/// Bytes of a GPU's memory that were in use at most so far; none for the CPU.
+/// Peak memory use of a GPU so far, in bytes; `None` for the CPU.
 pub fn memory_high(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {

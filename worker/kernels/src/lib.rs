@@ -1,21 +1,22 @@
-//! The operations the models are made of, on channels-last (NHWC) tensors.
+//! The operations that the models consist of, on channels-last (NHWC) tensors.
 //!
-//! One evaluation of a latent diffusion UNet is dominated by convolutions and linear layers, and a tensor library's
-//! general operations lose most of a CPU core's arithmetic to repacking, transposing and unfused passes. The operations
-//! here keep one layout throughout, pack every weight once at load, and fuse what surrounds a product (bias, time shift,
-//! residual, the normalisation in front of a convolution) into it. Each is a candle `CustomOp` for f32 on the CPU and has a twin on
-//! CUDA devices (feature `cuda`); on any other device or data type it is spelled in plain candle operations.
+//! Convolutions and linear layers dominate an evaluation of a latent diffusion UNet. With a tensor library's general
+//! operations, a CPU core spends most of its time on repacking, transposing and unfused passes. The operations here
+//! keep one layout throughout, pack every weight once when it is loaded, and fuse the steps around a product (bias,
+//! time shift, residual, the normalisation before a convolution) into it. Each is a candle `CustomOp` for f32 on the
+//! CPU and has a counterpart on CUDA devices (feature `cuda`). Other devices and data types use plain candle
+//! operations.
 //!
 //! Two rules hold for every CPU kernel:
 //!
-//! - **Single-threaded.** An operation runs on the calling thread. The engine runs sub-batches side by side, which
+//! - **Single-threaded.** An operation runs on the calling thread. The engine runs sub-batches in parallel, which
 //!   scales better than splitting each small operation.
-//! - **Independent of the batch.** The order of floating point operations behind an output element depends on neither
-//!   the batch size, the element's place in it, nor the width of the vector registers. Every tile size accumulates over
-//!   the inner dimension in the same order with fused multiply-add, and reductions stay within an image or a row.
-//!   Scores are thus bit-identical however a job is cut into batches.
+//! - **Independent of the batch.** The order of floating point operations for an output element does not depend on the
+//!   batch size, the element's place in the batch, or the width of the vector registers. Every tile size accumulates
+//!   over the inner dimension in the same order with fused multiply-add, and reductions stay within an image or a row.
+//!   So scores are bit-identical however a job is divided into batches.
 
-/// Returns what a GPU makes of an operation, if `$x` is on one and of a type its kernels know.
+/// Runs an operation on the GPU and returns its result, if `$x` is on one and has a type its kernels support.
 macro_rules! on_gpu {
     ($x:expr, $gpu:ident => $run:expr) => {
         #[cfg(feature = "cuda")]
@@ -37,6 +38,8 @@ mod feed_forward;
 mod flash;
 mod gemm;
 pub mod gpu;
+#[cfg(feature = "cuda")]
+mod gpu_timer;
 mod linear;
 mod math;
 mod norm;

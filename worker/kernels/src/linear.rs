@@ -1,4 +1,4 @@
-//! Linear layers, also 1x1 convolutions: on channels-last tensors they are the same product.
+//! Linear layers and 1x1 convolutions, which are the same product on channels-last tensors.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
@@ -6,7 +6,7 @@ use super::cpu::{Rows, is_cpu_f32, values, with_optional};
 use super::gemm::{Gemm, Packed};
 use super::profile::{Part, timed};
 
-/// Rows worked on at once.
+/// Rows per block.
 pub(crate) const BLOCK_ROWS: usize = 128;
 
 /// `y = x W^T + b`.
@@ -41,7 +41,7 @@ impl Linear {
         Ok(Self { inputs, outputs, weights })
     }
 
-    /// `x [B, .., in]` to `[B, .., out]`; `residual`, one `[.., out]` per element of the batch, is added.
+    /// `x [B, .., in]` to `[B, .., out]`; adds `residual`, one `[.., out]` per batch element.
     pub fn forward(&self, x: &Tensor, residual: Option<Rows<'_>>) -> Result<Tensor> {
         timed(x, Part::Linear, "linear", 2 * x.elem_count() * self.outputs, || match &self.weights {
             Weights::Packed { matrix, bias } => {
@@ -139,7 +139,7 @@ impl CustomOp1 for Op<'_> {
             *last = outputs;
         }
         let rows = x.len() / inputs;
-        // Only a residual that is looked up tells an element of the batch from the next.
+        // Batch elements matter only for a residual with an index.
         let batch = if self.residual.is_some_and(|rows| rows.index.is_some()) { dims[0] } else { 1 };
         let mut out = Vec::with_capacity(rows * outputs);
         let image_rows = rows / batch.max(1);
@@ -151,7 +151,7 @@ impl CustomOp1 for Op<'_> {
                         match values.get(start..start + image_rows * outputs) {
                             Some(values) => Some(values),
                             None => {
-                                bail!("the residual of a linear layer has another shape: {:?}", rows.tensor.shape())
+                                bail!("the residual of a linear layer has the wrong shape: {:?}", rows.tensor.shape())
                             }
                         }
                     }
@@ -161,7 +161,7 @@ impl CustomOp1 for Op<'_> {
                     let rows = BLOCK_ROWS.min(image_rows - first);
                     let start = (image * image_rows + first) * inputs;
                     let done = out.len();
-                    out.resize(done + rows * outputs, 0.0); // here rather than at once: the memory is then warm
+                    out.resize(done + rows * outputs, 0.0); // per block and not all at once, so the memory is in cache
                     let residual = residual.map(|r| &r[first * outputs..]);
                     self.layer.run(&x[start..start + rows * inputs], residual, &mut out[done..]);
                 }

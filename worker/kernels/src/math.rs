@@ -1,15 +1,16 @@
 //! Branch-free elementary functions that vectorise when inlined into a SIMD kernel.
 //!
-//! They are written on scalars with explicit fused multiply-adds, so every register width (and a loop's remainder) gives
-//! the same bits. libm's functions are calls and would serialise the loops around them.
+//! They work on scalars with explicit fused multiply-adds, so every register width (and a loop's remainder) gives the
+//! same bits. libm's functions are calls, which would keep the loops around them from vectorising.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// A body to run with the machine's widest vector instructions enabled.
+/// Code to run with the machine's widest vector instructions enabled.
 pub(crate) trait Kernel {
-    /// What the kernel returns.
+    /// The kernel's result.
     type Output;
-    /// Runs it; implementations are marked `inline(always)` so that they compile with the dispatcher's features.
+    /// Runs the kernel. Implementations are marked `inline(always)` so that they compile with the dispatcher's CPU
+    /// features.
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
@@ -24,12 +25,12 @@ impl<K: Kernel> WithSimd for Adapter<K> {
     }
 }
 
-/// Runs a kernel with the best instruction set found at run time.
+/// Runs a kernel with the best instruction set available at run time.
 pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     Arch::new().dispatch(Adapter(kernel))
 }
 
-/// Runs a kernel as a function of its own within a kernel, so that it gets its own register allocation.
+/// Runs a kernel within another one as a separate function, so that it gets its own register allocation.
 #[inline(always)]
 pub(crate) fn outline<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
     simd.vectorize(Adapter(kernel))
@@ -48,10 +49,10 @@ pub(crate) fn lanes() -> usize {
     dispatch(Lanes)
 }
 
-/// 1.5 * 2^23: adding it rounds to an integer, which is left in the low bits of the mantissa.
+/// 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;
 
-/// e^x with a relative error below 2e-7 on [-87, 88]; clamped outside, NaN stays NaN.
+/// e^x with a relative error below 2e-7 on [-87, 88]; inputs outside are clamped, NaN stays NaN.
 ///
 /// Cody and Waite's reduction by multiples of ln 2 in two parts, then Cephes' expf polynomial.
 #[inline(always)]
@@ -75,7 +76,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 
 /// 2^x with a relative error below 2e-7 for x from -126 to 0; smaller x count as -126, NaN stays NaN.
 ///
-/// 2^n by the exponent's bits, times a minimax polynomial for the rest in [-1/2, 1/2].
+/// 2^n from the exponent bits, times a minimax polynomial for the rest in [-1/2, 1/2].
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     use std::f32::consts::LN_2;
@@ -138,7 +139,7 @@ pub(crate) fn erf(x: f32) -> f32 {
     x * a / b
 }
 
-/// Sum of a slice in sixteen partial sums, the same order on every machine.
+/// Sum of a slice in sixteen partial sums, in the same order on every machine.
 #[inline(always)]
 pub(crate) fn sum(values: &[f32], map: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0.0f32; 16];
@@ -154,7 +155,7 @@ pub(crate) fn sum(values: &[f32], map: impl Fn(f32) -> f32) -> f32 {
     fold(lanes, |a, b| a + b)
 }
 
-/// Reduces sixteen lanes pairwise; the fixed loops become shuffles.
+/// Reduces sixteen lanes pairwise; the compiler turns the fixed loops into shuffles.
 #[inline(always)]
 pub(crate) fn fold(lanes: [f32; 16], f: impl Fn(f32, f32) -> f32) -> f32 {
     let (mut eight, mut four) = ([0.0; 8], [0.0; 4]);

@@ -1,7 +1,7 @@
 //! Group and layer normalisation.
 //!
-//! Means and variances are taken in two passes (the variance about the mean), which keeps f32 accurate; group sums over
-//! many pixels are carried in f64 per block of pixels.
+//! Means and variances take two passes (the variance about the mean), which keeps f32 accurate. Group sums over many
+//! pixels are accumulated in f64, block by block.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use pulp::Simd;
@@ -10,7 +10,7 @@ use super::cpu::{full_precision, is_cpu_f32, values};
 use super::math::{Kernel, dispatch, silu, sum};
 use super::profile::{Part, timed};
 
-/// Pixels summed in f32 before the sum is carried in f64.
+/// Pixels summed in f32 before the sum is added in f64.
 const BLOCK: usize = 64;
 
 /// Group normalisation over the pixels and the channels of a group, per image.
@@ -24,20 +24,17 @@ pub struct GroupNorm {
 }
 
 impl GroupNorm {
-    /// A layer of `groups` groups with weight and bias `[C]`.
+    /// A layer with `groups` groups, and weight and bias `[C]`.
     pub fn new(groups: usize, eps: f64, weight: &Tensor, bias: &Tensor) -> Result<Self> {
         let channels = weight.dim(0)?;
         if groups == 0 || !channels.is_multiple_of(groups) {
             bail!("{channels} channels do not divide into {groups} groups");
         }
-        let cpu = match is_cpu_f32(weight) {
-            true => Some((weight.to_vec1()?, bias.to_vec1()?)),
-            false => None,
-        };
+        let cpu = if is_cpu_f32(weight) { Some((weight.to_vec1()?, bias.to_vec1()?)) } else { None };
         Ok(Self { groups, eps, weight: weight.clone(), bias: bias.clone(), cpu })
     }
 
-    /// Splits the layer into one for the first `channels` channels and one for the others, if no group holds both.
+    /// Splits the layer into one for the first `channels` channels and one for the others, if no group contains both.
     pub fn split(&self, channels: usize) -> Result<Option<(Self, Self)>> {
         let all = self.weight.dim(0)?;
         let per_group = all / self.groups;
@@ -51,7 +48,7 @@ impl GroupNorm {
         Ok(Some((part(0, channels)?, part(channels, all - channels)?)))
     }
 
-    /// `x [B, .., C]` normalised, then passed through SiLU if `activate`.
+    /// Normalises `x [B, .., C]`, then applies SiLU if `activate`.
     pub fn forward(&self, x: &Tensor, activate: bool) -> Result<Tensor> {
         timed(x, Part::Norm, "group-norm", 0, || {
             on_gpu!(x, gpu => gpu.group_norm(x, self.on_gpu(), activate));
@@ -76,13 +73,13 @@ impl GroupNorm {
         x.broadcast_mul(&self.weight)?.broadcast_add(&self.bias)
     }
 
-    /// The layer as a GPU takes it.
+    /// The layer in the form the GPU code takes.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_gpu(&self) -> crate::cuda::norm::Group<'_> {
         crate::cuda::norm::Group { groups: self.groups, eps: self.eps, weight: &self.weight, bias: &self.bias }
     }
 
-    /// Factor and summand per channel that normalise one image `[pixels, C]`.
+    /// Scale and shift per channel that normalise one image `[pixels, C]`.
     pub(crate) fn affine(&self, image: &[f32]) -> Result<Affine> {
         match &self.cpu {
             Some((weight, bias)) if !weight.is_empty() && image.len().is_multiple_of(weight.len()) => {
@@ -155,7 +152,7 @@ impl Kernel for Stats<'_> {
 }
 
 impl Stats<'_> {
-    /// Per channel the sum over pixels of `map(x, mean)`.
+    /// For each channel, the sum over pixels of `map(x, mean)`.
     #[inline(always)]
     fn totals(&self, means: &[f32], map: impl Fn(f32, f32) -> f32) -> Vec<f64> {
         let channels = means.len();
@@ -209,7 +206,7 @@ impl CustomOp1 for GroupOp<'_> {
     }
 }
 
-/// [`Affine::apply`] as a kernel of its own.
+/// [`Affine::apply`] as a separate kernel.
 struct Apply<'a> {
     affine: &'a Affine,
     from: &'a [f32],
@@ -238,14 +235,11 @@ pub struct LayerNorm {
 impl LayerNorm {
     /// A layer with weight and bias `[C]`.
     pub fn new(eps: f64, weight: &Tensor, bias: &Tensor) -> Result<Self> {
-        let cpu = match is_cpu_f32(weight) {
-            true => Some((weight.to_vec1()?, bias.to_vec1()?)),
-            false => None,
-        };
+        let cpu = if is_cpu_f32(weight) { Some((weight.to_vec1()?, bias.to_vec1()?)) } else { None };
         Ok(Self { eps, weight: weight.clone(), bias: bias.clone(), cpu })
     }
 
-    /// `x [.., C]` normalised.
+    /// Normalises `x [.., C]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         timed(x, Part::Norm, "layer-norm", 0, || {
             on_gpu!(x, gpu => gpu.layer_norm(x, &self.weight, &self.bias, self.eps));
@@ -282,7 +276,7 @@ pub(crate) struct LayerOp<'a> {
 }
 
 impl<'a> LayerOp<'a> {
-    /// A norm with weight and bias of one length.
+    /// A norm whose weight and bias have the same length.
     pub(crate) fn new(weight: &'a [f32], bias: &'a [f32], eps: f32) -> Self {
         Self { weight, bias, eps }
     }

@@ -1,4 +1,5 @@
-//! Where an engine's time goes: while a profile is taken, every operation tells what it was, when, and how much arithmetic.
+//! Profiles where an engine spends its time. While a profile is taken, every operation records its kind, its time and
+//! its arithmetic.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Result, Tensor};
 
-/// What kind of work an operation is.
+/// The kind of work of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
-    /// Convolutions; on the CPU with the norm in front of them, which is part of the operation there.
+    /// Convolutions; on the CPU including the norm before them, which is part of the operation there.
     Convolution,
     /// Linear layers and feed-forwards.
     Linear,
@@ -22,7 +23,7 @@ pub enum Part {
 }
 
 impl Part {
-    /// Every part, by its name.
+    /// Every part with its name.
     pub const ALL: [(Self, &'static str); 5] = [
         (Self::Convolution, "conv"),
         (Self::Linear, "linear"),
@@ -40,13 +41,13 @@ impl Part {
 /// One operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
-    /// What kind of work it was.
+    /// Its kind of work.
     pub part: Part,
     /// Its name.
     pub name: &'static str,
-    /// The thread it ran on, counted from 0 as they turn up.
+    /// The thread it ran on, numbered from 0 in order of appearance.
     pub thread: u32,
-    /// When it began, from the profile's start.
+    /// When it began, relative to the profile's start.
     pub start: Duration,
     /// How long it took.
     pub time: Duration,
@@ -54,7 +55,7 @@ pub struct Span {
     pub flops: u64,
 }
 
-/// A profile being taken. One at a time per process: a second one waits for the first.
+/// A profile being taken. There is one at a time per process; a second one waits for the first.
 #[derive(Debug)]
 pub struct Profile {
     _only: MutexGuard<'static, ()>,
@@ -74,7 +75,7 @@ fn spans() -> MutexGuard<'static, Option<(Instant, Vec<Span>)>> {
 }
 
 impl Profile {
-    /// Begins to record the operations of all threads.
+    /// Starts recording the operations of all threads.
     pub fn start() -> Self {
         let only = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         *spans() = Some((Instant::now(), Vec::new()));
@@ -82,7 +83,7 @@ impl Profile {
         Self { _only: only }
     }
 
-    /// What was recorded, and for how long.
+    /// Stops recording; returns the operations and the duration.
     pub fn finish(self) -> (Vec<Span>, Duration) {
         ON.store(false, Ordering::Relaxed);
         spans().take().map_or_else(Default::default, |(start, spans)| (spans, start.elapsed()))
@@ -95,9 +96,9 @@ impl Drop for Profile {
     }
 }
 
-/// Runs an operation on `x` of so many floating point operations, recording it if a profile is being taken.
+/// Runs an operation on `x` that takes `flops` floating point operations, and records it if a profile is being taken.
 ///
-/// On a GPU its own clock is asked, and waited for: while a profile is taken, operations run one after the other.
+/// On a GPU this uses the GPU's clock and waits for it, so operations run one after the other while a profile is taken.
 pub(crate) fn timed<R>(
     x: &Tensor,
     part: Part,
@@ -110,10 +111,10 @@ pub(crate) fn timed<R>(
     }
     let began = Instant::now();
     #[cfg(feature = "cuda")]
-    let before = crate::cuda::mark(x)?;
+    let before = crate::gpu_timer::mark(x)?;
     let result = operation();
     #[cfg(feature = "cuda")]
-    let on_device = match (before, crate::cuda::mark(x)?) {
+    let on_device = match (before, crate::gpu_timer::mark(x)?) {
         (Some(before), Some(after)) => Some(before.until(&after)?),
         _ => None,
     };

@@ -1,11 +1,11 @@
-//! Copies that change an image's shape or place, and those to and from the device.
+//! Copies that change an image's shape or layout, and copies to and from the device.
 
 use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Rows, is_cpu_f32, values, with_values};
 use super::profile::{Part, timed};
 
-/// Values as an f32 tensor on a device. On a GPU the copy is made when it gets there, and not waited for.
+/// Values as an f32 tensor on a device. On a GPU the copy is enqueued and not waited for.
 pub fn upload(values: &[f32], shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(gpu) = crate::cuda::Gpu::behind(device)? {
@@ -14,13 +14,14 @@ pub fn upload(values: &[f32], shape: impl Into<Shape>, device: &Device) -> Resul
     Tensor::from_slice(values, shape, device)
 }
 
-/// The values of a tensor in f32. On a GPU what makes them is waited for, but not what was asked of it afterwards.
+/// The values of a tensor in f32. On a GPU this waits for the work that computes them, but not for work enqueued
+/// afterwards.
 pub fn download(x: &Tensor) -> Result<Vec<f32>> {
     Download::start(x)?.wait()
 }
 
-/// Values on their way from a device. On a GPU the copy takes its place among what the device was asked for when it is
-/// started, so start it before giving the device to others, and wait for it afterwards.
+/// A pending copy of values from a device. On a GPU the copy is enqueued when it is started, so start it before letting
+/// others use the device, and wait for it afterwards.
 #[derive(Debug)]
 pub struct Download(Source);
 
@@ -32,7 +33,7 @@ enum Source {
 }
 
 impl Download {
-    /// Asks for the values of a tensor in f32.
+    /// Enqueues a copy of the values of a tensor in f32.
     pub fn start(x: &Tensor) -> Result<Self> {
         if x.elem_count() == 0 {
             return Ok(Self(Source::Host(Vec::new())));
@@ -42,7 +43,7 @@ impl Download {
         Ok(Self(Source::Host(x.flatten_all()?.to_vec1()?)))
     }
 
-    /// The values, in the order of the tensor.
+    /// Waits for the values; returns them in the order of the tensor.
     pub fn wait(self) -> Result<Vec<f32>> {
         match self.0 {
             Source::Host(values) => Ok(values),
@@ -56,10 +57,7 @@ impl Download {
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     timed(x, Part::Other, "upsample", 0, || {
         on_gpu!(x, gpu => gpu.upsample(x));
-        match is_cpu_f32(x) {
-            true => x.contiguous()?.apply_op1_no_bwd(&Upsample),
-            false => plain_upsample(x),
-        }
+        if is_cpu_f32(x) { x.contiguous()?.apply_op1_no_bwd(&Upsample) } else { plain_upsample(x) }
     })
 }
 
@@ -97,9 +95,10 @@ impl CustomOp1 for Upsample {
 pub fn concat_channels(x: &Tensor, other: Rows<'_>) -> Result<Tensor> {
     timed(x, Part::Other, "concat", 0, || {
         on_gpu!(x, gpu => gpu.concat(x, other));
-        match is_cpu_f32(x) && is_cpu_f32(other.tensor) {
-            true => x.contiguous()?.apply_op1_no_bwd(&Concat { other }),
-            false => plain_concat(x, other),
+        if is_cpu_f32(x) && is_cpu_f32(other.tensor) {
+            x.contiguous()?.apply_op1_no_bwd(&Concat { other })
+        } else {
+            plain_concat(x, other)
         }
     })
 }
@@ -123,7 +122,7 @@ impl CustomOp1 for Concat<'_> {
         let (b, h, w, c1) = layout.shape().dims4()?;
         let (_, h2, w2, c2) = self.other.tensor.dims4()?;
         if (h, w) != (h2, w2) {
-            bail!("images of {h}x{w} and {h2}x{w2} pixels can not be joined");
+            bail!("images of {h}x{w} and {h2}x{w2} pixels can't be joined");
         }
         let mut out = Vec::with_capacity(b * h * w * (c1 + c2));
         with_values(self.other.tensor, |all| {
@@ -145,10 +144,7 @@ pub fn gather(x: &Tensor, index: &[u32]) -> Result<Tensor> {
     let rows = Rows::indexed(x, index);
     timed(x, Part::Other, "gather", 0, || {
         on_gpu!(x, gpu => gpu.gather(x, index));
-        match is_cpu_f32(x) {
-            true => x.contiguous()?.apply_op1_no_bwd(&Gather { rows, index }),
-            false => rows.materialise(),
-        }
+        if is_cpu_f32(x) { x.contiguous()?.apply_op1_no_bwd(&Gather { rows, index }) } else { rows.materialise() }
     })
 }
 

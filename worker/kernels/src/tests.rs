@@ -1,8 +1,8 @@
-//! Every kernel against the plain candle formulation of the same operation in double precision on the CPU, and bit for bit
-//! across batches.
+//! Compares every kernel with plain candle operations in double precision on the CPU, and checks that results are
+//! bit-identical across batches.
 //!
-//! The kernels are those of the CPU, or of the device `ELBO_TEST_DEVICE` names (`cuda:0`) in the type of `ELBO_TEST_DTYPE`
-//! (f32, f16 or bf16).
+//! The tests use the CPU's kernels, or those of the device in `ELBO_TEST_DEVICE` (`cuda:0`) with the type in
+//! `ELBO_TEST_DTYPE` (f32, f16 or bf16).
 
 use std::sync::OnceLock;
 
@@ -21,7 +21,7 @@ fn device() -> Device {
     DEVICE.get_or_init(open).clone()
 }
 
-/// What they compute in, and its distance from 1 to the next number.
+/// The type they compute in, and its distance from 1 to the next number.
 fn dtype() -> (DType, f64) {
     match std::env::var("ELBO_TEST_DTYPE").ok().as_deref() {
         Some("f16") => (DType::F16, 2f64.powi(-10)),
@@ -30,7 +30,7 @@ fn dtype() -> (DType, f64) {
     }
 }
 
-/// Values in about [-2, 2], different for every seed.
+/// Values roughly in [-2, 2], different for every seed.
 fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
     let shape = shape.into();
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678;
@@ -43,7 +43,7 @@ fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
     placed(&Tensor::from_vec(values, shape, &Device::Cpu).unwrap())
 }
 
-/// A tensor where the kernels run, in the type they compute in.
+/// The tensor on the kernels' device, in their type.
 fn placed(t: &Tensor) -> Tensor {
     t.to_dtype(dtype().0).unwrap().to_device(&device()).unwrap()
 }
@@ -60,7 +60,8 @@ fn assert_close(found: &Tensor, expected: &Tensor, tolerance: f64) {
     assert!(difference <= tolerance * scale, "{difference} against a scale of {scale}");
 }
 
-/// On the CPU in double precision, where operations take their plain path: the reference for the kernels' rounding.
+/// The tensor in double precision on the CPU, where operations use plain candle: the reference for the kernels'
+/// rounding.
 fn wide(t: &Tensor) -> Tensor {
     host(t).to_dtype(DType::F64).unwrap()
 }
@@ -143,7 +144,7 @@ fn convolution_matches_plain() {
         (9, 8, 12, 5, 2, Padding::After),
         (70, 65, 40, 4, 1, Padding::Around),
         (66, 64, 48, 8, 2, Padding::After),
-        // Large enough for Winograd's tiles: whole strips, and a rest.
+        // Large enough for Winograd's tiles: whole strips and a remainder.
         (16, 16, 32, 48, 1, Padding::Around),
         (18, 40, 16, 80, 1, Padding::Around),
         (70, 64, 48, 16, 1, Padding::Around),
@@ -292,11 +293,11 @@ fn copies_match_plain() {
 }
 
 #[test]
-fn index_lists_come_and_go_while_one_stays_in_use() {
+fn an_index_list_stays_valid_while_others_are_evicted() {
     let (heads, q, k) = (2, random((3, 9, 16), 1), random((2, 7, 16), 2));
     let cache = KeyValues::new(&k, &k, heads).unwrap();
     for round in 0..40u32 {
-        // The queries' list is the same in every round, the sequences' another each time.
+        // The queries' list is the same in every round, the sequences' list changes each time.
         let pairs: Vec<_> = (0..6).map(|i| (i % 3, round >> i & 1)).collect();
         let found = cross_attention(&q, &cache, &pairs).unwrap();
         let (queries, sequences): (Vec<u32>, Vec<u32>) = pairs.iter().copied().unzip();
@@ -309,7 +310,7 @@ fn index_lists_come_and_go_while_one_stays_in_use() {
 fn mean_errors_match_plain() {
     let single = |shape: &[usize], seed| random(shape, seed).to_dtype(DType::F32).unwrap();
     let (noisy, targets, mix) = (single(&[2, 5, 4, 3], 1), single(&[2, 5, 4, 3], 2), single(&[2, 2], 3));
-    // As many channels as the targets, and as many again for a variance.
+    // As many channels as the targets, and twice as many when the variance is predicted too.
     for (channels, seed) in [(3, 4), (6, 5)] {
         let output = random((4, 5, 4, channels), seed);
         for deviation in [Deviation::Squared, Deviation::Absolute, Deviation::Huber] {
@@ -340,7 +341,7 @@ fn values_come_back_from_the_device() {
 }
 
 #[test]
-fn nothing_gives_nothing() {
+fn empty_inputs_give_empty_outputs() {
     let x = random((3, 5, 8), 1);
     let none = gather(&x, &[]).unwrap();
     assert_eq!(none.dims(), [0, 5, 8]);
@@ -352,7 +353,7 @@ fn nothing_gives_nothing() {
 }
 
 #[test]
-fn a_copy_that_nobody_waits_for_harms_no_other() {
+fn a_dropped_copy_does_not_affect_others() {
     let (x, y) = (random((64, 64), 1), random((64, 64), 2));
     drop(Download::start(&x).unwrap());
     let (first, second) = (Download::start(&x).unwrap(), Download::start(&y).unwrap());
@@ -367,7 +368,7 @@ fn a_copy_that_nobody_waits_for_harms_no_other() {
 }
 
 #[test]
-fn an_image_alone_gives_the_bits_it_gives_in_a_batch() {
+fn an_image_gives_the_same_bits_alone_and_in_a_batch() {
     let x = random((7, 5, 9, 48), 1);
     let conv = Conv2d::new(&random((50, 48, 3, 3), 2), None, 1, Padding::Around).unwrap();
     let norm = GroupNorm::new(8, 1e-5, &random(48, 3), &random(48, 4)).unwrap();
@@ -385,7 +386,7 @@ fn an_image_alone_gives_the_bits_it_gives_in_a_batch() {
 }
 
 #[test]
-fn misfits_are_errors() {
+fn mismatched_shapes_are_errors() {
     let layer = Linear::new(&random((4, 6), 1), None).unwrap();
     assert!(layer.forward(&random((2, 5), 2), None).is_err());
     let wrong = random((2, 3), 3);

@@ -1,4 +1,4 @@
-//! What CUDA needs: devices, or why there are none, and the libraries that were opened.
+//! Why a CUDA device can't be used, and which CUDA libraries are open.
 
 use std::path::PathBuf;
 
@@ -9,22 +9,22 @@ pub enum Unavailable {
     #[error("this program was built without CUDA: build it with deploy/cuda/build.sh, or use --device cpu")]
     Build,
     /// A library is not installed.
-    #[error("{0} is missing: install it, or set LD_LIBRARY_PATH to where it is; --device cpu needs none")]
+    #[error("{0} is missing: install it, or set LD_LIBRARY_PATH to its directory; --device cpu does not need it")]
     Library(&'static str),
-    /// The machine has fewer devices, or shows fewer.
+    /// The machine has fewer devices, or exposes fewer.
     #[error("there is no cuda:{number}: this machine has {count} CUDA devices, counted from 0{shown}", shown = shown())]
     NoSuchDevice {
-        /// What was asked for.
+        /// The requested device.
         number: usize,
-        /// How many there are.
+        /// The number of devices.
         count: usize,
     },
-    /// The driver refuses.
-    #[error("the NVIDIA driver says: {0}; CUDA 13 needs driver 580 or newer (see nvidia-smi){shown}", shown = shown())]
+    /// The driver reports an error.
+    #[error("the NVIDIA driver reports: {0}; CUDA 13 needs driver 580 or newer (see nvidia-smi){shown}", shown = shown())]
     Driver(String),
 }
 
-/// What else decides which devices there are.
+/// The setting that hides devices, if there is one.
 fn shown() -> String {
     let value = std::env::var("CUDA_VISIBLE_DEVICES");
     value.map_or_else(|_| String::new(), |value| format!(", and CUDA_VISIBLE_DEVICES='{value}' hides all others"))
@@ -33,9 +33,9 @@ fn shown() -> String {
 /// One of CUDA's libraries that this process has opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Library {
-    /// Its name without a version, like libcublasLt.
+    /// Its name without a version, such as libcublasLt.
     pub name: String,
-    /// What it says its version is, if it is one of those that are asked.
+    /// The version it reports, if it has a call for it.
     pub version: Option<String>,
     /// Its file.
     pub path: PathBuf,

@@ -1,22 +1,23 @@
-//! 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, CVPR 2016): 16 multiplications for four
-//! outputs where the definition takes 36.
+//! 3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, CVPR 2016): 16 multiplications for
+//! four outputs, where direct convolution takes 36.
 //!
-//! Tiles of 4x4 input pixels, two apart, are transformed by `B^T d B`; for each of the 16 positions in a tile a matrix
-//! product over the channels follows, with kernels transformed by `G g G^T` once; `A^T m A` of the 16 results gives 2x2
-//! outputs. B and A hold 0, 1 and -1 alone, so that no digits are lost but those of a few more additions.
+//! Tiles of 4x4 input pixels, two apart, are transformed by `B^T d B`. A matrix product over the channels follows for
+//! each of the 16 positions in a tile, with kernels that were transformed once by `G g G^T`. `A^T m A` of the 16
+//! results gives 2x2 outputs. B and A contain only 0, 1 and -1, so the only loss of precision comes from a few more
+//! additions.
 
 use pulp::Simd;
 
 use super::gemm::{Gemm, Packed};
 use super::math::{Kernel, dispatch, outline};
 
-/// Positions of a tile.
+/// Positions in a tile.
 const POSITIONS: usize = 16;
-/// Tiles worked on at once: enough that reading the kernels is little beside multiplying with them.
+/// Tiles per block: enough that reading the kernels costs little compared to multiplying with them.
 const TILES: usize = 64;
-/// Channels, in and out, come in multiples of the widest vectors.
+/// Input and output channels must be multiples of this, the width of the widest vectors.
 const CHANNELS: usize = 16;
-/// Tiles an image must have for the transforms to be worth their while.
+/// Minimum number of tiles in an image for the transforms to pay off.
 const LEAST_TILES: usize = 64;
 
 /// Transformed kernels.
@@ -28,7 +29,7 @@ pub(crate) struct Winograd {
     kernels: Vec<Packed>,
 }
 
-/// Whether images with outputs of this size are convolved this way.
+/// Whether to use this method for outputs of this size.
 pub(crate) fn suits(inputs: usize, outputs: usize, height: usize, width: usize) -> bool {
     inputs.is_multiple_of(CHANNELS)
         && outputs.is_multiple_of(CHANNELS)
@@ -37,11 +38,11 @@ pub(crate) fn suits(inputs: usize, outputs: usize, height: usize, width: usize) 
         && height * width / 4 >= LEAST_TILES
 }
 
-/// A strip of an image: some rows of its outputs.
+/// A strip of an image: some of its output rows.
 pub(crate) struct Strip<'a> {
-    /// The padded input behind the outputs, `[rows + 2, width + 2, Cin]`.
+    /// The padded input for the outputs, `[rows + 2, width + 2, Cin]`.
     pub(crate) padded: &'a [f32],
-    /// Rows and columns of outputs; even.
+    /// Output rows and columns; both even.
     pub(crate) rows: usize,
     pub(crate) width: usize,
     /// Added to every output, `[Cout]`.
@@ -52,7 +53,7 @@ pub(crate) struct Strip<'a> {
     pub(crate) out: &'a mut [f32],
 }
 
-/// Transformed inputs and products of a strip, reused from one to the next.
+/// Transformed inputs and products of a strip, reused from strip to strip.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     inputs: Vec<f32>,
@@ -61,7 +62,7 @@ pub(crate) struct Scratch {
 }
 
 impl Winograd {
-    /// Transforms the kernels of a convolution packed as a product over `(y, x, channel)`.
+    /// Transforms the kernels of a convolution that is packed as a product over `(y, x, channel)`.
     pub(crate) fn new(inputs: usize, outputs: usize, packed: &Packed) -> Self {
         let mut transformed = vec![0.0; POSITIONS * outputs * inputs];
         for n in 0..outputs {
@@ -77,7 +78,7 @@ impl Winograd {
         Self { inputs, outputs, kernels: transformed.chunks_exact(outputs * inputs).map(of_position).collect() }
     }
 
-    /// Rows of outputs worked on at once.
+    /// Output rows per strip.
     pub(crate) fn strip(width: usize, height: usize) -> usize {
         (2 * TILES.div_ceil(width / 2)).min(height)
     }
@@ -151,7 +152,7 @@ impl Kernel for ToTiles<'_, '_> {
                     let from = &strip.padded[corner + y * row + x * channels + c..][..lanes];
                     S::as_simd_f32s(from).0[0]
                 };
-                // Columns of B^T d, then its rows times B.
+                // The columns of B^T d, then its rows times B.
                 let columns: [_; 4] = [0, 1, 2, 3].map(|x| input(simd, [at(0, x), at(1, x), at(2, x), at(3, x)]));
                 for y in 0..4 {
                     for (x, value) in input(simd, columns.map(|column| column[y])).into_iter().enumerate() {

@@ -1,8 +1,8 @@
-//! Evaluations per second of the UNet on one thread, for the digits model with ten prompts per point.
+//! Measures the UNet's evaluations per second on one thread, for the digits model with ten prompts per point.
 //!
 //! `cargo bench --bench unet`; the throughput column counts evaluations.
 
-#![allow(clippy::panic)] // a benchmark has nobody to return an error to
+#![allow(clippy::panic)] // a benchmark has no caller to return an error to
 
 use std::path::Path;
 
@@ -35,7 +35,7 @@ fn forward(bencher: divan::Bencher<'_, '_>, points: usize) {
         Ok::<_, elbo_models::ModelError>((conditions, model.network().time_cache(&timesteps, &times)?, latents))
     })();
     let Ok((conditions, times, latents)) = prepared else {
-        panic!("the model can not be prepared");
+        panic!("preparing the model failed");
     };
     let evaluations: Vec<(u32, u32)> = (0..points as u32).flat_map(|p| (0..PROMPTS).map(move |c| (p, c))).collect();
     let pass = Pass { latents: &latents, timesteps: &timesteps, evaluations: &evaluations };

@@ -1,8 +1,8 @@
-//! Reading a model directory in diffusers' layout: JSON configurations and safetensors weights.
+//! Reads a model directory in diffusers' layout: JSON configurations and safetensors weights.
 //!
-//! A component's weights are one file or several shards with an index, in one of several variants. Files are mapped,
-//! not read, and every tensor is converted when a layer takes it: host memory holds one weight at a time beside the
-//! layers, and a mistake names the file and the key.
+//! A component's weights are one file, or several shards with an index, in one of several variants. Files are mapped,
+//! not read, and every tensor is converted when a layer takes it. So host memory holds one weight at a time besides the
+//! layers, and an error names the file and the key.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use super::stored::StoredWeights;
 #[derive(Debug)]
 pub struct Weights {
     stored: StoredWeights,
-    /// The directory's name, by which adapters call the component.
+    /// The directory's name, which adapters use as the component's name.
     component: String,
     loras: Vec<Arc<Lora>>,
     device: Device,
@@ -30,12 +30,12 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Opens the weights `<stem>[.<variant>].safetensors` or their shards in `dir`, for layers to take them as `options` say.
+    /// Opens the weights `<stem>[.<variant>].safetensors` or their shards in `dir`. Layers get them as `options` say.
     pub fn open(dir: &Path, stem: &str, options: &LoadOptions) -> Result<Self, ModelError> {
         Self::open_named(dir, stem, as_stored, options)
     }
 
-    /// Like [`Weights::open`] for weights that have had other names.
+    /// Like [`Weights::open`], for weights that had other names in some versions.
     pub(crate) fn open_named(
         dir: &Path,
         stem: &str,
@@ -72,7 +72,7 @@ impl Weights {
         Params { weights: self, prefix: name.to_owned() }
     }
 
-    /// A weight with every adapter's change to it, as layers hold it.
+    /// A weight with every adapter's change, rounded and placed for the layers.
     fn take(&self, key: &str, stored: &Tensor, shape: &[usize]) -> Result<Tensor, ModelError> {
         let mut weight = stored.reshape(shape)?;
         for lora in &self.loras {
@@ -83,7 +83,7 @@ impl Weights {
         self.held(&weight)
     }
 
-    /// A weight as layers hold it.
+    /// Rounds a weight and places it on the layers' device.
     fn held(&self, weight: &Tensor) -> Result<Tensor, ModelError> {
         Ok(self.precision.round(weight)?.to_device(&self.device)?)
     }
@@ -102,12 +102,12 @@ impl Params<'_> {
         Self { weights: self.weights, prefix: self.name(name) }
     }
 
-    /// Where layers get their weights.
+    /// The layers' device.
     pub(crate) fn device(&self) -> &Device {
         &self.weights.device
     }
 
-    /// The type layers get their weights in.
+    /// The type of the layers' weights.
     pub(crate) fn dtype(&self) -> DType {
         self.weights.precision.compute
     }
@@ -122,7 +122,7 @@ impl Params<'_> {
         self.get_any(name, &[shape])
     }
 
-    /// The weight `name`, stored in one of several shapes; it is returned in the first.
+    /// The weight `name`, stored in one of several shapes; returned in the first of them.
     pub fn get_any(&self, name: &str, shapes: &[&[usize]]) -> Result<Tensor, ModelError> {
         let shape = shapes.first().copied().unwrap_or_default();
         if let WeightsFrom::Seed(seed) = self.weights.from {

@@ -1,8 +1,8 @@
 //! CLIP's text encoder (Radford et al., 2021), which turns prompts into a network's conditioning.
 //!
-//! Stable Diffusion conditions on the last hidden state after the final layer norm, its successors on the one before the
-//! last layer and on the pooled embedding. All 77 positions count: there is no attention mask, so padding tokens carry
-//! information too.
+//! Stable Diffusion conditions on the last hidden state after the final layer norm, its successors on the one before
+//! the last layer and on the pooled embedding. There is no attention mask, so all 77 positions count and padding tokens
+//! carry information too.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use super::probe::Probe;
 use super::settings::read_config;
 use super::settings::unsupported;
 
-/// What this needs of the text encoder's `config.json`, with transformers' defaults.
+/// The settings used from the text encoder's `config.json`, with transformers' defaults.
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 struct ClipConfig {
@@ -64,7 +64,7 @@ pub struct ClipTextModel {
     eos: u32,
 }
 
-/// What the encoder says of `N` texts.
+/// The encoder's output for `N` texts.
 #[derive(Debug)]
 pub struct ClipOutput {
     /// The state after the last layer and the final layer norm, `[N, 77, C]`.
@@ -150,9 +150,9 @@ impl ClipTextModel {
     }
 }
 
-/// The position whose state stands for the whole text: the first end token, as transformers finds it.
+/// The position whose state stands for the whole text: the first end token, as in transformers.
 ///
-/// Configurations written before the token had its right id say 2; the end token is then the largest id.
+/// Old configurations give the wrong id 2 for the end token. For these, the end token is the largest id.
 fn end_of_text(ids: &[u32], eos: u32) -> usize {
     let eos = if eos == 2 { ids.iter().copied().max().unwrap_or_default() } else { eos };
     ids.iter().position(|&id| id == eos).unwrap_or_default()

@@ -1,7 +1,9 @@
-//! Models that were distilled from others: to fewer steps (Turbo, Lightning, LCM) or to fewer layers (BK-SDM, SSD-1B).
+//! Detects models that were distilled from others: to fewer steps (Turbo, Lightning, LCM) or to fewer layers (BK-SDM,
+//! SSD-1B).
 //!
-//! What such a model generates was measured by whoever made it. The errors that labels rest on were not, so whoever looks at
-//! one is told. There is no one setting that says it: signs are settings that no other model has, and the names of models.
+//! The authors of such a model measured its generated images. The errors that labels depend on were never measured, so
+//! `elbo inspect` warns about it. No single setting marks a distilled model. The signs are settings that no other model
+//! has, and model names.
 
 use std::path::Path;
 
@@ -11,28 +13,29 @@ use serde_json::Value;
 use super::family::Family;
 use super::settings::read_json;
 
-/// How models distilled to fewer steps are called.
+/// Name parts of models distilled to fewer steps.
 const FEWER_STEPS: [&str; 11] =
     ["turbo", "lightning", "lcm", "hyper-sd", "hyper-sdxl", "tcd", "dmd", "dmd2", "schnell", "instaflow", "distilled"];
 
-/// How models distilled to fewer layers are called.
+/// Name parts of models distilled to fewer layers.
 const FEWER_LAYERS: [&str; 8] =
     ["bk-sdm", "tiny-sd", "small-sd", "ssd-1b", "segmind-vega", "koala-700m", "koala-1b", "sdxs"];
 
 /// The scheduler's configuration.
 const SCHEDULER: &str = "scheduler/scheduler_config.json";
 
-/// Channels of the finest level of every released Stable Diffusion: each of their levels has two resnets on the way down.
+/// Channels of the finest level in every released Stable Diffusion. Each of their levels has two resnets on the way
+/// down.
 const FULL_WIDTH: u64 = 320;
 
-/// What to say of the model in `dir`, which its user knows as `called`; nothing if it has no sign of having been distilled.
+/// Notes on the model in `dir`, whose user-visible name is `called`; empty if nothing suggests that it was distilled.
 pub(super) fn notes(dir: &Path, family: Family, called: &str) -> Vec<String> {
     let signs = Signs::of(dir, family, called);
     let kinds = [("steps", signs.fewer_steps()), ("layers", signs.fewer_layers())];
     let note = |(what, sign): (&str, Option<String>)| {
         sign.map(|sign| {
             format!(
-                "distilled to fewer {what}, it seems ({sign}): its errors were never measured for labelling, so compare \
+                "probably distilled to fewer {what} ({sign}): its errors were never measured for labelling, so compare \
                  its labels with known ones before you trust them"
             )
         })
@@ -40,7 +43,7 @@ pub(super) fn notes(dir: &Path, family: Family, called: &str) -> Vec<String> {
     kinds.into_iter().filter_map(note).collect()
 }
 
-/// Where the signs are.
+/// The places to look for signs.
 struct Signs {
     names: Vec<String>,
     index: Value,
@@ -52,7 +55,7 @@ struct Signs {
 
 impl Signs {
     fn of(dir: &Path, family: Family, called: &str) -> Self {
-        // What can't be read is told by loading it.
+        // Loading the model reports files that can't be read.
         let read = |name: &str| read_json::<Value>(&dir.join(name)).unwrap_or_default();
         let network_file = format!("{}/config.json", family.network());
         let (index, network) = (read(MODEL_INDEX), read(&network_file));
@@ -69,7 +72,7 @@ impl Signs {
         let epsilon = self.scheduler["prediction_type"].as_str().unwrap_or("epsilon") == "epsilon";
         if self.network["time_cond_proj_dim"].is_u64() {
             Some(format!(
-                "{}: time_cond_proj_dim, a guidance scale, of which it is told that there is none",
+                "{}: time_cond_proj_dim, an input for a guidance scale, which is set to no guidance",
                 self.network_file
             ))
         } else if index == "LatentConsistencyModelPipeline" {
@@ -101,7 +104,7 @@ impl Signs {
         matches!(self.family, Family::StableDiffusion | Family::Sdxl)
     }
 
-    /// The name that has one of these words.
+    /// The first name that contains one of these words.
     fn named(&self, words: &[&str]) -> Option<String> {
         let has = |name: &&String| {
             let plain = |c: char| if c.is_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
@@ -112,7 +115,7 @@ impl Signs {
     }
 }
 
-/// The name of a model without what it lies in; in the hub's cache that is not the last part.
+/// The last part of a model's path; in the hub's cache, the part before `snapshots`.
 fn own_name(path: &str) -> Option<&str> {
     let mut parts = path.split(['/', '\\']).rev().filter(|part| !part.is_empty());
     let last = parts.next()?;
@@ -132,7 +135,7 @@ mod tests {
 
     use super::*;
 
-    /// What is said of a model with these files.
+    /// The notes on a model with these files.
     fn said(called: &str, family: Family, files: &[(&str, Value)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         for (name, content) in files {
@@ -144,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn signs_of_fewer_steps_are_settings_and_names() {
+    fn fewer_steps_are_detected_from_settings_and_names() {
         let unet = |config| [("unet/config.json", config)];
         let scheduler = |config| [(SCHEDULER, config)];
         let cases = [
@@ -169,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn signs_of_fewer_layers_are_settings_and_names() {
+    fn fewer_layers_are_detected_from_settings_and_names() {
         let cases = [
             ("a", json!({"mid_block_type": null}), "mid_block_type is null"),
             ("a", json!({"mid_block_type": "UNetMidBlock2D"}), "mid_block_type is \"UNetMidBlock2D\""),
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_said_of_other_models() {
+    fn other_models_give_no_notes() {
         let full = json!({"mid_block_type": "UNetMidBlock2DCrossAttn", "layers_per_block": 2, "block_out_channels": [320],
             "reverse_transformer_layers_per_block": null, "time_cond_proj_dim": null});
         let small = json!({"layers_per_block": 1, "block_out_channels": [32, 48]});

@@ -1,7 +1,7 @@
-//! Weights drawn from a seed, for a network of which only the configuration is at hand.
+//! Draws weights from a seed, for a network with only a configuration.
 //!
-//! How fast a network is does not depend on its weights' values, as long as activations are ordinary numbers: products have
-//! weights of variance 1 / fan-in, norms scale by about one.
+//! A network's speed does not depend on its weights' values as long as activations are ordinary numbers. So weights of
+//! products have variance 1 / fan-in, and norms scale by about one.
 
 use candle_core::{Device, Tensor};
 
@@ -20,7 +20,7 @@ pub(super) fn drawn(seed: u64, key: &str, shape: &[usize]) -> Result<Tensor, Mod
     let values: Vec<f32> = (0..shape.iter().product::<usize>())
         .map(|_| {
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            // The 24 bits an f32 has, as a number in [-1, 1).
+            // An f32's 24 bits of precision, as a number in [-1, 1).
             let unit = (mix(state) >> 40) as f32 / (1 << 23) as f32 - 1.0;
             spread.mul_add(unit, middle)
         })
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_product_keeps_the_scale_and_names_have_weights_of_their_own() {
+    fn products_keep_the_scale_and_every_name_has_its_own_weights() {
         let weight = drawn(1, "conv.weight", &[64, 32, 3, 3]).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let mean = weight.iter().sum::<f32>() / weight.len() as f32;
         let variance = weight.iter().map(|w| w * w).sum::<f32>() / weight.len() as f32;

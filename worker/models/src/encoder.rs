@@ -1,5 +1,5 @@
-//! The transformer layer of CLIP, SigLIP and OpenCLIP: normalised in front of the attention and the feed-forward
-//! (Radford et al., ICML 2021).
+//! The transformer layer of CLIP, SigLIP and OpenCLIP, with norms before the attention and the feed-forward (Radford et
+//! al., ICML 2021).
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::error::ModelError;
 use super::layers::{joined, layer_norm, linear};
 use super::settings::unsupported;
 
-/// What the layers of a transformer have in common.
+/// The settings shared by all layers of a transformer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EncoderConfig {
     /// Channels.
@@ -24,11 +24,11 @@ pub(crate) struct EncoderConfig {
     pub(crate) eps: f64,
     /// The feed-forward's activation.
     pub(crate) activation: Activation,
-    /// Whether a position attends to none after it.
+    /// Whether a position attends only to itself and earlier ones.
     pub(crate) causal: bool,
 }
 
-/// The activation transformers calls `name` in the configuration at `path`.
+/// The activation that transformers calls `name`, from the configuration at `path`.
 pub(crate) fn activation(path: &Path, name: &str) -> Result<Activation, ModelError> {
     match name {
         "quick_gelu" => Ok(Activation::QuickGelu),
@@ -51,7 +51,7 @@ pub(crate) struct EncoderLayer {
 }
 
 impl EncoderLayer {
-    /// Loads a layer by the names transformers gives its weights.
+    /// Loads a layer whose weights have transformers' names.
     pub(crate) fn load(p: &Params<'_>, config: &EncoderConfig) -> Result<Self, ModelError> {
         let attention = p.at("self_attn");
         let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| attention.at(name));
@@ -66,7 +66,7 @@ impl EncoderLayer {
         })
     }
 
-    /// Loads a layer by the names OpenCLIP gives its weights.
+    /// Loads a layer whose weights have OpenCLIP's names.
     pub(crate) fn load_open_clip(p: &Params<'_>, config: &EncoderConfig) -> Result<Self, ModelError> {
         let attention = p.at("attn");
         let weight = attention.get("in_proj_weight", &[3 * config.width, config.width])?;
@@ -82,7 +82,7 @@ impl EncoderLayer {
         })
     }
 
-    /// `x [N, L, C]` to the same shape.
+    /// Maps `x [N, L, C]` to the same shape.
     pub(crate) fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let qkv = self.qkv.forward(&self.norm1.forward(x)?, None)?;
         let h = self_attention(&qkv, self.heads, self.causal)?;
@@ -100,7 +100,7 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    /// Loads it with its two layers' names.
+    /// Loads a feed-forward, given the names of its two layers.
     pub(crate) fn load(p: &Params<'_>, names: [&str; 2], config: &EncoderConfig) -> Result<Self, ModelError> {
         let [fc1, fc2] = names.map(|name| p.at(name));
         Ok(Self {

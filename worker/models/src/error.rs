@@ -20,7 +20,7 @@ pub enum ModelError {
         /// The cause.
         source: std::io::Error,
     },
-    /// A configuration is not the JSON that was expected.
+    /// A configuration is not the expected JSON.
     #[error("reading {}: {source}", .path.display())]
     Json {
         /// The file.
@@ -36,7 +36,7 @@ pub enum ModelError {
         /// The cause.
         source: safetensors::SafeTensorError,
     },
-    /// A file has the name of a weights file and is something else.
+    /// A file has the name of a weights file but is something else.
     #[error("{} is {what}", .path.display())]
     NotWeights {
         /// The file.
@@ -44,16 +44,16 @@ pub enum ModelError {
         /// What it is, and what to do.
         what: &'static str,
     },
-    /// A component has weights in another format only.
+    /// A component has weights only in another format.
     #[error(
-        "{} is a pickle, which is not read: convert the model to safetensors with `python -c \"from diffusers import \
+        "{} is a pickle, which is not supported: convert the model to safetensors with `python -c \"from diffusers import \
          DiffusionPipeline as P; P.from_pretrained('IN').save_pretrained('OUT', safe_serialization=True)\"`",
         .0.display()
     )]
     Pickle(PathBuf),
-    /// There are weights in several variants, none of which is the one to take.
+    /// There are weights in several variants, and it is unclear which one to use.
     #[error(
-        "{} has no {stem}.safetensors, and which of {} is meant can't be told: rename that one to {stem}.safetensors",
+        "{} has no {stem}.safetensors, and it is unclear which of {} to use: rename that one to {stem}.safetensors",
         .directory.display(), .found.join(", ")
     )]
     Variants {
@@ -61,7 +61,7 @@ pub enum ModelError {
         directory: PathBuf,
         /// The weights' name without variant and extension.
         stem: String,
-        /// The variants there are.
+        /// The variants found.
         found: Vec<String>,
     },
     /// A shard index names a file that is not there.
@@ -76,7 +76,8 @@ pub enum ModelError {
     },
     /// A shard index names a file that is not beside it.
     #[error(
-        "{}: it names a shard {shard:?}, which could lie outside the model's directory: fetch the model from where you trust it",
+        "{}: it names a shard {shard:?}, which could lie outside the model's directory: fetch the model from a source \
+         you trust",
         .index.display()
     )]
     ShardName {
@@ -85,7 +86,7 @@ pub enum ModelError {
         /// The name.
         shard: String,
     },
-    /// A configuration asks for something this implementation does not do.
+    /// A configuration asks for something that is not implemented.
     #[error("{}: {key} = {value} is not supported", .path.display())]
     Unsupported {
         /// The configuration.
@@ -115,7 +116,7 @@ pub enum ModelError {
         /// The shape in the file.
         found: Vec<usize>,
     },
-    /// A weight's data type is not a floating point type that can be read.
+    /// A weight's data type is not a supported floating point type.
     #[error("{}: {key} is stored as {dtype}; only F32, F16, BF16 and F64 can be read", .path.display())]
     WrongType {
         /// The weights file.
@@ -125,7 +126,7 @@ pub enum ModelError {
         /// The type found.
         dtype: String,
     },
-    /// An adapter does not fit the model or its format is not known.
+    /// An adapter does not fit the model, or its format is unknown.
     #[error("{}: {message}", .path.display())]
     Lora {
         /// The adapter.
@@ -144,24 +145,24 @@ pub enum ModelError {
     /// Prompts that should differ are the same to the text encoder.
     #[error(transparent)]
     SameTokens(#[from] SameTokens),
-    /// The text encoder was dropped already.
+    /// The text encoder was already dropped.
     #[error("the text encoder was dropped after the prompts had been encoded")]
     NoTextEncoder,
     /// A class-conditional model was asked for a class it was not trained on.
     #[error("the model has no class {label}: it was trained on {classes} classes, 0 to {}", .classes.saturating_sub(1))]
     NoSuchClass {
-        /// As asked for.
+        /// The requested label.
         label: i64,
-        /// How many classes there are.
+        /// The number of classes.
         classes: usize,
     },
-    /// A model was given inputs it has no meaning for.
+    /// A model got invalid inputs.
     #[error("{0}")]
     Input(String),
     /// The model predicted infinities or NaN.
     #[error("the model's output is not finite: its weights may be damaged, or its inputs out of range")]
     NotFinite,
-    /// The model panicked, which is a defect.
+    /// The model panicked, which is a bug.
     #[error("the model crashed: {0}; please report this")]
     Crashed(String),
     /// A tensor operation failed.
@@ -170,9 +171,9 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    /// Whether a device had no memory left, so that fewer evaluations at a time may do.
+    /// Whether a device ran out of memory, so that fewer evaluations at a time may work.
     pub fn is_out_of_memory(&self) -> bool {
-        /// How the driver, cuBLAS and cuDNN say so.
+        /// How the driver, cuBLAS and cuDNN report it.
         const SIGNS: [&str; 4] = ["OUT_OF_MEMORY", "out of memory", "ALLOC_FAILED", "ALLOCATION_FAILED"];
         match self {
             Self::Tensor(error) => {
@@ -189,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lack_of_memory_is_told_from_other_failures_whoever_lacks_it() {
+    fn out_of_memory_errors_of_all_libraries_are_recognised() {
         let failed = |message: &str| ModelError::Tensor(candle_core::Error::Msg(message.to_owned()));
         let lacks = [
             "memory for convolutions: DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",

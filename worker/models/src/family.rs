@@ -1,4 +1,4 @@
-//! Which family of models a directory holds.
+//! Finds the model family of a directory.
 
 use std::fmt;
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::error::ModelError;
 use super::settings::{read, read_json, unsupported};
 
-/// A family of models, told by `model_index.json`.
+/// A model family, as named by `model_index.json`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// Stable Diffusion 1.x and 2.x.
@@ -43,7 +43,7 @@ impl Family {
         }
     }
 
-    /// The text encoders' suffixes and directories; T5 may be absent.
+    /// Suffixes and directories of the text encoders; T5 may be absent.
     pub(super) fn text_encoders(self, dir: &Path) -> Vec<(&'static str, String)> {
         let suffixes: &[&'static str] = match self {
             Self::StableDiffusion => &[""],
@@ -64,7 +64,7 @@ impl Family {
     }
 }
 
-/// Whether a Stable Diffusion 3 model brings T5: named by `model_index.json`, and there.
+/// Whether a Stable Diffusion 3 model has T5: `model_index.json` names it, and it is there.
 pub(super) fn has_t5(dir: &Path) -> bool {
     let named = read(&dir.join(MODEL_INDEX)).ok().and_then(|bytes| components(&bytes).ok());
     named.is_some_and(|components| components.contains("text_encoder_3")) && dir.join("text_encoder_3").is_dir()

@@ -1,4 +1,5 @@
-//! One safetensors file, mapped into memory: its pages are read when a layer takes them and can be dropped again.
+//! A safetensors file mapped into memory. Its pages are read when a layer takes them, and the system can drop them
+//! again.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,7 @@ impl WeightsFile {
         Ok(Self { path: path.to_owned(), map, data: header + size_of::<u64>(), tensors, metadata })
     }
 
-    /// Where it lies.
+    /// The path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -89,13 +90,13 @@ fn map(path: &Path) -> Result<Mmap, ModelError> {
         _ => ModelError::Read { path: path.to_owned(), source },
     };
     let file = files::open(path).map_err(failed)?;
-    // SAFETY: as for every program that maps weights: whoever truncates the file while it is loaded ends this process.
+    // SAFETY: as in every program that maps weights, truncating the file while it is loaded ends this process.
     unsafe { Mmap::map(&file) }.map_err(failed)
 }
 
-/// What a file is that can't be read as safetensors.
+/// The error for a file that is not readable as safetensors.
 fn damaged(path: &Path, bytes: &[u8], source: SafeTensorError) -> ModelError {
-    /// How a zip archive starts, in which torch saves, and how a bare pickle does.
+    /// The first bytes of a zip archive, torch's format, and of a bare pickle.
     const PICKLES: [&[u8]; 2] = [b"PK\x03\x04", b"\x80\x02"];
     let path = path.to_owned();
     if PICKLES.iter().any(|start| bytes.starts_with(start)) {
@@ -104,7 +105,7 @@ fn damaged(path: &Path, bytes: &[u8], source: SafeTensorError) -> ModelError {
         let what = "a Git LFS pointer, not the weights: fetch them with `git lfs pull`, or download the model again";
         ModelError::NotWeights { path, what }
     } else if bytes.trim_ascii_start().starts_with(b"<") {
-        let what = "a web page, not the weights: download it again, signed in if the model's licence asks for it";
+        let what = "a web page, not the weights: download it again, and sign in if the model's licence requires it";
         ModelError::NotWeights { path, what }
     } else {
         ModelError::Weights { path, source }

@@ -1,4 +1,4 @@
-//! What a model directory holds, and whether it can be used: `elbo inspect`.
+//! Describes a model directory and whether a job can use it, for `elbo inspect`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use super::t5::{T5Encoder, T5Tokenizer};
 use super::tokenizer::ClipTokenizer;
 use super::vae::VaeEncoder;
 
-/// What a model is and what would make it fail.
+/// A model's properties, and the problems that would make a job fail.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Inspection {
     /// Whether a job could use it.
@@ -43,9 +43,9 @@ pub struct Inspection {
     pub timesteps: Option<u32>,
     /// Classes of a class-conditional model.
     pub classes: Option<u32>,
-    /// What to know before a job uses it.
+    /// Things to know before using it in a job.
     pub notes: Vec<String>,
-    /// What would make a job fail, each naming its file.
+    /// Problems that would make a job fail; each names its file.
     pub problems: Vec<String>,
 }
 
@@ -72,7 +72,8 @@ pub struct Component {
 }
 
 impl Inspection {
-    /// Looks at the model in `dir`, which its user knows as `called`, loading one component after the other as a job would.
+    /// Inspects the model in `dir`, whose user-visible name is `called`. It loads one component after the other, as a
+    /// job would.
     pub fn of(dir: &Path, called: &str) -> Self {
         let mut inspection = Self::default();
         if is_contrastive(dir) {
@@ -115,7 +116,7 @@ impl Inspection {
             if network.in_channels() != vae.latent_channels() {
                 let (latent, input) = (vae.latent_channels(), network.in_channels());
                 let message =
-                    format!("the autoencoder's latents have {latent} channels, and the network takes {input}");
+                    format!("the autoencoder's latents have {latent} channels, but the network takes {input}");
                 self.problems.push(message);
             }
         }
@@ -131,7 +132,7 @@ impl Inspection {
         }
     }
 
-    /// What there is, or else why not: that is said once, however many look at the same file.
+    /// The value of a result. An error is added to the problems, but only once per message.
     fn note<T, E: std::fmt::Display>(&mut self, result: Result<T, E>) -> Option<T> {
         let told = |error: E| {
             let problem = error.to_string();
@@ -144,7 +145,7 @@ impl Inspection {
 
     /// Counts the parameters of a component's weights whose names start with one of `prefixes`.
     fn count(&mut self, dir: &Path, stem: &str, prefixes: &[&str]) {
-        // What can't be opened is told by loading it.
+        // Loading the component reports weights that can't be opened.
         let Ok(weights) = Weights::open(dir, stem, &LoadOptions::default()) else { return };
         let (mut parameters, mut stored) = (0, BTreeMap::new());
         for (key, shape, dtype) in weights.entries() {

@@ -1,4 +1,4 @@
-//! Building the operations' layers from a checkpoint's weights.
+//! Builds layers from a checkpoint's weights.
 
 use candle_core::Tensor;
 use elbo_kernels::{Conv2d, GroupNorm, LayerNorm, Linear, Padding};
@@ -17,7 +17,7 @@ pub(crate) fn linear_no_bias(p: &Params<'_>, inputs: usize, outputs: usize) -> R
     Ok(Linear::new(&projection(p, inputs, outputs)?, None)?)
 }
 
-/// Several linear layers of the same input side by side as one.
+/// Joins several linear layers with the same input into one.
 pub(crate) fn joined(parts: &[Params<'_>], inputs: usize, outputs: usize, bias: bool) -> Result<Linear, ModelError> {
     let weights: Vec<Tensor> = parts.iter().map(|p| projection(p, inputs, outputs)).collect::<Result<_, _>>()?;
     let weight = Tensor::cat(&weights, 0)?;
@@ -28,7 +28,7 @@ pub(crate) fn joined(parts: &[Params<'_>], inputs: usize, outputs: usize, bias: 
     Ok(Linear::new(&weight, Some(&Tensor::cat(&biases, 0)?))?)
 }
 
-/// A weight `[out, in]`, which checkpoints also store as a 1x1 convolution's.
+/// A weight `[out, in]`; some checkpoints store it as a 1x1 convolution.
 pub(crate) fn projection(p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Tensor, ModelError> {
     p.get_any("weight", &[&[outputs, inputs], &[outputs, inputs, 1, 1]])
 }

@@ -1,12 +1,13 @@
-//! The models, as diffusers, transformers and OpenCLIP store them.
+//! Models in the formats of diffusers, transformers and OpenCLIP.
 //!
-//! Everything is loaded from a model directory in its library's layout and checked on the way: a missing file or weight, a
-//! shape that does not fit or a setting that is not implemented is an error that names it. All models are plain values
-//! without interior mutability, so one copy serves any number of threads.
+//! Everything is loaded from a model directory in its library's layout, and checked while loading. A missing file or
+//! weight, a wrong shape or an unsupported setting is an error that names it. Models have no interior
+//! mutability, so one copy serves any number of threads.
 //!
-//! A [`DiffusionModel`] is an autoencoder ([`vae`](VaeEncoder)), what turns prompts or labels into conditions
-//! ([`text`](TextEncoders)), and a [`Network`]. All networks evaluate a [`Pass`]; what depends on the timestep alone comes
-//! from a [`TimeCache`], what depends on the condition alone from [`Conditions`].
+//! A [`DiffusionModel`] has an autoencoder ([`vae`](VaeEncoder)), text encoders that turn prompts into embeddings
+//! ([`text`](TextEncoders); class-conditional models use labels instead), and a [`Network`]. All networks evaluate a
+//! [`Pass`]. Values that depend only on the timestep come from a [`TimeCache`], and values that depend only on the
+//! condition from [`Conditions`].
 
 mod checkpoint;
 mod clip;
@@ -71,7 +72,7 @@ use elbo_images::Preprocessing;
 #[derive(Debug)]
 pub struct DiffusionModel {
     family: Family,
-    /// `None` in class-conditional models, and once dropped.
+    /// `None` in class-conditional models, and after they were dropped.
     text_encoders: Option<TextEncoders>,
     vae: VaeEncoder,
     network: Network,
@@ -82,6 +83,17 @@ pub struct DiffusionModel {
 
 impl DiffusionModel {
     /// Loads the model in `dir` for the CPU, in f32.
+    ///
+    /// ```no_run
+    /// use elbo_core::class::Classes;
+    /// use elbo_models::DiffusionModel;
+    ///
+    /// let model = DiffusionModel::load("stable-diffusion-2-base".as_ref())?;
+    /// let classes = Classes::parse("ant\nbee\n", &[])?;
+    /// let conditions = model.conditions(&classes.prompts)?;
+    /// println!("{} prompts for images of {} pixels", conditions.len(), model.size());
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
     pub fn load(dir: &Path) -> Result<Self, ModelError> {
         Self::load_with(dir, &LoadOptions::default())
     }
@@ -114,7 +126,7 @@ impl DiffusionModel {
         self.family
     }
 
-    /// Images to latents.
+    /// The autoencoder, which turns images into latents.
     pub fn vae(&self) -> &VaeEncoder {
         &self.vae
     }
@@ -124,17 +136,17 @@ impl DiffusionModel {
         &self.network
     }
 
-    /// Side of the square images in pixels: what the model was trained on, unless set otherwise.
+    /// Side of the square images, in pixels: the training size unless [`Self::set_size`] changed it.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// Images are to have another side than the model was trained on, a multiple of [`Self::size_factor`].
+    /// Sets the side of the images, which must be a multiple of [`Self::size_factor`].
     pub fn set_size(&mut self, size: usize) {
         self.size = size;
     }
 
-    /// What is to be done to an image file before [`Self::encode_images`].
+    /// How to prepare an image file for [`Self::encode_images`].
     pub fn preprocessing(&self) -> Preprocessing {
         match self.family {
             Family::Dit => Preprocessing::dit(self.size as u32),
@@ -142,7 +154,7 @@ impl DiffusionModel {
         }
     }
 
-    /// What an image's side must be a multiple of, in pixels.
+    /// An image's side must be a multiple of this, in pixels.
     pub fn size_factor(&self) -> usize {
         self.vae.factor() * self.network.multiple()
     }
@@ -158,7 +170,7 @@ impl DiffusionModel {
         self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.encode(texts)
     }
 
-    /// What the text encoders read of texts; nothing in a class-conditional model, which reads none.
+    /// The tokens that the text encoders read of texts; `None` in a class-conditional model, which has no text encoder.
     pub fn readings(&self, texts: &[String]) -> Result<Option<Vec<Reading>>, ModelError> {
         if matches!(self.network, Network::Dit(_)) {
             return Ok(None);
@@ -166,7 +178,7 @@ impl DiffusionModel {
         self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.readings(texts).map(Some)
     }
 
-    /// What the network needs to know of prompts: of their texts, or of their labels in a class-conditional model.
+    /// The network's conditions for prompts, from their texts, or from their labels in a class-conditional model.
     pub fn conditions(&self, prompts: &[Prompt]) -> Result<Conditions, ModelError> {
         if let Network::Dit(dit) = &self.network {
             let label = |prompt: &Prompt| {
@@ -188,12 +200,12 @@ impl DiffusionModel {
         self.vae.encode(&pixels, &mut Probe::none())
     }
 
-    /// Where it computes, and the type it computes in.
+    /// The device it runs on and the type it computes in.
     pub fn device(&self) -> (&Device, DType) {
         (&self.options.device, self.options.precision.compute)
     }
 
-    /// Gives the text encoders' memory back once the prompts are encoded.
+    /// Frees the text encoders' memory, once the prompts are encoded.
     pub fn drop_text_encoders(&mut self) {
         self.text_encoders = None;
     }

@@ -1,11 +1,11 @@
-//! The names that versions of transformers give one weight.
+//! Weight names in different versions of transformers.
 //!
-//! From version 5 on a text encoder is saved without the prefix `text_model.`. Weights and adapters are asked for by the older
-//! names, which are those in nearly all files.
+//! From version 5 on, transformers saves a text encoder without the prefix `text_model.`. Weights and adapters are
+//! looked up by the older names, which nearly all files use.
 
 use std::borrow::Cow;
 
-/// A way to tell the usual name of a weight from the one in a file.
+/// Maps the name of a weight in a file to its usual name.
 pub(crate) type Naming = for<'a> fn(&'a str) -> Cow<'a, str>;
 
 /// Names are used as they are.
@@ -35,7 +35,7 @@ pub(crate) fn towers(key: &str) -> Cow<'_, str> {
     Cow::Borrowed(twice.unwrap_or(key))
 }
 
-/// The names in one of a diffusion model's directories.
+/// The naming for one of a diffusion model's directories.
 pub(crate) fn of_component(component: &str) -> Naming {
     match component {
         "text_encoder" | "text_encoder_2" => clip,
@@ -46,7 +46,7 @@ pub(crate) fn of_component(component: &str) -> Naming {
 
 fn prefixed<'a>(key: &'a str, prefix: &str, bare: &[&str]) -> Cow<'a, str> {
     match key.strip_prefix(prefix) {
-        // A model within a model has its name twice.
+        // A model within a model has its prefix twice.
         Some(rest) if rest.starts_with(prefix) => Cow::Borrowed(rest),
         None if bare.iter().any(|start| key.starts_with(start)) => Cow::Owned(format!("{prefix}{key}")),
         _ => Cow::Borrowed(key),
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_all_versions_become_the_usual_ones() {
+    fn names_of_all_versions_map_to_the_usual_ones() {
         let cases: [(Naming, &str, &str); 10] = [
             (clip, "encoder.layers.0.mlp.fc1.weight", "text_model.encoder.layers.0.mlp.fc1.weight"),
             (clip, "embeddings.position_ids", "text_model.embeddings.position_ids"),

@@ -1,4 +1,4 @@
-//! The network of a diffusion model, whichever family it is of.
+//! The network of a diffusion model of any family.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ use super::text::TextEmbeddings;
 use super::timestep::TimeCache;
 use super::unet::{PromptCache, Unet};
 
-/// What predicts the noise (or the velocity).
+/// A network that predicts the noise (or the velocity).
 #[derive(Debug)]
 pub enum Network {
     /// Stable Diffusion 1.x, 2.x and SDXL.
@@ -26,7 +26,7 @@ pub enum Network {
     Mmdit(Box<Mmdit>),
 }
 
-/// What a network is conditioned on, prepared once: prompts, or classes it knows by label.
+/// A network's conditions, prepared once: prompts, or class labels.
 #[derive(Debug)]
 pub enum Conditions {
     /// For a UNet.
@@ -39,7 +39,7 @@ pub enum Conditions {
     Embeddings(TextRows),
 }
 
-/// Embeddings of texts, of length one.
+/// Unit-length embeddings of texts.
 #[derive(Debug)]
 pub struct TextRows {
     values: Vec<f32>,
@@ -112,7 +112,7 @@ impl Network {
         }
     }
 
-    /// What the height and width of latents must be multiples of.
+    /// The height and width of latents must be multiples of this.
     pub fn multiple(&self) -> usize {
         match self {
             Self::Unet(unet) => unet.multiple(),
@@ -130,7 +130,7 @@ impl Network {
         }
     }
 
-    /// Channels of the output: the latents', or twice as many where the variance is learned too.
+    /// Channels of the output: the latents', or twice as many if the variance is learned too.
     pub fn out_channels(&self) -> usize {
         match self {
             Self::Unet(unet) => unet.out_channels(),
@@ -139,7 +139,7 @@ impl Network {
         }
     }
 
-    /// Computes what depends on texts alone, for images of `side` pixels.
+    /// Computes the values that depend only on texts, for images of `side` pixels.
     pub fn text_conditions(&self, texts: &TextEmbeddings, side: usize) -> Result<Conditions, ModelError> {
         match self {
             Self::Unet(unet) => Ok(Conditions::Prompts(unet.prompt_cache(texts, side)?)),
@@ -148,7 +148,7 @@ impl Network {
         }
     }
 
-    /// Widths of the text tokens and of the pooled embedding the network takes, where it takes texts.
+    /// Widths of the text tokens and of the pooled embedding, if the network takes texts.
     pub fn text_widths(&self) -> Option<(usize, Option<usize>)> {
         match self {
             Self::Unet(unet) => Some((unet.text_width(), unet.pooled_width())),
@@ -157,7 +157,7 @@ impl Network {
         }
     }
 
-    /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
+    /// Computes the values that depend only on the timestep, for distinct `timesteps`, which the network gets as `times`.
     pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
         match self {
             Self::Unet(unet) => unet.time_cache(timesteps, times),
@@ -174,7 +174,7 @@ impl Network {
             (Self::Unet(unet), Conditions::Prompts(cache)) => unet.forward(pass, times, cache),
             (Self::Dit(dit), Conditions::Labels(cache)) => dit.forward(pass, times, cache),
             (Self::Mmdit(mmdit), Conditions::Contexts(cache)) => mmdit.forward(pass, times, cache),
-            _ => Err(ModelError::Input("conditions of another family of models".into())),
+            _ => Err(ModelError::Input("conditions of another model family".into())),
         }
     }
 }

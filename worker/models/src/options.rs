@@ -1,4 +1,4 @@
-//! How a model is loaded: where it computes, how precisely, and what is merged into its weights.
+//! How to load a model: device, precision, and adapters to merge into its weights.
 
 use std::sync::Arc;
 
@@ -10,9 +10,9 @@ use super::lora::Lora;
 /// The types of a model's weights and of its arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precision {
-    /// What every weight is rounded to.
+    /// Every weight is rounded to this type.
     pub weights: DType,
-    /// What the layers hold and compute in.
+    /// The layers hold their weights and compute in this type.
     pub compute: DType,
 }
 
@@ -20,7 +20,8 @@ impl Precision {
     /// Single precision throughout.
     pub const F32: Self = Self { weights: DType::F32, compute: DType::F32 };
 
-    /// A job's element type on a device. The CPU's kernels are f32: there, half precision rounds the weights alone.
+    /// A job's element type on a device. The CPU kernels compute in f32, so on the CPU half precision only rounds the
+    /// weights.
     pub fn on(device: &Device, dtype: ModelDtype) -> Self {
         let weights = match dtype {
             ModelDtype::F32 => DType::F32,
@@ -30,7 +31,7 @@ impl Precision {
         Self { weights, compute: if device.is_cpu() { DType::F32 } else { weights } }
     }
 
-    /// A weight as layers hold it.
+    /// Rounds a weight and converts it to the layers' type.
     pub(crate) fn round(self, weight: &Tensor) -> candle_core::Result<Tensor> {
         weight.to_dtype(self.weights)?.to_dtype(self.compute)
     }
@@ -39,23 +40,23 @@ impl Precision {
 /// Where a model's weights come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightsFrom {
-    /// The files beside its configuration.
+    /// The files next to its configuration.
     #[default]
     Files,
-    /// A seed: they are drawn such that activations keep their scale. To measure speed no other file is needed.
+    /// A seed. Weights are drawn so that activations keep their scale. Measuring speed needs no other file.
     Seed(u64),
 }
 
-/// How a model is loaded. By default for the CPU, in f32, as it is stored.
+/// How to load a model. The default is the CPU, f32 and no adapters.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// Where it computes.
+    /// The device to run on.
     pub device: Device,
-    /// How precisely.
+    /// Types of weights and arithmetic.
     pub precision: Precision,
-    /// What is merged into its weights, in this order.
+    /// Adapters to merge into its weights, in this order.
     pub loras: Vec<Arc<Lora>>,
-    /// Where the weights come from.
+    /// The source of the weights.
     pub weights: WeightsFrom,
 }
 
@@ -66,7 +67,7 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    /// A model as it is stored, on a device, in a job's element type.
+    /// A model without adapters, on a device, in a job's element type.
     pub fn new(device: Device, dtype: ModelDtype) -> Self {
         Self { precision: Precision::on(&device, dtype), device, ..Self::default() }
     }

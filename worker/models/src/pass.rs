@@ -1,4 +1,4 @@
-//! What a forward pass evaluates, common to all networks.
+//! The input of a forward pass, common to all networks.
 
 use candle_core::{Result, Tensor, bail};
 
@@ -10,22 +10,22 @@ use super::timestep::TimeCache;
 pub struct Pass<'a> {
     /// Noisy latents x_t, one per point: `[P, H, W, C]`.
     pub latents: &'a Tensor,
-    /// Each point's timestep, as a value (0 to 999) that the time cache holds: `P` of them.
+    /// The `P` timesteps of the points, as values (0 to 999) that the time cache contains.
     pub timesteps: &'a [u32],
-    /// `B` pairs of point and condition (as indices), points ascending. A point's evaluations share its common work.
+    /// `B` index pairs of point and condition, in ascending order of points. A point's evaluations share common work.
     pub evaluations: &'a [(u32, u32)],
 }
 
-/// A pass' evaluations as indices into what it shares.
+/// A pass's evaluations as indices of points, conditions and cached timesteps.
 #[derive(Debug)]
 pub(crate) struct Indices {
-    /// Per evaluation its point.
+    /// The point of each evaluation.
     pub(crate) points: Vec<u32>,
-    /// Per evaluation its condition.
+    /// The condition of each evaluation.
     pub(crate) conditions: Vec<u32>,
-    /// Per point its row in the time cache.
+    /// The row in the time cache of each point.
     pub(crate) point_times: Vec<u32>,
-    /// Per evaluation its row in the time cache.
+    /// The row in the time cache of each evaluation.
     pub(crate) times: Vec<u32>,
 }
 
@@ -43,7 +43,7 @@ impl Pass<'_> {
         Ok((height, width))
     }
 
-    /// The evaluations' rows, `conditions` being how many conditions there are.
+    /// The evaluations' indices; `conditions` is the number of conditions.
     pub(crate) fn indices(&self, times: &TimeCache, conditions: usize) -> Result<Indices> {
         let point_times = times.rows(self.timesteps)?;
         let count = self.evaluations.len();

@@ -8,7 +8,7 @@ use elbo_kernels::{Linear, Rows};
 use super::checkpoint::Params;
 use super::error::ModelError;
 
-/// A convolution over non-overlapping patches, which on channels-last images is a linear layer of a patch's values.
+/// A convolution over non-overlapping patches. On channels-last images it is a linear layer over a patch's values.
 #[derive(Debug)]
 pub(crate) struct PatchEmbed {
     size: usize,
@@ -39,12 +39,12 @@ impl PatchEmbed {
     }
 }
 
-/// Embeddings of positions, kept for the grid they were last asked for: a job has one.
+/// Position embeddings, cached for the last grid, since a job has only one.
 #[derive(Debug, Default)]
 pub(crate) struct Positions(Mutex<Option<((usize, usize), Tensor)>>);
 
 impl Positions {
-    /// Those of a grid of so many rows and columns.
+    /// The embeddings for a grid of this many rows and columns.
     pub(crate) fn of(&self, grid: (usize, usize), make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &*kept {
@@ -68,7 +68,7 @@ pub(crate) fn unpatchify(x: &Tensor, size: usize, height: usize, width: usize) -
 
 /// Sines and cosines of a grid's columns, then of its rows: `[1, rows columns, D]`.
 ///
-/// As diffusers' `get_2d_sincos_pos_embed`: a grid other than the `base` the model was trained on is stretched to it.
+/// As in diffusers' `get_2d_sincos_pos_embed`, a grid that differs from the training grid `base` is stretched to it.
 pub(crate) fn grid_embedding(
     (rows, columns): (usize, usize),
     base: usize,
@@ -78,7 +78,7 @@ pub(crate) fn grid_embedding(
     dtype: DType,
 ) -> Result<Tensor> {
     let quarter = width / 4;
-    // One axis: sines, then cosines, of every place's angles.
+    // One axis: the sines, then the cosines, of every position's angles.
     let axis = |count: usize| -> Vec<Vec<f32>> {
         let place = |i: usize| f64::from(i as f32 / (count as f32 / base as f32) / scale as f32);
         let angle = |i: usize, k: usize| place(i) * 10_000f64.powf(-(k as f64) / quarter as f64);

@@ -1,10 +1,10 @@
-//! Watching intermediate results.
+//! Shows intermediate results to tests.
 
 use candle_core::{Result, Tensor};
 
-/// Receives intermediate results by the name diffusers gives the submodule (`down_blocks.0.resnets.1`).
+/// Receives intermediate results with diffusers' name of the submodule (`down_blocks.0.resnets.1`).
 ///
-/// Used to compare a model with another implementation submodule by submodule; an absent probe costs nothing.
+/// It is used to compare a model with another implementation, submodule by submodule. An absent probe costs nothing.
 pub struct Probe<'a>(Option<&'a mut Watch<'a>>);
 
 type Watch<'a> = dyn FnMut(&str, &Tensor) + 'a;
@@ -16,24 +16,24 @@ impl std::fmt::Debug for Probe<'_> {
 }
 
 impl<'a> Probe<'a> {
-    /// Nobody watches.
+    /// A probe that ignores everything.
     pub fn none() -> Self {
         Self(None)
     }
 
-    /// `watch` is called with every submodule's name and output.
+    /// A probe that calls `watch` with every submodule's name and output.
     pub fn new(watch: &'a mut dyn FnMut(&str, &Tensor)) -> Self {
         Self(Some(watch))
     }
 
-    /// Shows an intermediate result that is at hand.
+    /// Shows an intermediate result that the model computes anyway.
     pub(crate) fn see(&mut self, name: impl FnOnce() -> String, tensor: &Tensor) {
         if let Some(watch) = &mut self.0 {
             watch(&name(), tensor);
         }
     }
 
-    /// Shows a result that is computed only to be watched.
+    /// Shows a result that is computed only for the probe.
     pub(crate) fn compute(&mut self, name: &str, tensor: impl FnOnce() -> Result<Tensor>) -> Result<()> {
         if let Some(watch) = &mut self.0 {
             watch(name, &tensor()?);

@@ -1,37 +1,37 @@
-//! What tokenizers make of texts. Texts that are the same tokens are the same to a model, however they were written.
+//! Tokenized texts. A model can't distinguish texts with the same tokens, however they are written.
 
 use std::collections::HashMap;
 
 use elbo_core::text::excerpt;
 
-/// What the text encoders of a model read of a text.
+/// A text as a model's text encoders read it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reading {
-    /// What they are given: as many ids for every text.
+    /// The encoders' input: the same number of ids for every text.
     ids: Vec<u32>,
-    /// Tokens of the text.
+    /// Number of tokens in the text.
     tokens: usize,
-    /// How many of them can be read.
+    /// Maximum number of tokens that can be read.
     room: usize,
 }
 
-/// Two texts that should differ and are the same to a model.
+/// Two texts that should differ but are the same to a model.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{first} and {second} are the same tokens to the model's text encoder, so that they can't be told apart: {}",
+    "{first} and {second} are the same tokens to the model's text encoder, which can't distinguish them: {}",
     remedy(*.room)
 )]
 pub struct SameTokens {
     first: String,
     second: String,
-    /// How many tokens can be read, where one of the texts has more.
+    /// Maximum number of tokens that can be read, if one of the texts has more.
     room: Option<usize>,
 }
 
 fn remedy(room: Option<usize>) -> String {
     match room {
         Some(room) => {
-            format!("it reads the first {room} tokens of a text, so shorten them, or let them differ earlier")
+            format!("it reads only the first {room} tokens of a text, so shorten the texts or make them differ earlier")
         }
         None => {
             "it does not see differences of case, of blanks and, in some models, of punctuation or of letters that it \
@@ -42,22 +42,22 @@ fn remedy(room: Option<usize>) -> String {
 }
 
 impl Reading {
-    /// The `ids` that stand for a text of so many `tokens`, of which `room` can be read.
+    /// The `ids` of a text with this many `tokens`, of which up to `room` can be read.
     pub(crate) fn new(ids: Vec<u32>, tokens: usize, room: usize) -> Self {
         Self { ids, tokens, room }
     }
 
-    /// What an encoder is given.
+    /// The encoder's input.
     pub fn into_ids(self) -> Vec<u32> {
         self.ids
     }
 
-    /// Whether the end of the text is not read.
+    /// Whether the end of the text is cut off.
     pub fn is_cut(&self) -> bool {
         self.tokens > self.room
     }
 
-    /// What two encoders read of a text together: its end, if one of them does.
+    /// Combines two encoders' readings of a text. The end counts as read if one of them reads it.
     pub(crate) fn and(mut self, other: Self) -> Self {
         if (!other.is_cut(), other.room) > (!self.is_cut(), self.room) {
             (self.tokens, self.room) = (other.tokens, other.room);
@@ -67,7 +67,8 @@ impl Reading {
     }
 }
 
-/// Refuses texts that are the same tokens where `must_differ` says so of their positions; `shown` names them in the error.
+/// Refuses two texts with the same tokens if `must_differ` is true for their positions; `shown` names them in the
+/// error.
 pub fn check_distinct(
     readings: &[Reading],
     must_differ: impl Fn(usize, usize) -> bool,
@@ -85,7 +86,7 @@ pub fn check_distinct(
     Ok(())
 }
 
-/// What to say of texts whose ends are not read; nothing where all of them are.
+/// A warning about texts whose ends are cut off; `None` if there are none.
 pub fn cut_off(what: &str, texts: &[String], readings: &[Reading]) -> Option<String> {
     const SHOWN: usize = 3;
     let cut: Vec<_> = texts.iter().zip(readings).filter(|(_, reading)| reading.is_cut()).collect();
@@ -104,7 +105,7 @@ pub fn cut_off(what: &str, texts: &[String], readings: &[Reading]) -> Option<Str
 mod tests {
     use super::*;
 
-    /// A text of these tokens for an encoder that reads three of them.
+    /// A text of these tokens, for an encoder that reads three.
     fn reading(tokens: &[u32]) -> Reading {
         let mut ids: Vec<u32> = tokens.iter().take(3).copied().collect();
         ids.resize(3, 0);
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn prompts_of_two_classes_may_not_be_the_same_tokens() {
+    fn prompts_of_two_classes_with_the_same_tokens_are_refused() {
         let readings = [reading(&[1, 2]), reading(&[5, 6, 7, 8]), reading(&[1, 2]), reading(&[5, 6, 7, 9])];
         assert_eq!(check(&readings, &[4, 5, 4, 5]), Ok(()));
         let error = check(&readings, &[4, 5, 4, 6]).unwrap_err();
@@ -130,14 +131,14 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_cut_where_no_encoder_reads_its_end() {
+    fn a_text_is_cut_if_no_encoder_reads_its_end() {
         let (long, short) = (reading(&[1, 2, 3, 4]), Reading::new(vec![9; 8], 4, 8));
         assert!(
             long.is_cut() && !long.clone().and(short.clone()).is_cut() && !short.clone().and(long.clone()).is_cut()
         );
         let both = long.clone().and(Reading::new(vec![9; 2], 4, 2));
         assert_eq!((both.is_cut(), both.room, both.ids.len()), (true, 3, 5));
-        // The same to one encoder, and not to the other.
+        // The texts are the same to one encoder but not to the other.
         let readings = [long.clone().and(short.clone()), long.clone().and(Reading::new(vec![8; 8], 4, 8))];
         assert_eq!(check(&readings, &[0, 1]), Ok(()));
         let texts = ["a", "b"].map(str::to_owned);

@@ -1,4 +1,5 @@
-//! Settings as libraries write them: what is not set may be absent or `null`, and a square may be given by two sides.
+//! Reads settings as libraries write them: an unset key may be absent or `null`, and a square may be given by two
+//! sides.
 
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use serde_json::Value;
 
 use super::error::ModelError;
 
-/// Reads a file, telling a missing one from an unreadable one.
+/// Reads a file; a missing file and an unreadable one are different errors.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, ModelError> {
     files::read(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => ModelError::MissingFile(path.to_owned()),
@@ -23,17 +24,17 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ModelErro
     python_json::parse(&read(path)?).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
-/// Says that a configuration's setting is not supported.
+/// The error for an unsupported setting.
 pub(crate) fn unsupported(path: &Path, key: &str, value: impl std::fmt::Debug) -> ModelError {
     ModelError::Unsupported { path: path.to_owned(), key: key.to_owned(), value: format!("{value:?}") }
 }
 
-/// Reads a configuration in which `null` means the default, as an absent key does.
+/// Reads a configuration in which `null` means the default, like an absent key.
 pub(crate) fn read_config<T: DeserializeOwned>(path: &Path) -> Result<T, ModelError> {
     with_defaults(path, read_json(path)?)
 }
 
-/// The settings among `values`, of which those that are `null` are left out.
+/// Deserializes the settings in `values`, leaving out those that are `null`.
 pub(crate) fn with_defaults<T: DeserializeOwned>(path: &Path, mut values: Value) -> Result<T, ModelError> {
     if let Value::Object(settings) = &mut values {
         settings.retain(|_, value| !value.is_null());
@@ -41,7 +42,7 @@ pub(crate) fn with_defaults<T: DeserializeOwned>(path: &Path, mut values: Value)
     python_json::from_value(values).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
-/// Says that a setting is not supported, with its value as the file has it.
+/// The error for an unsupported setting, with its value from the file.
 pub(crate) fn refused(path: &Path, key: &str, value: Option<&Value>) -> ModelError {
     let value = value.map_or_else(|| Value::Null.to_string(), Value::to_string);
     ModelError::Unsupported { path: path.to_owned(), key: key.to_owned(), value }
@@ -65,7 +66,7 @@ pub(crate) fn square<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize
     }
 }
 
-/// Reads the side of a square that need not be there.
+/// Reads the optional side of a square.
 pub(crate) fn optional_square<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<usize>, D::Error> {
     square(deserializer).map(Some)
 }

@@ -1,4 +1,4 @@
-//! A component's weights as files hold them: in one file or several shards with an index, in one of several variants.
+//! A component's stored weights: in one file or several shards with an index, in one of several variants.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
@@ -17,12 +17,12 @@ use super::settings::read_json;
 #[derive(Debug)]
 pub(crate) struct StoredWeights {
     files: Vec<WeightsFile>,
-    /// Where a weight is.
+    /// The place of each weight.
     tensors: HashMap<String, Place>,
     naming: Naming,
 }
 
-/// A file and the name that a weight has in it.
+/// A weight's file and its name in that file.
 #[derive(Debug)]
 struct Place {
     file: usize,
@@ -89,7 +89,7 @@ impl StoredWeights {
         Ok(())
     }
 
-    /// Notes where a weight is. One that has its usual name goes before one that does not.
+    /// Records a weight's place. A weight stored under its usual name takes precedence over one that is not.
     fn place(&mut self, stored: String, file: usize) {
         let name = (self.naming)(&stored).into_owned();
         if name == stored || !self.tensors.contains_key(&name) {
@@ -150,12 +150,12 @@ impl WeightsLayout {
     }
 }
 
-/// Whether `dir` has weights called `stem`, in whichever variant.
+/// Whether `dir` has weights called `stem`, in any variant.
 pub(crate) fn has_weights(dir: &Path, stem: &str) -> bool {
     !matches!(WeightsLayout::find(dir, stem), Err(ModelError::MissingFile(_) | ModelError::Pickle(_)))
 }
 
-/// The names of the files in a directory, sorted; none where it can't be read.
+/// The sorted names of the files in a directory; empty if it can't be read.
 fn file_names(dir: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
     let files = entries.flatten().filter(|entry| entry.path().is_file());
@@ -164,7 +164,7 @@ fn file_names(dir: &Path) -> Vec<String> {
     names
 }
 
-/// Weights in a format that is not read.
+/// Weights in an unsupported format.
 fn pickle(dir: &Path) -> Option<PathBuf> {
     let mut files: Vec<_> = std::fs::read_dir(dir).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
     files.sort();

@@ -1,6 +1,7 @@
-//! T5's encoder (Raffel et al., JMLR 2020), in the gated variant of version 1.1, which Stable Diffusion 3 reads prompts with.
+//! T5's encoder (Raffel et al., JMLR 2020), in the gated variant of version 1.1. It is one of Stable Diffusion 3's text
+//! encoders.
 //!
-//! It runs once per prompt, so attention is spelled in plain operations.
+//! It runs once per prompt, so attention uses plain operations.
 
 use std::path::Path;
 
@@ -19,7 +20,7 @@ use super::reading::Reading;
 use super::settings::read_config;
 use super::settings::{read, read_json, unsupported};
 
-/// What this needs of the encoder's `config.json`, with transformers' defaults.
+/// The settings used from the encoder's `config.json`, with transformers' defaults.
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 struct T5Config {
@@ -57,7 +58,7 @@ impl Default for T5Config {
 pub struct T5Encoder {
     config: T5Config,
     tokens: Tensor,
-    /// Bias per bucket of distance and head, shared by all layers.
+    /// Bias for each distance bucket and head, shared by all layers.
     distances: Tensor,
     blocks: Vec<Block>,
     final_norm: RmsNorm,
@@ -100,7 +101,7 @@ impl T5Encoder {
         Ok(self.final_norm.forward(&h)?)
     }
 
-    /// What is added to the scores of `len` queries and keys, `[1, heads, len, len]`.
+    /// The bias added to the scores of `len` queries and keys, `[1, heads, len, len]`.
     fn position_bias(&self, len: usize) -> Result<Tensor> {
         let (buckets, furthest) =
             (self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance);
@@ -164,7 +165,7 @@ impl Block {
             let y = projection.forward(&normal, None)?.reshape((batch, len, config.num_heads, config.d_kv))?;
             y.transpose(1, 2)?.contiguous()
         };
-        // T5 folds the scores' scale into its weights.
+        // There is no division by sqrt(d): T5's weights include the scale.
         let scores = heads(&self.query)?.matmul(&heads(&self.key)?.t()?)?.broadcast_add(bias)?;
         let scores = scores.to_dtype(DType::F32)?;
         let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
@@ -232,12 +233,12 @@ impl T5Tokenizer {
         Ok(Self { tokenizer, eos, pad, max_length })
     }
 
-    /// The ids of a text: the text truncated to fit, end, then padding; always as many.
+    /// The ids of a text: the text truncated to fit, end, then padding; always the same number.
     pub fn encode(&self, text: &str) -> std::result::Result<Vec<u32>, ModelError> {
         Ok(self.read(text)?.into_ids())
     }
 
-    /// The ids of a text, and how much of it they are.
+    /// The ids of a text, and how much of the text they cover.
     pub(crate) fn read(&self, text: &str) -> std::result::Result<Reading, ModelError> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| ModelError::Input(e.to_string()))?;
         let room = self.max_length - 1;

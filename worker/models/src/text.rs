@@ -1,4 +1,4 @@
-//! Prompts to the embeddings a network is conditioned on, by the text encoders of each family.
+//! Turns prompts into the embeddings that condition a network, with the text encoders of each family.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,18 +15,18 @@ use super::reading::Reading;
 use super::t5::{T5Encoder, T5Tokenizer};
 use super::tokenizer::ClipTokenizer;
 
-/// Texts encoded at once by one thread.
+/// Texts that one thread encodes at once.
 const CHUNK: usize = 8;
 
-/// Ids T5 is given at most, as in diffusers' pipeline.
+/// Maximum number of ids for T5, as in diffusers' pipeline.
 const T5_LENGTH: usize = 256;
 
-/// What networks are conditioned on.
+/// The text embeddings that condition a network.
 #[derive(Clone, Debug)]
 pub struct TextEmbeddings {
     /// A row for every token, `[N, L, C]`.
     pub tokens: Tensor,
-    /// One row for the whole text, `[N, P]`, in the families that use it.
+    /// One row for the whole text, `[N, P]`, for the families that use it.
     pub pooled: Option<Tensor>,
 }
 
@@ -43,15 +43,15 @@ pub struct TextEncoders {
     family: Encoding,
 }
 
-/// How a family makes its embeddings.
+/// How a family computes its embeddings.
 #[derive(Debug)]
 enum Encoding {
     /// Stable Diffusion 1.x and 2.x: one encoder's last hidden state.
     Last(Box<Clip>),
-    /// SDXL: both encoders' states before the last layer side by side; the second's pooled embedding.
+    /// SDXL: both encoders' states before the last layer, side by side, and the second one's pooled embedding.
     Two(Box<(Clip, Clip)>),
-    /// Stable Diffusion 3: as SDXL padded to the network's `width`, followed by T5's tokens (zeros where there is no T5);
-    /// both pooled embeddings side by side.
+    /// Stable Diffusion 3: like SDXL padded to the network's `width`, followed by T5's tokens (zeros if there is no
+    /// T5), and both pooled embeddings side by side.
     Three { clips: Box<(Clip, Clip)>, t5: Option<Box<(T5Tokenizer, T5Encoder)>>, width: usize },
 }
 
@@ -67,7 +67,7 @@ impl Clip {
         self.model.forward(&ids, &mut Probe::none())
     }
 
-    /// Like [`Clip::encode`] for encoders that must have a pooled embedding.
+    /// Like [`Clip::encode`], for encoders that must have a pooled embedding.
     fn encode_pooled(&self, texts: &[String]) -> Result<(Tensor, Tensor), ModelError> {
         let output = self.encode(texts)?;
         let pooled = output.text_embeds.ok_or_else(|| {
@@ -78,7 +78,7 @@ impl Clip {
 }
 
 impl TextEncoders {
-    /// The one encoder of Stable Diffusion 1.x and 2.x in the model directory `dir`.
+    /// The single encoder of Stable Diffusion 1.x and 2.x, from the model directory `dir`.
     pub fn stable_diffusion(dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         Ok(Self { family: Encoding::Last(Box::new(Clip::load(dir, "", options)?)) })
     }
@@ -89,24 +89,23 @@ impl TextEncoders {
         Ok(Self { family: Encoding::Two(Box::new(clips)) })
     }
 
-    /// The three encoders of Stable Diffusion 3, of which T5 may be absent, for a network whose text tokens are `width` wide.
+    /// The three encoders of Stable Diffusion 3, for a network whose text tokens are `width` wide. T5 may be absent.
     pub fn sd3(dir: &Path, width: usize, options: &LoadOptions) -> Result<Self, ModelError> {
         let clips = Box::new((Clip::load(dir, "", options)?, Clip::load(dir, "_2", options)?));
         if clips.0.model.width() + clips.1.model.width() > width {
             let both = clips.0.model.width() + clips.1.model.width();
             return Err(ModelError::Input(format!("text encoders of width {both} for a network that takes {width}")));
         }
-        let t5 = match has_t5(dir) {
-            true => {
-                let tokenizer = T5Tokenizer::open(&dir.join("tokenizer_3"), T5_LENGTH)?;
-                Some(Box::new((tokenizer, T5Encoder::load(&dir.join("text_encoder_3"), options)?)))
-            }
-            false => None,
+        let t5 = if has_t5(dir) {
+            let tokenizer = T5Tokenizer::open(&dir.join("tokenizer_3"), T5_LENGTH)?;
+            Some(Box::new((tokenizer, T5Encoder::load(&dir.join("text_encoder_3"), options)?)))
+        } else {
+            None
         };
         Ok(Self { family: Encoding::Three { clips, t5, width } })
     }
 
-    /// What the encoders read of texts, together.
+    /// The encoders' combined readings of texts.
     pub fn readings(&self, texts: &[String]) -> Result<Vec<Reading>, ModelError> {
         texts.iter().map(|text| self.reading(text)).collect()
     }
@@ -125,13 +124,13 @@ impl TextEncoders {
         }
     }
 
-    /// The embeddings of texts, a few at a time on every core.
+    /// Embeds texts, a few at a time on every core.
     pub fn encode(&self, texts: &[String]) -> Result<TextEmbeddings, ModelError> {
         let chunks: Vec<&[String]> = texts.chunks(CHUNK).collect();
         let threads = thread::available_parallelism().map_or(1, usize::from).min(chunks.len()).max(1);
         let share = chunks.len().div_ceil(threads).max(1);
         let (done, span) = (AtomicUsize::new(0), tracing::Span::current());
-        // A thousand prompts take minutes on a processor: each twentieth of them is told.
+        // A thousand prompts take minutes on a CPU, so progress is logged for every twentieth of them.
         let step = texts.len().div_ceil(20).max(CHUNK);
         let encode = |chunk: &&[String]| {
             let encoded = self.encode_chunk(chunk);

@@ -1,4 +1,4 @@
-//! Timestep embeddings, and caching what depends on the timestep alone.
+//! Timestep embeddings, and a cache of values that depend only on the timestep.
 
 use std::collections::HashMap;
 
@@ -9,19 +9,20 @@ use super::checkpoint::Params;
 use super::error::ModelError;
 use super::layers::linear;
 
-/// The sinusoids of Vaswani et al. (2017) with diffusers' switches.
+/// The sinusoids of Vaswani et al. (2017) with diffusers' options.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sinusoid {
-    /// Values per number.
+    /// Number of values per embedding.
     pub(crate) width: usize,
-    /// Cosines before sines.
+    /// Whether cosines come before sines.
     pub(crate) flip_sin_to_cos: bool,
     /// Subtracted from the number of frequencies in the exponent.
     pub(crate) freq_shift: f64,
 }
 
 impl Sinusoid {
-    /// The embeddings `[T, width]` of numbers, rounded to f32 where diffusers' `get_timestep_embedding` rounds.
+    /// The embeddings `[T, width]` of numbers, rounded to f32 in the same places as in diffusers'
+    /// `get_timestep_embedding`.
     pub(crate) fn forward(self, numbers: &[f32], device: &Device, dtype: DType) -> Result<Tensor> {
         let mut values = Vec::with_capacity(numbers.len() * self.width);
         numbers.iter().for_each(|number| self.push(*number, &mut values));
@@ -71,23 +72,23 @@ impl EmbeddingMlp {
         })
     }
 
-    /// `x [N, in]` to `[N, out]`.
+    /// Maps `x [N, in]` to `[N, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear_2.forward(&activate(&self.linear_1.forward(x, None)?, Activation::Silu)?, None)
     }
 }
 
-/// Rows that depend on the timestep alone, for a set of timesteps.
+/// Rows that depend only on the timestep, for a set of timesteps.
 #[derive(Debug)]
 pub struct TimeCache {
     /// Row of each timestep.
     rows: HashMap<u32, u32>,
-    /// `[T, ..]` each; what they are is the network's matter.
+    /// `[T, ..]` each; their meaning depends on the network.
     layers: Vec<Tensor>,
 }
 
 impl TimeCache {
-    /// `layers` hold one row per timestep.
+    /// Each of the `layers` has one row per timestep.
     pub(crate) fn new(timesteps: &[u32], layers: Vec<Tensor>) -> Self {
         let rows = timesteps.iter().zip(0..).map(|(&t, row)| (t, row)).collect();
         Self { rows, layers }
@@ -111,7 +112,7 @@ impl TimeCache {
     pub(crate) fn layer(&self, layer: usize) -> Result<&Tensor> {
         match self.layers.get(layer) {
             Some(layer) => Ok(layer),
-            None => bail!("a time cache of another model"),
+            None => bail!("the time cache belongs to another model"),
         }
     }
 }

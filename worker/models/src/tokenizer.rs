@@ -1,6 +1,6 @@
-//! CLIP's tokenizer: text to a fixed number of token ids.
+//! CLIP's tokenizer, which turns text into a fixed number of token ids.
 //!
-//! Older checkpoints carry only `vocab.json` and `merges.txt`; the same byte-level BPE is then assembled from them.
+//! Older checkpoints have only `vocab.json` and `merges.txt`. The same byte-level BPE is then built from these.
 
 use std::path::Path;
 
@@ -29,7 +29,7 @@ pub struct ClipTokenizer {
     max_length: usize,
 }
 
-/// What this needs of `tokenizer_config.json` and `special_tokens_map.json`.
+/// The settings used from `tokenizer_config.json` and `special_tokens_map.json`.
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     bos_token: Option<Token>,
@@ -38,7 +38,7 @@ struct TokenizerConfig {
     unk_token: Option<Token>,
 }
 
-/// A special token, spelled out or with its matching options.
+/// A special token, as a string or with its matching options.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Token {
@@ -61,10 +61,10 @@ impl ClipTokenizer {
         let file = dir.join("tokenizer.json");
         let tokenizer = if file.is_file() { Tokenizer::from_bytes(read(&file)?) } else { assemble(dir, &special)? };
         let mut tokenizer = tokenizer.map_err(|e| broken(dir, e))?;
-        // The file may bring its own, of whoever saved it.
+        // The file may contain padding settings from when it was saved.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| broken(dir, e))?;
-        // Special tokens are recognised within a text, also padding's: `!` in Stable Diffusion 2.
+        // Special tokens are recognised within a text, including the padding token, which is `!` in Stable Diffusion 2.
         let tokens = [&special.bos, &special.eos, &special.pad];
         let tokens = tokens.map(|content| AddedToken::from(content.clone(), true).normalized(true));
         tokenizer.add_special_tokens(tokens).map_err(|e| broken(dir, e))?;
@@ -81,7 +81,7 @@ impl ClipTokenizer {
         Ok(self.read(text)?.into_ids())
     }
 
-    /// The ids of a text, and how much of it they are.
+    /// The ids of a text, and how much of the text they cover.
     pub(crate) fn read(&self, text: &str) -> Result<Reading, ModelError> {
         let encoding = self.tokenizer.encode(text, false).map_err(|e| broken(Path::new("memory"), e))?;
         let room = self.max_length - 2;
@@ -102,7 +102,7 @@ struct SpecialTokens {
 }
 
 impl SpecialTokens {
-    /// From `special_tokens_map.json` or `tokenizer_config.json`, whichever names them.
+    /// Reads the tokens from `special_tokens_map.json` or `tokenizer_config.json`, whichever names them.
     fn read(dir: &Path) -> Result<Self, ModelError> {
         let optional = |name: &str| {
             let path = dir.join(name);

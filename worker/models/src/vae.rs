@@ -1,6 +1,6 @@
 //! The encoder of the autoencoder (AutoencoderKL; Rombach et al., CVPR 2022): images to latents.
 //!
-//! A latent is the posterior's mean, not a sample of it: the scores then depend on the image alone.
+//! A latent is the posterior's mean and not a sample, so the scores depend only on the image.
 
 mod config;
 
@@ -33,7 +33,8 @@ pub struct VaeEncoder {
     scaling: Scaling,
 }
 
-/// From the posterior's mean to a latent of about unit variance: `(mean - shift) * scale`, channel by channel or for all.
+/// Scales the posterior's mean to a latent of about unit variance: `(mean - shift) * scale`, per channel or with one
+/// value for all.
 #[derive(Debug)]
 enum Scaling {
     All {
@@ -72,7 +73,7 @@ impl VaeEncoder {
         Self::of_config(&VaeConfig::read(&dir.join("config.json"))?, dir, options)
     }
 
-    /// Loads the encoder of the autoencoder in `dir`, whose settings must be what the pipeline of a family knows.
+    /// Loads the encoder of the autoencoder in `dir`. Its settings must be ones that the family's pipeline uses.
     pub(crate) fn of_family(family: Family, dir: &Path, options: &LoadOptions) -> Result<Self, ModelError> {
         let path = dir.join("config.json");
         let config = VaeConfig::read(&path)?;
@@ -93,15 +94,14 @@ impl VaeEncoder {
             down.push(DownBlock::load(&block, inputs, outputs, config.layers_per_block, groups, downsample)?);
         }
         let mid = p.at("mid_block");
-        let attention = match config.mid_block_add_attention {
-            true => Some(Attention::load(&mid.at("attentions.0"), last, groups)?),
-            false => None,
+        let attention = if config.mid_block_add_attention {
+            Some(Attention::load(&mid.at("attentions.0"), last, groups)?)
+        } else {
+            None
         };
         let moments = 2 * config.latent_channels;
-        let quant = match config.use_quant_conv {
-            true => Some(linear(&weights.at("quant_conv"), moments, moments)?),
-            false => None,
-        };
+        let quant =
+            if config.use_quant_conv { Some(linear(&weights.at("quant_conv"), moments, moments)?) } else { None };
         Ok(Self {
             conv_in: conv3x3(&p.at("conv_in"), config.in_channels, first, 1, Padding::Around)?,
             down,
@@ -118,7 +118,7 @@ impl VaeEncoder {
         })
     }
 
-    /// How many times smaller a latent is than its image, per side.
+    /// The ratio of an image's side to its latent's side.
     pub fn factor(&self) -> usize {
         1 << (self.down.len() - 1)
     }
@@ -129,7 +129,7 @@ impl VaeEncoder {
     }
 
     /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1]: `(mean - shift_factor) * scaling_factor`, or
-    /// `(mean - latents_mean) * scaling_factor / latents_std` where the configuration has statistics.
+    /// `(mean - latents_mean) * scaling_factor / latents_std` if the configuration has statistics.
     pub fn encode(&self, pixels: &Tensor, probe: &mut Probe<'_>) -> Result<Tensor, ModelError> {
         let mut h = self.conv_in.forward(pixels, Fused::default())?;
         probe.see(|| "encoder.conv_in".to_owned(), &h);
@@ -174,9 +174,10 @@ impl DownBlock {
             let inputs = if i == 0 { inputs } else { outputs };
             Resnet::load(&p.at(format!("resnets.{i}")), inputs, outputs, groups)
         };
-        let downsample = match downsample {
-            true => Some(conv3x3(&p.at("downsamplers.0.conv"), outputs, outputs, 2, Padding::After)?),
-            false => None,
+        let downsample = if downsample {
+            Some(conv3x3(&p.at("downsamplers.0.conv"), outputs, outputs, 2, Padding::After)?)
+        } else {
+            None
         };
         Ok(Self { resnets: (0..layers).map(resnet).collect::<Result<_, _>>()?, downsample })
     }
@@ -205,10 +206,7 @@ struct Resnet {
 
 impl Resnet {
     fn load(p: &Params<'_>, inputs: usize, outputs: usize, groups: usize) -> Result<Self, ModelError> {
-        let shortcut = match inputs == outputs {
-            true => None,
-            false => Some(linear(&p.at("conv_shortcut"), inputs, outputs)?),
-        };
+        let shortcut = if inputs == outputs { None } else { Some(linear(&p.at("conv_shortcut"), inputs, outputs)?) };
         Ok(Self {
             norm1: group_norm(&p.at("norm1"), groups, inputs, EPS)?,
             conv1: conv3x3(&p.at("conv1"), inputs, outputs, 1, Padding::Around)?,
@@ -271,7 +269,7 @@ mod tests {
         let config: VaeConfig = serde_json::from_value(settings).unwrap();
         let scaling = Scaling::new(&config, &Device::Cpu, DType::F32).unwrap();
         let mean = Tensor::new(&[[3.0f32, 1.0], [1.0, -2.0]], &Device::Cpu).unwrap();
-        // As StableDiffusionXLImg2ImgPipeline: (latents - latents_mean) * scaling_factor / latents_std.
+        // As in StableDiffusionXLImg2ImgPipeline: (latents - latents_mean) * scaling_factor / latents_std.
         assert_eq!(scaling.apply(&mean).unwrap().to_vec2::<f32>().unwrap(), [[0.5, 3.0], [0.0, 0.0]]);
     }
 }

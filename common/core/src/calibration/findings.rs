@@ -1,52 +1,52 @@
-//! How far confidence can be trusted.
+//! How reliable the confidence is.
 
 use serde::{Deserialize, Serialize};
 
-/// Bins of equal width that confidences are sorted into (Guo et al., 2017).
+/// Number of equally wide bins that confidences are sorted into (Guo et al., 2017).
 const BINS: usize = 15;
 
-/// What a calibration was fitted to, or judged by.
+/// The ground truth that a calibration was fitted to or evaluated against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// Labels of the dataset: confidence is the share of images whose class is right.
+    /// Labels of the dataset: confidence estimates the share of images whose class is right.
     Labels,
-    /// The audit, for want of labels: confidence is the share of images whose class is the reference policy's.
+    /// The audit, if there are no labels: confidence estimates the share of images whose class equals the reference policy's.
     Audit,
 }
 
-/// Confidences that are about alike, against how often they were justified.
+/// One bin: samples of similar confidence, and how often their class was right.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Bin {
-    /// Confidences from here on,
+    /// Lower end of the confidences.
     pub from: f64,
-    /// up to here.
+    /// Upper end of the confidences.
     pub to: f64,
-    /// Samples in it.
+    /// Samples in the bin.
     pub samples: u64,
     /// Their mean confidence.
     pub confidence: f64,
-    /// The share of them that is right.
+    /// The share of them whose class is right.
     pub accuracy: f64,
 }
 
 /// Confidence against accuracy: the data of a reliability diagram (DeGroot & Fienberg, 1983).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Reliability {
-    /// Samples.
+    /// Number of samples.
     pub samples: u64,
     /// Their mean confidence.
     pub confidence: f64,
-    /// The share of them that is right.
+    /// The share of them whose class is right.
     pub accuracy: f64,
-    /// Expected calibration error: how far confidence and accuracy are apart, averaged over the samples bin by bin.
+    /// Expected calibration error: the mean over the samples of the gap between their bin's confidence and accuracy.
     pub ece: f64,
-    /// The bins that samples fell into, ascending.
+    /// The bins that contain samples, in ascending order.
     pub bins: Vec<Bin>,
 }
 
 impl Reliability {
-    /// Of confidences in [0, 1] and whether each was justified.
+    /// From pairs of a confidence in [0, 1] and whether the prediction was right.
     pub fn of(judged: &[(f64, bool)]) -> Self {
         let mut sums = [(0u64, 0.0, 0u64); BINS];
         for (confidence, right) in judged {
@@ -77,21 +77,21 @@ impl Reliability {
     }
 }
 
-/// How good a calibration is, where that can be told.
+/// How good a calibration is, measured where the truth is known.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Findings {
-    /// What it was judged by.
+    /// What it was evaluated against.
     pub source: Source,
-    /// Of samples that it was not fitted to.
+    /// Measured on samples that it was not fitted to.
     pub reliability: Reliability,
-    /// Mean of the softmax of the raw errors, for comparison: about one over the number of classes.
+    /// Mean softmax of the raw errors, for comparison: about one over the number of classes.
     pub softmax: f64,
-    /// Its expected calibration error.
+    /// Expected calibration error of that softmax.
     pub softmax_ece: f64,
 }
 
 impl Findings {
-    /// What confidences came to, and the softmax of raw errors.
+    /// From the reliability of the confidences and of the softmax of the raw errors.
     pub(super) fn new(source: Source, reliability: Reliability, softmax: Reliability) -> Self {
         Self { source, reliability, softmax: softmax.confidence, softmax_ece: softmax.ece }
     }

@@ -1,69 +1,69 @@
-//! Fitting a calibration to samples of which it is known whether they are right.
+//! Fits a calibration to samples for which it is known whether the prediction is right.
 //!
-//! The three parameters maximise the likelihood of what was right. A handful of samples, all right, would make it certain of
-//! everything: as in Platt (1999) the targets are those of a uniform prior on the share that is right, and `growth` and
-//! `left` have wide priors of their own.
+//! The three parameters maximise the likelihood of the right predictions. A few samples that are all right would make the fit
+//! certain of everything. So the targets are those of a uniform prior on the share that is right, as in Platt (1999), and
+//! `growth` and `left` have wide priors of their own.
 
 use std::collections::BTreeMap;
 
 use argmin::core::{CostFunction, Error, Executor};
 use argmin::solver::neldermead::NelderMead;
+use argmin_math as _; // arithmetic of vectors, for the solver
 
 use super::findings::{Findings, Reliability, Source};
 use super::{Calibration, Confidence, Evidence};
+use crate::draw::Draw;
 
-/// Samples that a fit looks at: those with the lowest hashes of their keys, where there are more.
+/// The most samples used for a fit: if there are more, those with the lowest draws.
 const MOST: usize = 10_000;
-/// Parts that each are judged by a fit to the others.
+/// Number of folds in cross-validation: each is evaluated with a fit to the others.
 const FOLDS: u8 = 5;
-/// Standard deviation of `growth` before anything is seen; its mean is 0.
+/// Prior standard deviation of `growth`; its prior mean is 0.
 const GROWTH_SPREAD: f64 = 1.0;
-/// Mean and standard deviation of the logarithm of `left` before anything is seen.
+/// Prior mean and standard deviation of the logarithm of `left`.
 const LEFT: (f64, f64) = (-2.0, 4.0);
-/// Steps of the search at most.
+/// The most steps of the search.
 const STEPS: u64 = 400;
 
-/// What is known of a sample whose prediction can be judged.
+/// A sample whose prediction can be checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outlook {
-    /// What its confidence rests on.
+    /// The evidence for its confidence.
     pub evidence: Evidence,
     /// The softmax of its raw errors.
     pub softmax: f64,
-    /// Whether its class is the right one.
+    /// Whether its predicted class is right.
     pub right: bool,
 }
 
-/// Collects what a calibration is fitted to; in memory that does not grow with the job.
+/// Collects samples to fit a calibration to. Its memory does not grow with the job.
 #[derive(Clone, Debug, Default)]
 pub struct Fitter {
-    /// By a hash of the sample's key, which also says which fold a sample is in: as good as random, always the same.
+    /// Samples by their draw, which also determines the fold.
     chosen: BTreeMap<u64, Outlook>,
 }
 
 impl Fitter {
-    /// Takes in a sample.
+    /// Adds a sample.
     pub fn add(&mut self, key: &str, outlook: Outlook) {
-        let mut hash = [0; 8];
-        blake3::Hasher::new().update(b"calibration").update(key.as_bytes()).finalize_xof().fill(&mut hash);
-        self.chosen.insert(u64::from_le_bytes(hash), outlook);
+        self.chosen.insert(Draw::new("calibration", None, key).number(), outlook);
         if self.chosen.len() > MOST {
             self.chosen.pop_last();
         }
     }
 
-    /// How many samples it has.
+    /// How many samples it has kept.
     pub fn len(&self) -> usize {
         self.chosen.len()
     }
 
-    /// Whether it has none.
+    /// Whether it has no samples.
     pub fn is_empty(&self) -> bool {
         self.chosen.is_empty()
     }
 
-    /// The calibration that suits the samples, or the one that is `given`, and how good it is; none without a sample to fit
-    /// one to. What is fitted is judged on samples that it was not fitted to.
+    /// The `given` calibration, or else one fitted to the samples, with its findings; `None` if there is nothing to fit to. A
+    /// fitted calibration is evaluated by cross-validation, on samples it was not fitted to.
     pub fn finish(&self, source: Source, given: Option<Calibration>) -> Option<Confidence> {
         let all: Vec<&Outlook> = self.chosen.values().collect();
         let calibration = given.or_else(|| fit(&all))?;
@@ -79,7 +79,7 @@ impl Fitter {
         Some(Confidence { calibration, findings: Some(findings) })
     }
 
-    /// Every sample's confidence by a fit to the other folds, and whether it is right.
+    /// Every sample's confidence from a fit to the other folds, and whether its prediction is right.
     fn judge_folds(&self, of_all: Calibration) -> Vec<(f64, bool)> {
         let fold_of = |hash: &u64| (hash % u64::from(FOLDS)) as u8;
         let of_fold = |fold| {
@@ -93,7 +93,7 @@ impl Fitter {
     }
 }
 
-/// The calibration that suits some samples; none where there are none.
+/// The calibration fitted to some samples; `None` if there are none.
 fn fit(samples: &[&Outlook]) -> Option<Calibration> {
     if samples.is_empty() {
         return None;
@@ -103,7 +103,7 @@ fn fit(samples: &[&Outlook]) -> Option<Calibration> {
     let mut margins: Vec<f32> = samples.iter().filter_map(|s| s.evidence.behind.first().copied()).collect();
     margins.retain(|margin| *margin > 0.0);
     margins.sort_by(f32::total_cmp);
-    // In the order of what the errors differ by, whatever the loss.
+    // The search starts at the scale of the margins, so that it works for every loss.
     let scale = margins.get(margins.len() / 2).map_or(1.0, |margin| f64::from(*margin));
     let right = samples.iter().filter(|s| s.right).count() as f64;
     let wrong = samples.len() as f64 - right;
@@ -116,19 +116,19 @@ fn fit(samples: &[&Outlook]) -> Option<Calibration> {
     found.state.best_param.map(|best| calibration(&best, typical))
 }
 
-/// Parameters of the search: the logarithm of the temperature, the exponent, the logarithm of what left.
+/// The calibration from the search's parameters: the logarithm of the temperature, the exponent, and the logarithm of `left`.
 fn calibration(parameters: &[f64], typical: f64) -> Calibration {
     let positive = |log: f64| libm::exp(log.clamp(-60.0, 60.0));
     Calibration { temperature: positive(parameters[0]), growth: parameters[1], left: positive(parameters[2]), typical }
 }
 
-/// How unlikely what is right is by a calibration.
+/// The negative log likelihood of the right predictions under a calibration.
 struct Likelihood<'a> {
     samples: &'a [&'a Outlook],
     typical: f64,
-    /// What a right sample should be trusted.
+    /// The target confidence of a right prediction.
     of_right: f64,
-    /// What a wrong one should be.
+    /// The target confidence of a wrong prediction.
     of_wrong: f64,
 }
 
@@ -160,7 +160,7 @@ mod tests {
         Outlook { evidence: Evidence::of(&scores, behind.first().copied(), evaluations), softmax: 0.1, right }
     }
 
-    /// Two hundred samples that are right the more often, the larger their margin and the fewer their evaluations.
+    /// Two hundred samples: a larger margin and fewer evaluations make the prediction more often right.
     fn samples() -> Vec<Outlook> {
         let sample = |i: u32| {
             let (step, evaluations) = ((i * 7) % 20, 20 + (i * 13) % 90);
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_few_samples_that_are_all_right_make_nothing_certain() {
+    fn a_few_right_samples_do_not_make_predictions_certain() {
         let all: Vec<_> = (1..=8).map(|i| outlook(&[0.001 * i as f32], 50, true)).collect();
         let found = fit(&all.iter().collect::<Vec<_>>()).unwrap();
         let mean = all.iter().map(|sample| found.confidence(&sample.evidence)).sum::<f64>() / 8.0;
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_found_does_not_depend_on_the_order_of_samples_and_is_judged_on_others() {
+    fn a_fit_ignores_sample_order_and_is_evaluated_on_other_samples() {
         let collect = |order: &mut dyn Iterator<Item = usize>| {
             let mut fitter = Fitter::default();
             order.for_each(|i| fitter.add(&format!("{i}.png"), samples()[i].clone()));
@@ -214,21 +214,21 @@ mod tests {
     }
 
     #[test]
-    fn a_given_calibration_is_judged_as_it_is() {
+    fn a_given_calibration_is_evaluated_unchanged() {
         let mut fitter = Fitter::default();
         let given = Calibration { temperature: 1e-9, growth: 0.0, left: 0.0, typical: 1.0 };
         let unjudged = Confidence { calibration: given, findings: None };
         assert_eq!(fitter.finish(Source::Labels, Some(given)), Some(unjudged));
         samples().into_iter().enumerate().for_each(|(i, sample)| fitter.add(&i.to_string(), sample));
         let found = fitter.finish(Source::Labels, Some(given)).unwrap();
-        // It is certain of everything, and 72 of a hundred are right.
+        // It is certain of everything, but only 72 of a hundred predictions are right.
         assert_eq!(found.calibration, given);
         let findings = found.findings.unwrap();
         assert!((findings.reliability.ece - 0.28).abs() < 1e-6, "{findings:?}");
     }
 
     #[test]
-    fn many_samples_are_represented_by_some() {
+    fn only_some_of_many_samples_are_kept() {
         let mut fitter = Fitter::default();
         (0..MOST + 100).for_each(|i| fitter.add(&i.to_string(), outlook(&[0.1], 1, true)));
         assert_eq!(fitter.len(), MOST);

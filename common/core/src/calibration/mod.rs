@@ -1,21 +1,21 @@
 //! Calibrated confidence: how often a prediction like this one is right.
 //!
-//! The softmax of the raw errors is no probability. Mean errors of different classes differ by thousandths, so that among `N`
-//! classes every image gets about `1/N`; [`Findings`] shows it. What makes probabilities of them is a temperature (Guo et
-//! al., ICML 2017), fitted where it is known what is right: see [`Fitter`].
+//! The softmax of the raw errors is not a useful probability. The mean errors of different classes differ by thousandths, so
+//! with `N` classes every image gets about `1/N`; [`Findings`] shows this. A temperature turns the errors into probabilities
+//! (Guo et al., ICML 2017). It is fitted where the right classes are known: see [`Fitter`].
 //!
-//! With `d_k` the mean error of class `k` less that of the best one, over the classes of the best one's last round,
+//! Let `d_k` be the mean error of class `k` minus that of the best class, over the classes in the best class's last round. Then
 //!
 //! ```text
 //! confidence = 1 / (sum_k exp(-d_k / T(e)) + left * exp(-d_2 / T(e)))       T(e) = temperature * (e / typical)^growth
 //! ```
 //!
-//! - Of many classes in the last round the nearest [`NEAREST`] count.
-//! - `e` is the number of evaluations that were spent on the image: a hard image takes more of them, which says more of it
-//!   than its margin does (Clark & Jaini, NeurIPS 2023, appendix).
-//! - `left` stands for the classes that left in earlier rounds, the right one among them now and then: as if so many more
-//!   were as far away as the second best. Without it a race among a thousand classes that ends with two would never be less
-//!   sure than one half.
+//! - If the last round has many classes, only the nearest [`NEAREST`] count.
+//! - `e` is the number of evaluations spent on the image. Hard images take more evaluations, and this predicts mistakes better
+//!   than the margin does (Clark & Jaini, NeurIPS 2023, appendix).
+//! - `left` stands for the classes eliminated in earlier rounds, which sometimes include the right one. It counts them as that
+//!   many classes at the distance of the second best. Without it, a race among a thousand classes that ends with two could
+//!   never give a confidence below one half.
 
 mod findings;
 mod fit;
@@ -28,24 +28,24 @@ use serde::{Deserialize, Serialize};
 use crate::class::Classes;
 use crate::prediction::{Labelled, Outcome, Prediction, Score, Uncertain};
 
-/// Classes beside the best one that a confidence looks at: further ones change nothing that is worth its time.
+/// How many classes beside the best one enter a confidence. More would hardly change the value.
 const NEAREST: usize = 32;
 
-/// What turns errors into confidence.
+/// The parameters that turn errors into confidence.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Unchecked")]
 pub struct Calibration {
-    /// The temperature at `typical` evaluations, in units of an error.
+    /// The temperature at `typical` evaluations, in the unit of the errors.
     pub temperature: f64,
-    /// How the temperature grows with the evaluations spent: the exponent.
+    /// The exponent with which the temperature grows with the number of evaluations.
     pub growth: f64,
-    /// Classes that left earlier, counted as if they were as far away as the second best.
+    /// The weight of eliminated classes: counted as this many classes at the distance of the second best.
     pub left: f64,
-    /// Evaluations that images took, their geometric mean.
+    /// Geometric mean of the evaluations per image.
     pub typical: f64,
 }
 
-/// A calibration as it is written down.
+/// A calibration as serialised, before validation.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Unchecked {
@@ -68,41 +68,41 @@ impl TryFrom<Unchecked> for Calibration {
     }
 }
 
-/// How sure a job is of its predictions.
+/// A job's calibration and how good it is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Confidence {
-    /// What makes confidence of errors.
+    /// Turns errors into confidence.
     pub calibration: Calibration,
-    /// How good that is; none where there was nothing to judge it by.
+    /// How good the calibration is; `None` if there was nothing to evaluate it on.
     pub findings: Option<Findings>,
 }
 
-/// What a confidence rests on.
+/// The evidence that a confidence is computed from.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Evidence {
-    /// By how much the mean errors of the other classes of the best one's last round exceed its own, ascending.
+    /// Mean errors of the other classes in the best class's last round, minus the best class's mean error; ascending.
     behind: Vec<f32>,
     evaluations: u32,
 }
 
 impl Evidence {
-    /// Of what the errors of other classes are behind the best one's, ascending.
+    /// From the other classes' mean errors minus the best one's, ascending.
     pub fn new(mut behind: Vec<f32>, evaluations: u32) -> Self {
         behind.truncate(NEAREST);
         Self { behind, evaluations }
     }
 
-    /// Of a sample; none where it could not be scored.
+    /// The evidence for a prediction; `None` if the sample could not be scored.
     pub fn of_row(row: &Prediction) -> Option<Self> {
         let scores = row.scores();
         (!scores.is_empty()).then(|| Self::of(scores, row.margin(), row.evaluations))
     }
 
-    /// Of a sample's scores, best first, some of which may not have been kept, and its margin.
+    /// From a sample's scores, best first, and its margin. Some scores may not have been kept.
     fn of(scores: &[Score], margin: Option<f32>, evaluations: u32) -> Self {
         let (mut behind, mut rest) = (Vec::new(), scores.iter());
         if let Some(best) = rest.next() {
-            // Other classes have means over other slots, which don't compare.
+            // Classes of earlier rounds have means over other slots, which can't be compared.
             let rivals = rest.take_while(|score| score.round == best.round).take(NEAREST);
             behind.extend(rivals.map(|score| (score.mean_error - best.mean_error).max(0.0)));
         }
@@ -114,7 +114,7 @@ impl Evidence {
 }
 
 impl Outlook {
-    /// Of a sample that was scored and whose class is the right one, or not; none where it was not scored.
+    /// From a prediction and whether its class is right; `None` if the sample was not scored.
     pub fn of(row: &Prediction, right: bool) -> Option<Self> {
         let evidence = Evidence::of_row(row)?;
         let scores = row.scores();
@@ -124,7 +124,8 @@ impl Outlook {
 }
 
 impl Calibration {
-    /// The sample with its confidence, with one of `classes` only where that is not below `abstain_below`.
+    /// Adds the confidence to a prediction. The sample gets one of `classes` only if the confidence is at least
+    /// `abstain_below`.
     pub fn apply(&self, row: Prediction, abstain_below: Option<f64>, classes: &Classes) -> Prediction {
         let Some(evidence) = Evidence::of_row(&row) else { return row };
         let confidence = self.confidence(&evidence) as f32;
@@ -147,12 +148,12 @@ impl Calibration {
         Prediction { outcome, ..row }
     }
 
-    /// How sure the best class is, in (0, 1].
+    /// The confidence in the best class, in (0, 1].
     ///
-    /// The arithmetic is the same on every platform: powers are not the C library's.
+    /// The result is the same on every platform: powers don't come from the C library.
     pub fn confidence(&self, evidence: &Evidence) -> f64 {
         let spent = f64::from(evidence.evaluations.max(1)) / self.typical;
-        // Far from what it was fitted on, the temperature neither vanishes nor drowns everything.
+        // The clamp keeps the temperature finite and above zero for evaluation counts far from those of the fit.
         let temperature = self.temperature * libm::exp((self.growth * libm::log(spent)).clamp(-30.0, 30.0));
         let weight = |behind: &f32| libm::exp(-f64::from(*behind) / temperature);
         let rivals: f64 = evidence.behind.iter().map(weight).sum();
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_took_longer_is_less_sure_by_the_exponent() {
+    fn more_evaluations_lower_confidence_by_the_exponent() {
         let of = |evaluations| Evidence::of(&[score(1.0, 0), score(1.5, 0)], Some(0.5), evaluations);
         // At four times the evaluations and an exponent of a half the temperature is twice as high.
         let expected = 1.0 / (1.0 + (-0.5f64).exp());
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn where_scores_were_not_kept_the_margin_speaks_and_without_a_rival_what_left() {
+    fn without_scores_the_margin_counts_and_without_a_rival_only_left() {
         let all = Evidence::of(&[score(1.0, 0), score(1.5, 0)], Some(0.5), 9);
         assert_eq!(Evidence::of(&[score(1.0, 0)], Some(0.5), 9), all);
         let alone = Evidence::of(&[score(1.0, 1), score(0.5, 0)], None, 9);
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_gets_its_confidence_and_keeps_its_class_if_that_is_enough() {
+    fn a_row_gets_its_confidence_and_keeps_its_class_if_sure_enough() {
         let classes = Classes::parse("ant\nbee", &[]).unwrap();
         let scores = vec![score(1.0, 0), Score { class: ClassIndex(1), ..score(1.5, 0) }];
         let labelled = Labelled {
@@ -226,7 +227,7 @@ mod tests {
             |outcome: &Outcome, least| calibration(0.0, 0.0).apply(row(outcome.clone()), least, &classes).outcome;
         assert_eq!(apply(&Outcome::Labelled(labelled.clone()), Some(0.7)), sure);
         assert_eq!(apply(&Outcome::Labelled(labelled), Some(0.8)), unsure);
-        // Whatever was found before, the same comes of it.
+        // Applying it again gives the same result.
         assert_eq!(apply(&unsure, None), sure);
         assert_eq!(apply(&sure, Some(0.8)), unsure);
         let bad = Outcome::Quarantined { error: "no image".into() };
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_calibration_is_refused() {
+    fn invalid_calibrations_are_refused() {
         let read = |text: &str| serde_json::from_str::<Calibration>(text);
         let fine = calibration(0.5, 1.0);
         assert_eq!(read(&serde_json::to_string(&fine).unwrap()).unwrap(), fine);

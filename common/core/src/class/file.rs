@@ -1,4 +1,4 @@
-//! Reading class files, and refusing classes that can't be told apart.
+//! Reads class files, and refuses classes that can't be told apart.
 
 use std::collections::HashMap;
 
@@ -7,10 +7,10 @@ use crate::hand_table::{At, HandError, HandTable, HandText};
 use crate::ids::ClassIndex;
 use crate::text::{excerpt, normal};
 
-/// What a class file may be.
+/// The accepted forms of a class file.
 const FORMS: &str = "one class per line, a JSON list of names, or CSV with the columns prompt,classname,classidx";
 
-/// The classes of a file as they are read, with the places of their first rows.
+/// The classes read from a file, with the place of each one's first row.
 #[derive(Debug)]
 pub(super) struct ClassReader<'a> {
     text: &'a HandText,
@@ -18,7 +18,7 @@ pub(super) struct ClassReader<'a> {
     places: HashMap<ClassIndex, At>,
     by_name: HashMap<String, ClassIndex>,
     by_prompt: HashMap<String, ClassIndex>,
-    /// Whether the model knows classes by their prompts, of which each must then be one class's.
+    /// Whether the model identifies classes by prompts, so that two classes must not share one.
     has_prompts: bool,
 }
 
@@ -82,7 +82,7 @@ impl<'a> ClassReader<'a> {
         Ok(())
     }
 
-    /// A class index as it is written.
+    /// Parses a class index.
     pub(super) fn index(&self, line: u64, text: Option<&str>) -> Result<Option<ClassIndex>, HandError> {
         let parse = |text: &str| {
             let problem = || format!("classidx '{}' is not a whole number", excerpt(text));
@@ -91,7 +91,7 @@ impl<'a> ClassReader<'a> {
         text.map(parse).transpose()
     }
 
-    /// Takes a class with a prompt, or with those that templates make of its name.
+    /// Adds a class with its prompt, or with one prompt per template.
     fn push(
         &mut self,
         at: At,
@@ -105,7 +105,7 @@ impl<'a> ClassReader<'a> {
             let text = prompt.map_or_else(|| DEFAULT_TEMPLATE.replace("{}", &name), str::to_owned);
             return self.push_prompt(at, Prompt { text, class: index, label: None });
         }
-        // Templates speak about class names, so they replace the file's own prompts.
+        // Templates contain class names, so they replace the file's own prompts.
         for template in templates {
             let text = template.replace("{}", &name);
             if self.by_prompt.get(normal(text.trim()).as_ref()) != Some(&index) {
@@ -115,7 +115,7 @@ impl<'a> ClassReader<'a> {
         Ok(())
     }
 
-    /// Takes a prompt, which must be no other class's.
+    /// Adds a prompt, which must not belong to another class.
     fn push_prompt(&mut self, at: At, prompt: Prompt) -> Result<(), HandError> {
         let first = *self.by_prompt.entry(normal(prompt.text.trim()).into_owned()).or_insert(prompt.class);
         if self.has_prompts && first != prompt.class {
@@ -134,7 +134,7 @@ impl<'a> ClassReader<'a> {
         Ok(())
     }
 
-    /// Notes a class's name, which must not differ from an earlier row's, nor be another class's; and gives it as it is noted.
+    /// Records a class's name and returns it. The name must match earlier rows of this class, and no other class may have it.
     pub(super) fn name_class(&mut self, at: At, index: ClassIndex, name: &str) -> Result<String, HandError> {
         let name = normal(name.trim()).into_owned();
         if name.is_empty() {
@@ -163,7 +163,7 @@ impl<'a> ClassReader<'a> {
         Ok(name)
     }
 
-    /// The class of a name.
+    /// The class with a name.
     pub(super) fn named(&self, name: &str) -> Option<ClassIndex> {
         self.by_name.get(normal(name.trim()).as_ref()).copied()
     }
@@ -179,7 +179,7 @@ impl<'a> ClassReader<'a> {
     }
 }
 
-/// Whether a class file is a JSON list. A class may well be called `[unknown]`.
+/// Whether a class file is a JSON list. A class may also be called `[unknown]`.
 fn is_json(text: &HandText) -> bool {
     let start = text.text().trim_start().strip_prefix('[').map(str::trim_start);
     text.is_called(".json") || start.is_some_and(|rest| rest.starts_with('"'))
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_class_file_is_the_same_however_it_was_saved() {
+    fn a_class_file_reads_the_same_in_every_saved_form() {
         for content in [
             "prompt;classname;classidx\na photo of the digit zero;zero;0\nthe one, the only;one;7\n",
             "\"prompt\",\"classname\",\"classidx\"\r\n\"a photo of the digit zero\",\"zero\",\"0\"\r\n\"the one, the only\",\"one\",\"7\"\r\n",
@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn templates_may_not_make_one_prompt_of_two_classes() {
+    fn templates_that_give_two_classes_one_prompt_are_refused() {
         let text = HandText::new("the class file", "classes.txt", b"cat\ncats\n".to_vec()).unwrap();
         let templates = ["{}".to_owned(), "{}s".to_owned()];
         let found = ClassReader::new(&text, true).read(&templates).unwrap_err().to_string();
@@ -265,7 +265,7 @@ mod tests {
             found.contains("line 2: the prompt 'cats' of class 1 'cats' (line 2) is that of class 0 'cat'"),
             "{found}"
         );
-        // To a class-conditional model prompts say nothing.
+        // A class-conditional model does not use prompts.
         assert!(ClassReader::new(&text, false).read(&templates).is_ok());
     }
 
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_the_files_own() {
+    fn errors_name_the_line_of_the_file() {
         let found = error("c.csv", "prompt,classname,classidx\r\n\r\na,cat,0\r\nb,dog,x\r\n");
         assert!(found.contains("the class file c.csv, line 4: classidx 'x' is not a whole number"), "{found}");
         assert!(error("c.csv", "prompt,classname,classidx\na cat, asleep,cat,0\n").contains("line 2: it has 4 fields"));

@@ -1,5 +1,5 @@
-//! Groups above classes, as in WordNet: a race asks about the groups first, and only then about what is in those that are
-//! left (hierarchical pruning, Shanbhag et al. 2024).
+//! Groups of classes, as in WordNet: a race compares the groups first, and then only the members of the remaining groups
+//! (hierarchical pruning, Shanbhag et al. 2024).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -10,55 +10,55 @@ use crate::hand_table::{HandError, HandRow, HandText};
 use crate::ids::ClassIndex;
 use crate::text::{excerpt, normal};
 
-/// Levels of groups; WordNet has some twenty.
+/// The most levels of groups; WordNet has about twenty.
 const DEEPEST: usize = 100;
 
-/// Groups of classes, each after the groups it is in.
+/// Groups of classes. Each group comes after the groups that contain it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Group>")]
 pub struct Hierarchy(Vec<Group>);
 
-/// What several classes, or groups of them, have in common.
+/// A group of classes, or of other groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Group {
-    /// What it is called.
+    /// Its name.
     pub name: String,
-    /// What the text encoder is given.
+    /// The prompts for the text encoder.
     pub prompts: Vec<String>,
-    /// The groups in it, by position.
+    /// The groups in it, as positions.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<u32>,
-    /// The classes in it that are in none of these.
+    /// The classes that are directly in it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<ClassIndex>,
 }
 
-/// A hierarchy that can't be used.
+/// An invalid hierarchy.
 #[derive(Debug, thiserror::Error)]
 pub enum HierarchyError {
-    /// The file can't be read, or a row of it is wrong.
+    /// The file can't be read, or a row is wrong.
     #[error("{0}; write CSV with the columns class,parent, or one name per line, indented below what it is in")]
     File(#[from] HandError),
-    /// A name without anything below that is no class, while there are classes that are missing.
+    /// A name without members that is not a class, while classes of the job are missing.
     #[error("the hierarchy: '{name}' is not a class of the job and has none below it{}, while '{class}' is missing: write classes like the class file does", more(*.others))]
     Unknown {
-        /// The name.
+        /// The unknown name.
         name: String,
-        /// The class.
+        /// The missing class.
         class: String,
-        /// How many more there are.
+        /// How many more unknown names there are.
         others: usize,
     },
-    /// Something is in itself.
-    #[error("the hierarchy: '{0}' is in itself, by way of what is in it: take one of the links out")]
+    /// A group contains itself.
+    #[error("the hierarchy: '{0}' contains itself, directly or through its members: remove one of the links")]
     Circular(String),
-    /// Something is below too much.
+    /// The hierarchy is too deep.
     #[error(
-        "the hierarchy: '{0}' is {DEEPEST} levels deep, and each level takes every image a round: leave levels out"
+        "the hierarchy: '{0}' is {DEEPEST} levels deep, and each level costs a round for every image: remove levels"
     )]
     Deep(String),
-    /// Two things that may be compared have one prompt.
+    /// Two members that may be compared have the same prompt.
     #[error(
         "the hierarchy: the group '{group}' and {other} have one prompt, '{prompt}', so that they can't be told apart: rename \
          one of them, or give the class another prompt"
@@ -68,10 +68,10 @@ pub enum HierarchyError {
         group: String,
         /// A group or class that is not in it.
         other: String,
-        /// Their prompt.
+        /// The prompt they share.
         prompt: String,
     },
-    /// There is nothing to ask about first.
+    /// No group has two classes.
     #[error("the hierarchy puts no two classes into a group: leave it out, or give each group at least two")]
     Flat,
 }
@@ -96,12 +96,13 @@ impl TryFrom<Vec<Group>> for Hierarchy {
 }
 
 impl Hierarchy {
-    /// Reads the text of a hierarchy: a table with the columns `class` and `parent`, or names below each other, indented.
+    /// Reads the text of a hierarchy: a table with the columns `class` and `parent`, or one name per line, indented below its
+    /// group.
     pub fn parse(text: &str, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
         Self::of_text(&HandText::new(HIERARCHY, "in memory", text.into())?, classes, templates)
     }
 
-    /// What a hierarchy above some classes says. The groups' prompts follow from their names by `templates`, which may be empty.
+    /// Reads a hierarchy of some classes. `templates` make the groups' prompts from their names, and may be empty.
     pub fn of_text(text: &HandText, classes: &Classes, templates: &[String]) -> Result<Self, HierarchyError> {
         let links = match table_links(text)? {
             Some(links) => links,
@@ -118,7 +119,7 @@ impl Hierarchy {
         Ok(hierarchy)
     }
 
-    /// Refuses a group with a prompt of something that is not in it: in a round they may be compared.
+    /// Refuses a group that shares a prompt with something outside it: a round may compare the two.
     fn check_prompts(&self, classes: &Classes) -> Result<(), HierarchyError> {
         let of_text = |text: &str| normal(text.trim()).into_owned();
         let mut classes_with: HashMap<String, Vec<ClassIndex>> = HashMap::new();
@@ -136,7 +137,7 @@ impl Hierarchy {
                     return Err(same(format!("the class '{}'", excerpt(classes.name(*class)))));
                 }
                 let groups = groups_with.entry(key).or_default();
-                // A group follows those that it is in.
+                // A group comes after the groups that contain it.
                 if let Some(other) = groups.iter().find(|other| **other != at && !self.holds_group(**other, at)) {
                     return Err(same(format!("the group '{}'", excerpt(&self.0[*other].name))));
                 }
@@ -146,7 +147,7 @@ impl Hierarchy {
         Ok(())
     }
 
-    /// Whether a group, by position, is another or in it.
+    /// Whether `member` is `group` or inside it. Both are positions.
     fn holds_group(&self, group: usize, member: usize) -> bool {
         self.within(group).contains(&member)
     }
@@ -155,7 +156,7 @@ impl Hierarchy {
         self.within(group).into_iter().any(|group| self.0[group].classes.contains(&class))
     }
 
-    /// A group and all that are in it, by position.
+    /// A group and all groups inside it, as positions.
     fn within(&self, group: usize) -> BTreeSet<usize> {
         let (mut found, mut open) = (BTreeSet::new(), vec![group]);
         while let Some(group) = open.pop() {
@@ -166,19 +167,19 @@ impl Hierarchy {
         found
     }
 
-    /// The groups, each after those it is in.
+    /// The groups. Each comes after the groups that contain it.
     pub fn groups(&self) -> &[Group] {
         &self.0
     }
 }
 
-/// A name, and what it is in.
+/// A name and its parent.
 type Link = (String, Option<String>);
 
-/// What errors call a hierarchy.
+/// How errors name a hierarchy file.
 pub const HIERARCHY: &str = "the hierarchy";
 
-/// The links of a table; nothing where it is none.
+/// The links of a table; `None` if the file is not a table.
 fn table_links(text: &HandText) -> Result<Option<Vec<Link>>, HandError> {
     let Some(table) = text.table(|header| header.has("class") && header.has("parent"))? else { return Ok(None) };
     let (class, parent) = (table.required("class", "class,parent")?, table.required("parent", "class,parent")?);
@@ -209,20 +210,20 @@ fn outline_links(text: &HandText) -> Result<Vec<Link>, HandError> {
     Ok(links)
 }
 
-/// Something that is in a group.
+/// A member of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Member<'a> {
     Class(ClassIndex),
     Group(&'a str),
 }
 
-/// Makes groups of links.
+/// Builds groups from links.
 struct Builder<'a> {
     classes: HashMap<&'a str, Vec<ClassIndex>>,
-    /// What is in something, by its name; in order, each once.
+    /// The members of each name, in order and without duplicates.
     below: BTreeMap<&'a str, Vec<&'a str>>,
     names: BTreeSet<&'a str>,
-    /// What groups come to, once that is known.
+    /// The resolved members of each group.
     members: HashMap<&'a str, Vec<Member<'a>>>,
 }
 
@@ -246,7 +247,7 @@ impl<'a> Builder<'a> {
     }
 
     fn build(mut self, templates: &[String]) -> Result<Hierarchy, HierarchyError> {
-        // In a larger tree, in which every class is found, what holds no class does not matter.
+        // If every class was found, this is a larger tree, and names that are not classes don't matter.
         let is_known = |name: &&&str| self.classes.contains_key(**name) || self.below.contains_key(**name);
         let mut unknown = self.names.iter().filter(|name| !is_known(name));
         if let Some(name) = unknown.next()
@@ -283,7 +284,7 @@ impl<'a> Builder<'a> {
         Ok(Hierarchy(order.iter().map(group).collect()))
     }
 
-    /// What a name stands for within a group: itself, or what is in it where that is one thing alone.
+    /// What a name stands for in its group: itself, or its only member if it has just one.
     fn resolve(&mut self, name: &'a str, path: &mut Vec<&'a str>) -> Result<Vec<Member<'a>>, HierarchyError> {
         let own = self.classes.get(name).into_iter().flatten().map(|class| Member::Class(*class));
         let mut members: Vec<Member<'a>> = own.collect();
@@ -311,7 +312,7 @@ impl<'a> Builder<'a> {
         })
     }
 
-    /// The groups that hold more than one thing, each after those that it is in (Kahn, 1962).
+    /// The groups with more than one member. Each comes after the groups that contain it (Kahn, 1962).
     fn parents_first(&self) -> Vec<&'a str> {
         let groups = self.members.iter().filter(|(_, members)| members.len() > 1);
         let mut parents: BTreeMap<&str, usize> = groups.clone().map(|(name, _)| (*name, 0)).collect();
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn links_and_outlines_say_the_same() {
+    fn tables_and_outlines_give_the_same_hierarchy() {
         let csv = "class,parent\nhusky,dog\npug,dog\ndog,animal\ntabby,animal\n";
         let outline = "animal\n  dog\n    husky\n    pug\n  tabby\ncar\n";
         let hierarchy = parse(csv).unwrap();
@@ -374,8 +375,8 @@ mod tests {
     }
 
     #[test]
-    fn a_group_of_one_is_what_is_in_it_and_a_class_may_have_several_parents() {
-        // The plant is an oak and nothing else; the husky is a dog and a worker.
+    fn a_group_of_one_is_replaced_by_its_member_and_a_class_may_have_several_parents() {
+        // The only plant is an oak; the husky is both a dog and a worker.
         let csv = "class,parent\nhusky,dog\npug,dog\nhusky,worker\ncar,worker\noak,plant\nplant,thing\nworker,thing\n";
         let hierarchy = parse(csv).unwrap();
         assert_eq!(
@@ -395,14 +396,14 @@ mod tests {
     }
 
     #[test]
-    fn a_class_with_classes_below_is_one_of_its_group() {
+    fn a_class_with_classes_below_it_is_a_member_of_its_own_group() {
         let classes = Classes::parse("dog\npug\ncar", &[]).unwrap();
         let hierarchy = Hierarchy::parse("class,parent\npug,dog\n", &classes, &[]).unwrap();
         assert_eq!(shape(&hierarchy), [("dog", &[][..], vec![0, 1])]);
     }
 
     #[test]
-    fn a_hierarchy_is_the_same_however_it_was_saved_and_in_any_unicode_form() {
+    fn a_hierarchy_reads_the_same_in_every_saved_and_unicode_form() {
         let expected = parse("class,parent\nhusky,dog\npug,dog\n").unwrap();
         for text in [
             "\u{feff}Class;Parent\r\nhusky;dog\r\npug;dog\r\n",
@@ -427,14 +428,14 @@ mod tests {
     }
 
     #[test]
-    fn a_group_with_the_prompt_of_what_is_not_in_it_is_refused() {
+    fn a_group_that_shares_a_prompt_with_a_non_member_is_refused() {
         let classes =
             Classes::parse("prompt,classname\na photo of a dog,husky\na pug,pug\na car,car\na bus,bus\n", &[]);
         let classes = classes.unwrap();
         let of = |text: &str| Hierarchy::parse(text, &classes, &[]);
         let error = of("class,parent\npug,dog\ncar,dog\n").unwrap_err().to_string();
         assert!(error.contains("the group 'dog' and the class 'husky' have one prompt, 'a photo of a dog'"), "{error}");
-        // What is in a group is never compared with it.
+        // A group is never compared with its own members.
         assert!(of("class,parent\nhusky,dog\npug,dog\n").is_ok());
         let templates = ["{}".to_owned(), "{}s".to_owned()];
         let twins = "class,parent\nhusky,pet\npug,pet\ncar,pets\nbus,pets\n";
@@ -443,12 +444,12 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_hierarchy_is_refused_with_the_remedy() {
+    fn invalid_hierarchies_are_refused_with_the_remedy() {
         let message = |text: &str| parse(text).unwrap_err().to_string();
         let strange = message("class,parent\nhusky,dog\npug,dog\nwolf,dog\nfox,dog\n");
         assert!(strange.contains("'fox' is not a class") && strange.contains("1 more"), "{strange}");
         assert!(strange.contains("'car' is missing"), "{strange}");
-        assert!(message("class,parent\ndog,animal\nanimal,dog\nhusky,dog\n").contains("is in itself"));
+        assert!(message("class,parent\ndog,animal\nanimal,dog\nhusky,dog\n").contains("contains itself"));
         let deep: String = (0..101).map(|i| format!("{}g{i}\n", " ".repeat(i))).collect();
         assert!(message(&format!("{deep}{}husky\ntabby\npug\noak\ncar", " ".repeat(101))).contains("levels deep"));
         assert!(message("husky\npug\n").contains("no two classes"));

@@ -1,4 +1,4 @@
-//! The classes of a class-conditional model, which knows them by label instead of by prompt.
+//! The classes of a class-conditional model, which identifies them by label instead of by prompt.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -8,23 +8,23 @@ use crate::hand_table::{At, HandText};
 use crate::ids::ClassIndex;
 use crate::text::{excerpt, normal};
 
-/// What errors call a class map.
+/// How errors name a class map.
 pub const CLASS_MAP: &str = "the class map";
 
 /// The labels a class-conditional model was trained on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelLabels {
-    /// How many there are: 0 to `count - 1`.
+    /// How many labels there are: 0 to `count - 1`.
     pub count: u32,
-    /// Their names (`id2label`), where the model has them.
+    /// Their names (`id2label`), if the model has them.
     pub names: BTreeMap<u32, String>,
 }
 
-/// What a class map's header names.
+/// The columns of a class map.
 const MAP_COLUMNS: &str = "model_class,classname,classidx";
 
 impl ModelLabels {
-    /// The label of a class of the model, given by number or by name; or why there is none.
+    /// The label of one of the model's classes, from its number or name; or why there is none.
     fn find(&self, text: &str) -> Result<u32, String> {
         if let Some(label) = text.parse().ok().filter(|label| *label < self.count) {
             return Ok(label);
@@ -55,7 +55,7 @@ impl ModelLabels {
 }
 
 impl Classes {
-    /// Every class of a model, by its own names.
+    /// All classes of a model, with its own names.
     pub fn of_model(labels: &ModelLabels) -> Self {
         let all = (0..labels.count).map(|label| (ClassIndex(label as i32), labels.name(label)));
         let names: BTreeMap<_, _> = all.collect();
@@ -73,8 +73,8 @@ impl Classes {
         Self { names, prompts }
     }
 
-    /// What a class file says to a class-conditional model: `classidx` is the model's label, and a class's prompts, which
-    /// say nothing to it, are one.
+    /// Reads a class file for a class-conditional model. `classidx` is the model's label. The model does not use prompts, so
+    /// each class gets only one.
     pub fn of_labels(text: &HandText, templates: &[String], labels: &ModelLabels) -> Result<Self, ClassError> {
         let reader = ClassReader::new(text, false).read(templates)?;
         let names = &reader.classes.names;
@@ -96,8 +96,8 @@ impl Classes {
         Self::of_map(&HandText::new(CLASS_MAP, "in memory", text.into())?, labels)
     }
 
-    /// What a class map says: a table with the columns model_class (label or name), classname and, optionally, classidx. Each row
-    /// makes one of the model's classes stand for one of the user's; several may stand for the same.
+    /// Reads a class map: a table with the columns model_class (label or name), classname and, optionally, classidx. Each row
+    /// maps one of the model's classes to one of the user's; several may map to the same.
     pub fn of_map(text: &HandText, labels: &ModelLabels) -> Result<Self, ClassError> {
         let table = text.table(|header| header.has("model_class") && header.has("classname"))?.ok_or_else(|| {
             let shown = text.shown_header();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_a_models_classes_are_the_default() {
+    fn the_default_is_all_classes_of_the_model() {
         let classes = Classes::of_model(&labels());
         assert_eq!(classes.prompts.len(), 4);
         assert_eq!((classes.name(ClassIndex(1)), classes.name(ClassIndex(3))), ("hen", "class 3"));
@@ -153,7 +153,7 @@ mod tests {
             let text = HandText::new(CLASS_FILE, "classes.csv", text.into()).unwrap();
             Classes::of_labels(&text, &[], &labels())
         };
-        // Prompts say nothing here, so that classes may share one.
+        // The model does not use prompts, so classes may share one.
         let classes = of("prompt,classname,classidx\na,hen,1\nb,hen,1\na,cock,2\n").unwrap();
         assert_eq!(classes.prompts.iter().map(|p| p.class.0).collect::<Vec<_>>(), [1, 2]);
         let error = of("prompt,classname,classidx\na,hen,1\nb,cock,4\n").unwrap_err().to_string();
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_two_of_the_models_classes_have_is_refused_in_a_class_map() {
+    fn a_name_shared_by_two_model_classes_is_refused_in_a_class_map() {
         let names = [(0, "crane"), (1, "crane"), (2, "caf\u{e9}")].map(|(label, name)| (label, name.to_owned()));
         let labels = ModelLabels { count: 3, names: names.into() };
         let error = Classes::parse_map("model_class,classname\ncrane,bird\n", &labels).unwrap_err().to_string();

@@ -17,7 +17,7 @@ use crate::hand_table::{HandError, HandText};
 use crate::ids::{ClassIndex, PromptIndex};
 use crate::text::normal;
 
-/// The template of a class file without templates of its own.
+/// The template used if the class file has no prompts and the job no templates.
 pub const DEFAULT_TEMPLATE: &str = "a photo of a {}";
 
 /// One prompt of one class.
@@ -25,9 +25,9 @@ pub const DEFAULT_TEMPLATE: &str = "a photo of a {}";
 pub struct Prompt {
     /// The text given to the text encoder.
     pub text: String,
-    /// The class it stands for.
+    /// The class it belongs to.
     pub class: ClassIndex,
-    /// The label a class-conditional model knows it by, where that is not the class index.
+    /// The label that a class-conditional model uses for it, if that is not the class index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<i32>,
 }
@@ -58,26 +58,26 @@ mod pairs {
     }
 }
 
-/// Classes that can't be used.
+/// Invalid classes.
 #[derive(Debug, thiserror::Error)]
 pub enum ClassError {
-    /// The class file, or the class map, is wrong.
+    /// The class file or class map is wrong.
     #[error(transparent)]
     File(#[from] HandError),
-    /// A configuration of the model could not be read.
+    /// A configuration file of the model could not be read.
     #[error("reading {path}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
-    /// A configuration of the model is not the JSON that was expected.
+    /// A configuration file of the model is not the expected JSON.
     #[error("reading {path}: {source}")]
     Json {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: serde_json::Error,
     },
     /// A template without a place for the class name.
@@ -85,22 +85,30 @@ pub enum ClassError {
     Template(String),
 }
 
-/// What errors call a class file.
+/// How errors name a class file.
 pub const CLASS_FILE: &str = "the class file";
 
 impl Classes {
-    /// What a class file says: a table whose header names `classname` (and `prompt`, `classidx`), a JSON list of names, or one
-    /// class per line. Classes that can't be told apart, by their names or prompts, are refused.
+    /// Reads a class file: a table whose header names `classname` (and `prompt`, `classidx`), a JSON list of names, or one
+    /// class per line. Classes that share a name or prompt, and so can't be told apart, are refused.
     pub fn of_text(text: &HandText, templates: &[String]) -> Result<Self, ClassError> {
         Ok(ClassReader::new(text, true).read(templates)?.classes)
     }
 
     /// Reads the text of a class file. `templates` may be empty: rows without a prompt then use [`DEFAULT_TEMPLATE`].
+    ///
+    /// ```
+    /// use elbo_core::class::Classes;
+    ///
+    /// let classes = Classes::parse("ant\nbee\n", &["a drawing of a {}".to_owned()])?;
+    /// assert_eq!(classes.prompts[1].text, "a drawing of a bee");
+    /// # Ok::<_, elbo_core::class::ClassError>(())
+    /// ```
     pub fn parse(text: &str, templates: &[String]) -> Result<Self, ClassError> {
         Self::of_text(&HandText::new(CLASS_FILE, "in memory", text.into())?, templates)
     }
 
-    /// The classes of a sample with captions of its own: a caption is a class, and its index its position.
+    /// The classes of a sample with its own captions: each caption is a class, and its position is the class index.
     pub fn of_captions(captions: &[String]) -> Self {
         let of = |(index, caption): (i32, &String)| (ClassIndex(index), caption.clone());
         let prompt = |(class, text)| Prompt { text, class, label: None };
@@ -120,8 +128,7 @@ impl Classes {
         self.names.get(&class).map_or("", String::as_str)
     }
 
-    /// The class a label means: the one named so, in whichever Unicode form, or the one whose index it is where none is named
-    /// so.
+    /// The class that a label means: the one with this name, in any Unicode form, or else the one with this index.
     pub fn with_label(&self, label: &str) -> Option<ClassIndex> {
         let those =
             |same: &dyn Fn(&str) -> bool| self.names.iter().find(|(_, name)| same(name)).map(|(index, _)| *index);
@@ -160,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_label_means_the_class_of_its_name_in_any_unicode_form() {
+    fn a_label_matches_a_class_name_in_any_unicode_form() {
         let classes = Classes::parse("caf\u{e9}\ntea\nthe\u{301}", &[]).unwrap();
         assert_eq!(classes.with_label("cafe\u{301}"), Some(ClassIndex(0)));
         assert_eq!(classes.with_label("th\u{e9}"), Some(ClassIndex(2)));
@@ -177,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_files_say_what_is_wrong_and_where() {
+    fn errors_in_class_files_name_the_problem_and_the_place() {
         let error = |text: &str| Classes::parse(text, &[]).unwrap_err().to_string();
         assert!(error("").contains("no class"));
         assert!(error("prompt,classname,classidx\n").contains("no class"));

@@ -1,4 +1,4 @@
-//! The rows of a table below a header that names its columns.
+//! The rows of a table with a header that names its columns.
 
 use std::iter;
 
@@ -8,17 +8,17 @@ use crate::text::excerpt;
 /// The names of a table's columns.
 #[derive(Clone, Debug, Default)]
 pub struct Header {
-    /// As written, without the blanks around them.
+    /// As written, but trimmed.
     pub(super) names: Vec<String>,
 }
 
 impl Header {
-    /// Whether there is a column of this name, in any case.
+    /// Whether there is a column with this name, ignoring case.
     pub fn has(&self, name: &str) -> bool {
         !self.positions(name).is_empty()
     }
 
-    /// The columns of this name: those written so, or else those that are in another case.
+    /// The columns with exactly this name, or else those that match when case is ignored.
     fn positions(&self, name: &str) -> Vec<usize> {
         let those = |same: &dyn Fn(&str) -> bool| -> Vec<usize> {
             (0..).zip(&self.names).filter(|(_, column)| same(column)).map(|(at, _)| at).collect()
@@ -34,7 +34,7 @@ pub struct HandTable<'a> {
     text: &'a HandText,
     header: Header,
     separator: u8,
-    /// The table without a line that names the separator, and without blanks before quotes.
+    /// The table without the line that names the separator, and without blanks before quotes.
     body: String,
     /// Lines of the file before the body.
     before: u64,
@@ -43,19 +43,19 @@ pub struct HandTable<'a> {
 /// A row of a table.
 #[derive(Debug)]
 pub struct HandRow {
-    /// Where it begins in the file, counted from 1.
+    /// The line it begins on, counted from 1.
     pub line: u64,
-    /// Its fields, without the blanks around them.
+    /// Its trimmed fields.
     cells: csv::StringRecord,
 }
 
 impl HandRow {
-    /// The field in a column; empty where the row is too short for it.
+    /// The field in a column; empty if the row is too short.
     pub fn cell(&self, column: usize) -> &str {
         self.cells.get(column).unwrap_or_default()
     }
 
-    /// The field in a column that need not be there, unless it is empty.
+    /// The field in an optional column; `None` if it is empty.
     pub fn filled(&self, column: Option<usize>) -> Option<&str> {
         column.map(|column| self.cell(column)).filter(|cell| !cell.is_empty())
     }
@@ -78,15 +78,15 @@ impl<'a> HandTable<'a> {
         Ok(None)
     }
 
-    /// The header by the separator that makes most of it.
+    /// The header with the separator that gives the most columns.
     pub(super) fn likely_header(text: &HandText) -> Header {
         let (given, body) = separator_line(text.text());
         let headers = separators(text, given).into_iter().map(|separator| header_of(body, separator));
-        // The first of several that are equal: a reversed `max_by_key`.
+        // `max_by_key` returns the last maximum, so the reversed order gives the first.
         headers.rev().max_by_key(|header| header.names.len()).unwrap_or_default()
     }
 
-    /// Where a column is, by its name in any case.
+    /// The position of a column, by its name in any case; `None` if there is no such column.
     pub fn column(&self, name: &str) -> Result<Option<usize>, HandError> {
         match self.header.positions(name)[..] {
             [] => Ok(None),
@@ -95,7 +95,7 @@ impl<'a> HandTable<'a> {
         }
     }
 
-    /// Where a column is that must be there.
+    /// The position of a required column.
     pub fn required(&self, name: &str, needed: &str) -> Result<usize, HandError> {
         self.column(name)?.ok_or_else(|| {
             let shown = self.text.shown_header();
@@ -103,7 +103,7 @@ impl<'a> HandTable<'a> {
         })
     }
 
-    /// The rows that are not blank. One with more fields than the header has names is an error.
+    /// The rows that are not blank. A row with more fields than the header is an error.
     pub fn rows(&self) -> impl Iterator<Item = Result<HandRow, HandError>> {
         records(&self.body, self.separator).skip(1).map(|(line, cells)| {
             let line = line + self.before;
@@ -120,7 +120,7 @@ impl<'a> HandTable<'a> {
         })
     }
 
-    /// The rows, each of which must have a field for every column, be it empty: a file that was cut off has not.
+    /// The rows, which must have a field for every column, even if empty. A file that was cut off does not.
     pub fn whole_rows(&self) -> impl Iterator<Item = Result<HandRow, HandError>> {
         let expected = self.header.names.len();
         self.rows().map(move |row| {
@@ -139,12 +139,12 @@ impl<'a> HandTable<'a> {
     }
 }
 
-/// How many fields there are, without empty ones at the end.
+/// The number of fields, without empty ones at the end.
 fn fields(cells: &csv::StringRecord) -> usize {
     (1..).zip(cells).filter(|(_, cell)| !cell.is_empty()).map(|(count, _)| count).last().unwrap_or(0)
 }
 
-/// What separates fields where the first line says so, as Excel writes it (`sep=;`), and the text after that line.
+/// The separator that the first line names, as Excel writes it (`sep=;`), and the text after that line.
 fn separator_line(text: &str) -> (Option<u8>, &str) {
     let (first, rest) = text.split_once('\n').unwrap_or((text, ""));
     let line = first.trim_matches([' ', '"']);
@@ -165,14 +165,14 @@ fn separators(text: &HandText, given: Option<u8>) -> Vec<u8> {
 }
 
 fn header_of(body: &str, separator: u8) -> Header {
-    // A quote that is never closed is told of later, and should not cost a second look at everything.
+    // Only one line is read: an unclosed quote is reported later, and must not make this read the whole text.
     let line = body.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
     let line = tidied(line, separator).unwrap_or_else(|_| line.to_owned());
     let names = records(&line, separator).next().map(|(_, cells)| cells.iter().map(str::to_owned).collect());
     Header { names: names.unwrap_or_default() }
 }
 
-/// The records that are not blank, with the lines they begin in.
+/// The records that are not blank, with the lines they begin on.
 fn records(body: &str, separator: u8) -> impl Iterator<Item = (u64, csv::StringRecord)> {
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(separator)
@@ -183,13 +183,13 @@ fn records(body: &str, separator: u8) -> impl Iterator<Item = (u64, csv::StringR
     let (mut counted, mut line) = (0, 1);
     iter::from_fn(move || {
         let mut cells = csv::StringRecord::new();
-        // Neither text in memory nor rows of any length can fail to be read.
+        // Text in memory with rows of any length always parses.
         while reader.read_record(&mut cells).ok()? {
             if fields(&cells) == 0 {
                 continue;
             }
             let start = cells.position().map_or(0, csv::Position::byte) as usize;
-            // The reader passes over blank lines before a record, and counts from before them.
+            // The reader skips blank lines before a record but reports the position before them.
             let blank = body.as_bytes()[start..].iter().take_while(|byte| **byte == b'\n').count();
             let start = start + blank;
             line += body.as_bytes()[counted..start].iter().filter(|byte| **byte == b'\n').count() as u64;
@@ -200,8 +200,8 @@ fn records(body: &str, separator: u8) -> impl Iterator<Item = (u64, csv::StringR
     })
 }
 
-/// The text without blanks between a separator and a quote, where the quote would be part of the field; or the line in which a
-/// quote opens that is never closed.
+/// Removes blanks between a separator and a quote, which would make the quote part of the field. The error is the line of a
+/// quote that is never closed.
 fn tidied(body: &str, separator: u8) -> Result<String, u64> {
     let separator = char::from(separator);
     let mut tidy = String::with_capacity(body.len());
@@ -227,7 +227,7 @@ fn tidied(body: &str, separator: u8) -> Result<String, u64> {
     }
 }
 
-/// Where the quote is that ends a quoted field: one that is not doubled.
+/// The position of the quote that ends a quoted field. Doubled quotes don't end it.
 fn closing_quote(inside: &str) -> Option<usize> {
     let mut from = 0;
     loop {

@@ -4,7 +4,7 @@ fn text(file: &str, content: &[u8]) -> HandText {
     HandText::new("the file", file, content.to_vec()).unwrap()
 }
 
-/// The columns `key` and `label`, by line.
+/// The columns `key` and `label`, with line numbers.
 fn rows(file: &str, content: &str) -> Result<Vec<(u64, String, String)>, String> {
     let text = text(file, content.as_bytes());
     let table = text.table(|header| header.has("key") && header.has("label")).map_err(|e| e.to_string())?;
@@ -16,7 +16,7 @@ fn rows(file: &str, content: &str) -> Result<Vec<(u64, String, String)>, String>
 }
 
 #[test]
-fn one_table_is_read_however_it_was_saved() {
+fn a_table_reads_the_same_in_every_saved_form() {
     let expected = [(2, "a.png".to_owned(), "big cat".to_owned()), (3, "b.png".to_owned(), "dog".to_owned())];
     for content in [
         "key,label\na.png,big cat\nb.png,dog\n",
@@ -53,7 +53,7 @@ fn lines_are_counted_as_editors_count_them() {
 }
 
 #[test]
-fn what_makes_no_table_is_refused_by_file_and_line() {
+fn invalid_tables_are_refused_by_file_and_line() {
     for (content, problem) in [
         ("key,label\na,b\nc,d,e\n", "the file l.csv, line 3: it has 3 fields, and the header names 2 columns"),
         ("key,label\na,b\n\"c,d\ne,f\n", "the file l.csv, line 3: the quote that opens here is never closed"),
@@ -62,7 +62,7 @@ fn what_makes_no_table_is_refused_by_file_and_line() {
         let error = rows("l.csv", content).unwrap_err();
         assert!(error.starts_with(problem), "{error}");
     }
-    // Only one of these is written exactly so.
+    // Only one of these names matches exactly.
     assert_eq!(rows("l.csv", "key,LABEL,label,Label\na,x,b,y\n").unwrap()[0].2, "b");
     let text = text("l.csv", b"key,label\na,b\nc\n");
     let table = text.table(|header| header.has("key")).unwrap().unwrap();
@@ -71,7 +71,7 @@ fn what_makes_no_table_is_refused_by_file_and_line() {
 }
 
 #[test]
-fn other_encodings_are_refused_with_what_to_do() {
+fn other_encodings_are_refused_with_the_remedy() {
     let utf16 = |text: &str| text.encode_utf16().flat_map(u16::to_le_bytes).collect::<Vec<_>>();
     for (bytes, problem) in [
         ([&b"\xff\xfe"[..], &utf16("key\n")].concat(), "l.csv: it is UTF-16: save it as UTF-8"),
@@ -84,7 +84,7 @@ fn other_encodings_are_refused_with_what_to_do() {
 }
 
 #[test]
-fn what_stands_in_the_place_of_a_header_is_shown() {
+fn the_line_in_place_of_a_header_is_shown() {
     assert_eq!(text("l.csv", b"prompt;name;n, o\n1;2;3\n").shown_header(), "prompt, name, n, o");
     assert_eq!(text("l.csv", b"cat\ndog\n").shown_header(), "cat");
     assert_eq!(text("l.csv", b"\n").shown_header(), "nothing");

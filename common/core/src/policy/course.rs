@@ -1,4 +1,4 @@
-//! The course of a sample through a policy: which slots its rounds evaluate, and who is left after each.
+//! The course of a sample through a policy: the slots of each round, and which contenders survive it.
 
 use std::ops::Range;
 
@@ -10,64 +10,64 @@ use crate::ensemble::Contenders;
 use crate::ids::{PromptIndex, Round};
 use crate::sums::Sums;
 
-/// Slots that groups of classes are compared on at most before those that are left are opened.
+/// The most slots on which groups are compared before the remaining ones are opened.
 const GROUP_SLOTS: usize = 8;
 
-/// The slots of a job in the order of evaluation, and when contenders are eliminated.
+/// The slots of a job in the order of evaluation, and the eliminations between them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Course {
     slots: Vec<Slot>,
-    /// How many contenders stay after a first round in which another model scores them, on a slot of its own.
+    /// How many contenders the shortlist keeps. Its round comes first and has its own slot.
     shortlist: Option<u32>,
     elimination: Elimination,
-    /// What audited samples go through afterwards.
+    /// The course of the audit, which audited samples go through afterwards.
     audit: Option<Box<Course>>,
 }
 
-/// Who leaves when.
+/// When contenders are eliminated.
 #[derive(Clone, Debug, PartialEq)]
 enum Elimination {
-    /// After so many slots so many contenders are kept.
+    /// Each step keeps a fixed number of contenders after a fixed number of slots.
     Fixed(Vec<Step>),
-    /// Whoever has lost leaves.
+    /// Contenders leave when a [`Race`] finds them significantly worse.
     Race(Race),
 }
 
-/// What is known of a sample's prompts when a round ends.
+/// What is known about a sample's prompts when a round ends.
 #[derive(Clone, Copy, Debug)]
 pub struct Standing<'a> {
-    /// The prompts that were evaluated, ascending.
+    /// The prompts of the round, ascending.
     pub remaining: &'a [PromptIndex],
     /// The sums of all their errors, by prompt.
     pub totals: &'a [Sums],
-    /// Their single errors by prompt and slot, where the course needs pairs.
+    /// Their errors by prompt and slot, if the course needs pairs.
     pub errors: &'a [Vec<f32>],
 }
 
-/// Who goes on after a round.
+/// The prompts that survive a round, ascending.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Survivors {
-    /// Their prompts, ascending.
-    pub prompts: Vec<PromptIndex>,
-    /// What they have been through does not count any more, and they start again with the first slot: another model looks at
-    /// them now, or they have come in the place of a group.
-    pub afresh: bool,
+pub enum Survivors {
+    /// They continue with the next slots.
+    GoOn(Vec<PromptIndex>),
+    /// Their errors so far are discarded and they start again with the first slot, because another model now scores them or
+    /// because they replace a group.
+    StartAgain(Vec<PromptIndex>),
 }
 
-/// What one round costs for one sample.
+/// The cost of one round for one sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct RoundCost {
-    /// Slots evaluated.
+    /// Slots in the round.
     pub slots: u64,
-    /// Prompts evaluated on each.
+    /// Prompts evaluated on each slot.
     pub prompts: u64,
-    /// Their product.
+    /// `slots` times `prompts`.
     pub evaluations: u64,
 }
 
 impl Course {
-    /// The course a policy sets for a model with `timesteps` training timesteps and a job with these contenders, none where
-    /// every sample brings its own; after a round in which a shortlist of so many is made, where there is one.
+    /// The course of a policy for a model with `timesteps` training timesteps. `contenders` is `None` if each sample has its
+    /// own captions. With `shortlist`, a first round keeps that many contenders.
     pub fn new(
         policy: &Policy,
         shortlist: Option<u32>,
@@ -97,7 +97,7 @@ impl Course {
                 (slots, Elimination::Fixed(vec![all]))
             }
             Policy::Race { risk, max_slots, timesteps: density } => {
-                // A policy may come from a job.json or a coordinator, and not by way of the flags.
+                // A policy may also come from a job.json or a coordinator, where the flags' checks did not run.
                 super::check_race(*risk, *max_slots)?;
                 density.check(timesteps)?;
                 (density.slots(timesteps, *max_slots), Elimination::Race(Race { risk: *risk }))
@@ -112,30 +112,30 @@ impl Course {
         Ok(Self { slots, shortlist, elimination, audit: None })
     }
 
-    /// The course with another policy that audited samples go through afterwards.
+    /// Adds the course of another policy, which audited samples go through afterwards.
     pub fn with_audit(
         self,
         policy: &Policy,
         timesteps: u32,
         contenders: Option<&Contenders>,
     ) -> Result<Self, PolicyError> {
-        // An audit is among the classes alone.
+        // An audit compares only classes, not groups.
         let classes = contenders.map(Contenders::without_groups);
         let audit = Self::new(policy, None, timesteps, classes.as_ref())?;
         Ok(Self { audit: Some(Box::new(audit)), ..self })
     }
 
-    /// What audited samples go through afterwards. Its slots follow this course's.
+    /// The course of audited samples after this one. Its slots follow this course's slots.
     pub fn audit(&self) -> Option<&Self> {
         self.audit.as_deref()
     }
 
-    /// Every slot that is looked at, in the order of their positions.
+    /// Every slot of this course and its audit, in the order of their positions.
     pub fn all_slots(&self) -> impl Iterator<Item = Slot> + '_ {
         self.slots.iter().chain(self.audit.iter().flat_map(|audit| &audit.slots)).copied()
     }
 
-    /// The slots of the job's model, in the order of evaluation: positions of slots count from the first of them.
+    /// The slots scored by the job's model, in the order of evaluation. Slot positions index this list.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
     }
@@ -153,18 +153,18 @@ impl Course {
         }
     }
 
-    /// Whether eliminations need every single error of the remaining prompts, because they compare pairs.
+    /// Whether eliminations compare pairs, and so need every error of the remaining prompts.
     pub fn needs_pairs(&self) -> bool {
         matches!(self.elimination, Elimination::Race(_))
     }
 
-    /// Whether workers report every single error, from which sums follow, and not sums; of a job that writes errors or not.
+    /// Whether workers report every error instead of sums. `written` says whether the job writes errors.
     pub fn reports_errors(&self, written: bool) -> bool {
         written || self.needs_pairs()
     }
 
-    /// The positions of the slots that a round evaluates, for a sample whose `remaining` prompts have been through `done`
-    /// slots; none where it is over. A round may have no new slot.
+    /// The positions of the slots in a round, for a sample whose `remaining` prompts have been evaluated on `done` slots;
+    /// `None` if the sample is finished. The range may be empty.
     pub fn round(
         &self,
         round: Round,
@@ -186,7 +186,7 @@ impl Course {
         }
     }
 
-    /// How many slots the first round evaluates for a sample with so many prompts.
+    /// How many slots the first round has for a sample with this many prompts.
     pub fn first_slots(&self, prompts: usize) -> usize {
         match (&self.elimination, self.shortlist) {
             (_, Some(_)) => 1,
@@ -195,7 +195,7 @@ impl Course {
         }
     }
 
-    /// How many slots some prompts of a race go through at most.
+    /// The most slots that these prompts go through in a race.
     fn most_slots(&self, contenders: &Contenders, remaining: &[PromptIndex]) -> usize {
         if contenders.have_groups(remaining) { GROUP_SLOTS.min(self.slots.len()) } else { self.slots.len() }
     }
@@ -204,32 +204,33 @@ impl Course {
         round.at() - usize::from(self.shortlist.is_some())
     }
 
-    /// Who stays after a round.
+    /// The prompts that survive a round.
     pub fn survivors(&self, round: Round, contenders: &Contenders, standing: Standing<'_>) -> Survivors {
         let Standing { remaining, totals, errors } = standing;
         match (&self.elimination, self.scored_by(round)) {
             (_, ScoredBy::Shortlist) => {
                 let keep = self.shortlist.unwrap_or(u32::MAX);
-                Survivors { prompts: contenders.survivors(remaining, totals, keep), afresh: true }
+                Survivors::StartAgain(contenders.survivors(remaining, totals, keep))
             }
             (Elimination::Fixed(steps), _) => {
                 let keep = steps.get(self.step(round)).map_or(u32::MAX, |step| step.keep);
-                Survivors { prompts: contenders.survivors(remaining, totals, keep), afresh: false }
+                Survivors::GoOn(contenders.survivors(remaining, totals, keep))
             }
             (Elimination::Race(race), _) => {
                 let done = remaining.first().map_or(0, |prompt| errors[prompt.at()].len());
                 let stay = race.survivors(contenders, remaining, errors, &self.slots[..done]);
                 let level_ends = done >= self.most_slots(contenders, remaining) || !contenders.are_rivals(&stay);
-                match contenders.have_groups(&stay) && level_ends {
-                    true => Survivors { prompts: contenders.opened(&stay), afresh: true },
-                    false => Survivors { prompts: stay, afresh: false },
+                if contenders.have_groups(&stay) && level_ends {
+                    Survivors::StartAgain(contenders.opened(&stay))
+                } else {
+                    Survivors::GoOn(stay)
                 }
             }
         }
     }
 
-    /// What each round costs for a sample with these contenders: exact where they are even and the course fixed, else the
-    /// most it can be. The rounds of a race after the first count as one.
+    /// The cost of each round for a sample with these contenders. It is exact if the course is fixed and all contenders have
+    /// equally many prompts, else an upper bound. All rounds of a race after the first are counted as one.
     pub fn costs(&self, contenders: &Contenders) -> Vec<RoundCost> {
         let cost = |slots: usize, prompts: u64| RoundCost {
             slots: slots as u64,

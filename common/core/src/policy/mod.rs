@@ -1,4 +1,4 @@
-//! Which slots every round evaluates, and how many prompts survive it.
+//! Policies: which slots each round evaluates, and which contenders survive it.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,18 +8,20 @@ mod race;
 mod reference;
 pub mod replay;
 mod timesteps;
+mod walk;
 
 pub use course::{Course, RoundCost, Standing, Survivors};
 pub use race::Race;
 pub use timesteps::{Span, Timesteps, TimestepsError};
+pub use walk::Walk;
 
-/// The level of a race's tests unless a job says otherwise.
+/// The level of a race's tests unless the job says otherwise.
 pub const DEFAULT_RISK: f64 = 0.05;
 
-/// The slots of a race at most unless a job says otherwise.
+/// The most slots of a race unless the job says otherwise.
 pub const DEFAULT_MAX_SLOTS: u32 = 250;
 
-/// The slots a race may have.
+/// The upper limit for `max_slots` of a race.
 const MOST_SLOTS: u32 = 100_000;
 
 /// One (timestep, noise) pair. Every prompt of a sample is scored on the same slots.
@@ -37,20 +39,20 @@ pub enum ScoredBy {
     /// The job's model.
     #[default]
     Model,
-    /// The one in front of it. Its errors are of another kind: they decide who stays, and count no further.
+    /// The shortlist's model. Its errors are of another kind: they decide which contenders stay, and are then discarded.
     Shortlist,
 }
 
 /// One stage of the reference schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// Timesteps evaluated in all when the stage ends (`n_samples` of the reference code).
+    /// Total timesteps evaluated by the end of the stage (`n_samples` of the reference code).
     pub samples: u32,
-    /// Contenders that stay (`to_keep`): prompts, or classes where a class scores the mean of its prompts.
+    /// Contenders that stay (`to_keep`): prompts, or classes if a class scores the mean of its prompts.
     pub keep: u32,
 }
 
-/// Who is evaluated on what, and who is eliminated when.
+/// Which prompts are evaluated on which slots, and when they are eliminated.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "lowercase")]
 pub enum Policy {
@@ -61,7 +63,7 @@ pub enum Policy {
         /// Noises per timestep.
         trials: u32,
     },
-    /// Every prompt on every slot of one evenly spaced grid, nobody eliminated.
+    /// Every prompt on every slot of one evenly spaced grid, without eliminations.
     Exhaustive {
         /// Timesteps in the grid.
         samples: u32,
@@ -72,15 +74,15 @@ pub enum Policy {
     Race {
         /// The level of each test.
         risk: f64,
-        /// Slots at most.
+        /// The most slots per prompt.
         max_slots: u32,
-        /// Where the slots lie.
+        /// How the slots are distributed over the timesteps.
         #[serde(default, skip_serializing_if = "Timesteps::is_even")]
         timesteps: Timesteps,
     },
 }
 
-/// A policy that can't be carried out.
+/// An invalid policy.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PolicyError {
     /// `--keep` and `--samples` disagree in length.
@@ -91,7 +93,7 @@ pub enum PolicyError {
         /// Values given to `--samples`.
         samples: usize,
     },
-    /// No stage at all, or a zero where at least one is needed.
+    /// No stages, or a zero where at least one is needed.
     #[error("{0} must be at least 1")]
     Zero(&'static str),
     /// A stage asks for more timesteps than the model has.
@@ -102,7 +104,7 @@ pub enum PolicyError {
         /// Timesteps of the model.
         timesteps: u32,
     },
-    /// A shortlist that is no shorter than the list, or shorter than what the first stage keeps.
+    /// The shortlist is not shorter than the full list, or is shorter than what the first stage keeps.
     #[error(
         "--shortlist {keep} must be less than the {count} {noun} there are, and at least the {first} that --keep keeps"
     )]
@@ -111,30 +113,30 @@ pub enum PolicyError {
         keep: u32,
         /// Contenders of the job.
         count: usize,
-        /// What they are called.
+        /// The plural noun for contenders.
         noun: &'static str,
-        /// What the first stage after it keeps.
+        /// How many contenders the first stage after it keeps.
         first: u32,
     },
     /// A stage keeps more contenders than there are.
     #[error("--keep {keep} is more than the {count} {noun} there are to choose from: use at most {count}")]
     KeepTooLarge {
-        /// Contenders a stage keeps.
+        /// Contenders that the stage keeps.
         keep: u32,
         /// Contenders of the job.
         count: usize,
-        /// What they are called.
+        /// The plural noun for contenders.
         noun: &'static str,
     },
-    /// Stages that would bring back what was eliminated.
-    #[error("--keep must not grow from stage to stage ({before} then {after}): what is eliminated does not come back")]
+    /// A later stage keeps more contenders than an earlier one.
+    #[error("--keep must not grow from stage to stage ({before} then {after}): eliminated contenders do not come back")]
     KeepGrows {
         /// Kept by the earlier stage.
         before: u32,
         /// Kept by the later stage.
         after: u32,
     },
-    /// Stages that do not add timesteps.
+    /// A later stage adds no timesteps.
     #[error("--samples must grow from stage to stage ({before} then {after})")]
     SamplesShrink {
         /// Timesteps of the earlier stage.
@@ -142,37 +144,37 @@ pub enum PolicyError {
         /// Timesteps of the later stage.
         after: u32,
     },
-    /// A race at a level that is none.
+    /// The level of a race is out of range.
     #[error("--risk {0} is not the level of a test: use a number above 0 and below 0.5, like {DEFAULT_RISK}")]
     Risk(f64),
-    /// A race too short for a test, or longer than anyone can wait for.
+    /// A race has too few slots for a test, or too many to be practical.
     #[error(
         "--max-slots {0} is out of range: a class leaves after two slots at the earliest, so use at least 2, and at most {MOST_SLOTS}"
     )]
     MaxSlots(u32),
-    /// More slots or prompts than units can name.
+    /// More slots or prompts than units can number.
     #[error("{count} {what} are more than a job can have: use at most {}", crate::unit::MOST)]
     TooMany {
-        /// How many.
+        /// The number.
         count: usize,
-        /// What there are too many of.
+        /// The plural noun for them.
         what: &'static str,
     },
-    /// Groups that nobody asks about.
+    /// A hierarchy with a policy that does not use groups.
     #[error(
-        "--hierarchy is for --policy race, which asks about groups first: leave it out, or whatever asks for another policy, --shortlist and --candidates"
+        "--hierarchy is for --policy race, without --shortlist and --candidates: leave out --hierarchy, or the flags that conflict with it"
     )]
     Hierarchy,
-    /// A density of slots that is none, or not the model's.
+    /// The distribution of slots is invalid, or does not fit the model.
     #[error("{0}: give timesteps of the model, from 0 on, in ascending order")]
     Timesteps(#[from] TimestepsError),
-    /// Exhaustive takes one grid size.
+    /// The exhaustive policy takes a single grid size.
     #[error("--policy exhaustive evaluates one grid: give --samples one value, not {0}")]
     ExhaustiveStages(usize),
 }
 
 impl Policy {
-    /// The reference policy from the two lists of the command line.
+    /// The reference policy from the two lists on the command line.
     pub fn reference(keep: &[u32], samples: &[u32], trials: u32) -> Result<Self, PolicyError> {
         if keep.len() != samples.len() {
             return Err(PolicyError::Lengths { keep: keep.len(), samples: samples.len() });
@@ -198,7 +200,7 @@ impl Policy {
         Ok(Self::Reference { stages, trials })
     }
 
-    /// The exhaustive policy from the command line's list.
+    /// The exhaustive policy from the list on the command line.
     pub fn exhaustive(samples: &[u32], trials: u32) -> Result<Self, PolicyError> {
         match *samples {
             [] | [0] => Err(PolicyError::Zero("--samples")),
@@ -208,13 +210,13 @@ impl Policy {
         }
     }
 
-    /// The race at a level.
+    /// A race at the level `risk`.
     pub fn race(risk: f64, max_slots: u32, timesteps: Timesteps) -> Result<Self, PolicyError> {
         check_race(risk, max_slots)?;
         Ok(Self::Race { risk, max_slots, timesteps })
     }
 
-    /// How many contenders the first elimination keeps at least.
+    /// The least number of contenders that the first elimination keeps.
     fn first_keep(&self) -> u32 {
         match self {
             Self::Reference { stages, .. } => stages.first().map_or(1, |stage| stage.keep),
@@ -223,7 +225,7 @@ impl Policy {
     }
 }
 
-/// Whether there can be a race at a level, with so many slots.
+/// Checks the level and number of slots of a race.
 fn check_race(risk: f64, max_slots: u32) -> Result<(), PolicyError> {
     if !(risk > 0.0 && risk < 0.5) {
         return Err(PolicyError::Risk(risk));
@@ -246,7 +248,7 @@ mod tests {
         Course::new(policy, None, timesteps, contenders)
     }
 
-    /// The slots of every round of a course that is fixed.
+    /// The slots of every round of a fixed course.
     fn rounds(course: &Course, contenders: &Contenders) -> Vec<Vec<Slot>> {
         let (mut done, mut rounds) = (0, Vec::new());
         while let Some(slots) = course.round(Round(rounds.len() as u16), done, contenders, &[]) {
@@ -283,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn by_mean_keep_counts_classes_and_their_prompts_are_paid_for_together() {
+    fn by_mean_keep_counts_classes_and_all_their_prompts_are_evaluated() {
         let templates = ["a {}", "the {}", "one {}"].map(str::to_owned);
         let classes = Classes::parse("ant\nbee\ncat\ndog", &templates).unwrap();
         let policy = Policy::reference(&[2, 1], &[2, 5], 1).unwrap();
@@ -303,19 +305,19 @@ mod tests {
     }
 
     #[test]
-    fn a_race_asks_about_groups_first_and_opens_those_that_are_left() {
+    fn a_race_compares_groups_first_and_opens_the_remaining_ones() {
         let classes = Classes::parse("ant\nbee\noak\nfir\ncar", &[]).unwrap();
         let tree = "thing\n insect\n  ant\n  bee\n tree\n  oak\n  fir\n car\n";
         let hierarchy = Hierarchy::parse(tree, &classes, &[]).unwrap();
         let contenders = Contenders::prompts(5).below(&hierarchy, &classes);
-        // The prompts of groups follow those of classes, and everything is a thing.
+        // The prompts of groups follow those of classes, and the root group `thing` is opened at once.
         assert_eq!(contenders.first(), [4, 6, 7].map(PromptIndex));
         let race = Policy::race(0.05, 40, Timesteps::default()).unwrap();
         let course = course(&race, 1000, Some(&contenders)).unwrap();
         let slots = course.round(Round(0), 0, &contenders, &contenders.first()).unwrap();
         assert_eq!(slots, 0..4);
         let survivors = |round: u16, remaining: &[PromptIndex], means: [f32; 3], slots: usize| {
-            // Of the car, the insects and the trees; of the classes in those, and of things, nothing is known yet.
+            // Means of the car, the insects and the trees. The classes inside the groups are not evaluated yet.
             let mean = |p: usize| [9.0, 9.0, 9.0, 9.0, means[0], 9.0, means[1], means[2]][p];
             let wave = |i: usize, p: usize| [0.0, 0.02, 0.01][(i + p) % 3];
             let errors: Vec<Vec<f32>> = (0..8).map(|p| (0..slots).map(|i| mean(p) + wave(i, p)).collect()).collect();
@@ -323,19 +325,19 @@ mod tests {
             course.survivors(Round(round), &contenders, standing)
         };
         let opened = survivors(0, &contenders.first(), [2.0, 2.0, 1.0], 4);
-        assert_eq!(opened, Survivors { prompts: [2, 3].map(PromptIndex).to_vec(), afresh: true });
-        assert_eq!(course.round(Round(1), 0, &contenders, &opened.prompts), Some(0..6));
-        // A class that is left alone has been through these slots already.
+        assert_eq!(opened, Survivors::StartAgain([2, 3].map(PromptIndex).to_vec()));
+        assert_eq!(course.round(Round(1), 0, &contenders, &[2, 3].map(PromptIndex)), Some(0..6));
+        // A class that remains alone has already been evaluated on these slots.
         let alone = survivors(0, &contenders.first(), [1.0, 2.0, 2.0], 4);
-        assert_eq!(alone, Survivors { prompts: vec![PromptIndex(4)], afresh: false });
-        assert_eq!(course.round(Round(1), 4, &contenders, &alone.prompts), None);
-        // Those that nothing tells apart are opened after eight slots.
+        assert_eq!(alone, Survivors::GoOn(vec![PromptIndex(4)]));
+        assert_eq!(course.round(Round(1), 4, &contenders, &[PromptIndex(4)]), None);
+        // Groups that can't be told apart are opened after eight slots.
         let groups = [6, 7].map(PromptIndex);
-        assert!(!survivors(0, &contenders.first(), [2.0, 1.0, 1.0], 4).afresh);
+        assert_eq!(survivors(0, &contenders.first(), [2.0, 1.0, 1.0], 4), Survivors::GoOn(groups.to_vec()));
         assert_eq!(course.round(Round(1), 4, &contenders, &groups), Some(4..8));
         let both = survivors(1, &groups, [2.0, 1.0, 1.0], 8);
-        assert_eq!(both, Survivors { prompts: [0, 1, 2, 3].map(PromptIndex).to_vec(), afresh: true });
-        // Eight slots for three, then five classes for forty.
+        assert_eq!(both, Survivors::StartAgain([0, 1, 2, 3].map(PromptIndex).to_vec()));
+        // Eight slots for three prompts, then forty slots for five classes.
         assert_eq!(total(&course, &contenders), 8 * 3 + 40 * 5);
 
         let reference = Policy::reference(&[1], &[10], 1).unwrap();
@@ -346,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn candidates_fewer_than_a_stage_keeps_all_stay() {
+    fn all_candidates_stay_if_a_stage_keeps_more() {
         let course = course(&Policy::reference(&[5, 1], &[2, 5], 1).unwrap(), 1000, None).unwrap();
         assert_eq!(total(&course, &Contenders::prompts(2)), 2 * 2 + 3 * 2);
         assert_eq!(total(&course, &Contenders::prompts(9)), 2 * 9 + 3 * 5);
@@ -402,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn more_slots_or_prompts_than_units_can_name_are_refused() {
+    fn more_slots_or_prompts_than_units_can_number_are_refused() {
         let most = crate::unit::MOST;
         let once = Policy::exhaustive(&[1], 1).unwrap();
         assert!(course(&once, 1000, Some(&Contenders::prompts(most))).is_ok());

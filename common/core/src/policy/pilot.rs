@@ -1,8 +1,9 @@
-//! Where a race should look, learned without labels from samples that were scored over all timesteps.
+//! The pilot: learns which timesteps suit a race, without labels, from samples scored over all timesteps.
 //!
-//! A window of timesteps is as good as the race it makes: it decides with few evaluations, and as all timesteps together
-//! would. Of the windows whose decisions agree with those about as often as the best window's do, the cheapest is taken.
-//! Races and decisions rest on different slots, every other one: on the same, wider windows would agree by their noise.
+//! A good window of timesteps needs few evaluations and decides as all timesteps together would. Among the windows that agree
+//! with all timesteps about as often as the best window does, the pilot picks the cheapest. The races and the decisions they
+//! are compared with use different slots, every other one: on the same slots, wide windows would agree because they share
+//! noise.
 
 use std::fmt;
 use std::ops::Range;
@@ -13,60 +14,61 @@ use super::replay::{Replayed, decide_by, replay, stand_ins};
 use super::{Course, Policy, PolicyError, Slot, Timesteps};
 use crate::ensemble::Contenders;
 
-/// Windows begin and end at multiples of this part of all timesteps.
+/// Windows begin and end at multiples of this fraction (one tenth) of the timesteps.
 const GRID: u32 = 10;
-/// A window spans at least so many parts.
+/// The least number of these fractions in a window.
 const NARROWEST: u32 = 4;
-/// Standard errors by which a window may agree less than the best one does (the rule of Breiman et al., 1984, for trees).
+/// How many standard errors below the best window's agreement still count as equal (the rule of Breiman et al., 1984, for
+/// trees).
 const TOLERANCE: f64 = 0.5;
 
-/// Timesteps that a pilot scores, evenly spread over all.
+/// Number of timesteps that a pilot scores, evenly spread.
 const SLOTS: u32 = 100;
-/// Of them, those after which hopeless contenders leave.
+/// Number of timesteps after which hopeless contenders are eliminated.
 const FIRST_SLOTS: u32 = 10;
-/// Contenders that stay for all.
+/// Number of contenders that stay for all timesteps.
 const KEEP: u32 = 10;
 
-/// Samples scored on the same slots.
+/// Samples that were scored on the same slots.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Scored {
     /// The slots.
     pub slots: Vec<Slot>,
-    /// By sample, prompt and slot; of a prompt that was not scored on all of them there is none.
+    /// Errors by sample, prompt and slot. A prompt that was not scored on all slots has none.
     pub errors: Vec<Vec<Vec<f32>>>,
 }
 
-/// How a window did.
+/// The result of one window.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct WindowTrial {
     /// Its timesteps.
     pub window: Range<u32>,
-    /// Evaluations of a sample.
+    /// Mean evaluations per sample.
     pub evaluations: f64,
-    /// The share of samples for which its race decided as the slots that were set apart do together.
+    /// The share of samples for which the race decides the same as the held-out slots together.
     pub agreement: f64,
 }
 
-/// What a pilot found. Serialises to what `findings.json` says of it.
+/// The result of a pilot. It is serialised into `findings.json`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Pilot {
-    /// Samples that it learned from.
+    /// Samples it learned from.
     pub samples: usize,
-    /// The window to race in.
+    /// The window to use in the race.
     pub window: Range<u32>,
-    /// All windows that were tried.
+    /// All windows it tried.
     pub trials: Vec<WindowTrial>,
 }
 
 impl Pilot {
-    /// The policy of a pilot's own job among so many contenders: all timesteps for those that have a chance.
+    /// The policy of the pilot's own job with this many contenders: all timesteps for the contenders that have a chance.
     pub fn policy(contenders: u32, timesteps: u32) -> Result<Policy, PolicyError> {
         let keep = KEEP.min(contenders).max(1);
         let slots = SLOTS.min(timesteps);
         Policy::reference(&[keep, keep], &[FIRST_SLOTS.min(slots - 1).max(1), slots], 1)
     }
 
-    /// Learns from some samples which window of a model's timesteps suits a race at the level `risk`.
+    /// Learns which window of a model's timesteps suits a race at the level `risk`.
     pub fn learn(scored: &Scored, contenders: &Contenders, timesteps: u32, risk: f64) -> Result<Self, PolicyError> {
         let mut by_time: Vec<usize> = (0..scored.slots.len()).collect();
         by_time.sort_by_key(|&i| scored.slots[i]);
@@ -92,7 +94,7 @@ impl Pilot {
         }
         let best = trials.iter().map(|trial| trial.agreement).fold(0.0, f64::max);
         let n = scored.errors.len() as f64;
-        // Of a share of one the binomial standard error would be nothing: one more of each is assumed (Laplace).
+        // For a share of one the binomial standard error would be zero, so one more sample of each kind is assumed (Laplace).
         let share = (best * n + 1.0) / (n + 2.0);
         let enough = best - TOLERANCE * (share * (1.0 - share) / n.max(1.0)).sqrt();
         let cheapest = (trials.iter().filter(|trial| trial.agreement >= enough))
@@ -101,7 +103,7 @@ impl Pilot {
         Ok(Self { samples: scored.errors.len(), window, trials })
     }
 
-    /// The density of slots that is uniform in the window.
+    /// A uniform distribution of slots over the window.
     pub fn timesteps(&self) -> Timesteps {
         Timesteps::within(self.window.clone()).unwrap_or_default()
     }
@@ -110,13 +112,13 @@ impl Pilot {
 impl fmt::Display for Pilot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Range { start, end } = self.window;
-        write!(f, "pilot: {} images say to look at the timesteps from {start} to {end}", self.samples)?;
+        write!(f, "pilot: learned from {} images to use the timesteps from {start} to {end}", self.samples)?;
         let of = |window: &Range<u32>| self.trials.iter().find(|trial| trial.window == *window);
         let widest = self.trials.iter().max_by_key(|trial| trial.window.len());
         match (of(&self.window), widest) {
             (Some(chosen), Some(all)) => write!(
                 f,
-                ": {:.1} evaluations an image and {:.1} % decided as by all, instead of {:.1} and {:.1} %",
+                ": {:.1} evaluations an image and {:.1} % agreement with all timesteps, instead of {:.1} and {:.1} %",
                 chosen.evaluations,
                 100.0 * chosen.agreement,
                 all.evaluations,
@@ -127,7 +129,7 @@ impl fmt::Display for Pilot {
     }
 }
 
-/// The race of every sample on some slots within a window; none where there are too few.
+/// Races every sample on the given slots within a window; `None` if there are too few slots.
 fn race(
     scored: &Scored,
     raced: &[usize],
@@ -152,7 +154,7 @@ fn race(
 mod tests {
     use super::*;
 
-    /// Eighty samples of four classes, told apart between 400 and 800 and nowhere else, where errors are large and wild.
+    /// Eighty samples of four classes. They differ only between 400 and 800; elsewhere errors are large and random.
     fn scored() -> Scored {
         let slots: Vec<Slot> = (0..100).map(|i| Slot { timestep: 5 + 10 * i, noise: i }).collect();
         let mut state = 7u64;
@@ -176,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pilot_looks_where_classes_differ() {
+    fn a_pilot_picks_the_window_where_classes_differ() {
         let pilot = Pilot::learn(&scored(), &Contenders::prompts(4), 1000, 0.02).unwrap();
         let (from, to) = (pilot.window.start, pilot.window.end);
         assert!((300..=400).contains(&from) && (800..=900).contains(&to), "{:?}", pilot.window);
@@ -187,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn without_slots_a_pilot_looks_everywhere() {
+    fn without_slots_a_pilot_picks_all_timesteps() {
         let nothing = Scored::default();
         assert_eq!(Pilot::learn(&nothing, &Contenders::prompts(4), 1000, 0.02).unwrap().window, 0..1000);
     }

@@ -1,20 +1,20 @@
 //! Paired sequential elimination: a contender leaves as soon as it is significantly worse than the best one.
 //!
-//! All contenders that are left are scored on the same slots (Clark & Jaini, NeurIPS 2023, section 4), so that what slots
-//! have in common falls out of the difference of two contenders' errors. After every round each contender is compared with
-//! the one that has the lowest mean, by a one-sided paired t-test at the level `risk`:
+//! All remaining contenders are scored on the same slots (Clark & Jaini, NeurIPS 2023, section 4), so noise that they share
+//! cancels in the difference of their errors. After every round each contender is compared with the leader, which has the
+//! lowest mean error, by a one-sided paired t-test at the level `risk`:
 //!
-//! - The variance of the difference is estimated from successive differences in the order of the timesteps (von Neumann,
-//!   1941; Wolter, "Introduction to Variance Estimation", chapter 8, for systematic samples): how the difference changes
-//!   along the timesteps is no uncertainty of its mean over evenly spread ones.
-//! - A variance from a few slots is moderated by that of the other contenders, as by a prior of [`PRIOR_DEGREES`] degrees
-//!   of freedom (Smyth, 2004): two slots that happen to agree convict nobody.
-//! - The best of many is the best by luck too, and convicts the others too easily: with more than ten contenders left the
-//!   level is lowered by the power [`CAUTION`] of their number over ten, which was chosen by measuring (`elbo bench policy
-//!   --synthetic 1000`).
+//! - The variance of the difference is estimated from successive differences in the order of the timesteps (von Neumann, 1941;
+//!   Wolter, "Introduction to Variance Estimation", chapter 8, for systematic samples). A trend of the difference along evenly
+//!   spread timesteps does not add uncertainty to its mean.
+//! - With few slots the variance is moderated by the variances of the other contenders, like a prior with [`PRIOR_DEGREES`]
+//!   degrees of freedom (Smyth, 2004). Two slots that happen to agree then eliminate no contender.
+//! - The leader of many contenders leads partly by luck, which makes the test too strict on the others. With more than ten
+//!   contenders left, the level is divided by a power of their number over ten. The exponent [`CAUTION`] was chosen by
+//!   measurement (`elbo bench policy --synthetic 1000`).
 //!
-//! It assumes differences of about normal means. Repeated looks raise, and the shared slots and the growing number of
-//! slots lower, the share of images whose best contender is lost: `elbo bench policy` measures it.
+//! The test assumes that mean differences are about normal. Repeated tests raise the share of images whose best contender is
+//! lost; the shared slots and the growing number of slots lower it. `elbo bench policy` measures this share.
 
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
@@ -22,37 +22,37 @@ use super::Slot;
 use crate::ensemble::Contenders;
 use crate::ids::PromptIndex;
 
-/// Slots of the first round, at least.
+/// The least number of slots in the first round.
 const FIRST_SLOTS: usize = 2;
-/// Evaluations of a sample's later rounds, about: with few contenders left a round has more slots.
+/// Approximate evaluations per round of a sample: with few contenders left, a round has more slots.
 const ROUND_EVALUATIONS: usize = 12;
-/// A round has at least this part of the slots before it, so that a hard sample takes few rounds.
+/// A round has at least one slot per this many slots before it, so that a hard sample takes few rounds.
 const LEAST_GROWTH: usize = 4;
-/// Up to so many contenders are compared at the level itself.
+/// Up to this many contenders, the level is `risk` itself.
 const FEW: f64 = 10.0;
-/// How much lower the level is among more. With the root, which was tried before, a race among a thousand drawn classes took a
-/// fifth less and got an image in two hundred more wrong.
+/// The exponent that lowers the level among more contenders. With 0.5, which was tried before, a race among a thousand drawn
+/// classes took a fifth less and got one image in two hundred more wrong.
 const CAUTION: f64 = 0.7;
-/// What the other contenders' variances count for, in slots.
+/// The most weight of the other contenders' variances, in degrees of freedom.
 const PRIOR_DEGREES: usize = 4;
 
-/// When a contender leaves.
+/// The rule by which contenders leave.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Race {
-    /// The level of each test, with up to ten contenders left.
+    /// The level of each test with up to ten contenders left.
     pub risk: f64,
 }
 
 impl Race {
-    /// How many slots the next round has after `done` ones, for so many prompts.
+    /// How many slots the next round has after `done` slots, with this many prompts left.
     pub(super) fn round_slots(done: usize, prompts: usize) -> usize {
         let shared = (ROUND_EVALUATIONS + prompts / 2) / prompts.max(1);
         let least = if done == 0 { FIRST_SLOTS } else { done / LEAST_GROWTH };
         shared.max(least).max(1)
     }
 
-    /// The prompts that stay after a round: those of contenders that may still be the best. `errors` holds every error of
-    /// the remaining prompts, by prompt, on each of `slots`.
+    /// The prompts that survive a round: those of the contenders that may still be the best. `errors` holds the remaining
+    /// prompts' errors, by prompt, on each of `slots`.
     pub fn survivors(
         &self,
         contenders: &Contenders,
@@ -72,7 +72,7 @@ impl Race {
         remaining.iter().copied().filter(stays).collect()
     }
 
-    /// The contenders that are significantly worse than the best one, ascending.
+    /// The contenders that are significantly worse than the leader, ascending.
     fn losers(&self, rows: &[(u32, Vec<f64>)], best: usize) -> Vec<u32> {
         let leader = &rows[best].1;
         let n = leader.len();
@@ -92,14 +92,14 @@ impl Race {
         let is_worse = |paired: &Paired| {
             let variance = (prior as f64 * pooled + own as f64 * paired.variance) / degrees;
             let error = (variance / n as f64).sqrt();
-            // The same prompt twice has the same errors for ever: the later one is as good as out.
+            // A duplicate prompt always has the same errors, so the later one is eliminated.
             paired.is_same || (paired.mean > 0.0 && (error == 0.0 || distribution.sf(paired.mean / error) < level))
         };
         rivals.iter().filter(|(_, paired)| is_worse(paired)).map(|(who, _)| *who).collect()
     }
 }
 
-/// The difference of a contender's errors to the leader's.
+/// The difference between a contender's errors and the leader's.
 #[derive(Clone, Copy, Debug)]
 struct Paired {
     mean: f64,
@@ -117,8 +117,8 @@ impl Paired {
     }
 }
 
-/// The errors of every remaining contender in some order of the slots: of its prompt, or the mean over its prompts.
-/// Contenders are in ascending order.
+/// The errors of every remaining contender, with the slots in the given order: those of its prompt, or the mean over its
+/// prompts. Contenders are in ascending order.
 fn contender_errors(
     contenders: &Contenders,
     remaining: &[PromptIndex],
@@ -165,8 +165,8 @@ mod tests {
 
     #[test]
     fn the_test_is_the_paired_t_test_with_successive_differences() {
-        // Differences 1, 3, 2, 4: mean 2.5, variance (4 + 1 + 4) / 6 = 1.5, t = 2.5 / sqrt(1.5 / 4) = 4.0825 with three
-        // degrees of freedom, since a single rival lends none: scipy.stats.t.sf gives p = 0.013270.
+        // Differences 1, 3, 2, 4: mean 2.5, variance (4 + 1 + 4) / 6 = 1.5, t = 2.5 / sqrt(1.5 / 4) = 4.0825 with three degrees
+        // of freedom, since a single rival adds none: scipy.stats.t.sf gives p = 0.013270.
         let errors = vec![vec![1.0, 1.0, 1.0, 1.0], vec![2.0, 4.0, 3.0, 5.0]];
         assert_eq!(survivors(0.01327, &errors), [0, 1]);
         assert_eq!(survivors(0.01328, &errors), [0]);
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn few_slots_are_moderated_by_the_other_contenders() {
         // Contender 1 differs by 1 on both slots: alone that would be certain. The others' variances are 0, 0.5, 8 and 8;
-        // pooled 4.125. With three degrees of prior and one of its own: 3.094, t = 1 / sqrt(3.094 / 2) = 0.804, and
+        // pooled 4.125. With three prior degrees and one of its own: 3.094, t = 1 / sqrt(3.094 / 2) = 0.804, and
         // scipy.stats.t.sf gives p = 0.23322.
         let rows = [[0.0f32, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 5.0], [1.0, 5.0]];
         let errors: Vec<_> = rows.iter().map(|row| row.to_vec()).collect();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn among_many_the_level_is_lower() {
+    fn the_level_is_lower_among_many_contenders() {
         // A difference of 2.4 standard errors at eleven degrees of freedom (p = 0.018), on twelve slots.
         let row = |offset: f32| (0..12).map(|i| offset + if i % 2 == 0 { 0.5 } else { -0.5 }).collect::<Vec<f32>>();
         let leader: Vec<f32> = vec![0.0; 12];
@@ -199,18 +199,18 @@ mod tests {
     }
 
     #[test]
-    fn what_is_never_told_apart_leaves_at_once_and_the_earlier_stays() {
+    fn of_identical_contenders_only_the_first_stays() {
         assert_eq!(survivors(0.01, &[vec![3.0, 1.0], vec![3.0, 1.0], vec![1.0, 3.0]]), [0, 2]);
     }
 
     #[test]
-    fn a_single_slot_convicts_nobody() {
+    fn a_single_slot_eliminates_no_contender() {
         assert_eq!(survivors(0.4, &[vec![0.0], vec![100.0]]), [0, 1]);
     }
 
     #[test]
-    fn a_trend_along_the_timesteps_is_no_uncertainty() {
-        // The difference grows from 1 to 8 steadily: the plain variance is 6, that of the steps 0.5.
+    fn a_trend_along_the_timesteps_adds_no_uncertainty() {
+        // The difference grows steadily from 1 to 8: the plain variance is 6, that of the steps 0.5.
         let leader = vec![0.0; 8];
         let rival: Vec<f32> = (1..=8).map(|i| i as f32).collect();
         // t = 4.5 / sqrt(0.5 / 8) = 18 at seven degrees of freedom; with the plain variance it would be 5.2 (p = 6e-4).
@@ -223,7 +223,7 @@ mod tests {
         let contenders = Contenders::of_classes(&Classes::parse(csv, &[]).unwrap(), PromptEnsemble::Mean);
         let errors = [vec![9.0, 9.1, 9.2], vec![5.0, 5.2, 5.1], vec![1.0, 1.1, 1.2]];
         let stay = |errors: &[Vec<f32>]| Race { risk: 0.05 }.survivors(&contenders, &prompts(3), errors, &slots(3));
-        // The mean of the cat's prompts is 5, 5.1, 5.2, which nothing tells from the dog's.
+        // The mean of the cat's prompts is 5, 5.1, 5.2, which can't be told from the dog's.
         assert_eq!(stay(&errors), prompts(3));
         assert_eq!(
             stay(&[vec![1.0, 1.1, 1.2], errors[1].clone(), errors[2].clone()]),

@@ -1,19 +1,19 @@
-//! The adaptive schedule of Li et al. (ICCV 2023), as their `eval_prob_adaptive` does it.
+//! The adaptive schedule of Li et al. (ICCV 2023), exactly as their `eval_prob_adaptive` computes it.
 
 use super::{PolicyError, Slot, Stage};
 use crate::ensemble::Contenders;
 
-/// The end of a round.
+/// The end of a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Step {
-    /// The slots evaluated by then.
+    /// Total slots evaluated by then.
     pub(super) end: usize,
-    /// The contenders that stay.
+    /// How many contenders stay.
     pub(super) keep: u32,
 }
 
-/// The slots of some stages in order, and where each ends; without contenders every sample brings its own, of which a stage
-/// keeps all if there are too few.
+/// The slots of all stages in order, and the end of each stage. `contenders` is `None` if each sample has its own captions; a
+/// stage then keeps them all if there are fewer than `keep`.
 pub(super) fn schedule(
     stages: &[Stage],
     trials: u32,
@@ -37,7 +37,7 @@ pub(super) fn schedule(
     Ok((slots, steps))
 }
 
-/// The slots of one grid with so many timesteps.
+/// The slots of a single grid with `samples` timesteps.
 pub(super) fn grid(samples: u32, trials: u32, timesteps: u32) -> Result<Vec<Slot>, PolicyError> {
     check(samples, timesteps)?;
     Ok(slots_by_rank(&new_timesteps(timesteps, samples, samples, &[]), 0, trials))
@@ -51,7 +51,8 @@ fn check(samples: u32, timesteps: u32) -> Result<(), PolicyError> {
     }
 }
 
-/// The timesteps a stage with `samples` adds to those `done`: ascending, from the grid of the largest stage.
+/// The timesteps that a stage with `samples` timesteps adds to those already `done`: ascending, from the grid of the largest
+/// stage.
 fn new_timesteps(timesteps: u32, most: u32, samples: u32, done: &[u32]) -> Vec<u32> {
     let spacing = timesteps / most;
     let grid: Vec<u32> = (0..most).map(|i| spacing / 2 + i * spacing).collect();
@@ -59,7 +60,7 @@ fn new_timesteps(timesteps: u32, most: u32, samples: u32, done: &[u32]) -> Vec<u
     grid.into_iter().skip(step / 2).step_by(step).take(samples as usize).filter(|t| !done.contains(t)).collect()
 }
 
-/// Slots of a stage's new timesteps: the noise index follows the rank of evaluation, not the timestep.
+/// The slots of a stage's new timesteps. The noise index follows the order of evaluation, not the timestep.
 fn slots_by_rank(fresh: &[u32], done: u32, trials: u32) -> Vec<Slot> {
     fresh
         .iter()

@@ -1,4 +1,4 @@
-//! Where on the way from image to noise a race looks.
+//! The distribution of a race's slots over the timesteps.
 
 use std::ops::Range;
 
@@ -6,19 +6,20 @@ use serde::{Deserialize, Serialize};
 
 use super::Slot;
 
-/// Timesteps that are looked at equally often.
+/// A range of timesteps with equally many slots each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Span {
     /// The first timestep.
     pub from: u32,
-    /// The first timestep after it.
+    /// The end of the range, exclusive.
     pub to: u32,
-    /// The share of slots that lie in it, relative to other spans'.
+    /// The share of slots in this span, relative to the other spans.
     pub share: f64,
 }
 
-/// The density of slots over the timesteps: as many in every span as its share says; everywhere alike where there is no span.
+/// The density of slots over the timesteps: each span gets slots in proportion to its share. Without spans the density is
+/// uniform.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Span>")]
 pub struct Timesteps(Vec<Span>);
@@ -31,17 +32,17 @@ impl TryFrom<Vec<Span>> for Timesteps {
     }
 }
 
-/// A density that is none.
+/// An invalid density.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum TimestepsError {
-    /// A span without timesteps, or one that begins before the last has ended.
+    /// A span is empty, or begins before the previous one ends.
     #[error("the span of timesteps from {} to {} is empty, or begins before the one before it ends", .0.from, .0.to)]
     Order(Span),
-    /// A share that is no share.
+    /// A share that is not a positive number.
     #[error("the span of timesteps from {} to {} has share {}: it must be a positive number", .0.from, .0.to, .0.share)]
     Share(Span),
-    /// Spans beyond the model.
-    #[error("timesteps up to {to} are asked for, and the model has {timesteps}")]
+    /// The spans exceed the model's timesteps.
+    #[error("timesteps up to {to} were requested, but the model has {timesteps}")]
     Beyond {
         /// Where the last span ends.
         to: u32,
@@ -66,12 +67,12 @@ impl Timesteps {
         Ok(Self(spans))
     }
 
-    /// Equally many slots at each of some timesteps, and none elsewhere.
+    /// A uniform density over a range of timesteps, with no slots elsewhere.
     pub fn within(range: Range<u32>) -> Result<Self, TimestepsError> {
         Self::new(vec![Span { from: range.start, to: range.end, share: 1.0 }])
     }
 
-    /// Whether every timestep is looked at alike.
+    /// Whether the density is uniform over all timesteps.
     pub fn is_even(&self) -> bool {
         self.0.is_empty()
     }
@@ -81,7 +82,7 @@ impl Timesteps {
         &self.0
     }
 
-    /// Whether a model with so many timesteps has these.
+    /// Checks that a model with this many timesteps has all the spans.
     pub fn check(&self, timesteps: u32) -> Result<(), TimestepsError> {
         match self.0.last() {
             Some(span) if span.to > timesteps => Err(TimestepsError::Beyond { to: span.to, timesteps }),
@@ -89,8 +90,8 @@ impl Timesteps {
         }
     }
 
-    /// The first `count` slots for a model with so many timesteps. Any number of them, from the first on, are spread over
-    /// the density as evenly as can be: they follow van der Corput's sequence (1935). Each has a noise of its own.
+    /// The first `count` slots for a model with this many timesteps. Every prefix is spread as evenly as possible over the
+    /// density: the slots follow van der Corput's sequence (1935). Each slot has its own noise.
     pub fn slots(&self, timesteps: u32, count: u32) -> Vec<Slot> {
         (0..count).map(|i| Slot { timestep: self.quantile(radical_inverse(i + 1), timesteps), noise: i }).collect()
     }
@@ -142,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_density_is_refused() {
+    fn invalid_densities_are_refused() {
         let span = |from, to, share| Span { from, to, share };
         assert!(matches!(Timesteps::new(vec![span(5, 5, 1.0)]), Err(TimestepsError::Order(_))));
         assert!(matches!(Timesteps::new(vec![span(5, 9, 1.0), span(8, 10, 1.0)]), Err(TimestepsError::Order(_))));

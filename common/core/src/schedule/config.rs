@@ -1,9 +1,9 @@
-//! diffusers' `scheduler_config.json`: what its classes and settings say of how a model was trained.
+//! diffusers' `scheduler_config.json`: what its classes and settings say about how a model was trained.
 //!
-//! Most settings are about sampling: which timesteps are visited (`timestep_spacing`, `steps_offset`, `use_karras_sigmas`,
+//! Most settings only affect sampling: which timesteps are visited (`timestep_spacing`, `steps_offset`, `use_karras_sigmas`,
 //! `sigma_min`, flow matching's `shift` and `use_dynamic_shifting`), and how a step is made (`clip_sample`, `thresholding`,
-//! `solver_order`, `set_alpha_to_one`, `variance_type`). They have no effect here: evaluations are of timesteps that
-//! the policy chooses. The settings read below change the noise at a timestep, or what a network is given or says there.
+//! `solver_order`, `set_alpha_to_one`, `variance_type`). They have no effect here, because the policy chooses the timesteps.
+//! The settings read below change the noise at a timestep, or the network's input or output there.
 
 use std::f64::consts::FRAC_PI_2;
 
@@ -15,13 +15,13 @@ use crate::python_json;
 /// The most timesteps a schedule may have.
 const MOST_TIMESTEPS: u32 = 100_000;
 
-/// What some samplers of diffusers put in the place of a last `abar` of zero, to keep their first sigma finite.
+/// What some samplers of diffusers use instead of a last `abar` of zero, to keep their first sigma finite.
 const SMALLEST_SIGNAL: f32 = 1.0 / (1 << 24) as f32;
 
-/// The largest beta of schedules that are made of a function for `abar`.
+/// The largest beta of schedules that are defined by a function for `abar`.
 const LARGEST_BETA: f64 = 0.999;
 
-/// The settings that matter, as written; absent and `null` mean the class's default.
+/// The relevant settings, as written; absent and `null` mean the class's default.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Config {
@@ -39,37 +39,37 @@ pub(super) struct Config {
     invert_sigmas: Option<bool>,
 }
 
-/// The noise that a scheduler adds.
+/// The kind of noise that a scheduler adds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
-    /// Of betas.
+    /// Defined by betas.
     Betas(Betas),
-    /// A straight path.
+    /// A straight path from latent to noise.
     Flow,
 }
 
-/// What schedulers with betas differ in.
+/// How schedulers with betas differ.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Betas {
     start: f64,
     end: f64,
     schedule: &'static str,
-    /// A `beta_schedule` that only this class has.
+    /// A `beta_schedule` that only this class supports.
     own: Option<&'static str>,
     /// Whether it keeps a little signal at the last timestep of a schedule with zero terminal SNR.
     keeps_signal: bool,
-    /// Whether it has `use_flow_sigmas`.
+    /// Whether it supports `use_flow_sigmas`.
     has_flow: bool,
 }
 
-/// Ho et al. (2020), which most classes default to.
+/// The defaults of most classes (Ho et al., 2020).
 const DDPM: Betas =
     Betas { start: 1e-4, end: 0.02, schedule: "linear", own: None, keeps_signal: false, has_flow: false };
 
-/// The second most frequent defaults.
+/// The second most common defaults.
 const K_DIFFUSION: Betas = Betas { start: 0.00085, end: 0.012, ..DDPM };
 
-/// What latent diffusion models were distilled with.
+/// The defaults of classes for distilled latent diffusion models.
 const DISTILLED: Betas = Betas { schedule: "scaled_linear", ..K_DIFFUSION };
 
 const CLASSES: [(&str, Kind); 24] = [
@@ -116,9 +116,9 @@ impl Config {
         Ok(python_json::parse(json.as_bytes())?)
     }
 
-    /// The configuration with the class that a `model_index.json` names, where it has none of its own.
+    /// Takes the class from `model_index.json` if the configuration has none.
     pub(super) fn of_index(mut self, index: Option<&[u8]>) -> Result<Self, ScheduleError> {
-        // An index that can't be read is told of when the model is loaded.
+        // An index that can't be read is reported when the model is loaded.
         let index: serde_json::Value = index.and_then(|bytes| python_json::parse(bytes).ok()).unwrap_or_default();
         let indexed = index.get("scheduler").and_then(|entry| entry.get(1)).and_then(|class| class.as_str());
         match (&self.class, indexed) {
@@ -136,7 +136,7 @@ impl Config {
         Ok(self)
     }
 
-    /// What the settings come to.
+    /// The noise schedule that follows from the settings.
     pub(super) fn schedule(&self) -> Result<NoiseSchedule, ScheduleError> {
         let class = self.class.as_deref().unwrap_or("DDPMScheduler");
         let timesteps = self.num_train_timesteps.unwrap_or(1000);
@@ -175,7 +175,7 @@ impl Config {
             Some(other) => return Err(unsupported("prediction_type", other, "epsilon, v_prediction")),
         };
         let (mut betas, mut origin) = self.betas(timesteps, defaults)?;
-        // torch turns NaN into no number either: whatever is not above 0 is refused.
+        // NaN must be refused too: the test is for betas above 0.
         if let Some((t, beta)) = betas.iter().enumerate().find(|(_, beta)| !(**beta > 0.0 && **beta <= 1.0)) {
             let key = if self.trained_betas.is_some() { "trained_betas" } else { "beta_start and beta_end" };
             return Err(unsupported(key, format!("{beta} at timestep {t}"), "above 0, up to 1"));
@@ -196,7 +196,7 @@ impl Config {
         Ok(NoiseSchedule { process, prediction, origin: format!("{class}, {origin}") })
     }
 
-    /// The betas, and where they come from in words.
+    /// The betas, and a description of where they come from.
     fn betas(&self, timesteps: u32, defaults: Betas) -> Result<(Vec<f32>, String), ScheduleError> {
         if let Some(trained) = &self.trained_betas {
             if trained.len() != timesteps as usize {
@@ -239,13 +239,13 @@ fn cosine(t: f64) -> f64 {
     libm::cos((t + 0.008) / 1.008 * FRAC_PI_2).powi(2)
 }
 
-/// The betas whose products come near a function for `abar`.
+/// The betas whose products approximate a function for `abar`.
 fn of_abar(timesteps: u32, abar: impl Fn(f64) -> f64) -> Vec<f32> {
     let at = |i: u32| abar(f64::from(i) / f64::from(timesteps));
     (0..timesteps).map(|i| (1.0 - at(i + 1) / at(i)).min(LARGEST_BETA) as f32).collect()
 }
 
-/// `abar` of betas; products are in f64 and rounded to f32 each, as in torch.
+/// `abar` of betas. Products are in f64 and each is rounded to f32, as in torch.
 fn cumulative(betas: &[f32]) -> Vec<f32> {
     let mut product = 1.0f64;
     let next = |beta: &f32| {
@@ -255,8 +255,8 @@ fn cumulative(betas: &[f32]) -> Vec<f32> {
     betas.iter().map(next).collect()
 }
 
-/// Betas whose last `abar` is zero and whose first stays (Lin et al., WACV 2024, algorithm 1), step by step in f32 as in
-/// diffusers.
+/// Betas whose last `abar` is zero and whose first is unchanged (Lin et al., WACV 2024, algorithm 1), computed step by step in
+/// f32 as in diffusers.
 fn with_zero_terminal_snr(betas: &[f32]) -> Vec<f32> {
     let roots: Vec<f32> = cumulative(betas).into_iter().map(f32::sqrt).collect();
     let (first, last) = (roots.first().copied().unwrap_or(1.0), roots.last().copied().unwrap_or(0.0));
@@ -301,7 +301,7 @@ mod tests {
             assert!(times.is_none() && values.len() > 4);
             for (t, expected) in values {
                 let found = schedule.alphas_cumprod()[t as usize];
-                // Powers and exponentials differ in their last bit, which products over all timesteps add up.
+                // Powers and exponentials differ in their last bit, and the products over all timesteps add this up.
                 let near = (found - expected).abs() <= 2e-6 * expected;
                 assert!(near, "timestep {t}: {found} and diffusers' {expected} of {config}");
             }
@@ -312,7 +312,7 @@ mod tests {
     fn flow_matching_has_the_sigmas_and_times_that_diffusers_has() {
         let mut shifts = Vec::new();
         for Case { config, values, times } in cases().into_iter().filter(|case| case.times.is_some()) {
-            // A configuration's own shift is of sampling: what is shifted here is what the user asks for.
+            // The configuration's own shift affects only sampling; this is the shift that the user asks for.
             let settings: serde_json::Value = serde_json::from_str(&config).unwrap();
             let shift = settings["shift"].as_f64().unwrap();
             let schedule = NoiseSchedule::from_json(&config).unwrap().with_shift(shift as f32).unwrap();
@@ -327,14 +327,14 @@ mod tests {
     }
 
     #[test]
-    fn zero_terminal_snr_leaves_nothing_and_divides_by_nothing() {
+    fn zero_terminal_snr_leaves_no_signal_and_does_not_divide_by_it() {
         let json =
             r#"{"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": true, "prediction_type": "v_prediction"}"#;
         let schedule = NoiseSchedule::from_json(json).unwrap();
         let mix = schedule.mix(999);
         assert_eq!((mix.signal, mix.noise), (0.0, 1.0));
         assert!(schedule.loses_all_signal() && schedule.to_string().contains("zero terminal SNR"), "{schedule}");
-        // The noisy latent is the noise, and so is what any output comes to.
+        // The noisy latent is pure noise, and so is the prediction, whatever the output.
         let mut output = [7.0f32, -3.0];
         mix.predicted(PredictionType::VPrediction, &[0.5, -2.0], &mut output);
         assert_eq!(output, [0.5, -2.0]);
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_implemented_is_refused_by_name() {
+    fn unsupported_settings_are_refused_by_name() {
         let cases = [
             (r#"{"prediction_type": "sample"}"#, "prediction_type 'sample'"),
             (r#"{"_class_name": "DDIMScheduler", "beta_schedule": "sigmoid"}"#, "beta_schedule 'sigmoid'"),
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn the_class_is_the_indexs_where_the_configuration_names_none() {
+    fn the_class_comes_from_the_index_if_the_configuration_names_none() {
         let schedule = |index: &str, config: &str| {
             NoiseSchedule::of_configs(config, Some(index.as_bytes())).map_err(|error| error.to_string())
         };

@@ -51,7 +51,7 @@ async fn a_text_list_names_images_in_its_own_order() {
 }
 
 #[tokio::test]
-async fn a_csv_list_brings_labels_unless_they_come_from_elsewhere() {
+async fn a_csv_list_has_labels_unless_they_come_from_elsewhere() {
     let listed = Listed::new(&["cat/0.png", "dog/1.png"]);
     let text = "note,label,file_name\nx,cat,cat/0.png\n\"y, z\",,./dog/1.png\n";
     let samples = listed.list("l.csv", text, ListOptions::default()).await.unwrap();
@@ -78,7 +78,7 @@ async fn captions_are_a_json_array_or_one_in_each_column() {
     let columns = "path,c0,c1,c2\n0.png,a,b,\n1.png,a,b,c\n";
     let samples = listed.list("l.csv", columns, with_candidates("c0, c1,c2")).await.unwrap();
     assert_eq!(samples.iter().map(|s| s.candidates.len()).collect::<Vec<_>>(), [2, 3]);
-    // Without --candidates the columns mean nothing.
+    // Without --candidates the columns are ignored.
     let samples = listed.list("l.csv", json, ListOptions::default()).await.unwrap();
     assert!(samples[0].candidates.is_empty() && samples[0].pair.is_none());
     assert_eq!(samples[0].label.as_deref(), Some("1"));
@@ -123,7 +123,7 @@ async fn mistakes_name_the_line() {
 }
 
 #[tokio::test]
-async fn a_list_is_the_same_however_it_was_saved() {
+async fn a_list_reads_the_same_in_every_file_format() {
     let listed = Listed::new(&["im/frame:0001.png", "b.png"]);
     for (name, text) in [
         ("l.csv", "path,label\r\nim/frame:0001.png,zero\r\nb.png,one\r\n"),
@@ -142,7 +142,7 @@ async fn a_list_is_the_same_however_it_was_saved() {
 }
 
 #[tokio::test]
-async fn a_name_in_another_unicode_form_is_said_to_be_one() {
+async fn an_error_names_a_file_in_another_unicode_form() {
     let listed = Listed::new(&["cafe\u{301}.png"]);
     let error = listed.error("l.csv", "path\ncaf\u{e9}.png\n", None).await;
     assert!(error.contains("line 2: there is no ") && error.contains("in another Unicode form (NFD)"), "{error}");
@@ -185,7 +185,7 @@ fn paths_are_relative_to_the_list() {
 }
 
 #[test]
-fn a_list_from_the_network_names_what_is_at_its_own_origin_or_at_one_that_is_allowed() {
+fn a_list_from_the_network_may_name_its_own_origin_and_allowed_ones() {
     let at = |list: &str, key: &str, allowed: &[Origin]| Base::of(&Location::parse(list).unwrap()).locate(key, allowed);
     for (key, flag) in [
         ("/etc/passwd", "--list-origins file://"),
@@ -199,7 +199,7 @@ fn a_list_from_the_network_names_what_is_at_its_own_origin_or_at_one_that_is_all
         }
         let allowed = flag.trim_start_matches("--list-origins ").parse().unwrap();
         assert!(at("https://host/lists/l.txt", key, &[allowed]).is_ok());
-        // The user's own list names what it likes.
+        // A local list may name anything.
         assert!(at("/data/l.csv", key, &[]).is_ok());
     }
     for key in ["x.png", "../x.png", "https://host/x.png"] {
@@ -209,7 +209,7 @@ fn a_list_from_the_network_names_what_is_at_its_own_origin_or_at_one_that_is_all
 }
 
 #[test]
-fn a_list_is_told_by_its_name() {
+fn a_list_is_recognised_by_its_name() {
     assert!(
         is_list("images.csv")
             && is_list("a:b.tsv")

@@ -1,4 +1,4 @@
-//! Labels by key, from a table that somebody wrote.
+//! Labels by key, from a table written by hand.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -8,17 +8,17 @@ use elbo_core::text::{excerpt, normal};
 
 use super::LabelError;
 
-/// What its header names.
+/// The columns in its header.
 const COLUMNS: &str = "key,label";
 
-/// A label file, and which of its rows are about images. Keys are compared in Unicode's normal form C.
+/// A label file, and which of its rows match images. Keys are compared in Unicode's normal form C.
 #[derive(Debug)]
 pub(crate) struct LabelFile {
     path: PathBuf,
     /// By key in normal form.
     rows: HashMap<String, Row>,
     unnamed_images: Unmatched,
-    /// The first row that is about two images, and the second of these.
+    /// The first row that matches two images, and the second image.
     conflict: Option<(String, String)>,
 }
 
@@ -31,17 +31,17 @@ struct Row {
     image: Option<Image>,
 }
 
-/// The image that a row is about.
+/// The image that a row matches.
 #[derive(Debug)]
 enum Image {
-    /// Its key is as the row writes it, which most are: theirs is kept once.
+    /// Its key is written as in the row. Most are, and their key is stored once.
     AsWritten,
-    /// Its key is written in another way.
+    /// Its key is written differently.
     Named(String),
 }
 
 impl Row {
-    /// The key of the image that it is about.
+    /// The key of the image that it matches.
     fn image(&self) -> Option<&str> {
         self.image.as_ref().map(|image| match image {
             Image::AsWritten => self.key.as_str(),
@@ -50,7 +50,7 @@ impl Row {
     }
 }
 
-/// How many there are of what matches nothing, and the first few.
+/// The number of unmatched items, and the first few.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Unmatched {
     /// How many.
@@ -60,7 +60,7 @@ pub(crate) struct Unmatched {
 }
 
 impl Unmatched {
-    /// Examples that are kept.
+    /// Maximum number of examples.
     const KEPT: usize = 3;
 
     fn note(&mut self, example: &str) {
@@ -71,7 +71,7 @@ impl Unmatched {
     }
 }
 
-/// The examples.
+/// Shows the examples.
 impl fmt::Display for Unmatched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shown: Vec<_> = self.examples.iter().map(|example| format!("'{}'", excerpt(example))).collect();
@@ -79,7 +79,7 @@ impl fmt::Display for Unmatched {
     }
 }
 
-/// A key without the `./` that may stand before it.
+/// A key without a leading `./`.
 fn bare(key: &str) -> &str {
     key.trim_start_matches("./")
 }
@@ -136,7 +136,7 @@ impl LabelFile {
         &self.path
     }
 
-    /// The label of an image; none where the key of its row is another image's too, of which [`Self::check_rows`] tells.
+    /// The label of an image; `None` if its row also matches another image, which [`Self::check_rows`] reports.
     pub(super) fn of(&mut self, key: &str) -> Option<String> {
         let normal = normal(bare(key));
         let Some(row) = self.rows.get_mut(normal.as_ref()) else {
@@ -172,7 +172,7 @@ impl LabelFile {
         (self.unnamed_images, self.conflict) = (Unmatched::default(), None);
     }
 
-    /// Fails where one row is about two images.
+    /// Fails if a row matches two images.
     pub(super) fn check_rows(&self) -> Result<(), LabelError> {
         let path = self.path.clone();
         if let Some((key, second)) = &self.conflict
@@ -184,7 +184,7 @@ impl LabelFile {
         Ok(())
     }
 
-    /// Fails where no row is about any of the dataset's images, of which `example` is one.
+    /// Fails if no row matches any of the dataset's images, of which `example` is one.
     pub(super) fn check_match(&self, example: &str) -> Result<(), LabelError> {
         if self.rows.values().any(|row| row.image.is_some()) {
             return Ok(());
@@ -198,7 +198,7 @@ mod tests {
     use super::super::{LabelSource, Labels};
     use super::*;
 
-    /// `Übung_é_0.png` as macOS writes it, and as everybody else does.
+    /// `Übung_é_0.png` as macOS writes it, and as other systems do.
     const DECOMPOSED: &str = "U\u{308}bung_e\u{301}_0.png";
     const COMPOSED: &str = "\u{dc}bung_\u{e9}_0.png";
 
@@ -210,14 +210,14 @@ mod tests {
     }
 
     #[test]
-    fn keys_match_in_any_unicode_form_and_what_matches_nothing_is_counted() {
+    fn keys_match_in_any_unicode_form_and_unmatched_ones_are_counted() {
         let mut labels = read(format!("key,label\n{COMPOSED},zero\nb.png,one\nc.png,two\n")).unwrap();
         let found = ["C.PNG", DECOMPOSED, "./b.png"].map(|key| labels.of(key));
         assert_eq!(found.each_ref().map(Option::as_deref), [None, Some("zero"), Some("one")]);
         let one = |example: &str| Unmatched { count: 1, examples: vec![example.to_owned()] };
         assert_eq!((labels.unmatched_rows(), labels.unnamed_images()), (one("c.png"), one("C.PNG")));
         labels.check_used("C.PNG").unwrap();
-        // What starts again is not counted twice.
+        // After a restart, nothing is counted twice.
         labels.clear();
         assert_eq!((labels.of("x"), labels.unnamed_images(), labels.unmatched_rows().count), (None, one("x"), 3));
         assert!(labels.check_used("x").unwrap_err().to_string().contains("like 'x'"));
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_are_one_in_normal_form_are_refused_by_both_names() {
+    fn keys_with_the_same_normal_form_are_refused_with_both_names() {
         let error = read(format!("key,label\n{COMPOSED},zero\n{DECOMPOSED},zero\n")).unwrap_err();
         assert!(error.contains("labels.csv, line 3: ") && error.contains("in line 2 differ only in"), "{error}");
         assert!(error.contains(COMPOSED) && error.contains(DECOMPOSED), "{error}");

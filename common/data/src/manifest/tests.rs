@@ -30,7 +30,7 @@ fn store() -> Store {
     Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap())
 }
 
-/// Writes a manifest and gives its record.
+/// Writes a manifest and returns its record.
 async fn written(out: &Store, samples: &[Sample], shard_size: u32) -> ManifestRecord {
     let mut writer = ManifestWriter::new(shard_size);
     samples.iter().for_each(|sample| writer.take(sample.clone()).unwrap());
@@ -63,7 +63,7 @@ async fn every_shard_holds_its_own_samples() {
 }
 
 #[tokio::test]
-async fn many_shards_lie_in_several_files_and_a_large_one_is_one_row_group() {
+async fn many_shards_take_several_files_and_a_large_one_is_one_row_group() {
     let (all, out) = (samples(200), store());
     let record = written(&out, &all, 3).await;
     assert_eq!(out.list(DIRECTORY).await.unwrap(), [part_path(0), part_path(1)]);
@@ -123,13 +123,13 @@ async fn a_manifest_that_is_not_the_one_listed_is_refused() {
     let record = written(&out, &all, 10).await;
     let open = async || Manifest::open(&out, &record, 10).await;
 
-    // Other samples, in a file that is sound in itself.
+    // Other samples, in a valid file.
     let mut others = all.clone();
     others[12].key = "cat/other.png".into();
     written(&out, &others, 10).await;
     assert!(matches!(open().await, Err(ManifestError::Changed(_))));
 
-    // The right hashes beside other samples: found out when the shard is read.
+    // The right hashes with other samples, which is detected when the shard is read.
     let mut forged = table::Writer::<SampleTable>::new().unwrap();
     others.chunks(10).for_each(|rows| forged.group(rows).unwrap());
     let digests: Vec<_> = all.chunks(10).map(|rows| digest_of(rows).to_hex().to_string()).collect();
@@ -139,7 +139,7 @@ async fn a_manifest_that_is_not_the_one_listed_is_refused() {
     assert_eq!(manifest.shard(ShardId(0)).await.unwrap(), all[..10]);
     assert!(matches!(manifest.shard(ShardId(1)).await, Err(ManifestError::Changed(_))));
 
-    // No hashes: as earlier versions wrote it.
+    // No hashes, as written by earlier versions.
     out.write(&part_path(0), table::encode::<SampleTable>(&all, 10, &[]).unwrap()).await.unwrap();
     assert!(open().await.unwrap_err().to_string().contains("earlier version"));
 

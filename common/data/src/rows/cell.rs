@@ -1,8 +1,8 @@
-//! Reading one image out of a Parquet file: the run of rows it lies in is read, and kept for the rows beside it.
+//! Reads one image from a Parquet file. It reads the run of rows that contains the image, and keeps it for nearby rows.
 //!
-//! A column chunk can be far larger than it is in the file: compressed, or because many rows hold one image, which is written
-//! once. So a run ends as soon as it holds enough, pages are decoded as they are needed, and an image that many rows hold is
-//! kept once.
+//! A column chunk can be far larger in memory than in the file: it is compressed, or many rows have the same image, which is
+//! written once. So a run ends as soon as it is large enough, pages are decoded as needed, and an image in many rows is kept
+//! once.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -29,16 +29,16 @@ use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use crate::budget::Budget;
 
-/// About how many bytes of images a run holds.
+/// Approximate bytes of images per run.
 const RUN_BYTES: u64 = 16 << 20;
-/// The most rows decoded at a time.
+/// Maximum rows decoded at a time.
 const BATCH_ROWS: u64 = 1024;
-/// Files whose footers are kept.
+/// Number of files whose footers are kept.
 const KEPT_FILES: usize = 64;
-/// How long a file that came too slowly is not asked for again: many images may wait for it, one after the other.
+/// How long a file that was too slow is not requested again, since many images may wait for it one after the other.
 const AVOIDED: Duration = retry::PATIENCE;
 
-/// Why there is no image.
+/// Why an image can't be read.
 #[derive(Debug)]
 pub(in super::super) enum CellError {
     Store(StoreError),
@@ -46,14 +46,14 @@ pub(in super::super) enum CellError {
     Cell(String),
 }
 
-/// The images read last.
+/// A cache of the images read last.
 #[derive(Debug)]
 pub(in super::super) struct Cells {
     files: Cache<String, Arc<Open>>,
     runs: Cache<RunKey, Arc<Run>, ByBytes>,
-    /// Column chunks as they are in the file, where only all of one can be fetched.
+    /// Column chunks as stored in the file, if a chunk can only be fetched whole.
     chunks: Cache<ChunkKey, Bytes, ByBytes>,
-    /// When files came too slowly, and how slowly.
+    /// When files were too slow, and how slow.
     slow: Mutex<HashMap<String, (Instant, TooSlow)>>,
 }
 
@@ -64,17 +64,17 @@ struct Open {
     etag: Option<String>,
 }
 
-/// A file, a column of it, and the first row.
+/// A file, a column, and the first row.
 type RunKey = (String, String, u64);
-/// A file, a row group of it, and the column's number.
+/// A file, a row group, and the column's number.
 type ChunkKey = (String, usize, usize);
 
 /// Images of consecutive rows.
 #[derive(Debug, Default)]
 struct Run {
-    /// Every different image once.
+    /// Every distinct image once.
     data: Bytes,
-    /// Where each row's lies.
+    /// The position of each row's image.
     cells: Vec<Option<Range<usize>>>,
 }
 
@@ -93,12 +93,12 @@ impl Weighter<ChunkKey, Bytes> for ByBytes {
     }
 }
 
-/// A cache of so many bytes.
+/// A cache of `bytes` bytes.
 fn cache<K: Eq + std::hash::Hash, V: Clone>(bytes: u64) -> Cache<K, V, ByBytes>
 where
     ByBytes: Weighter<K, V>,
 {
-    // One shard, so that an entry may take any part of the room there is.
+    // One shard, so that a single entry may fill the whole cache.
     let options = OptionsBuilder::new().shards(1).estimated_items_capacity(64).weight_capacity(bytes).build();
     match options {
         Ok(options) => Cache::with_options(options, ByBytes, DefaultHashBuilder::default(), Default::default()),
@@ -112,7 +112,7 @@ struct Span {
     group: usize,
     /// The group's first row, counted over the whole file.
     before: u64,
-    /// The first of them, counted within the group.
+    /// The first row of the span, counted within the group.
     first: u64,
     count: u64,
     /// The column's number.
@@ -120,14 +120,14 @@ struct Span {
 }
 
 impl Cells {
-    /// Cells that keep so many bytes.
+    /// A cache of `bytes` bytes.
     pub(in super::super) fn new(bytes: u64) -> Self {
         let (runs, chunks) = (cache(bytes / 2), cache(bytes / 2));
         Self { files: Cache::new(KEPT_FILES), runs, chunks, slow: Mutex::default() }
     }
 
-    /// The bytes in a row (counted over the whole file) of a column; `etag` is what the file must still have. What is decoded
-    /// meanwhile takes its share of `memory`.
+    /// The bytes in a row (counted over the whole file) of a column. The file must still have the tag `etag`. Decoding takes
+    /// its share of `memory`.
     pub(in super::super) async fn read(
         &self,
         store: &Store,
@@ -144,7 +144,7 @@ impl Cells {
             return Err(CellError::Changed);
         }
         let mut span = open.span(row, column)?;
-        // A run may end before the row: then the next one begins there.
+        // A run may end before the row; then the next run begins there.
         loop {
             let first = span.before + span.first;
             let key = (name.clone(), column.to_owned(), first);
@@ -168,7 +168,7 @@ impl Cells {
         self.runs.weight() + self.chunks.weight()
     }
 
-    /// What is read of a file, unless that came too slowly a moment ago.
+    /// Runs `reading`, unless the file was too slow a moment ago.
     async fn timed<T>(&self, name: &str, reading: impl Future<Output = Result<T, CellError>>) -> Result<T, CellError> {
         let known = self.slow.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied();
         if let Some((at, slow)) = known
@@ -204,19 +204,19 @@ impl Cells {
         };
         let key = (name.to_owned(), span.group, span.leaf);
         let bytes = self.chunks.get_or_insert_async(&key, fetching).await?;
-        // Nothing says how large a page is, but none is larger than all of them.
+        // The size of a page is unknown, but it is at most the size of all pages.
         let _share = memory.take(RUN_BYTES + uncompressed).await;
         open.read(Fetched { file: open.file.clone(), start, bytes }, span).await
     }
 }
 
-/// Bytes of all rows of a column chunk, as far as the file says: they may be more, where many hold one image.
+/// Bytes of all rows of a column chunk, according to the file. The real size may be larger if many rows have the same image.
 fn bytes_of_rows(chunk: &ColumnChunkMetaData) -> u64 {
     let values = chunk.unencoded_byte_array_data_bytes().unwrap_or_default();
     chunk.uncompressed_size().max(values).max(0) as u64
 }
 
-/// The part of `whole` that `part` is of `all`.
+/// `whole * part / all`, without overflow.
 fn share_of(whole: u64, part: u64, all: u64) -> u64 {
     (u128::from(whole) * u128::from(part) / u128::from(all.max(1))) as u64
 }
@@ -235,14 +235,14 @@ impl Open {
         Ok(Arc::new(Self { file, metadata: with_views(metadata), etag: meta.e_tag }))
     }
 
-    /// The leaf that is called so.
+    /// The leaf column with this name.
     fn leaf(&self, column: &str) -> Result<usize, CellError> {
         let leaves = self.metadata.parquet_schema().columns();
         let leaf = leaves.iter().position(|leaf| leaf.path().string() == column);
         leaf.ok_or_else(|| CellError::Cell(format!("there is no column {column}")))
     }
 
-    /// The rows that a row is read with.
+    /// The span of rows to read for a row.
     fn span(&self, row: u64, column: &str) -> Result<Span, CellError> {
         let leaf = self.leaf(column)?;
         let (mut before, groups) = (0, self.metadata.metadata().row_groups());
@@ -268,7 +268,7 @@ impl Open {
         Err(CellError::Cell(format!("the file has {before} rows")))
     }
 
-    /// Bytes in the file of the pages with some rows, and of what comes before all pages, if the file says where pages are.
+    /// Bytes in the file of the pages with these rows, and of everything before the first page, if the file has a page index.
     fn pages(&self, span: Span) -> Option<u64> {
         let metadata = self.metadata.metadata();
         let index = metadata.page_index_for_row_group(span.group);
@@ -283,7 +283,7 @@ impl Open {
         Some((first_page.saturating_sub(start) + bytes).min(length))
     }
 
-    /// Reads rows until they are enough.
+    /// Reads rows until the run is large enough.
     async fn read(&self, from: impl AsyncFileReader + Unpin + 'static, span: Span) -> Result<Arc<Run>, CellError> {
         let group = self.metadata.metadata().row_group(span.group);
         let per_row = bytes_of_rows(group.column(span.leaf)) / (group.num_rows().max(1) as u64);
@@ -314,7 +314,7 @@ struct Filling {
     data: Vec<u8>,
     cells: Vec<Option<Range<usize>>>,
     by_hash: HashMap<blake3::Hash, Range<usize>>,
-    /// The batch before, and where the images are that are at these addresses as long as it is there.
+    /// The previous batch, and the images at the addresses in it, which stay valid while it is kept.
     _before: Option<ArrayRef>,
     by_place: HashMap<Place, Range<usize>>,
 }
@@ -323,7 +323,7 @@ struct Filling {
 type Place = (usize, usize);
 
 impl Filling {
-    /// Takes the images of a batch, each once: what is in one place is the same without being looked at.
+    /// Takes the images of a batch, each once. Images at the same address are equal, so they are not compared.
     fn take(&mut self, column: &ArrayRef) {
         let mut by_place = HashMap::new();
         for row in 0..column.len() {
@@ -350,12 +350,12 @@ impl Filling {
     }
 }
 
-/// The same file, whose columns of bytes are decoded to views of its pages: nothing is copied for a row.
+/// Metadata that decodes columns of bytes to views of the pages, so that nothing is copied per row.
 fn with_views(metadata: ArrowReaderMetadata) -> ArrowReaderMetadata {
     let schema = Schema::new(fields_with_views(metadata.schema().fields()));
     let options = ArrowReaderOptions::new().with_schema(Arc::new(schema));
     let viewed = ArrowReaderMetadata::try_new(Arc::clone(metadata.metadata()), options);
-    // As they are, a batch holds every row's own copy: more memory, but the same bytes.
+    // Without views, a batch has a copy per row: more memory, but the same bytes.
     viewed.unwrap_or(metadata)
 }
 
@@ -370,7 +370,7 @@ fn fields_with_views(fields: &Fields) -> Fields {
     fields.iter().map(field).collect()
 }
 
-/// The bytes in a row of a column that holds them, or structs of them.
+/// The bytes in a row of a column of bytes, or of structs with bytes.
 fn bytes_in(array: &ArrayRef, row: usize) -> Option<&[u8]> {
     if array.is_null(row) {
         return None;
@@ -384,7 +384,7 @@ fn bytes_in(array: &ArrayRef, row: usize) -> Option<&[u8]> {
     }
 }
 
-/// A Parquet file of which a part is in memory.
+/// A Parquet file with a part in memory.
 struct Fetched {
     file: ParquetFile,
     start: u64,

@@ -1,4 +1,4 @@
-//! The column of a Parquet file with the labels: names or numbers, decided once for the file.
+//! The column of a Parquet file with the labels: names or numbers, which is decided once per file.
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{
@@ -11,22 +11,23 @@ use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use super::super::ListOptions;
 use super::{brief, describe};
 
-/// Names of the column with the labels, the first that can hold them counts.
+/// Names of the column with the labels; the first that can hold labels is used.
 const LABEL_COLUMNS: [&str; 3] = ["label", "cls", "class"];
 
 /// A column of labels.
 #[derive(Debug)]
 pub(super) struct LabelColumn {
     pub(super) name: String,
-    /// The names of classes by number, as Hugging Face notes them.
+    /// The names of classes by number, from the Hugging Face metadata.
     class_names: Vec<String>,
-    /// Whether numbers stand for these names: both sides may count differently. As soon as the job knows one of them, none
-    /// of the others is taken for a number.
+    /// Whether numbers mean these names, since the job may number its classes differently. If the job knows at least one of
+    /// the names, all numbers are read as names.
     by_name: bool,
 }
 
 impl LabelColumn {
-    /// The column of labels, if there is one and it is of interest; or one that is called so and can't hold labels.
+    /// The column of labels, if there is one and labels are used; or the description of a column with such a name that can't
+    /// hold labels.
     pub(super) fn of(
         metadata: &ArrowReaderMetadata,
         options: &ListOptions<'_>,
@@ -65,7 +66,7 @@ impl LabelColumn {
         let Some(label) = number(column, row)?.or_else(|| text(column, row)).filter(|label| !label.is_empty()) else {
             return Ok(None);
         };
-        // In a column of classes, this is how datasets say that there is no label.
+        // In a column of classes, -1 means that there is no label.
         if !self.class_names.is_empty() && label == "-1" {
             return Ok(None);
         }
@@ -74,7 +75,7 @@ impl LabelColumn {
         }
         let name = label.parse().ok().and_then(|number: usize| self.class_names.get(number)).cloned();
         name.map(Some).ok_or_else(|| {
-            format!("its label {label} is none of the {} classes that the file notes", self.class_names.len())
+            format!("its label {label} is none of the {} classes in the file's metadata", self.class_names.len())
         })
     }
 }
@@ -87,7 +88,7 @@ fn can_label(kind: &DataType) -> bool {
     *kind == DataType::Utf8 || kind.is_integer() || matches!(kind, DataType::Float32 | DataType::Float64)
 }
 
-/// The names of a column's classes, where Hugging Face datasets noted them.
+/// The names of a column's classes, if the file has Hugging Face metadata.
 fn class_names(metadata: &ArrowReaderMetadata, label: &str) -> Vec<String> {
     let pairs = metadata.metadata().file_metadata().key_value_metadata();
     let noted = pairs.and_then(|pairs| pairs.iter().find(|pair| pair.key == "huggingface")?.value.as_deref());
@@ -96,7 +97,7 @@ fn class_names(metadata: &ArrowReaderMetadata, label: &str) -> Vec<String> {
     names.into_iter().flatten().filter_map(|name| name.as_str().map(str::to_owned)).collect()
 }
 
-/// A floating-point number as the whole number that it is; pandas makes such a column of numbers with gaps.
+/// A floating-point number as a whole number. pandas writes floating-point columns if whole numbers are missing in some rows.
 fn number(array: &ArrayRef, row: usize) -> Result<Option<String>, String> {
     let value = match array.data_type() {
         _ if array.is_null(row) => return Ok(None),
@@ -107,9 +108,9 @@ fn number(array: &ArrayRef, row: usize) -> Result<Option<String>, String> {
     if value.is_nan() {
         return Ok(None);
     }
-    // Beyond this, not every whole number is one of these.
+    // Above this limit, floating-point numbers skip some whole numbers.
     if value.fract() != 0.0 || value.abs() > 9_007_199_254_740_992.0 {
-        return Err(format!("its label {value} is no whole number: a class has a name or a whole number"));
+        return Err(format!("its label {value} is not a whole number: a class has a name or a whole number"));
     }
     Ok(Some(format!("{value:.0}")))
 }

@@ -54,7 +54,7 @@ fn strings(values: &[Option<&str>]) -> ArrayRef {
     Arc::new(StringArray::from(values.to_vec()))
 }
 
-/// Images as Hugging Face datasets writes them.
+/// Images as the Hugging Face datasets library writes them.
 fn structs(bytes: Vec<Option<Vec<u8>>>, paths: &[Option<&str>]) -> ArrayRef {
     let bytes: ArrayRef = Arc::new(BinaryArray::from_iter(bytes));
     let fields = vec![
@@ -70,14 +70,14 @@ async fn every_row_is_read_back_from_the_cell_it_was_listed_at() {
     let samples = dataset.list(&ListOptions::default()).await.unwrap();
     let reader = Reader::new();
     assert_eq!(samples.len(), 10);
-    // In an order of their own, as workers ask.
+    // In another order, like workers.
     for row in [7, 0, 9, 3, 2, 8, 1, 4, 6, 5] {
         let sample = &samples[row as usize];
         assert_eq!(sample.key, format!("train.parquet/{row:06}"));
         assert_eq!(sample.label, Some(row.to_string()));
         assert_eq!(reader.read(&sample.into()).await.unwrap(), image(row));
     }
-    // By a path that goes up, the same.
+    // The same with a path that goes up.
     std::fs::create_dir(dataset.0.path().join("deep")).unwrap();
     for source in ["deep/..", "deep/../train.parquet", "deep/../*.parquet"] {
         let mut again = Vec::new();
@@ -91,7 +91,7 @@ async fn every_row_is_read_back_from_the_cell_it_was_listed_at() {
 }
 
 #[tokio::test]
-async fn images_of_hugging_face_are_bytes_or_files_beside() {
+async fn hugging_face_images_are_bytes_or_files_next_to_the_table() {
     let names = r#"{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}"#;
     let properties = WriterProperties::builder()
         .set_max_row_group_row_count(Some(2))
@@ -121,7 +121,7 @@ async fn images_of_hugging_face_are_bytes_or_files_beside() {
     for (row, sample) in (0..).zip(&samples) {
         assert_eq!(Reader::new().read(&sample.into()).await.unwrap(), image(row));
     }
-    // A job that knows other names goes by the numbers.
+    // A job with other class names uses the numbers.
     let classes = Classes::parse("prompt,classname,classidx\na,feline,0\nb,canine,1\n", &[]).unwrap();
     let samples = list(&ListOptions { classes: Some(&classes), ..ListOptions::default() }).await;
     assert_eq!(samples[0].label.as_deref(), Some("1"));
@@ -170,7 +170,7 @@ async fn captions_are_a_list_or_several_columns() {
 }
 
 #[tokio::test]
-async fn labels_are_those_of_the_column_that_is_named() {
+async fn labels_come_from_the_named_column() {
     let dataset = Dataset::new(vec![
         ("image", bytes(2)),
         ("label", strings(&[Some("a"), Some("b")])),
@@ -187,7 +187,7 @@ async fn labels_are_those_of_the_column_that_is_named() {
 }
 
 #[tokio::test]
-async fn tables_without_images_or_with_several_say_what_there_is() {
+async fn errors_about_missing_or_ambiguous_image_columns_list_the_columns() {
     let numbers = || Arc::new(Int64Array::from(vec![1, 2])) as ArrayRef;
     let error = Dataset::new(vec![("size", numbers())]).error(&ListOptions::default()).await;
     assert!(error.contains("no column of images") && error.contains("size (int64)"), "{error}");
@@ -203,7 +203,7 @@ async fn tables_without_images_or_with_several_say_what_there_is() {
     let keys = Dataset::new(vec![("jpg", bytes(2)), ("key", strings(&[Some("k"), Some("k")]))]);
     assert!(keys.error(&ListOptions::default()).await.contains("two images named k"));
     std::fs::write(two.0.path().join("train.parquet"), b"PAR1 and nothing more").unwrap();
-    assert!(two.error(&ListOptions::default()).await.contains("no Parquet file, or damaged"));
+    assert!(two.error(&ListOptions::default()).await.contains("not a Parquet file, or is damaged"));
 }
 
 #[tokio::test]
@@ -239,8 +239,8 @@ async fn runs_of_rows_are_read_whole_or_by_pages() {
 }
 
 #[tokio::test]
-async fn an_image_that_many_rows_hold_is_decoded_and_kept_once() {
-    // A megabyte that nothing compresses, 1,000 times: 1 GB of rows.
+async fn an_image_in_many_rows_is_decoded_and_kept_once() {
+    // An incompressible megabyte, 1,000 times: 1 GB of rows.
     let one: Vec<u8> = (0..1u32 << 15).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect();
     let batch: ArrayRef = Arc::new(BinaryArray::from_iter_values(std::iter::repeat_n(&one, 100)));
     let batch = RecordBatch::try_from_iter_with_nullable([("image", batch, true)]).unwrap();
@@ -269,7 +269,7 @@ async fn an_image_that_many_rows_hold_is_decoded_and_kept_once() {
         if dictionary {
             assert!(memory.peak() < 64 << 20, "{}", memory.peak());
         }
-        // The image, and in the other case the compressed chunk too.
+        // The image, and without a dictionary the compressed chunk too.
         let most = if dictionary { 2 << 20 } else { 54 << 20 };
         assert!(cells.kept() < most, "{dictionary}: {}", cells.kept());
         assert_eq!(memory.free(), 512 << 20);
@@ -277,8 +277,8 @@ async fn an_image_that_many_rows_hold_is_decoded_and_kept_once() {
 }
 
 #[tokio::test]
-async fn a_run_ends_when_it_holds_enough_and_the_next_one_goes_on() {
-    // Small rows and then large ones, in one row group without an index: no average is right for both.
+async fn a_run_ends_when_it_is_large_enough_and_the_next_one_continues() {
+    // Small rows and then large ones, in one row group without an index: no average fits both.
     let large = |row: u64| vec![row as u8; if row < 100 { 10 } else { 3 << 20 }];
     let column: ArrayRef = Arc::new(BinaryArray::from_iter_values((0..120).map(large)));
     let properties = WriterProperties::builder().set_dictionary_enabled(false).set_offset_index_disabled(true).build();
@@ -292,7 +292,7 @@ async fn a_run_ends_when_it_holds_enough_and_the_next_one_goes_on() {
     }
 }
 
-/// What Hugging Face notes of a column of classes.
+/// Hugging Face metadata of a column of classes.
 fn with_classes(names: &str) -> WriterProperties {
     let noted = format!(r#"{{"info": {{"features": {{"label": {{"names": {names}, "_type": "ClassLabel"}}}}}}}}"#);
     WriterProperties::builder().set_key_value_metadata(Some(vec![KeyValue::new("huggingface".into(), noted)])).build()
@@ -314,26 +314,26 @@ async fn a_column_of_classes_is_read_by_name_or_by_number_and_never_by_both() {
         let classes = known(classes);
         dataset.list(&ListOptions { classes: Some(&classes), ..ListOptions::default() }).await
     };
-    // The job knows only some of the names: the others are told, as names.
+    // The job knows only some of the names: the others are still read as names.
     let samples = list("dog\ncat", vec![Some(0), Some(2), Some(1), Some(-1), None]).await.unwrap();
     assert_eq!(labels(&samples), [Some("cat"), Some("owl"), Some("dog"), None, None]);
     let samples = list("a\nb\nc", vec![Some(0), Some(2), Some(1)]).await.unwrap();
     assert_eq!(labels(&samples), [Some("0"), Some("2"), Some("1")]);
     let error = list("dog\ncat", vec![Some(7)]).await.unwrap_err().to_string();
     assert!(error.contains("row 0") && error.contains("label 7 is none of the 3 classes"), "{error}");
-    // Elsewhere -1 is a number like others.
+    // In other columns, -1 is an ordinary number.
     let dataset = Dataset::new(vec![("image", bytes(1)), ("label", column(vec![Some(-1)]))]);
     assert_eq!(labels(&dataset.list(&ListOptions::default()).await.unwrap()), [Some("-1")]);
 }
 
 #[tokio::test]
-async fn labels_are_whole_numbers_or_names_and_whatever_else_is_said() {
+async fn labels_are_whole_numbers_or_names_and_other_types_are_reported() {
     let floats: ArrayRef = Arc::new(Float64Array::from(vec![Some(3.0), None, Some(f64::NAN), Some(-1.0)]));
     let dataset = Dataset::new(vec![("image", bytes(4)), ("label", floats)]);
     assert_eq!(labels(&dataset.list(&ListOptions::default()).await.unwrap()), [Some("3"), None, None, Some("-1")]);
     let half: ArrayRef = Arc::new(Float32Array::from(vec![0.5]));
     let error = Dataset::new(vec![("image", bytes(1)), ("label", half)]).error(&ListOptions::default()).await;
-    assert!(error.contains("row 0") && error.contains("0.5 is no whole number"), "{error}");
+    assert!(error.contains("row 0") && error.contains("0.5 is not a whole number"), "{error}");
 
     let truths: ArrayRef = Arc::new(BooleanArray::from(vec![true, false]));
     let dataset = Dataset::new(vec![("image", bytes(2)), ("label", Arc::clone(&truths))]);
@@ -342,18 +342,18 @@ async fn labels_are_whole_numbers_or_names_and_whatever_else_is_said() {
     assert_eq!(labels(&samples), [None, None]);
     assert_eq!(
         listed.passed_over.to_string(),
-        "row whose label can't be one (column label: boolean): 2 (train.parquet, ...)"
+        "row with an unusable label type (column label: boolean): 2 (train.parquet, ...)"
     );
     let named = LabelSource::from("column:label");
     let error = dataset.error(&ListOptions { label_from: Some(&named), ..ListOptions::default() }).await;
     assert!(error.contains("a column 'label' of type boolean, which can't be labels"), "{error}");
-    // The next column that can hold labels does.
+    // The next column that can hold labels is used.
     let dataset = Dataset::new(vec![("image", bytes(2)), ("label", truths), ("cls", strings(&[Some("a"), None]))]);
     assert_eq!(labels(&dataset.list(&ListOptions::default()).await.unwrap()), [Some("a"), None]);
 }
 
 #[tokio::test]
-async fn of_each_row_it_is_decided_whether_it_has_an_image_or_a_path() {
+async fn each_row_may_have_an_image_or_a_path() {
     let images = || {
         structs(
             vec![Some(image(0)), None, Some(image(2)), None],

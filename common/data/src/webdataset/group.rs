@@ -1,4 +1,4 @@
-//! The members of a sample, and what they make of it.
+//! The members of a sample, and the sample they make.
 
 use std::collections::BTreeMap;
 
@@ -11,11 +11,11 @@ use super::super::walk::{File, extension_of};
 use super::super::{Account, DatasetError, Found, Reason, caption_of, check_captions};
 use super::Wanted;
 
-/// A text beside an image.
+/// A text that belongs to an image.
 #[derive(Debug)]
 pub(super) struct Text {
     pub(super) path: String,
-    /// What it says, or of how many bytes it is where these are too many.
+    /// Its content, or its size in bytes if it is too large.
     pub(super) content: Result<Vec<u8>, u64>,
 }
 
@@ -37,7 +37,7 @@ pub(super) struct Member {
 }
 
 impl Group {
-    /// The sample, if there is an image among the members.
+    /// Makes the sample, if there is an image among the members.
     pub(super) fn finish(
         mut self,
         shard: &File,
@@ -80,7 +80,7 @@ impl Group {
         }))
     }
 
-    /// What a text says.
+    /// The content of a text.
     fn text(&self, extension: &str) -> Result<Option<&str>, Unread> {
         let Some(Text { path, content }) = self.texts.get(extension) else { return Ok(None) };
         let path = printable(path);
@@ -91,7 +91,7 @@ impl Group {
         text.map(Some).map_err(|_| Unread::Text(format!("its member {path} is not UTF-8: save it as UTF-8")))
     }
 
-    /// What its .json says, null where there is none. It is asked for only where something is wanted of it.
+    /// The content of its .json, or null without one. Call this only if a field is needed.
     fn json(&self) -> Result<Value, Unread> {
         let Some(Text { path, .. }) = self.texts.get("json") else { return Ok(Value::Null) };
         let unread = |problem: String| Unread::Json(path.clone(), problem);
@@ -131,7 +131,7 @@ impl Group {
     }
 }
 
-/// The image of a sample, of several the one whose whole extension is an image's.
+/// The image of a sample. If there are several, the one whose whole extension is an image's.
 fn choose(images: &[Member]) -> Result<Option<&Member>, String> {
     let same = |a: &Member, b: &Member| {
         let extension = |member: &Member| match extension_of(&member.path) {
@@ -144,7 +144,7 @@ fn choose(images: &[Member]) -> Result<Option<&Member>, String> {
     let clash = |a: &Member, b: &Member| {
         if a.path == b.path {
             return Err(format!(
-                "its member {} is there twice: write the archive anew with each once",
+                "its member {} is there twice: write the archive again with each member once",
                 printable(&a.path)
             ));
         }

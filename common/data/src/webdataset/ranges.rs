@@ -1,4 +1,4 @@
-//! A remote shard, read by ranges.
+//! Reads a remote shard by ranges.
 
 use std::io::{self, Read, Seek, SeekFrom};
 use std::sync::Arc;
@@ -10,9 +10,9 @@ use tokio::runtime::Handle;
 
 use elbo_store::{Store, retry};
 
-/// What is read of a remote shard at once: a header, and with it the small members that follow.
+/// The first window of a remote shard: a header, and the small members after it.
 const FIRST_WINDOW: u64 = 16 << 10;
-/// Where one window follows the other, members are small, and fewer larger requests are better.
+/// The largest window. If windows are consecutive, members are small, and fewer, larger requests are better.
 const LARGEST_WINDOW: u64 = 1 << 20;
 
 /// A remote file to read and seek in, for a thread that may block.
@@ -20,11 +20,11 @@ pub(super) struct Ranges {
     handle: Handle,
     store: Arc<dyn ObjectStore>,
     path: Path,
-    /// What it is called in messages.
+    /// Its name in messages.
     name: String,
     size: u64,
     position: u64,
-    /// Bytes at hand, and the position of the first.
+    /// The bytes in memory, and the position of the first.
     window: (u64, Bytes),
     window_size: u64,
 }
@@ -36,7 +36,7 @@ impl Ranges {
         Self { handle, store, path, name, size, position: 0, window, window_size: FIRST_WINDOW }
     }
 
-    /// The bytes at hand from the current position on; none at the end.
+    /// The bytes in memory from the current position on; empty at the end.
     fn ahead(&mut self) -> io::Result<Bytes> {
         let (start, bytes) = &self.window;
         let end = start + bytes.len() as u64;
@@ -73,7 +73,7 @@ impl Seek for Ranges {
             SeekFrom::Current(by) => self.position.checked_add_signed(by),
             SeekFrom::End(by) => self.size.checked_add_signed(by),
         };
-        self.position = position.ok_or_else(|| io::Error::other("the archive speaks of a place outside of it"))?;
+        self.position = position.ok_or_else(|| io::Error::other("the archive refers to a position outside of it"))?;
         Ok(self.position)
     }
 }

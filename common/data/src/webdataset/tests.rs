@@ -55,7 +55,7 @@ async fn account_of(bytes: &[u8], options: &ListOptions<'_>) -> Result<(Vec<Samp
     assert_eq!(listed.samples, samples.len() as u64);
     let reader = Reader::new();
     for sample in &samples {
-        // What is listed is what is read.
+        // The listed members are the ones that are read.
         let image = reader.read(&sample.into()).await.unwrap();
         assert_eq!(image.len() as u64, sample.size);
         assert!(["first image", "second", "third"].map(str::as_bytes).contains(&&image[..]) || sample.size > 100);
@@ -64,7 +64,7 @@ async fn account_of(bytes: &[u8], options: &ListOptions<'_>) -> Result<(Vec<Samp
 }
 
 #[tokio::test]
-async fn members_that_agree_up_to_the_first_dot_are_a_sample() {
+async fn members_with_equal_names_up_to_the_first_dot_are_a_sample() {
     let samples = list_shard(&usual(), &ListOptions::default()).await.unwrap();
     let seen: Vec<_> = samples.iter().map(|s| (s.key.as_str(), s.size, s.label.as_deref())).collect();
     assert_eq!(
@@ -79,7 +79,7 @@ async fn members_that_agree_up_to_the_first_dot_are_a_sample() {
 }
 
 #[tokio::test]
-async fn labels_come_from_the_member_or_field_that_is_named() {
+async fn labels_come_from_the_named_member_or_field() {
     for (from, expected) in [
         ("none", [None, None, None]),
         ("column:txt", [Some("a cat"), None, Some("an owl\n\na fox")]),
@@ -119,7 +119,7 @@ async fn captions_come_from_lines_or_from_a_list() {
 }
 
 #[tokio::test]
-async fn a_shard_that_was_cut_off_is_refused_wherever_it_was_cut() {
+async fn a_truncated_shard_is_refused_wherever_it_was_cut() {
     let image = [1; 3000];
     let whole = archive(&[("0.jpg", b"first image"), ("0.cls", b"1"), ("1.jpg", &image)]);
     let ends = whole.len() - 1024;
@@ -133,14 +133,14 @@ async fn a_shard_that_was_cut_off_is_refused_wherever_it_was_cut() {
 }
 
 #[tokio::test]
-async fn a_member_behind_the_end_of_the_archive_names_itself() {
+async fn an_error_names_a_member_beyond_the_end_of_the_archive() {
     let whole = archive(&[("0.jpg", &[1; 3000]), ("1.jpg", &[2; 3000])]);
     let error = list_shard(&whole[..5000], &ListOptions::default()).await.unwrap_err().to_string();
     assert!(error.contains("in the middle of its member 1.jpg"), "{error}");
 }
 
 #[tokio::test]
-async fn what_is_no_archive_or_tells_lies_is_refused() {
+async fn invalid_archives_are_refused() {
     let mut lie = archive(&[("0.jpg", b"first image")]);
     let mut header = Header::new_gnu();
     header.set_path("0.jpg").unwrap();
@@ -149,7 +149,7 @@ async fn what_is_no_archive_or_tells_lies_is_refused() {
     lie[..512].copy_from_slice(header.as_bytes());
     let not_text = archive(&[("0.jpg", b"first image"), ("0.cls", b"\xff\xfe")]);
     for (bytes, message) in [
-        (&b"<html>no archive</html>".repeat(100)[..], "no tar archive"),
+        (&b"<html>no archive</html>".repeat(100)[..], "not a tar archive"),
         (&lie, "cut off"),
         (&not_text, "its member 0.cls is not UTF-8"),
     ] {
@@ -159,10 +159,10 @@ async fn what_is_no_archive_or_tells_lies_is_refused() {
 }
 
 #[tokio::test]
-async fn no_image_or_label_of_a_sample_is_lost_in_silence() {
+async fn no_image_or_label_of_a_sample_is_lost_silently() {
     type Members = &'static [(&'static str, &'static [u8])];
     let cases: [(Members, &str); 9] = [
-        // Names with dots are one sample.
+        // Names that differ only after a dot are one sample.
         (
             &[("IMG.01.05_1.png", b"first image"), ("IMG.01.05_2.png", b"first image")],
             "IMG.01.05_1.png and IMG.01.05_2.png are two images",
@@ -174,9 +174,12 @@ async fn no_image_or_label_of_a_sample_is_lost_in_silence() {
         (&[("a.jpg", b"first image"), ("a.JPEG", b"first image")], "a.jpg and a.JPEG are two images"),
         (
             &[("a.jpg", b"first image"), ("b.jpg", b"first image"), ("a.cls", b"1"), ("b.cls", b"2")],
-            "a member a.cls apart from others",
+            "a member a.cls separated from others",
         ),
-        (&[("0.jpg", b"first image"), ("1.txt", b"x"), ("0.jpg", b"first image")], "a member 0.jpg apart from others"),
+        (
+            &[("0.jpg", b"first image"), ("1.txt", b"x"), ("0.jpg", b"first image")],
+            "a member 0.jpg separated from others",
+        ),
         (&[("0.jpg", b"first image"), ("0.jpg", b"first image")], "its member 0.jpg is there twice"),
         (&[("0.jpg", b"first image"), ("0.cls", b"1"), ("0.cls", b"2")], "two members 0.cls and 0.cls of the sample 0"),
         (&[("0.jpg", b"first image"), ("0.cls", b"1"), ("0.CLS", b"2")], "two members 0.cls and 0.CLS of the sample 0"),
@@ -186,7 +189,7 @@ async fn no_image_or_label_of_a_sample_is_lost_in_silence() {
         let error = list_shard(&archive(members), &ListOptions::default()).await.unwrap_err().to_string();
         assert!(error.contains(message) && error.contains("shard-0.tar"), "{message}: {error}");
     }
-    // Who asks for no labels does not stumble over them.
+    // Without labels, they cause no error.
     let none = LabelSource::None;
     let without = ListOptions { label_from: Some(&none), ..ListOptions::default() };
     let (samples, passed_over) = account_of(&archive(cases[3].0), &without).await.unwrap();
@@ -194,7 +197,7 @@ async fn no_image_or_label_of_a_sample_is_lost_in_silence() {
 }
 
 #[tokio::test]
-async fn what_is_passed_over_is_counted() {
+async fn passed_over_members_are_counted() {
     let members: [(&str, &[u8]); 14] = [
         (".ipynb_checkpoints/0.jpg", b"junk"),
         ("__MACOSX/0.jpg", b"junk"),
@@ -223,7 +226,7 @@ async fn what_is_passed_over_is_counted() {
          no extension: 1 (LICENSE); extension .avif: 1 (1.avif); further image of a sample: 1 (3.png); \
          label or captions without an image: 1 (1.cls); label that can't be read: 1 (2.json)"
     );
-    // A .json of which nothing is wanted may be anything.
+    // A .json that is not needed may contain anything.
     let broken: [(&str, &[u8]); 3] = [("0.jpg", b"first image"), ("0.cls", b"1"), ("0.json", b"{")];
     let (samples, passed_over) = account_of(&archive(&broken), &ListOptions::default()).await.unwrap();
     assert_eq!((samples[0].label.as_deref(), passed_over.as_str()), (Some("1"), ""));
@@ -233,7 +236,7 @@ async fn what_is_passed_over_is_counted() {
 }
 
 #[tokio::test]
-async fn a_hard_link_is_the_member_it_leads_to() {
+async fn a_hard_link_is_the_member_it_refers_to() {
     let mut builder = Builder::new(Vec::new());
     let mut member = |kind: EntryType, name: &str, content: &[u8], target: &str| {
         let mut header = Header::new_gnu();
@@ -259,7 +262,7 @@ async fn a_hard_link_is_the_member_it_leads_to() {
 }
 
 #[tokio::test]
-async fn nothing_to_do_and_what_is_compressed_are_errors_without_a_byte_of_data() {
+async fn empty_and_compressed_archives_are_errors() {
     let gzip = [b"\x1f\x8b\x08\x00\x00".to_vec(), vec![0x1b; 2000]].concat();
     let control = {
         let mut bytes = b"\x1b[31mnot a tar".to_vec();
@@ -269,7 +272,7 @@ async fn nothing_to_do_and_what_is_compressed_are_errors_without_a_byte_of_data(
     for (bytes, message) in [
         (archive(&[]), "there is no image in"),
         (gzip, "shard-0.tar is compressed with gzip: decompress it"),
-        (control, "is no tar archive, or damaged"),
+        (control, "is not a tar archive, or is damaged"),
     ] {
         let error = list_shard(&bytes, &ListOptions::default()).await.unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
@@ -278,7 +281,7 @@ async fn nothing_to_do_and_what_is_compressed_are_errors_without_a_byte_of_data(
 }
 
 #[tokio::test]
-async fn long_names_and_other_kinds_of_members_are_understood() {
+async fn long_names_and_other_kinds_of_members_are_read() {
     let long = format!("{}/0.jpg", "directory".repeat(30));
     let mut builder = Builder::new(Vec::new());
     let mut header = Header::new_gnu();

@@ -1,16 +1,17 @@
-//! The cache of fetched models, in the layout of the Hugging Face hub's: contents in `blobs/`, by key, linked from
-//! `snapshots/REVISION/`, which `refs/` point to. Other programs' downloads of the same models are found here.
+//! The cache of fetched models. Its layout is that of the Hugging Face hub's cache: contents are in `blobs/`, named by key;
+//! `snapshots/REVISION/` links to them; `refs/` point to snapshots. So models downloaded by other programs are found here.
 //!
-//! A file counts as whole when it has the size and the hash that its source names. Hashing a model takes seconds, so it is
-//! done once: `.elbo/KEY.whole` beside `blobs/` notes size and time of the file that was found whole, and only a file that
-//! differs from its note is hashed again. `.elbo/` also has what is being fetched, and the lock of whoever fetches: no other
-//! program puts files there, so what lies there was written from its beginning by this one.
+//! A file is whole if it has the size and the hash that its source names. Hashing a model takes seconds, so it is done once:
+//! `.elbo/KEY.whole` beside `blobs/` records the size and time of a file that was found whole, and only a file that differs
+//! from its record is hashed again. `.elbo/` also holds partial downloads and the lock of the process that fetches. No other
+//! program writes there, so this program wrote every file there from its beginning.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
+use elbo_store::retry;
 use futures::StreamExt;
 use url::Url;
 
@@ -18,17 +19,17 @@ use super::digest::Digest;
 use super::{Remote, RemoteFile, SourceError, Wanted};
 use crate::model_files::{self, MODEL_INDEX, is_contrastive, is_plain_name, is_plain_path};
 
-/// Attempts that bring no byte before a file is given up.
-const ATTEMPTS: u32 = 5;
+/// Attempts without progress before a file is given up.
+const ATTEMPTS: usize = 5;
 
-/// The directory of what this program alone writes.
+/// The directory that only this program writes to.
 const OWN: &str = ".elbo";
 
-/// The place of one model.
+/// The cache of one model.
 #[derive(Clone, Debug)]
 pub(super) struct Cache {
     root: PathBuf,
-    /// Blobs are named by the hashes of their contents, as the hub's are.
+    /// Whether blobs are named by the hashes of their contents, as the hub's are.
     is_hashed: bool,
 }
 
@@ -38,19 +39,19 @@ pub(super) fn user_cache() -> PathBuf {
     std::env::var_os("XDG_CACHE_HOME").filter(|d| !d.is_empty()).map_or_else(home, PathBuf::from)
 }
 
-/// Where this program keeps what it can find or fetch again: `$ELBO_CACHE`, or `elbo` in the user's cache.
+/// The directory for files that this program can find or fetch again: `$ELBO_CACHE`, or `elbo` in the user's cache.
 pub fn own_cache() -> PathBuf {
     let own = std::env::var_os("ELBO_CACHE").filter(|d| !d.is_empty());
     own.map_or_else(|| user_cache().join("elbo"), PathBuf::from)
 }
 
 impl Cache {
-    /// A model's place in the hub's cache.
+    /// A model in the hub's cache.
     pub(super) fn at(root: PathBuf) -> Self {
         Self { root, is_hashed: true }
     }
 
-    /// The place of what is at a URL.
+    /// The cache for a model at a URL.
     pub(super) fn of_url(url: &Url) -> Self {
         let name = blake3::hash(url.as_str().as_bytes()).to_hex();
         Self { root: own_cache().join("models").join(&name[..40]), is_hashed: false }
@@ -61,7 +62,7 @@ impl Cache {
         self.root.join("snapshots").join(revision)
     }
 
-    /// The directory of a branch, tag or commit that was fetched before.
+    /// The directory of a branch, tag or commit, if it was fetched before.
     pub(super) fn snapshot(&self, name: &str) -> Option<PathBuf> {
         let pointed = std::fs::read_to_string(self.root.join("refs").join(name)).ok();
         let revision = pointed.as_deref().map_or(name, str::trim);
@@ -73,7 +74,7 @@ impl Cache {
         is_model.then_some(directory)
     }
 
-    /// Makes a branch or tag point to a revision whose files are all here.
+    /// Points a branch or tag to a revision whose files are all in the cache.
     pub(super) fn point(&self, name: &str, revision: &str) -> Result<(), SourceError> {
         if name == revision {
             return Ok(());
@@ -86,7 +87,7 @@ impl Cache {
         written.map_err(|source| SourceError::Cache { path, source })
     }
 
-    /// The path of a revision's file, which is fetched if it is not here.
+    /// The path of a revision's file. The file is fetched if it is not in the cache.
     pub(super) async fn fetch(
         &self,
         remote: &Remote,
@@ -94,7 +95,7 @@ impl Cache {
         file: &RemoteFile,
         note: &(impl Fn(String) + Send + Sync),
     ) -> Result<PathBuf, SourceError> {
-        // What is written where follows from names that somebody else chose.
+        // These names are untrusted and decide where files are written.
         if !is_plain_path(&file.path) || !is_plain_name(&file.key) || !is_plain_name(revision) {
             return Err(SourceError::Name(file.path.clone()));
         }
@@ -112,13 +113,13 @@ impl Cache {
         }
     }
 
-    /// Sees that the files of a snapshot are whole, as far as the names of their blobs and earlier notes tell, for use
-    /// without the source.
+    /// Checks that the files of a snapshot are whole, as far as their blobs' names and the records allow. Used when the source
+    /// is unavailable.
     pub(super) async fn check(&self, snapshot: &Path, wanted: Wanted) -> Result<(), SourceError> {
         let failed = |(path, source)| SourceError::Cache { path, source };
         let blobs = self.root.join("blobs").canonicalize();
         for name in model_files::of_directory(snapshot).map_err(failed)? {
-            // A file that is no link to a blob has no name that says anything.
+            // Only the name of a blob tells its hash; other files can't be checked.
             let Ok(blob) = snapshot.join(&name).canonicalize() else { continue };
             if !wanted.includes(&name) || blob.parent().map(Path::to_owned) != blobs.as_ref().ok().cloned() {
                 continue;
@@ -134,7 +135,7 @@ impl Cache {
         Ok(())
     }
 
-    /// Whether a file is there, with the size and the hash that its source names.
+    /// Whether a file exists with the size and the hash that its source names.
     async fn is_whole(&self, file: &RemoteFile, path: &Path) -> Result<bool, SourceError> {
         let Ok(metadata) = std::fs::metadata(path) else { return Ok(false) };
         if !metadata.is_file() || file.size.is_some_and(|size| metadata.len() != size) {
@@ -157,14 +158,14 @@ impl Cache {
         self.root.join(OWN).join(name)
     }
 
-    /// Size and time of a blob when it was found whole.
+    /// The recorded size and time of a blob that was found whole.
     fn noted(&self, key: &str) -> Option<(u64, u128)> {
         let text = std::fs::read_to_string(self.own(&format!("{key}.whole"))).ok()?;
         let (size, modified) = text.trim().split_once(' ')?;
         Some((size.parse().ok()?, modified.parse().ok()?))
     }
 
-    /// Notes that a blob is whole. In a cache that can't be written it is found out again the next time.
+    /// Records that a blob is whole. If the cache is read-only, it is checked again next time.
     fn note_whole(&self, key: &str, (size, modified): (u64, u128)) {
         let path = self.own(&format!("{key}.whole"));
         let temporary = self.own(&format!("{}.tmp", uuid::Uuid::new_v4()));
@@ -176,8 +177,8 @@ impl Cache {
         }
     }
 
-    /// Fetches a file into a partial one, going on where an earlier attempt stopped, and renames it once it is whole. What
-    /// does not have the hash its source names is fetched once more from the beginning.
+    /// Fetches a file into a partial file, resuming an earlier attempt, and renames it once it is whole. A file with the wrong
+    /// hash is fetched once more from the beginning.
     async fn download(
         &self,
         remote: &Remote,
@@ -189,14 +190,14 @@ impl Cache {
         let partial = self.own(&format!("{}.part", file.key));
         let failed = |source| SourceError::Cache { path: partial.clone(), source };
         let _lock = locked(&self.own("lock")).await.map_err(failed)?;
-        // While this waited for the lock, another process may have fetched the file.
+        // Another process may have fetched the file while this one waited for the lock.
         if self.is_whole(file, blob).await? {
             return Ok(());
         }
         let size = file.size.map_or_else(String::new, |size| format!(" ({:.1} MB)", size as f64 / 1e6));
         let checked = match (&file.digest, file.size) {
             (Some(_), _) => "",
-            (None, Some(_)) => ", whose size alone can be checked: the source names no hash",
+            (None, Some(_)) => ", for which only the size can be checked: the source names no hash",
             (None, None) => ", which can't be checked: the source names neither size nor hash",
         };
         note(format!("fetching {}{size}{checked}", file.path));
@@ -214,7 +215,7 @@ impl Cache {
                         return Err(SourceError::Hash { path: file.path.clone(), source_name: remote.to_string() });
                     }
                     note(format!(
-                        "{} came with another hash than its source names: once more from the beginning",
+                        "{} came with another hash than its source names: fetching it again from the beginning",
                         file.path
                     ));
                     is_second = true;
@@ -229,19 +230,19 @@ impl Cache {
     }
 }
 
-/// Size and time of change in nanoseconds.
+/// Size, and modification time in nanoseconds.
 fn stamp(metadata: &std::fs::Metadata) -> (u64, u128) {
     let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
     (metadata.len(), modified.map_or(0, |time| time.as_nanos()))
 }
 
-/// Whether a file has a hash.
+/// Whether a file has this hash.
 async fn is_of(digest: Digest, path: &Path) -> io::Result<bool> {
     let path = path.to_owned();
     tokio::task::spawn_blocking(move || digest.is_of(&path)).await.map_err(io::Error::other)?
 }
 
-/// Adds what a partial file lacks, with as many attempts as bring it further.
+/// Completes a partial file, retrying as long as there is progress.
 async fn complete(
     remote: &Remote,
     revision: &str,
@@ -250,27 +251,28 @@ async fn complete(
     partial: &Path,
 ) -> Result<(), SourceError> {
     let failed = |source| SourceError::Cache { path: partial.to_owned(), source };
-    let (mut fruitless, mut last) = (0, target.seek(io::SeekFrom::End(0)).map_err(failed)?);
+    let pauses = || retry::pauses(Duration::from_millis(500)).take(ATTEMPTS - 1);
+    let (mut left, mut last) = (pauses(), target.seek(io::SeekFrom::End(0)).map_err(failed)?);
     loop {
         let attempt = append(remote, revision, file, target).await;
         let len = target.metadata().map_err(failed)?.len();
         match attempt {
             Ok(()) if file.size.is_none_or(|size| size == len) => return Ok(()),
             Ok(()) => {
-                // More or less than the listing says: nothing of it can be used.
+                // A size other than listed: the content can't be used.
                 target.set_len(0).map_err(failed)?;
                 let reason = format!("{len} bytes came, {} were expected", file.size.unwrap_or_default());
                 return Err(SourceError::Fetch { what: file.path.clone(), reason, transient: true });
             }
             Err(AppendError::Cache(source)) => return Err(failed(source)),
             Err(AppendError::Remote(error)) => {
-                // A few bytes in each attempt would be an attempt without end.
-                fruitless = if len > last && !error.is_too_slow() { 0 } else { fruitless + 1 };
-                last = len;
-                if fruitless == ATTEMPTS || !error.is_unreachable() {
-                    return Err(error);
+                // If each attempt brings only a few bytes, the attempts are not renewed.
+                if len > last && !error.is_too_slow() {
+                    left = pauses();
                 }
-                tokio::time::sleep(Duration::from_millis(250 << fruitless)).await;
+                last = len;
+                let Some(pause) = left.next().filter(|_| error.is_unreachable()) else { return Err(error) };
+                tokio::time::sleep(pause).await;
             }
         }
     }
@@ -281,14 +283,14 @@ enum AppendError {
     Remote(SourceError),
 }
 
-/// Adds to the end of a file what it lacks.
+/// Appends the missing part of a file.
 async fn append(remote: &Remote, revision: &str, file: &RemoteFile, target: &mut File) -> Result<(), AppendError> {
     let here = target.metadata().map_err(AppendError::Cache)?.len();
-    // Where there is no hash to find out with, a partial file of the full size may be anything: it is fetched anew.
+    // Without a hash, a partial file of the full size can't be checked, so it is fetched again.
     if here > 0 && file.size == Some(here) && file.digest.is_some() {
         return Ok(());
     }
-    // Without a size, or beyond it, nobody knows whether what is here is a beginning.
+    // If the size is unknown or exceeded, the existing part may not belong to the file.
     let from = if file.size.is_some_and(|size| here < size) { here } else { 0 };
     let mut body = remote.read(revision, file, from).await.map_err(AppendError::Remote)?;
     target.set_len(body.from).map_err(AppendError::Cache)?;
@@ -299,14 +301,14 @@ async fn append(remote: &Remote, revision: &str, file: &RemoteFile, target: &mut
     Ok(())
 }
 
-/// Holds a lock that one process has at a time; it is released when the file is closed.
+/// Takes an exclusive lock, which is released when the file is closed.
 async fn locked(path: &Path) -> io::Result<File> {
     let file = open(path)?;
     let locking = tokio::task::spawn_blocking(move || file.lock().map(|()| file));
     locking.await.map_err(io::Error::other)?
 }
 
-/// Opens a file as it is, or makes it.
+/// Opens a file without truncating it, or creates it.
 fn open(path: &Path) -> io::Result<File> {
     create_parent(path)?;
     OpenOptions::new().create(true).truncate(false).read(true).write(true).open(path)
@@ -322,7 +324,7 @@ fn place(blob: &Path, link: &Path, depth: usize) -> io::Result<()> {
     let temporary = link.with_file_name(format!(
         ".{}.{}",
         link.file_name().unwrap_or_default().to_string_lossy(),
-        // Processes of different containers may have one number.
+        // A random name, since processes in different containers may have the same process id.
         uuid::Uuid::new_v4()
     ));
     #[cfg(unix)]
@@ -345,7 +347,7 @@ mod tests {
 
     #[cfg(unix)]
     #[tokio::test]
-    async fn a_blob_that_is_not_what_its_name_says_is_damaged_and_one_that_is_gets_hashed_once() {
+    async fn a_blob_with_a_wrong_hash_is_damaged_and_a_good_one_is_hashed_once() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(dir.path().to_owned());
         let (blobs, snapshot) = (dir.path().join("blobs"), cache.directory("1a"));
@@ -365,14 +367,14 @@ mod tests {
         assert_eq!(cache.noted(key), Some(stamp));
         write("{");
         assert!(matches!(check().await, Err(SourceError::Damaged(_))));
-        // Were it hashed each time, a model would take as many seconds to start.
+        // Hashing it every time would add seconds to each start.
         write("[]");
         cache.note_whole(key, super::stamp(&std::fs::metadata(&blob).unwrap()));
         check().await.unwrap();
     }
 
     #[test]
-    fn what_was_fetched_before_is_found_whatever_the_kind_of_model() {
+    fn fetched_models_of_every_kind_are_found() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(dir.path().to_owned());
         for (revision, file) in [("1a", "model_index.json"), ("2b", "config.json"), ("3c", "open_clip_config.json")] {

@@ -1,4 +1,4 @@
-//! The hashes that sources name their files by.
+//! The hashes by which sources identify their files.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -7,30 +7,30 @@ use std::path::Path;
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
 
-/// Bytes that are read at a time.
+/// Bytes read at a time.
 const CHUNK: usize = 1 << 20;
 
-/// What a file's content must hash to, in lowercase hexadecimal.
+/// The expected hash of a file's content, in lowercase hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Digest {
-    /// SHA-256 of the content: the hub's large files (Git LFS, Xet), and lists of `sha256sum`.
+    /// SHA-256 of the content: for the hub's large files (Git LFS, Xet) and for lists of `sha256sum`.
     Sha256(String),
-    /// SHA-1 of a Git blob: the hub's other files.
+    /// SHA-1 of a Git blob: for the hub's other files.
     GitBlob(String),
 }
 
 impl Digest {
-    /// A SHA-256.
+    /// Parses a SHA-256.
     pub(super) fn sha256(text: &str) -> Option<Self> {
         is_hex(text, 64).then(|| Self::Sha256(text.to_ascii_lowercase()))
     }
 
-    /// The name of a Git blob.
+    /// Parses the name of a Git blob.
     pub(super) fn git_blob(text: &str) -> Option<Self> {
         is_hex(text, 40).then(|| Self::GitBlob(text.to_ascii_lowercase()))
     }
 
-    /// What the name of a blob in the hub's cache says: there, files are named by their hash.
+    /// Parses the name of a blob in the hub's cache, where files are named by their hash.
     pub(super) fn of_blob_name(name: &str) -> Option<Self> {
         Self::sha256(name).or_else(|| Self::git_blob(name))
     }
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hashes_are_those_of_sha256sum_and_git() {
+    fn hashes_match_sha256sum_and_git() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         std::fs::write(&path, "hello\n").unwrap();

@@ -1,7 +1,8 @@
-//! The Hugging Face hub: two kinds of GET, and the environment variables that its own library has.
+//! The Hugging Face hub: two kinds of GET requests, and the environment variables of its own library.
 //!
-//! The `hf-hub` crate is not used because it brings about 45 crates with it, for the hub's uploads and its Xet transfers.
+//! The `hf-hub` crate is not used because it adds about 45 crates, for uploads and Xet transfers.
 
+use elbo_core::causes::causes;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -28,7 +29,7 @@ pub struct HubModel {
 }
 
 impl HubModel {
-    /// Reads `owner/name[@revision]`.
+    /// Parses `owner/name[@revision]`.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
         let part = |part: &str| {
@@ -53,7 +54,7 @@ impl fmt::Display for HubModel {
     }
 }
 
-/// A model at a hub.
+/// A model on a hub.
 pub(super) struct Hub {
     model: HubModel,
     client: Client,
@@ -110,6 +111,7 @@ impl Hub {
         let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
         let failed = |reason: String| SourceError::Fetch { what: endpoint.clone(), reason, transient: false };
         let url = Url::parse(&endpoint).map_err(|e| failed(format!("HF_ENDPOINT is not a URL: {e}")))?;
+        elbo_store::tls::use_ring();
         let client = Client::builder()
             .user_agent(concat!("elbo/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(Duration::from_secs(20))
@@ -126,12 +128,12 @@ impl Hub {
         })
     }
 
-    /// Whether the cache alone is to be used.
+    /// Whether only the cache may be used.
     pub(super) fn is_offline(&self) -> bool {
         self.offline
     }
 
-    /// Where the model is kept.
+    /// The model's cache.
     pub(super) fn cache(&self) -> Cache {
         Cache::at(self.cache.join(format!("models--{}", self.model.name.replace('/', "--"))))
     }
@@ -150,13 +152,13 @@ impl Hub {
         }
         let file = |sibling: Sibling| {
             let Sibling { rfilename: path, size, blob_id, lfs } = sibling;
-            // Large files are in Git as pointers, whose hash says nothing about the content.
+            // Large files are pointers in Git, whose hash does not identify the content.
             let digest = match &lfs {
                 Some(lfs) => Digest::sha256(&lfs.sha256),
                 None => blob_id.as_deref().and_then(Digest::git_blob),
             };
             let key = lfs.map(|lfs| lfs.sha256).or(blob_id).filter(|key| is_key(key));
-            // A letter more than hashes have, so that it is not taken for one.
+            // The extra letter makes it longer than a hash, so that it is not taken for one.
             let named = || format!("n{}", blake3::hash(format!("{}/{path}", info.sha).as_bytes()).to_hex());
             let key = key.unwrap_or_else(named);
             RemoteFile { path, key, size, etag: None, digest }
@@ -164,7 +166,7 @@ impl Hub {
         Ok(Listing { files: info.siblings.into_iter().map(file).collect(), revision: info.sha })
     }
 
-    /// A file's content from `from` on, or from the beginning where the hub does not do that.
+    /// A file's content from `from` on, or from the beginning if the hub does not support ranges.
     pub(super) async fn read(&self, revision: &str, file: &RemoteFile, from: u64) -> Result<Body, SourceError> {
         let name = self.model.name.split('/');
         let url = self.url(name.chain(["resolve", revision]).chain(file.path.split('/')));
@@ -189,7 +191,7 @@ impl Hub {
     async fn get(&self, url: Url, what: &str, from: u64) -> Result<Response, SourceError> {
         let mut request = self.client.get(url);
         if let Some(token) = &self.token {
-            // Storage that the hub redirects to does not get to see it.
+            // Storage that the hub redirects to does not get this header.
             request = request.header(AUTHORIZATION, format!("Bearer {token}"));
         }
         if from > 0 {
@@ -214,7 +216,7 @@ impl Hub {
     }
 }
 
-/// Whether a name from outside can be a file's name here.
+/// Whether an untrusted name can be used as a file name here.
 fn is_key(text: &str) -> bool {
     !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric())
 }
@@ -223,13 +225,7 @@ fn interrupted(what: &str, error: &reqwest::Error) -> SourceError {
     SourceError::Fetch { what: what.to_owned(), reason: chain(error), transient: !error.is_builder() }
 }
 
-/// An error with its causes, without its URL, which may carry a signature.
+/// An error with its causes, without the URL, which may contain a signature.
 fn chain(error: &reqwest::Error) -> String {
-    let mut text = "no answer".to_owned();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
+    causes(error).skip(1).fold("no answer".to_owned(), |text, cause| format!("{text}: {cause}"))
 }

@@ -1,6 +1,6 @@
-//! A model below a URL of an object store, or of a web server.
+//! A model below a URL of an object store or web server.
 //!
-//! Such a place says how large its files are, and a hash only where a list made with `sha256sum` lies beside the model.
+//! The sizes of the files are known; their hashes only if a list made with `sha256sum` is beside the model.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -16,7 +16,7 @@ use super::{Body, Listing, RemoteFile, SourceError};
 use crate::model_files::{self, MODEL_INDEX};
 use crate::weight_files;
 
-/// What components may consist of: web servers list nothing, so these are asked for one by one.
+/// Files that components may have. Web servers don't list files, so these are requested one by one.
 const USUAL: [&str; 8] = [
     "config.json",
     "scheduler_config.json",
@@ -28,10 +28,10 @@ const USUAL: [&str; 8] = [
     "spiece.model",
 ];
 
-/// The list of hashes, if there is one: lines as `sha256sum` writes them, with paths relative to the model.
+/// The optional list of hashes: lines as `sha256sum` writes them, with paths relative to the model.
 const SUMS: &str = "SHA256SUMS";
 
-/// A prefix with a model.
+/// A URL prefix with a model.
 #[derive(Debug)]
 pub(super) struct Mirror {
     url: Url,
@@ -50,7 +50,7 @@ impl Mirror {
         Ok(Self { url: url.clone(), store: Store::open(&Location::Remote(url.clone()))? })
     }
 
-    /// The model's files, named by their etags.
+    /// The model's files, identified by their etags.
     pub(super) async fn list(&self) -> Result<Listing, SourceError> {
         let store = self.store.inner();
         let mut found: Vec<ObjectMeta> = match self.url.scheme() {
@@ -73,7 +73,7 @@ impl Mirror {
         Ok(Listing { files, revision: revision.finalize().to_hex()[..40].to_owned() })
     }
 
-    /// The usual files that a web server has.
+    /// The usual files that exist on a web server.
     async fn probe(&self, store: &dyn ObjectStore) -> Result<Vec<ObjectMeta>, SourceError> {
         let index = Path::from(MODEL_INDEX);
         let Some(bytes) = self.store.read(&index).await? else { return Ok(Vec::new()) };
@@ -85,7 +85,7 @@ impl Mirror {
         });
         let all: Vec<String> = usual.chain([MODEL_INDEX.to_owned()]).collect();
         let needed = model_files::needed(&all, &components);
-        // Which variant is there is known only after asking: of a component whose weights are needed, all are asked for.
+        // Which variant exists is not known in advance, so all variants of a needed component's weights are requested.
         let is_variant = |path: &&String| {
             let directory = |path: &str| path.split_once('/').map(|(component, _)| component.to_owned());
             path.ends_with(".safetensors") && needed.iter().any(|needed| directory(needed) == directory(path))
@@ -102,7 +102,7 @@ impl Mirror {
         Ok(found)
     }
 
-    /// A file's content from `from` on, as long as it is the version that was listed.
+    /// A file's content from `from` on, if it is still the version that was listed.
     pub(super) async fn read(&self, file: &RemoteFile, from: u64) -> Result<Body, SourceError> {
         let path = file.path.clone();
         let range = (from > 0).then_some(GetRange::Offset(from));
@@ -114,7 +114,7 @@ impl Mirror {
     }
 }
 
-/// The files' hashes in a list of `sha256sum`: `HASH  PATH`, or `HASH *PATH`.
+/// The hashes in a list of `sha256sum`: `HASH  PATH`, or `HASH *PATH`.
 fn hashes(list: &str) -> HashMap<String, Digest> {
     let lines = list.lines().filter_map(|line| {
         let (hash, path) = line.trim().split_once(' ')?;
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_list_of_hashes_is_read_as_sha256sum_writes_it() {
+    fn a_list_of_hashes_from_sha256sum_is_parsed() {
         let hash = "ab".repeat(32);
         let list = format!("{hash}  unet/config.json\n{hash} *./vae/model.safetensors\n# remark\n\nshort  x\n");
         let found = hashes(&list);

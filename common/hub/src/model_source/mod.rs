@@ -1,7 +1,7 @@
-//! Where a model comes from: a directory, the Hugging Face hub, or a URL of an object store.
+//! Finds a model: in a directory, on the Hugging Face hub, or at a URL of an object store.
 //!
-//! What is remote is fetched into a cache once, file by file, and used from there; without a network the cache serves
-//! alone. Only the files that a job reads are fetched ([`crate::model_files`]).
+//! Remote files are fetched into a cache once and used from there; without a network, the cache is used alone. Only the files
+//! that a job reads are fetched ([`crate::model_files`]).
 
 mod cache;
 mod digest;
@@ -25,15 +25,15 @@ use elbo_store::{Location, StoreError};
 /// A model that can't be found or fetched.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The text names no model.
+    /// The text is not a valid model.
     #[error("--model {text}: {reason}; give a directory, hf://owner/name[@revision] or a URL like s3://bucket/model")]
     Text {
-        /// As given.
+        /// The text as given.
         text: String,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
-    /// There is no such directory.
+    /// The directory does not exist.
     #[error("there is no model directory {0}: give --model a directory in diffusers layout, or hf://owner/name")]
     NoDirectory(PathBuf),
     /// The model is a single file.
@@ -42,18 +42,18 @@ pub enum SourceError {
          `from_single_file` and `save_pretrained`"
     )]
     File(PathBuf),
-    /// The model is not in the layout.
+    /// The model is in no known layout.
     #[error("{0} has no model_index.json: a model is in diffusers' layout, or a CLIP, SigLIP or OpenCLIP model")]
     NoIndex(String),
-    /// `model_index.json` can't be understood.
+    /// `model_index.json` is invalid.
     #[error("model_index.json of {model}: {source}")]
     Index {
         /// The model.
         model: String,
-        /// Why not.
+        /// The reason.
         source: serde_json::Error,
     },
-    /// The hub wants to know who asks.
+    /// The hub requires authentication.
     #[error(
         "{endpoint} refuses to give {model} ({status}): set HF_TOKEN to a token that may read it, accept its licence \
          at {endpoint}/{model}, and check the name, since models that don't exist are refused too"
@@ -63,7 +63,7 @@ pub enum SourceError {
         endpoint: String,
         /// `owner/name`.
         model: String,
-        /// The answer.
+        /// The HTTP status.
         status: u16,
     },
     /// The hub has no such model or revision.
@@ -76,17 +76,17 @@ pub enum SourceError {
         /// The branch, tag or commit.
         revision: String,
     },
-    /// The hub did not answer as expected.
+    /// The hub gave an unexpected response.
     #[error("fetching {what}: {reason}; try again, or fetch the model elsewhere and give its directory")]
     Fetch {
         /// The file or listing.
         what: String,
-        /// What happened.
+        /// The reason.
         reason: String,
         /// Whether another attempt may succeed.
         transient: bool,
     },
-    /// A file came twice with another hash than its source names.
+    /// Twice, a file's hash differed from the one its source names.
     #[error(
         "fetching {path} of {source_name}: it came twice with another hash than its source names, so it is damaged there or \
          on the way: try again later, or fetch the model elsewhere and give its directory"
@@ -97,20 +97,20 @@ pub enum SourceError {
         /// The hub or URL.
         source_name: String,
     },
-    /// A file in the cache is not what it was.
+    /// A file in the cache has changed.
     #[error(
         "{0} in the model cache is cut off or changed: remove it, and run this again where the model can be fetched"
     )]
     Damaged(PathBuf),
     /// A file's name leads out of the model's directory.
     #[error(
-        "the model names a file {0:?}, which could lie outside its directory: fetch the model from where you trust it"
+        "the model names a file {0:?}, which could lie outside its directory: fetch the model from a source you trust"
     )]
     Name(String),
-    /// Not in the cache, and not to be fetched.
+    /// The model is not in the cache, and fetching is not allowed.
     #[error("{0} is not in the cache, and HF_HUB_OFFLINE is set: unset it to fetch the model")]
     Offline(String),
-    /// The object store.
+    /// An error of the object store.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The cache can't be written.
@@ -118,18 +118,18 @@ pub enum SourceError {
     Cache {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         source: std::io::Error,
     },
 }
 
 impl SourceError {
-    /// Whether next to nothing came.
+    /// Whether almost no data arrived.
     fn is_too_slow(&self) -> bool {
         matches!(self, Self::Store(error) if error.is_too_slow())
     }
 
-    /// Whether nobody answered, so that the cache may serve.
+    /// Whether the source did not respond, so that the cache may be used.
     fn is_unreachable(&self) -> bool {
         match self {
             Self::Fetch { transient, .. } => *transient,
@@ -144,33 +144,33 @@ impl SourceError {
     }
 }
 
-/// How much of a model is needed.
+/// Which of a model's files are needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
     /// Every file that a job reads.
     Everything,
-    /// Configurations alone: they tell the noise schedule and a class-conditional model's classes.
+    /// Only the configurations: they have the noise schedule and a class-conditional model's classes.
     Configuration,
 }
 
 impl Wanted {
-    /// Whether a file is among what is needed.
+    /// Whether a file is needed.
     fn includes(self, path: &str) -> bool {
         self == Self::Everything || path.starts_with("scheduler/") || path.ends_with("config.json")
     }
 }
 
-/// The directories with a job's models on this machine.
+/// The local directories of a job's models.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobModels {
     /// The job's model.
     pub model: PathBuf,
-    /// The one that makes the shortlist.
+    /// The model of the shortlist.
     pub shortlist: Option<PathBuf>,
 }
 
 impl JobModels {
-    /// Finds or fetches a job's models.
+    /// Finds or fetches the models of a job.
     pub async fn find(
         model: &ModelSource,
         shortlist: Option<&ModelSource>,
@@ -185,7 +185,7 @@ impl JobModels {
     }
 }
 
-/// Where a model is.
+/// The location of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ModelSource {
     /// A local directory.
@@ -207,7 +207,7 @@ impl fmt::Display for ModelSource {
 }
 
 impl ModelSource {
-    /// Reads a directory, a URL or `hf://owner/name[@revision]`.
+    /// Parses a directory, a URL or `hf://owner/name[@revision]`.
     pub fn parse(text: &str) -> Result<Self, SourceError> {
         let wrong = |reason: String| SourceError::Text { text: text.to_owned(), reason };
         if let Some(name) = text.strip_prefix("hf://") {
@@ -220,7 +220,7 @@ impl ModelSource {
         }
     }
 
-    /// The directory with the model's files, fetched where they are not local; `note` is told what is going on.
+    /// The directory with the model's files, which are fetched if they are remote. `note` receives progress messages.
     pub async fn resolve(&self, wanted: Wanted, note: impl Fn(String) + Send + Sync) -> Result<PathBuf, SourceError> {
         let (remote, cache, revision) = match self {
             Self::Directory(path) => return check(path),
@@ -287,7 +287,7 @@ impl ModelSource {
     }
 }
 
-/// A look at what is commonly wrong with a local model.
+/// Checks a local model for common mistakes.
 fn check(path: &Path) -> Result<PathBuf, SourceError> {
     if path.is_file() {
         return Err(SourceError::File(path.to_owned()));
@@ -301,10 +301,10 @@ fn check(path: &Path) -> Result<PathBuf, SourceError> {
     Ok(path.to_owned())
 }
 
-/// What a remote model consists of.
+/// The files of a remote model.
 #[derive(Clone, Debug)]
 struct Listing {
-    /// Names this content: a commit, or a hash of all files' keys.
+    /// Identifies this content: a commit, or a hash of all files' keys.
     revision: String,
     files: Vec<RemoteFile>,
 }
@@ -313,12 +313,12 @@ struct Listing {
 #[derive(Clone, Debug)]
 struct RemoteFile {
     path: String,
-    /// Names the content: fit for a file's name.
+    /// Identifies the content; valid as a file name.
     key: String,
     size: Option<u64>,
-    /// What the store calls this version.
+    /// The store's identifier of this version.
     etag: Option<String>,
-    /// What its content must hash to, where the source tells.
+    /// The expected hash of its content, if the source names one.
     digest: Option<Digest>,
 }
 
@@ -328,7 +328,7 @@ struct Body {
     chunks: futures::stream::BoxStream<'static, Result<bytes::Bytes, SourceError>>,
 }
 
-/// Something that files are fetched from.
+/// A source that files are fetched from.
 #[derive(Debug)]
 enum Remote {
     Hub(Hub),
@@ -352,7 +352,7 @@ impl Remote {
         }
     }
 
-    /// A file's content from about `from` on: the body says from where exactly.
+    /// A file's content from about `from` on. The body says where it actually starts.
     async fn read(&self, revision: &str, file: &RemoteFile, from: u64) -> Result<Body, SourceError> {
         match self {
             Self::Hub(hub) => hub.read(revision, file, from).await,
@@ -366,7 +366,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_users_type_is_told_apart_and_written_back() {
+    fn sources_are_parsed_and_displayed_as_given() {
         for text in ["/models/sd", "s3://bucket/sd", "hf://a/b@v1.0"] {
             assert_eq!(ModelSource::parse(text).unwrap().to_string(), text);
         }

@@ -1,10 +1,10 @@
-//! Text as a cell that every program takes for text.
+//! Writes text as a table cell that every program reads as text.
 
-/// What spreadsheets take for the beginning of a formula, full-width forms included.
+/// Characters that start a formula in spreadsheets, including full-width forms.
 const FORMULA: [char; 9] = ['=', '+', '-', '@', '\t', '＝', '＋', '－', '＠'];
 
-/// A text as the cell of a table. What a spreadsheet would compute, or hand to other programs, gets an apostrophe in front, as one
-/// types it there for text; numbers stay numbers. Control characters but tabs and line breaks are written like `\u{1b}`.
+/// A text as a table cell. If a spreadsheet would read it as a formula, it gets an apostrophe in front, as one would type
+/// there; numbers stay numbers. Control characters except tabs and line breaks are written like `\u{1b}`.
 pub(super) fn cell(text: &str) -> String {
     let mut cell = String::with_capacity(text.len());
     if text.starts_with(FORMULA) && !is_number(text) {
@@ -20,7 +20,7 @@ pub(super) fn cell(text: &str) -> String {
     cell
 }
 
-/// Digits, with a sign, a point and an exponent at most: the words that floats are read from are none.
+/// Whether it is digits with an optional sign, point and exponent. Words that parse as floats, like `inf`, don't count.
 fn is_number(text: &str) -> bool {
     text.parse::<f64>().is_ok() && text.chars().all(|c| c.is_ascii_digit() || matches!(c, '+' | '-' | '.' | 'e' | 'E'))
 }
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn formulas_are_text_and_numbers_are_numbers() {
+    fn formulas_become_text_and_numbers_stay_numbers() {
         for formula in ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "＝1", "-inf", "-", "+1e"] {
             assert_eq!(cell(formula), format!("'{formula}"));
         }
@@ -40,7 +40,7 @@ mod tests {
     }
 
     #[test]
-    fn control_characters_are_spelled_out() {
+    fn control_characters_are_escaped() {
         assert_eq!(cell("a\u{1b}[31m\0b\u{9b}"), "a\\u{1b}[31m\\u{0}b\\u{9b}");
         assert_eq!(cell("\r=1"), "\\u{d}=1");
     }

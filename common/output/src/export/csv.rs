@@ -1,4 +1,5 @@
-//! One CSV file: a line per sample, with the names and mean errors of its best classes. No cell is a formula ([`cell`]).
+//! Exports one CSV file: a line per sample, with the names and mean errors of its best classes. No cell is a formula
+//! ([`cell`]).
 
 use elbo_core::class::Classes;
 use elbo_core::job::JobSpec;
@@ -9,10 +10,10 @@ use object_store::{ObjectStore, ObjectStoreExt};
 
 use super::cell::cell;
 use super::sink::Sink;
-use super::{ExportError, Exported, Options, Rows};
+use super::{ExportError, ExportOptions, Exported, Rows};
 use crate::predictions::BEST;
 
-/// Bytes of lines that are sent together.
+/// Bytes of lines that are sent at once.
 const CHUNK: usize = 1 << 16;
 
 /// Columns before those of the best classes.
@@ -20,7 +21,7 @@ const COLUMNS: [&str; 9] =
     ["key", "label", "predicted_class", "predicted_index", "confidence", "margin", "evaluations", "status", "error"];
 
 /// Writes the file.
-pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> Result<Exported, ExportError> {
+pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: ExportOptions) -> Result<Exported, ExportError> {
     let (store, path) = file(to)?;
     if !options.force && is_there(&*store.inner(), &path).await? {
         let (destination, example) = (to.to_string(), path.to_string());
@@ -53,10 +54,10 @@ async fn write(rows: &Rows<'_>, sink: &mut Sink, scores: usize) -> Result<u64, E
     Ok(samples)
 }
 
-/// How many classes' columns a job fills.
+/// How many classes get columns.
 fn columns(spec: &JobSpec, scores: Option<usize>) -> usize {
     let asked = scores.unwrap_or(BEST).min(spec.top_k.map_or(usize::MAX, |k| k as usize));
-    // Where samples bring their own captions, how many the longest list has is not known before.
+    // If samples have their own captions, the length of the longest list is not known in advance.
     if spec.candidates.is_some() { asked } else { asked.min(spec.classes.names.len()) }
 }
 
@@ -89,7 +90,7 @@ fn fields(row: &Prediction, classes: &Classes, scores: usize) -> Vec<String> {
     fields
 }
 
-/// Lines that wait to be sent.
+/// Lines that have not been sent yet.
 #[derive(Debug, Default)]
 struct Lines(Vec<u8>);
 
@@ -101,7 +102,7 @@ impl Lines {
     }
 }
 
-/// The store and the name of a file.
+/// The store and name of the file.
 fn file(to: &Location) -> Result<(Store, Path), ExportError> {
     let wrong = |problem| ExportError::Destination { destination: to.to_string(), problem };
     let no_name = "--format csv writes one file: give its name, like labels.csv or s3://bucket/labels.csv";

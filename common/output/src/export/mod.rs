@@ -1,6 +1,6 @@
-//! Predictions in the formats other tools ask for: one CSV file, or JSON beside the images as WebDataset has it.
+//! Exports predictions in formats for other tools: one CSV file, or JSON beside the images in WebDataset's layout.
 //!
-//! Rows pass through one by one. A file appears complete or not at all.
+//! Rows are streamed. A file appears only when it is complete.
 
 mod cell;
 mod csv;
@@ -16,7 +16,7 @@ use futures::TryStreamExt;
 
 use crate::{Output, OutputError};
 
-/// An export that can't be made.
+/// A failed export.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
     /// The predictions can't be read.
@@ -25,99 +25,99 @@ pub enum ExportError {
     /// The destination can't be opened or written.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The destination is not what the format needs.
+    /// The destination does not suit the format.
     #[error("can't export to {destination}: {problem}")]
     Destination {
-        /// As given.
+        /// The destination as given.
         destination: String,
-        /// What is wrong and what would be right.
+        /// The problem and its remedy.
         problem: &'static str,
     },
-    /// Something is there already.
+    /// Some of the files exist already.
     #[error(
         "{destination} has {count} of the files to write already, such as {example}: choose another --to, or replace them with \
          --force"
     )]
     Exists {
-        /// Where.
+        /// The destination.
         destination: String,
-        /// How many.
+        /// How many of the files exist.
         count: u64,
         /// One of them.
         example: String,
     },
-    /// Two samples would share a file.
+    /// Two samples would be written to the same file.
     #[error(
         "'{first}' and '{second}' would both be written to {path}: export them with --format csv, or label them as two jobs"
     )]
     Collision {
         /// One key.
         first: String,
-        /// Another.
+        /// The other key.
         second: String,
-        /// The file both ask for.
+        /// The file that both would be written to.
         path: String,
     },
-    /// The samples of a tar do not follow each other.
+    /// The samples of a tar are not consecutive.
     #[error(
         "'{key}' comes after samples of other tar files, though {tar} was begun before: its members could not be written in \
          their order; export with --format csv"
     )]
     Scattered {
-        /// The sample that comes too late.
+        /// The sample that is out of order.
         key: String,
         /// Its tar.
         tar: String,
     },
-    /// A row can't be written down.
+    /// A row can't be written.
     #[error("writing the row of '{key}': {problem}")]
     Row {
         /// The sample.
         key: String,
-        /// Why not.
+        /// The reason.
         problem: String,
     },
 }
 
-/// What predictions are exported as.
+/// The format of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// One file with a line per sample.
     Csv,
-    /// An object per sample: a file beside each image, or a member of a tar for images that are members of one.
+    /// A JSON object per sample: a file beside each image, or a member of a tar if the image is one.
     Json,
 }
 
-/// How predictions are exported.
+/// ExportOptions of an export.
 #[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// As what.
+pub struct ExportOptions {
+    /// The format.
     pub format: Format,
-    /// How many of the best scores; the format's default where absent: five in CSV, all in JSON.
+    /// How many of the best scores to write; by default five in CSV and all in JSON.
     pub scores: Option<usize>,
-    /// Replace what is there.
+    /// Whether to replace existing files.
     pub force: bool,
 }
 
-/// What was written.
+/// The result of an export.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exported {
     /// Samples.
     pub samples: u64,
     /// Files.
     pub files: u64,
-    /// Samples that were left out, because the destination can't have a file of their name. The first are named in warnings.
+    /// Samples that were left out because the destination can't have a file with their name. Warnings name the first of them.
     pub skipped: u64,
 }
 
 impl Exported {
     /// Leaves a sample out.
     fn skip(&mut self, key: &str, problem: &str) {
-        /// So many are named.
+        /// The most warnings that name a sample.
         const NAMED: u64 = 20;
         self.skipped += 1;
         match self.skipped {
-            // What a stranger put into a name is shown with its control characters escaped.
+            // The name may come from an untrusted source, so its control characters are escaped.
             ..=NAMED => tracing::warn!(?key, problem, "an image is left out"),
             _ if self.skipped == NAMED + 1 => tracing::warn!("more images are left out, which are only counted"),
             _ => {}
@@ -125,13 +125,13 @@ impl Exported {
     }
 }
 
-/// Writes the predictions in `out`, of the job `spec` whose dataset was `listed`, to a file or directory.
+/// Exports the predictions in `out` to a file or directory. `spec` is their job and `listed` its dataset.
 pub async fn export(
     out: &Store,
     spec: &JobSpec,
     listed: &ManifestRecord,
     to: &Location,
-    options: Options,
+    options: ExportOptions,
 ) -> Result<Exported, ExportError> {
     let rows = Rows { store: out, spec, listed };
     match options.format {
@@ -144,7 +144,7 @@ pub async fn export(
     }
 }
 
-/// The rows of an output, with what their scores are about.
+/// The rows of an output, with what is needed to find their classes.
 #[derive(Debug)]
 struct Rows<'a> {
     store: &'a Store,
@@ -157,7 +157,7 @@ impl Rows<'_> {
         Output::new(self.store)
     }
 
-    /// Hands on every prediction with the classes it chose from.
+    /// Calls `take` with every prediction and the classes it chose from.
     async fn each(
         &self,
         mut take: impl AsyncFnMut(&Prediction, &Classes) -> Result<(), ExportError>,

@@ -1,5 +1,6 @@
-//! JSON beside the images: for `cat/0001.jpg` the file `cat/0001.json`, for the member `0001.jpg` of `shard-000.tar` the member
-//! `0001.json` of another `shard-000.tar`, in the same order, so that WebDataset joins the two.
+//! Exports JSON beside the images. For `cat/0001.jpg` it writes the file `cat/0001.json`. For the member `0001.jpg` of
+//! `shard-000.tar` it writes the member `0001.json` of another `shard-000.tar`, in the same order, so that WebDataset can join
+//! the two.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -7,6 +8,7 @@ use std::path::Path as FsPath;
 use std::pin::pin;
 
 use bytes::Bytes;
+use elbo_core::causes::find_cause;
 use elbo_core::class::Classes;
 use elbo_core::prediction::{Prediction, Score};
 use elbo_store::{Location, Store, StoreError};
@@ -16,18 +18,18 @@ use object_store::path::Path;
 use serde::Serialize;
 
 use super::sink::Sink;
-use super::{ExportError, Exported, Options, Rows};
+use super::{ExportError, ExportOptions, Exported, Rows};
 
-/// Files that are written side by side.
+/// Files that are written concurrently.
 const IN_FLIGHT: usize = 32;
-/// Bytes of a tar that are sent together.
+/// Bytes of a tar that are sent at once.
 const CHUNK: usize = 1 << 20;
-/// The longest name of an object: that of S3 and Google's store; Azure's is the same.
+/// The longest object name of S3 and Google Cloud Storage; Azure has the same limit.
 const LONGEST_NAME: usize = 1024;
 
-/// Writes the files, after seeing that each has a place of its own. A sample whose name can't be one there, which may come from a
-/// stranger's tar, is left out.
-pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> Result<Exported, ExportError> {
+/// Writes the files, after checking that each has its own place. A sample whose name can't be a file name there is left out;
+/// such names may come from an untrusted tar.
+pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: ExportOptions) -> Result<Exported, ExportError> {
     let store = Store::create(to)?;
     let plan = Plan::of(rows, to).await?;
     if !options.force {
@@ -70,10 +72,10 @@ pub(super) async fn export(rows: &Rows<'_>, to: &Location, options: Options) -> 
     writer.finish().await
 }
 
-/// Where a sample's object belongs.
+/// Where a sample's JSON is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Target {
-    /// A file of its own.
+    /// A separate file.
     File(Path),
     /// A member of a tar.
     Member {
@@ -85,7 +87,7 @@ pub(super) enum Target {
 }
 
 impl Target {
-    /// The target of a key. A member's name ends at the first dot, as WebDataset splits them; a file's at the last.
+    /// The target of a key. As in WebDataset, a member's name ends at its first dot; a file's name ends at its last dot.
     pub(super) fn of(key: &str) -> Self {
         if let Some((tar, member)) = key.split_once(".tar/") {
             let at = member.rfind('/').map_or(0, |slash| slash + 1);
@@ -97,7 +99,7 @@ impl Target {
         Self::File(path(&format!("{}{stem}.json", &key[..at])))
     }
 
-    /// Refuses what would lead whoever unpacks the tar out of a directory, and what can't be written in one.
+    /// Refuses names that would leave the directory when the tar is unpacked, and names that a tar can't hold.
     fn check(&self) -> Result<(), &'static str> {
         let Self::Member { member, .. } = self else { return Ok(()) };
         if member.starts_with('/') {
@@ -112,7 +114,7 @@ impl Target {
         Ok(())
     }
 
-    /// The file it is in.
+    /// The file that holds the target.
     fn file(&self) -> &Path {
         match self {
             Self::File(path) | Self::Member { tar: path, .. } => path,
@@ -129,30 +131,30 @@ impl std::fmt::Display for Target {
     }
 }
 
-/// A key below the destination. What a path can't have, like `..` or the `//` of a URL, is escaped or left out.
+/// A key below the destination. Parts that a path can't have, like `..` or the `//` of a URL, are escaped or left out.
 fn path(key: &str) -> Path {
     Path::parse(key).unwrap_or_else(|_| key.split('/').filter(|segment| !segment.is_empty()).collect())
 }
 
-/// A place in as many bytes for a million samples as fit any machine.
+/// A hash of a place, short enough to keep a million of them in memory.
 fn hash(place: &str) -> u128 {
     let mut short = [0; 16];
     blake3::Hasher::new().update(place.as_bytes()).finalize_xof().fill(&mut short);
     u128::from_le_bytes(short)
 }
 
-/// The files that will be written.
+/// The files to write.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
     files: HashSet<u128>,
-    /// Bytes a path may have.
+    /// The most bytes of a path.
     longest: usize,
-    /// Places that are another's, to a file system that tells no upper from lower case.
+    /// Places that collide with another on a file system that ignores case.
     shadowed: HashSet<u128>,
 }
 
 impl Plan {
-    /// Looks at every key, and refuses those that share a place.
+    /// Checks every key, and refuses keys that share a place.
     async fn of(rows: &Rows<'_>, to: &Location) -> Result<Self, ExportError> {
         let (longest, folds_case) = match to {
             Location::Local(directory) => (usize::MAX, folds_case(directory)),
@@ -192,7 +194,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Where the object of a sample goes; else why there is no place for it.
+    /// Where a sample's JSON goes, or why it has no place.
     pub(super) fn place(&self, key: &str) -> Result<Target, &'static str> {
         let target = Target::of(key);
         target.check()?;
@@ -205,7 +207,7 @@ impl Plan {
         Ok(target)
     }
 
-    /// Sees whether any of the files is there.
+    /// Checks that none of the files exists.
     async fn refuse_to_replace(&self, store: &Store) -> Result<(), ExportError> {
         let inner = store.inner();
         let mut there = inner.list(None);
@@ -229,31 +231,23 @@ impl Plan {
     }
 }
 
-/// Whether upper and lower case are the same in the names of a directory.
+/// Whether a directory ignores case in file names.
 fn folds_case(directory: &FsPath) -> bool {
-    // Where nothing can be written, that is told by what is written next.
+    // If nothing can be written there, the next write reports it.
     let Ok(probe) = tempfile::Builder::new().prefix("elbo-case-").tempfile_in(directory) else { return false };
     probe.path().file_name().is_some_and(|name| directory.join(name.to_string_lossy().to_uppercase()).exists())
 }
 
-/// Whether a local file could not be written because of its name: too long, impossible there, or through another file.
+/// Whether a local file could not be written because of its name: too long, invalid, or inside another file.
 fn is_about_name(error: &ExportError) -> bool {
     use io::ErrorKind::{AlreadyExists, InvalidFilename, InvalidInput, IsADirectory, NotADirectory};
     let ExportError::Store(StoreError::Object { source, .. }) = error else { return false };
-    let mut cause: Option<&dyn std::error::Error> = Some(source);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<io::Error>() {
-            return matches!(
-                error.kind(),
-                AlreadyExists | InvalidFilename | InvalidInput | IsADirectory | NotADirectory
-            );
-        }
-        cause = error.source();
-    }
-    false
+    find_cause::<io::Error>(source).is_some_and(|error| {
+        matches!(error.kind(), AlreadyExists | InvalidFilename | InvalidInput | IsADirectory | NotADirectory)
+    })
 }
 
-/// Finds the samples that ask for one place.
+/// Finds the two samples that share a place.
 async fn collision(rows: &Rows<'_>, place: &Target) -> Result<ExportError, ExportError> {
     let output = rows.output();
     let mut keys = pin!(output.named());
@@ -268,10 +262,10 @@ async fn collision(rows: &Rows<'_>, place: &Target) -> Result<ExportError, Expor
         }
     }
     let key = found.pop().unwrap_or_default();
-    Ok(ExportError::Row { key, problem: "the output changes; wait until its job is done".into() })
+    Ok(ExportError::Row { key, problem: "the output is still changing; wait until its job is done".into() })
 }
 
-/// What is being written.
+/// The state of an export.
 #[derive(Debug)]
 struct Writer<'a> {
     store: &'a Store,
@@ -300,7 +294,7 @@ impl Writer<'_> {
         tar.send().await
     }
 
-    /// Notes how writing a sample's own file ended.
+    /// Records the result of writing a sample's file.
     fn wrote(&mut self, key: &str, ended: Result<(), StoreError>) -> Result<(), ExportError> {
         match ended {
             Ok(()) => {
@@ -312,7 +306,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Leaves a sample out whose name can't be that of a file; whatever else is wrong would be with all others too.
+    /// Leaves out a sample whose name can't be a file name. Other errors would affect all samples, and are returned.
     fn go_on_without(&mut self, key: &str, error: ExportError) -> Result<(), ExportError> {
         if is_about_name(&error) {
             self.exported.skip(key, &error.to_string());
@@ -330,10 +324,10 @@ impl Writer<'_> {
     }
 }
 
-/// A tar on its way.
+/// A tar that is being written.
 struct Tar {
     path: Path,
-    /// What was not sent yet is in its buffer.
+    /// Its buffer holds what has not been sent yet.
     builder: tar::Builder<Vec<u8>>,
     sink: Sink,
 }
@@ -350,7 +344,7 @@ impl Tar {
         Ok(Self { path, builder: tar::Builder::new(Vec::new()), sink })
     }
 
-    /// Appends a member. What a name can't be is found out before anything is written.
+    /// Appends a member. An invalid name is refused before anything is written.
     fn append(&mut self, member: &str, json: &[u8]) -> io::Result<()> {
         let mut header = tar::Header::new_gnu();
         header.set_size(json.len() as u64);
@@ -358,7 +352,7 @@ impl Tar {
         self.builder.append_data(&mut header, member, json)
     }
 
-    /// Sends what there is, once that is worth it.
+    /// Sends the buffer once it is large enough.
     async fn send(&mut self) -> Result<(), ExportError> {
         let buffer = self.builder.get_mut();
         if buffer.len() >= CHUNK { self.sink.write(std::mem::take(buffer).into()).await } else { Ok(()) }
@@ -378,7 +372,7 @@ impl Tar {
     }
 }
 
-/// A prediction as JSON: the columns of the predictions, and the names of the scored classes.
+/// A prediction as JSON: the columns of the predictions, plus the names of the scored classes.
 #[derive(Debug, Serialize)]
 struct Object<'a> {
     sample_id: u64,

@@ -1,4 +1,4 @@
-//! A file on its way to a store, in parts.
+//! Writes a file to a store in parts.
 
 use bytes::Bytes;
 use elbo_store::{Store, StoreError};
@@ -7,10 +7,10 @@ use object_store::{ObjectStoreExt, WriteMultipart};
 
 use super::ExportError;
 
-/// Parts that are sent at a time.
+/// Parts that are sent concurrently.
 const IN_FLIGHT: usize = 4;
 
-/// A file that appears once it is finished.
+/// A file that appears only when it is finished.
 #[derive(Debug)]
 pub(super) struct Sink {
     upload: WriteMultipart,
@@ -18,26 +18,26 @@ pub(super) struct Sink {
 }
 
 impl Sink {
-    /// Begins a file.
+    /// Starts a file.
     pub(super) async fn create(store: &Store, path: Path) -> Result<Self, ExportError> {
         let begun = store.inner().put_multipart(&path).await;
         let upload = begun.map_err(|source| failed(&path, source))?;
         Ok(Self { upload: WriteMultipart::new(upload), path })
     }
 
-    /// Appends to it.
+    /// Appends bytes.
     pub(super) async fn write(&mut self, bytes: Bytes) -> Result<(), ExportError> {
         self.upload.wait_for_capacity(IN_FLIGHT).await.map_err(|source| failed(&self.path, source))?;
         self.upload.put(bytes);
         Ok(())
     }
 
-    /// Makes it appear, in place of what was there.
+    /// Makes the file appear and replaces any existing one.
     pub(super) async fn finish(self) -> Result<(), ExportError> {
         self.upload.finish().await.map(drop).map_err(|source| failed(&self.path, source))
     }
 
-    /// Gives it up, after a failure that is told instead of one to clean up.
+    /// Aborts the upload after another failure. Errors of aborting are ignored, since that failure is reported.
     pub(super) async fn abort(self) {
         let _ = self.upload.abort().await;
     }

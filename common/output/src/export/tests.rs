@@ -16,8 +16,8 @@ use super::*;
 use crate::layout;
 use crate::predictions::encode_predictions;
 
-/// Exports a job whose samples bring nothing of their own.
-async fn export(out: &Store, spec: &JobSpec, to: &Location, options: Options) -> Result<Exported, ExportError> {
+/// Exports a job whose samples have no captions of their own.
+async fn export(out: &Store, spec: &JobSpec, to: &Location, options: ExportOptions) -> Result<Exported, ExportError> {
     super::export(out, spec, &ManifestRecord::default(), to, options).await
 }
 
@@ -33,7 +33,7 @@ fn spec(change: Value) -> JobSpec {
     serde_json::from_value(spec).unwrap()
 }
 
-/// Sample 2 is quarantined; the others take the second class for the best, by a margin of a quarter.
+/// Sample 2 is quarantined; for the others the second class is best, with a margin of a quarter.
 fn row(id: u64, key: &str) -> Prediction {
     let score = |class, mean_error| Score {
         class: ClassIndex(class),
@@ -70,8 +70,8 @@ async fn output(keys: &[&str]) -> Store {
     out
 }
 
-fn options(format: Format) -> Options {
-    Options { format, scores: None, force: false }
+fn options(format: Format) -> ExportOptions {
+    ExportOptions { format, scores: None, force: false }
 }
 
 fn at(directory: &TempDir, name: &str) -> Location {
@@ -117,7 +117,7 @@ async fn csv_has_a_line_for_every_sample_with_its_best_classes() {
     let directory = TempDir::new().unwrap();
     let out = output(&["a/0.png", "a/1.png", "b,2.png", "3.png", "4.png"]).await;
     let to = at(&directory, "new/labels.csv");
-    let options = Options { scores: Some(2), ..options(Format::Csv) };
+    let options = ExportOptions { scores: Some(2), ..options(Format::Csv) };
     let exported = export(&out, &spec(json!({})), &to, options).await.unwrap();
     assert_eq!(exported, Exported { samples: 5, files: 1, skipped: 0 });
     let expected = [
@@ -134,11 +134,11 @@ async fn csv_has_a_line_for_every_sample_with_its_best_classes() {
 }
 
 #[tokio::test]
-async fn a_spreadsheet_computes_nothing_of_an_exported_csv() {
+async fn an_exported_csv_holds_no_formulas() {
     let directory = TempDir::new().unwrap();
     let out = output(&["=HYPERLINK(\"http://evil/\").png", "@a.png", "-1", "b\u{1b}[2J.png"]).await;
     let to = at(&directory, "labels.csv");
-    export(&out, &spec(json!({})), &to, Options { scores: Some(0), ..options(Format::Csv) }).await.unwrap();
+    export(&out, &spec(json!({})), &to, ExportOptions { scores: Some(0), ..options(Format::Csv) }).await.unwrap();
     let text = std::fs::read_to_string(to.local().unwrap()).unwrap();
     let lines: Vec<&str> = text.lines().skip(1).collect();
     let rest = ",\"dog, wet\",7,,0.25,60,ok,";
@@ -159,7 +159,7 @@ async fn csv_has_no_more_columns_than_a_job_has_classes_or_kept_scores() {
     ] {
         let directory = TempDir::new().unwrap();
         let to = at(&directory, "labels.csv");
-        let options = Options { scores, ..options(Format::Csv) };
+        let options = ExportOptions { scores, ..options(Format::Csv) };
         export(&out, &spec(change), &to, options).await.unwrap();
         let text = std::fs::read_to_string(to.local().unwrap()).unwrap();
         assert_eq!(text.lines().next().unwrap().matches("class_").count(), expected, "{text}");
@@ -167,7 +167,7 @@ async fn csv_has_no_more_columns_than_a_job_has_classes_or_kept_scores() {
 }
 
 #[tokio::test]
-async fn json_lies_beside_the_image_and_names_the_classes() {
+async fn json_is_written_beside_the_image_and_names_the_classes() {
     let directory = TempDir::new().unwrap();
     let keys = ["a/x.v2.png", "plain", "b/50% #1?.jpeg", "../up/../y.png", "https://host//dir/z.jpg?size=1"];
     let out = output(&keys).await;
@@ -189,13 +189,13 @@ async fn json_lies_beside_the_image_and_names_the_classes() {
         (&bad["status"], &bad["error"], &bad["scores"]),
         (&json!("quarantined"), &json!("decode: \"cut\noff\""), &json!([]))
     );
-    // Nothing climbs out of the destination.
+    // Nothing is written outside the destination.
     assert_eq!(files(directory.path()).len(), 5);
     assert!(files(directory.path()).iter().all(|file| file.starts_with("json/")));
 }
 
 #[tokio::test]
-async fn members_of_a_tar_become_members_of_a_tar_in_their_order() {
+async fn members_of_a_tar_are_exported_to_a_tar_in_order() {
     let directory = TempDir::new().unwrap();
     let keys: Vec<String> = (0..6)
         .map(|i| format!("train/shard-000.tar/{:06}.jpg", 900 - i))
@@ -203,7 +203,7 @@ async fn members_of_a_tar_become_members_of_a_tar_in_their_order() {
         .chain(["lone.png".to_owned()])
         .collect();
     let out = output(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await;
-    let options = Options { scores: Some(1), ..options(Format::Json) };
+    let options = ExportOptions { scores: Some(1), ..options(Format::Json) };
     let exported = export(&out, &spec(json!({})), &at(&directory, ""), options).await.unwrap();
     assert_eq!(exported, Exported { samples: 10, files: 3, skipped: 0 });
     assert_eq!(files(directory.path()), ["lone.json", "train/shard-000.tar", "train/shard-001.tar"]);
@@ -213,7 +213,7 @@ async fn members_of_a_tar_become_members_of_a_tar_in_their_order() {
     assert_eq!(first[1].1["key"], "train/shard-000.tar/000899.jpg");
     assert_eq!(first[1].1["scores"].as_array().unwrap().len(), 1);
     assert_eq!(first[2].1["status"], "quarantined");
-    // WebDataset's name of a sample ends at the first dot.
+    // In WebDataset a sample's name ends at the first dot.
     let second = members(&directory.path().join("train/shard-001.tar"));
     assert_eq!(
         second.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
@@ -228,7 +228,7 @@ async fn members_of_a_tar_become_members_of_a_tar_in_their_order() {
 }
 
 #[tokio::test]
-async fn samples_that_would_share_a_place_are_named_and_nothing_is_written() {
+async fn samples_that_share_a_place_are_named_and_nothing_is_written() {
     for (keys, expected) in [
         (vec!["a/x.jpg", "a/y.jpg", "b/x.jpg", "c.png", "a/x.png"], ["'a/x.jpg' and 'a/x.png'", "a/x.json"]),
         (vec!["s.tar/1.a.jpg", "s.tar/1.b.jpg"], ["'s.tar/1.a.jpg' and 's.tar/1.b.jpg'", "s.tar/1.json"]),
@@ -239,21 +239,21 @@ async fn samples_that_would_share_a_place_are_named_and_nothing_is_written() {
         let message = refused.unwrap_err().to_string();
         assert!(expected.iter().all(|text| message.contains(text)), "{message}");
         assert!(files(directory.path()).is_empty());
-        // CSV has room for all.
+        // CSV can hold all of them.
         let csv = export(&output(&keys).await, &spec(json!({})), &at(&directory, "a.csv"), options(Format::Csv)).await;
         assert_eq!(csv.unwrap().samples, keys.len() as u64);
     }
 }
 
 #[tokio::test]
-async fn a_sample_whose_name_can_be_no_files_is_left_out_and_the_rest_is_exported() {
+async fn a_sample_whose_name_cannot_be_a_file_name_is_left_out_and_the_rest_is_exported() {
     let directory = TempDir::new().unwrap();
     let (long, deep) = ("x".repeat(300), format!("s.tar/{}/../../../../up.jpg", "y".repeat(120)));
     let (long_file, long_member, zero) =
         (format!("{long}.png"), format!("s.tar/{long}.jpg"), format!("s.tar/{}\0.jpg", "z".repeat(120)));
     let keys = [
         "a.png",
-        // Through the file of the one before.
+        // Its path runs through the file of the previous sample.
         "a.json/b.png",
         &long_file,
         "s.tar/../../etc/passwd.jpg",
@@ -269,7 +269,7 @@ async fn a_sample_whose_name_can_be_no_files_is_left_out_and_the_rest_is_exporte
     let to = at(&directory, "json");
     let exported = export(&out, &spec(json!({})), &to, options(Format::Json)).await.unwrap();
     assert_eq!(exported, Exported { samples: 5, files: 3, skipped: 6 });
-    // Of two that need one name to be a file and a directory, one is there.
+    // Two samples need the same name, one as a file and one as a directory; only one of them is written.
     let mut found = files(directory.path());
     let contested = found.iter().position(|file| file == "json/a.json" || file == "json/a.json/b.json").unwrap();
     found.remove(contested);
@@ -282,7 +282,7 @@ async fn a_sample_whose_name_can_be_no_files_is_left_out_and_the_rest_is_exporte
 }
 
 #[tokio::test]
-async fn where_case_does_not_count_the_second_of_two_names_has_no_place() {
+async fn if_case_is_ignored_the_second_of_two_equal_names_has_no_place() {
     let (out, spec, listed) = (
         output(&["A/x.png", "a/X.png", "S.tar/0.jpg", "s.tar/1.jpg"]).await,
         spec(json!({})),
@@ -295,12 +295,12 @@ async fn where_case_does_not_count_the_second_of_two_names_has_no_place() {
     };
     assert_eq!(placed(usize::MAX, false).await, [true; 4]);
     assert_eq!(placed(usize::MAX, true).await, [true, false, true, false]);
-    // An object's name has a limit, whatever is in a tar.
+    // The limit is on the object's name, not on the members of a tar.
     assert_eq!(placed(6, false).await, [false, false, true, true]);
 }
 
 #[tokio::test]
-async fn what_is_there_is_replaced_only_by_force() {
+async fn existing_files_are_replaced_only_with_force() {
     let directory = TempDir::new().unwrap();
     std::fs::create_dir(directory.path().join("a")).unwrap();
     std::fs::write(directory.path().join("a/1.json"), "mine").unwrap();
@@ -312,7 +312,7 @@ async fn what_is_there_is_replaced_only_by_force() {
             export(&out, &spec(json!({})), &at(&directory, name), options(format)).await.unwrap_err().to_string();
         assert!(refused.contains("has 1 of the files") && refused.contains("--force"), "{refused}");
         assert_eq!(files(directory.path()), ["a/1.json", "a/other.json", "labels.csv"]);
-        let force = Options { force: true, ..options(format) };
+        let force = ExportOptions { force: true, ..options(format) };
         export(&out, &spec(json!({})), &at(&directory, name), force).await.unwrap();
         let _ = std::fs::remove_file(directory.path().join("a/0.json"));
     }
@@ -335,7 +335,7 @@ async fn destinations_a_format_cannot_use_are_refused() {
 }
 
 #[tokio::test]
-async fn captions_of_a_samples_own_are_its_class_names() {
+async fn a_samples_own_captions_are_its_class_names() {
     let directory = TempDir::new().unwrap();
     let out = output(&["0.png", "1.png"]).await;
     let caption = |id: u64| (0..10).map(|k| format!("caption {k} of {id}")).collect();
@@ -361,7 +361,7 @@ async fn captions_of_a_samples_own_are_its_class_names() {
     let of_captions = spec(json!({"candidates": "texts", "shard_size": 4, "classes": {"names": [], "prompts": []}}));
     let csv = at(&directory, "labels.csv");
     let scores = Some(2);
-    let options = |format| Options { format, scores, force: false };
+    let options = |format| ExportOptions { format, scores, force: false };
     // The third sample has no row yet.
     assert_eq!(super::export(&out, &of_captions, &listed, &csv, options(Format::Csv)).await.unwrap().samples, 2);
     let text = std::fs::read_to_string(csv.local().unwrap()).unwrap();

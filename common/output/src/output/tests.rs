@@ -13,7 +13,7 @@ use object_store::{
 use super::*;
 use crate::predictions::{BEST, encode_predictions};
 
-/// A store that counts the bytes it hands out.
+/// A store that counts the bytes read from it.
 #[derive(Debug, Default)]
 struct Counting {
     inner: InMemory,
@@ -122,7 +122,7 @@ async fn rows_come_in_order_whatever_the_names_of_their_files() {
 }
 
 #[tokio::test]
-async fn of_a_thousand_scores_a_row_only_what_is_looked_at_is_fetched() {
+async fn of_rows_with_a_thousand_scores_only_the_needed_columns_are_fetched() {
     let counting = Arc::new(Counting::default());
     let store = store(Arc::clone(&counting) as Arc<dyn ObjectStore>);
     let rows: Vec<_> = (0..500).map(|id| row(id, 1000)).collect();
@@ -134,13 +134,13 @@ async fn of_a_thousand_scores_a_row_only_what_is_looked_at_is_fetched() {
     let bytes = fetched();
     assert!(bytes < 100_000, "{bytes} of {size} bytes for a status");
     let judged: Vec<_> = output.judgements().try_collect().await.unwrap();
-    assert!(matches!(&judged[0].verdict, Ok(verdict) if verdict.best.len() == BEST));
+    assert!(matches!(&judged[0].best_class, Ok(found) if found.best.len() == BEST));
     let bytes = fetched();
     assert!(bytes < size / 3, "{bytes} of {size} bytes for a report");
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_table_is_named_with_a_remedy() {
+async fn a_file_that_is_not_a_table_is_named_with_a_remedy() {
     let store = store(Arc::new(InMemory::new()));
     write(&store, 0, &[row(0, 3)]).await;
     store.write(&layout::predictions(ShardId(1)), "cut off".into()).await.unwrap();

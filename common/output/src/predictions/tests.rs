@@ -32,7 +32,7 @@ fn rows() -> Vec<Prediction> {
 }
 
 #[test]
-fn predictions_survive_parquet_and_their_bytes_depend_on_the_rows_alone() {
+fn predictions_survive_parquet_and_their_bytes_depend_only_on_the_rows() {
     let meta = [("fingerprint".to_owned(), "abc".to_owned())];
     let bytes = encode_predictions(&rows(), &meta).unwrap();
     assert_eq!(bytes, encode_predictions(&rows(), &meta).unwrap());
@@ -40,7 +40,7 @@ fn predictions_survive_parquet_and_their_bytes_depend_on_the_rows_alone() {
 }
 
 #[test]
-fn metadata_is_the_files_own() {
+fn metadata_is_stored_in_the_file() {
     let meta = [("fingerprint".to_owned(), "abc".to_owned())];
     let bytes = encode_predictions(&rows(), &meta).unwrap();
     let metadata = table::metadata::<Predictions>(&bytes).unwrap();
@@ -86,7 +86,7 @@ fn readers_can_skip_by_every_column_and_large_files_have_several_row_groups() {
 }
 
 #[test]
-fn no_rows_are_a_table_too() {
+fn a_table_without_rows_is_valid() {
     assert_eq!(decode_predictions(encode_predictions(&[], &[]).unwrap()).unwrap(), []);
     assert_eq!(decode_errors(encode_errors(&[], &[]).unwrap()).unwrap(), []);
     assert_eq!(decode_quarantine(encode_quarantine(&[], &[]).unwrap()).unwrap(), []);
@@ -108,7 +108,7 @@ fn errors_and_quarantine_survive_parquet() {
     let quarantined = vec![Quarantined {
         sample: SampleId(9),
         key: "a.png".into(),
-        stage: "decode".into(),
+        stage: FailureStage::Decode,
         error: "truncated".into(),
         attempts: 3,
     }];

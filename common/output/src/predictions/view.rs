@@ -1,4 +1,4 @@
-//! Parts of a prediction, for those who look at every row of a large job: of a thousand scores a row they read what they need.
+//! Parts of a prediction. Code that scans every row of a large job reads only these parts, not a thousand scores per row.
 
 use arrow_array::{Array, Float32Array, Int32Array, ListArray, StringArray, StructArray, UInt32Array, UInt64Array};
 
@@ -8,19 +8,19 @@ use elbo_store::table::{Columns, Table, TableError, View};
 
 use super::{Predictions, text};
 
-/// Best classes a [`Judgement`] holds.
+/// The most classes in a [`Judgement`].
 pub const BEST: usize = 5;
 
-/// Whether a sample has a class, and what that took.
+/// Whether a sample is quarantined, and its evaluations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
     /// Whether it is quarantined.
     pub quarantined: bool,
-    /// The evaluations its scores rest on.
+    /// The evaluations behind its scores.
     pub evaluations: u32,
 }
 
-/// Which sample a row is about.
+/// The sample of a row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Named {
     /// The sample.
@@ -29,29 +29,29 @@ pub struct Named {
     pub key: String,
 }
 
-/// A prediction without its scores, as a report judges it.
+/// A prediction without its scores, for a report.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Judgement {
     /// The sample's path relative to the source.
     pub key: String,
-    /// The label the dataset brings.
+    /// The label from the dataset.
     pub label: Option<String>,
-    /// The evaluations its scores rest on.
+    /// The evaluations behind its scores.
     pub evaluations: u32,
     /// The best class, or the reason why there is none.
-    pub verdict: Result<Verdict, String>,
+    pub best_class: Result<BestClass, String>,
 }
 
 /// The best class of a sample.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Verdict {
+pub struct BestClass {
     /// The class.
     pub class: ClassIndex,
-    /// Whether it is sure enough to be the sample's class.
+    /// Whether its confidence is high enough to be the sample's class.
     pub is_sure: bool,
-    /// The mean error of the second-best class less that of the best.
+    /// The second-best class's mean error minus the best one's.
     pub margin: Option<f32>,
-    /// The best classes, best first, at most [`BEST`].
+    /// The best classes, at most [`BEST`], best first.
     pub best: Vec<ClassIndex>,
 }
 
@@ -63,11 +63,11 @@ impl From<&Prediction> for Judgement {
             Outcome::Uncertain(_) => (best.first().copied(), false),
             Outcome::Quarantined { .. } => (None, false),
         };
-        let verdict = match class {
-            Some(class) => Ok(Verdict { class, is_sure, margin: row.margin(), best }),
+        let best_class = match class {
+            Some(class) => Ok(BestClass { class, is_sure, margin: row.margin(), best }),
             None => Err(row.error().unwrap_or_default().to_owned()),
         };
-        Self { key: row.key.clone(), label: row.label.clone(), evaluations: row.evaluations, verdict }
+        Self { key: row.key.clone(), label: row.label.clone(), evaluations: row.evaluations, best_class }
     }
 }
 
@@ -139,9 +139,9 @@ impl View for Judgement {
                 Status::Uncertain | Status::Quarantined => best.first().copied(),
             };
             let margin = margin.is_valid(i).then(|| margin.value(i));
-            let verdict = match (status, class) {
+            let best_class = match (status, class) {
                 (Status::Quarantined, _) => Err(text(error, i).unwrap_or_default()),
-                (_, Some(class)) => Ok(Verdict { class, is_sure: status == Status::Ok, margin, best }),
+                (_, Some(class)) => Ok(BestClass { class, is_sure: status == Status::Ok, margin, best }),
                 (_, None) => {
                     return Err(columns.wrong("predicted_index", format!("is null in row {i}, which was scored")));
                 }
@@ -150,14 +150,14 @@ impl View for Judgement {
                 key: key.value(i).to_owned(),
                 label: text(label, i),
                 evaluations: evaluations.value(i),
-                verdict,
+                best_class,
             });
         }
         Ok(())
     }
 }
 
-/// How a sample ended.
+/// The outcome for a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Status {
     Ok,
@@ -165,7 +165,7 @@ pub(super) enum Status {
     Quarantined,
 }
 
-/// What a row's status says.
+/// The status of a row.
 pub(super) fn status(columns: &Columns<'_>, row: usize) -> Result<Status, TableError> {
     match columns.required::<StringArray>("status")?.value(row) {
         OK => Ok(Status::Ok),

@@ -1,14 +1,14 @@
-//! How sure a job is of its predictions, for people.
+//! How sure a job is of its predictions, as text.
 
 use std::fmt;
 
 use elbo_core::calibration::{Confidence, Source};
 
-/// A job's confidence in words, and a reliability diagram in figures.
+/// Writes a job's calibration, how good it is, and the figures of a reliability diagram.
 pub(super) fn write(confidence: &Confidence, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let calibration = confidence.calibration;
     let Some(findings) = &confidence.findings else {
-        return writeln!(f, "confidence by another job's calibration, with nothing here to judge it by");
+        return writeln!(f, "confidence by another job's calibration, with nothing here to check it against");
     };
     let reliability = &findings.reliability;
     match findings.source {
@@ -19,7 +19,7 @@ pub(super) fn write(confidence: &Confidence, f: &mut fmt::Formatter<'_>) -> fmt:
     }
     writeln!(
         f,
-        "  temperature {:.2e} (evaluations / {:.0})^{:.2}; who left earlier counts {:.2}",
+        "  temperature {:.2e} (evaluations / {:.0})^{:.2}; eliminated classes count {:.2}",
         calibration.temperature, calibration.typical, calibration.growth, calibration.left
     )?;
     writeln!(f, "  expected calibration error {:6.2} %", 100.0 * reliability.ece)?;

@@ -1,4 +1,4 @@
-//! Which classes are taken for which.
+//! Which classes are confused with which.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,16 +8,16 @@ use elbo_core::ids::ClassIndex;
 
 use super::text;
 
-/// Columns a class's name may take in the matrix.
+/// The most columns of a class name in the matrix.
 const NAME: usize = 20;
 
-/// Confusions listed where the matrix is too wide.
+/// The most confusions listed if the matrix is too wide.
 const PAIRS_SHOWN: usize = 20;
 
-/// Classes listed there.
+/// The most classes listed in that case.
 const CLASSES_SHOWN: usize = 10;
 
-/// Counts by true and predicted class. Sparse: of a thousand classes' million pairs, few occur.
+/// Counts by true and predicted class. Sparse: of the million pairs of a thousand classes, few occur.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Confusion {
     names: BTreeMap<ClassIndex, String>,
@@ -25,7 +25,7 @@ pub struct Confusion {
 }
 
 impl Confusion {
-    /// An empty matrix of these classes.
+    /// An empty matrix for these classes.
     pub fn new(classes: &Classes) -> Self {
         Self { names: classes.names.clone(), counts: BTreeMap::new() }
     }
@@ -35,7 +35,7 @@ impl Confusion {
         *self.counts.entry((truth, predicted)).or_default() += 1;
     }
 
-    /// How many samples of class `truth` were taken for `predicted`.
+    /// How many samples of class `truth` were predicted as `predicted`.
     pub fn count(&self, truth: ClassIndex, predicted: ClassIndex) -> u64 {
         self.counts.get(&(truth, predicted)).copied().unwrap_or_default()
     }
@@ -45,19 +45,19 @@ impl Confusion {
         self.counts.values().sum()
     }
 
-    /// How many of them were predicted right.
+    /// How many of them were predicted correctly.
     pub fn right(&self) -> u64 {
         self.counts.iter().filter(|((truth, predicted), _)| truth == predicted).map(|(_, count)| count).sum()
     }
 
-    /// The share of right predictions of each class that occurs, averaged over these classes; 0 where nothing was counted.
+    /// The share of correct predictions of each class that occurs, averaged over these classes; 0 if nothing was counted.
     pub fn mean_recall(&self) -> f64 {
         let of_class = self.recalls();
         let recalls: f64 = of_class.values().map(|(right, total)| *right as f64 / *total as f64).sum();
         recalls / of_class.len().max(1) as f64
     }
 
-    /// The confusions (true class, predicted class, count), most frequent first, equally frequent ones by class index.
+    /// The confusions (true class, predicted class, count): most frequent first, ties by class index.
     pub fn most_frequent(&self, n: usize) -> Vec<(ClassIndex, ClassIndex, u64)> {
         let wrong = self.counts.iter().filter(|((truth, predicted), _)| truth != predicted);
         let mut pairs: Vec<_> = wrong.map(|(&(truth, predicted), &count)| (truth, predicted, count)).collect();
@@ -66,7 +66,7 @@ impl Confusion {
         pairs
     }
 
-    /// Whether the classes have no names, since every sample has its own.
+    /// Whether there are no class names, because every sample has its own classes.
     pub(super) fn is_nameless(&self) -> bool {
         self.names.is_empty()
     }
@@ -75,7 +75,7 @@ impl Confusion {
         self.names.get(&class).map_or("?", String::as_str)
     }
 
-    /// How many samples of each class that occurs were predicted right, and how many there are.
+    /// For each class that occurs, how many samples were predicted correctly, and how many there are.
     fn recalls(&self) -> BTreeMap<ClassIndex, (u64, u64)> {
         let mut of_class: BTreeMap<ClassIndex, (u64, u64)> = BTreeMap::new();
         for ((truth, predicted), count) in &self.counts {
@@ -86,8 +86,8 @@ impl Confusion {
         of_class
     }
 
-    /// Rows are true classes, columns predicted ones, headed by their indices: names are too long for columns. None where
-    /// that is wider than a terminal.
+    /// The matrix as text. Rows are true classes; columns are predicted ones, headed by their indices because names are too
+    /// long. `None` if it is wider than a terminal.
     fn table(&self) -> Option<String> {
         use std::fmt::Write;
         let digits = |texts: &mut dyn Iterator<Item = String>| texts.map(|t| t.len()).max().unwrap_or(0);
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_classes_are_an_aligned_table() {
+    fn few_classes_give_an_aligned_table() {
         let classes = Classes::parse("classname,classidx\ncat,7\nhorse,10\n", &[]).unwrap();
         let mut confusion = Confusion::new(&classes);
         for _ in 0..120 {
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_wider_than_a_terminal_is_its_most_frequent_confusions() {
+    fn a_matrix_wider_than_a_terminal_is_replaced_by_the_most_frequent_confusions() {
         let names: Vec<_> = (0..1000).map(|i| format!("c{i}{}", ", a name that goes on".repeat(i % 9))).collect();
         let mut confusion = Confusion::new(&Classes::parse(&names.join("\n"), &[]).unwrap());
         for (truth, predicted) in [(1, 1), (1, 1), (1, 1), (2, 0), (5, 6), (5, 6), (5, 5)] {

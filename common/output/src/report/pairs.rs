@@ -1,5 +1,5 @@
-//! Text, image and group score of pairs of images with the same two captions, as Winoground defines them (Thrush et al.,
-//! CVPR 2022, section 3.1), with errors in place of similarities.
+//! Text, image and group score of pairs of images with the same two captions, as defined by Winoground (Thrush et al., CVPR
+//! 2022, section 3.1), with errors instead of similarities.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,41 +12,41 @@ use elbo_core::interval::wilson;
 use elbo_core::prediction::{Prediction, Score};
 use elbo_core::sample::Sample;
 
-/// Pairs without a score that are named.
+/// The most pairs without a score that are listed.
 const INCOMPLETE_SHOWN: usize = 20;
 
-/// The scores of a job's pairs. Serialises to `pairs` of what `elbo report --json` prints.
+/// The scores of a job's pairs. Serialised as `pairs` in the output of `elbo report --json`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct PairScores {
     /// Pairs with scores.
     pub n: u64,
-    /// Each image has a lower error with its right caption than with the other; none without a pair.
-    pub text: Option<Share>,
+    /// Each image has a lower error with its right caption than with the other; `None` if there are no pairs.
+    pub text: Option<Proportion>,
     /// Each caption has a lower error with its right image than with the other.
-    pub image: Option<Share>,
+    pub image: Option<Proportion>,
     /// Both.
-    pub group: Option<Share>,
+    pub group: Option<Proportion>,
     /// Pairs without scores.
     pub incomplete: u64,
-    /// The first twenty of these, and why.
+    /// The first twenty of these, with the reasons.
     #[serde(skip)]
     pub problems: Vec<(String, String)>,
 }
 
-/// A share of pairs, with its 95% interval (Wilson's, which holds for a few pairs and for shares of all or none too).
+/// A share of pairs with its 95% interval (Wilson's, which also holds for few pairs and for shares of 0 or 1).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Share {
+pub struct Proportion {
     /// The share, in [0, 1].
     pub score: f64,
     /// Half the width of its interval.
     pub interval: f64,
-    /// Where the interval begins.
+    /// Lower end of the interval.
     pub low: f64,
-    /// Where it ends.
+    /// Upper end of the interval.
     pub high: f64,
 }
 
-impl Share {
+impl Proportion {
     fn new(right: u64, n: u64) -> Option<Self> {
         let (low, high) = wilson(right, n);
         (n > 0).then(|| Self { score: right as f64 / n as f64, interval: (high - low) / 2.0, low, high })
@@ -59,7 +59,7 @@ struct Half {
     key: String,
     captions: Vec<String>,
     right: Option<usize>,
-    /// The score of each caption; none while the image has no prediction.
+    /// The score of each caption; `None` if the image has no prediction.
     scores: Option<Vec<Score>>,
 }
 
@@ -68,7 +68,7 @@ impl Half {
         let classes = Classes::of_captions(&sample.candidates);
         let right = sample.label.as_deref().and_then(|label| classes.with_label(label));
         let of = |caption: ClassIndex, scores: &[Score]| scores.iter().find(|s| s.class == caption).copied();
-        // An image that is too uncertain for a class has its scores all the same.
+        // An image whose class is uncertain still has scores.
         let scores = prediction.map(Prediction::scores).filter(|scores| !scores.is_empty()).and_then(|scores| {
             (0..).zip(&sample.candidates).map(|(caption, _)| of(ClassIndex(caption), scores)).collect()
         });
@@ -81,20 +81,20 @@ impl Half {
     }
 }
 
-/// What is right about a pair.
+/// Which of its scores a pair earns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Verdict {
+struct PairResult {
     text: bool,
     image: bool,
 }
 
-/// What there is of a pair.
+/// The state of a pair.
 #[derive(Clone, Debug)]
 enum Pair {
-    /// One image waits for the other.
+    /// Only one image has been seen.
     Waiting(Box<Half>),
-    /// Both were there: their captions and scores are no longer needed.
-    Judged(Result<Verdict, String>),
+    /// Both images have been seen and scored; their captions and scores are no longer needed.
+    Judged(Result<PairResult, String>),
     /// More than two images.
     Crowd(usize),
 }
@@ -104,7 +104,7 @@ enum Pair {
 pub(super) struct Pairs(BTreeMap<String, Pair>);
 
 impl Pairs {
-    /// Takes an image in, if it is of a pair.
+    /// Adds an image if it belongs to a pair.
     pub(super) fn add(&mut self, sample: &Sample, prediction: Option<&Prediction>) {
         let Some(name) = &sample.pair else { return };
         let half = Half::new(sample, prediction);
@@ -117,37 +117,37 @@ impl Pairs {
         self.0.insert(name.clone(), pair);
     }
 
-    /// The scores; none where there was no pair.
+    /// The scores; `None` if there were no pairs.
     pub(super) fn finish(self) -> Option<PairScores> {
         if self.0.is_empty() {
             return None;
         }
         let (mut n, mut text, mut image, mut group, mut problems) = (0, 0, 0, 0, Vec::new());
         for (name, pair) in self.0 {
-            let verdict = match pair {
-                Pair::Judged(verdict) => verdict,
+            let result = match pair {
+                Pair::Judged(result) => result,
                 Pair::Waiting(_) => Err("it has 1 images, not 2".into()),
                 Pair::Crowd(images) => Err(format!("it has {images} images, not 2")),
             };
-            match verdict {
-                Ok(verdict) => {
+            match result {
+                Ok(result) => {
                     n += 1;
-                    text += u64::from(verdict.text);
-                    image += u64::from(verdict.image);
-                    group += u64::from(verdict.text && verdict.image);
+                    text += u64::from(result.text);
+                    image += u64::from(result.image);
+                    group += u64::from(result.text && result.image);
                 }
                 Err(problem) => problems.push((name, problem)),
             }
         }
         let incomplete = problems.len() as u64;
         problems.truncate(INCOMPLETE_SHOWN);
-        let [text, image, group] = [text, image, group].map(|right| Share::new(right, n));
+        let [text, image, group] = [text, image, group].map(|right| Proportion::new(right, n));
         Some(PairScores { n, text, image, group, incomplete, problems })
     }
 }
 
-/// Ties count as wrong.
-fn judge(a: &Half, b: &Half) -> Result<Verdict, String> {
+/// Compares the two images of a pair. Ties count as wrong.
+fn judge(a: &Half, b: &Half) -> Result<PairResult, String> {
     if a.captions != b.captions || a.captions.len() != 2 {
         return Err(format!("{} and {} do not have the same two captions in the same order", a.key, b.key));
     }
@@ -163,7 +163,7 @@ fn judge(a: &Half, b: &Half) -> Result<Verdict, String> {
         return Err("its captions were not scored on the same slots (--policy exhaustive eliminates none)".into());
     }
     let lower = |one: Score, other: Score| one.mean_error < other.mean_error;
-    Ok(Verdict {
+    Ok(PairResult {
         text: lower(a[of_a], a[of_b]) && lower(b[of_b], b[of_a]),
         image: lower(a[of_a], b[of_a]) && lower(b[of_b], a[of_b]),
     })
@@ -233,7 +233,7 @@ mod tests {
     }
 
     fn add(pairs: &mut Pairs, pair: &str, a: [f32; 2], b: [f32; 2]) {
-        // The label is a text or a position.
+        // A label is either a text or a position.
         for (key, label, errors) in [("a", "cat on mat", a), ("b", "1", b)] {
             let sample = sample(pair, key, Some(label));
             pairs.add(&sample, Some(&prediction(&sample, errors)));
@@ -241,13 +241,13 @@ mod tests {
     }
 
     #[test]
-    fn scores_are_those_worked_out_by_hand() {
+    fn scores_match_those_worked_out_by_hand() {
         let mut pairs = Pairs::default();
         // [image a: caption 0 (right), caption 1], [image b: caption 0, caption 1 (right)].
         add(&mut pairs, "both", [1.0, 2.0], [2.0, 1.0]);
-        // Image b has low errors throughout: both pick their captions, caption 0 picks the wrong image.
+        // Image b has low errors throughout: both images pick their captions, but caption 0 picks the wrong image.
         add(&mut pairs, "text only", [5.0, 6.0], [2.0, 1.0]);
-        // Caption 1 has high errors throughout: captions pick their images, image b picks the wrong caption.
+        // Caption 1 has high errors throughout: captions pick their images, but image b picks the wrong caption.
         add(&mut pairs, "image only", [1.0, 8.0], [2.0, 7.0]);
         add(&mut pairs, "neither", [2.0, 1.0], [1.0, 2.0]);
         add(&mut pairs, "tie", [1.0, 1.0], [1.0, 1.0]);
@@ -297,7 +297,7 @@ mod tests {
         });
         let scores = pairs.finish().unwrap();
         assert_eq!((scores.n, scores.incomplete), (1, 8));
-        // One pair that is right says little: the same formula gives 0.206549314 to 1.
+        // A single right pair says little: the same formula gives 0.206549314 to 1.
         let share = scores.text.unwrap();
         assert_eq!(share.score, 1.0);
         assert!((share.low - 0.206_549_314).abs() < 1e-7 && (share.high - 1.0).abs() < 1e-12, "{share:?}");

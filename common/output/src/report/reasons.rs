@@ -1,4 +1,4 @@
-//! Why samples were quarantined, with messages that differ only in what they are about counted together.
+//! Why samples were quarantined. Messages that differ only in the file or value they mention are counted together.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -6,9 +6,9 @@ use std::fmt;
 
 use super::text;
 
-/// Causes kept apart; in bounded memory, what comes after these is counted as one.
+/// The most causes kept apart, to bound memory. Further causes are counted as one.
 const CAUSES: usize = 1000;
-/// Causes listed.
+/// The most causes listed.
 const SHOWN: usize = 10;
 
 /// The causes seen so far, by the pattern of their messages.
@@ -18,19 +18,19 @@ pub struct Reasons {
     others: u64,
 }
 
-/// Messages of one pattern.
+/// Messages with the same pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Cause {
     count: u64,
-    /// The first of the messages, and the sample it is about.
+    /// The first of the messages, and the sample it belongs to.
     message: String,
     key: String,
-    /// Whether there was another message.
+    /// Whether there were different messages.
     varies: bool,
 }
 
 impl Reasons {
-    /// Counts the message about a sample.
+    /// Counts the message of a sample.
     pub(super) fn add(&mut self, key: &str, message: &str) {
         let pattern = pattern(key, message);
         let is_full = self.causes.len() >= CAUSES;
@@ -48,7 +48,7 @@ impl Reasons {
         }
     }
 
-    /// Causes and how often each was met, most frequent first: the message, or its pattern where several share one.
+    /// The causes and their counts, most frequent first. A cause is the message, or the pattern if several messages share it.
     pub fn counted(&self) -> Vec<(&str, u64)> {
         self.sorted().into_iter().map(|(pattern, cause)| (cause.text(pattern), cause.count)).collect()
     }
@@ -71,7 +71,7 @@ impl Cause {
     }
 }
 
-/// A message without what it is about: the sample's key, other paths and URLs, quoted text and numbers.
+/// The pattern of a message: without the sample's key, other paths and URLs, quoted text and numbers.
 fn pattern(key: &str, message: &str) -> String {
     let message = if key.is_empty() { message.to_owned() } else { message.replace(key, "…") };
     let mut pattern = String::with_capacity(message.len());
@@ -93,7 +93,7 @@ fn pattern(key: &str, message: &str) -> String {
     pattern
 }
 
-/// Replaces what stands between quotes. An apostrophe within a word opens none.
+/// Replaces quoted text. An apostrophe within a word is not a quote.
 fn without_quoted(text: &str, quote: char) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -160,9 +160,9 @@ mod tests {
     }
 
     #[test]
-    fn endless_causes_take_bounded_memory_and_few_lines() {
+    fn many_causes_take_bounded_memory_and_few_lines() {
         let mut reasons = Reasons::default();
-        // Words, not numbers: no pattern joins these.
+        // Words differ, not numbers, so no pattern joins them.
         let word = |i: u32| (0..4).map(|k| char::from(b'a' + (i / 10u32.pow(k) % 10) as u8)).collect::<String>();
         (0..5000).for_each(|i| reasons.add("k.png", &word(i).repeat(100)));
         assert_eq!(reasons.counted().len(), CAUSES);

@@ -1,18 +1,18 @@
-//! Text that fits a terminal, whatever is in names, keys and messages.
+//! Text that fits a terminal, whatever names, keys and messages contain.
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 use elbo_core::text::printable;
 
-/// Columns of a terminal a report is made for.
+/// The terminal width that reports are made for.
 pub(super) const WIDTH: usize = 80;
 
-/// How many columns a text takes.
+/// The number of columns of a text.
 pub(super) fn width(text: &str) -> usize {
     printable(text).width()
 }
 
-/// The beginning of a text, padded to exactly `columns`; an ellipsis stands for the rest.
+/// The beginning of a text, padded to exactly `columns`, with an ellipsis if it is cut.
 pub(super) fn head(text: &str, columns: usize) -> String {
     let text = printable(text);
     if text.width() <= columns {
@@ -23,7 +23,7 @@ pub(super) fn head(text: &str, columns: usize) -> String {
     pad(taken, columns)
 }
 
-/// The end of a text, padded to exactly `columns`: of a path, the end says more.
+/// The end of a text, padded to exactly `columns`. For paths, the end says more.
 pub(super) fn tail(text: &str, columns: usize) -> String {
     let text = printable(text);
     if text.width() <= columns {
@@ -53,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn texts_are_cut_at_the_end_that_says_less() {
+    fn texts_are_cut_to_a_number_of_columns() {
         assert_eq!(head("abc", 5), "abc  ");
         assert_eq!(head("abcdef", 5), "abcd…");
         assert_eq!(tail("photos/0028.png", 9), "…0028.png");

@@ -1,4 +1,4 @@
-//! One file of a shard: is it whole, is it this job's, and does it speak of the shard's own samples?
+//! Checks one file of a shard: is it whole, does it belong to this job, and does it have only the shard's own samples?
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,18 +7,18 @@ use elbo_core::ids::{SampleId, ShardId};
 use elbo_store::checksum::{Checksum, DATA, Data, Hashed};
 use elbo_store::parquet_file::ParquetFile;
 use elbo_store::table::{self, View};
-use elbo_store::{Seen, Store, StoreError};
+use elbo_store::{ObjectVersion, Store, StoreError};
 use futures::TryStreamExt;
 use object_store::path::Path;
 
-use super::Expected;
+use super::{Expected, damage};
 use crate::audit::AuditTable;
 use crate::layout;
 use crate::predictions::{ErrorRow, Errors};
 use crate::record::FINGERPRINT;
 use crate::{Output, OutputError};
 
-/// A row that speaks of a sample.
+/// A row that belongs to a sample.
 pub(super) trait OfSample {
     /// The sample.
     fn sample(&self) -> SampleId;
@@ -36,8 +36,8 @@ impl OfSample for Audited {
     }
 }
 
-/// What is wrong with the files of a shard as a whole, by path, and with the rows of those that say nothing of whole samples.
-/// A file that is damaged is not decoded: nothing of it can be trusted, the decoder's own soundness neither.
+/// The problems of a shard's files, by path. It checks the files as a whole, and the rows of errors and audits. A damaged file
+/// is not decoded, since neither its content nor the decoder's behaviour on it can be trusted.
 pub(super) async fn problems(
     output: &Output,
     out: &Store,
@@ -55,7 +55,7 @@ pub(super) async fn problems(
         problems.extend(problem.map(|problem| (path.clone(), problem)));
     }
     for (wanted, path, flag) in [(expected.errors, &errors, "--write-errors"), (expected.audit, &audit, "--audit")] {
-        if wanted && !problems.contains_key(path) && out.look(path).await? == Seen::Nothing {
+        if wanted && !problems.contains_key(path) && out.look(path).await? == ObjectVersion::Nothing {
             problems.insert(path.clone(), format!("{path} does not exist, though the job has {flag}"));
         }
     }
@@ -70,14 +70,14 @@ pub(super) async fn problems(
     Ok(problems)
 }
 
-/// What is wrong with a file as a whole: it is damaged, missing, or another job's.
+/// The problem of a file as a whole: it is damaged, missing, or from another job.
 async fn whole(
     out: &Store,
     path: &Path,
     expected: &Expected,
     committed: Option<&[&Checksum]>,
 ) -> Result<Option<String>, OutputError> {
-    // Of predictions that are missing, so are all rows, which says it better.
+    // If predictions are missing, all their rows are reported as missing, which says more.
     let is_told = committed.is_some_and(|files| !files.is_empty()) && !path.as_ref().starts_with(layout::PREDICTIONS);
     let missing = || is_told.then(|| format!("{path} is missing"));
     let file = match ParquetFile::find(out, path.clone()).await {
@@ -98,32 +98,29 @@ async fn whole(
         (Some([]), _) => return Ok(Some(format!("{path} is there, though its shard was committed without it"))),
         (Some(files), _) => !files.contains(&&hashed.whole),
         (None, Some(data)) => !data.is_some_and(|data| hashed.has(&data)),
-        // An older version of the program said nothing of its files.
+        // Older versions of the program wrote no checksum.
         (None, None) => false,
     };
     Ok(damaged.then(|| format!("{path} is damaged: its bytes are not those that were written")))
 }
 
-/// What is wrong with rows that may speak of a shard's samples only.
+/// The problem of a file with rows of samples that are not in its shard.
 async fn strangers<V: View<Row: OfSample + Send> + Send + 'static>(
     output: &Output,
     path: &Path,
     samples: &BTreeSet<SampleId>,
 ) -> Result<Option<String>, OutputError> {
-    let mut batches = match super::damage(output.rows::<V>(path.clone()).await)? {
-        Ok(Some(batches)) => batches,
-        Ok(None) => return Ok(None),
-        Err(problem) => return Ok(Some(problem)),
-    };
-    loop {
-        match super::damage(batches.try_next().await)? {
-            Ok(None) => return Ok(None),
-            Err(problem) => return Ok(Some(problem)),
-            Ok(Some(rows)) => {
-                if let Some(row) = rows.iter().find(|row| !samples.contains(&row.sample())) {
-                    return Ok(Some(format!("{path} speaks of sample {}, which is not of its shard", row.sample())));
-                }
+    let look = async {
+        let Some(mut batches) = output.rows::<V>(path.clone()).await? else { return Ok(None) };
+        while let Some(rows) = batches.try_next().await? {
+            if let Some(row) = rows.iter().find(|row| !samples.contains(&row.sample())) {
+                return Ok(Some(format!("{path} has a row of sample {}, which is not in its shard", row.sample())));
             }
         }
+        Ok(None)
+    };
+    match look.await {
+        Err(error) => damage(error).map(Some),
+        found => found,
     }
 }

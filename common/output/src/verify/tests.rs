@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use elbo_core::failure::FailureStage;
 use elbo_core::ids::{ClassIndex, SampleId};
 use elbo_core::prediction::{Labelled, Outcome};
 use elbo_data::SampleSink;
@@ -43,18 +44,18 @@ fn prediction(sample: &Sample, bad: bool) -> Prediction {
 }
 
 fn quarantined(sample: &Sample) -> Quarantined {
-    let (stage, error) = ("decode".into(), "bad".into());
+    let (stage, error) = (FailureStage::Decode, "bad".into());
     Quarantined { sample: sample.id, key: sample.key.clone(), stage, error, attempts: 1 }
 }
 
-/// A manifest's files, and what job.json says of them.
+/// A manifest's files, and its record in job.json.
 fn listed(samples: &[Sample]) -> (Vec<(Path, Bytes)>, ManifestRecord) {
     let mut writer = ManifestWriter::new(SHARD_SIZE);
     samples.iter().for_each(|sample| writer.take(sample.clone()).unwrap());
     writer.finish().unwrap()
 }
 
-/// An output of ten samples in three shards, sample 5 quarantined.
+/// An output of ten samples in three shards, with sample 5 quarantined.
 async fn output() -> Store {
     let out = Store::from_parts(Arc::new(InMemory::new()), Location::Local("/out".into()));
     let samples = samples(10);
@@ -117,7 +118,7 @@ async fn a_missing_or_damaged_shard_counts_all_its_samples_as_missing() {
 }
 
 #[tokio::test]
-async fn samples_missing_and_samples_twice_are_counted() {
+async fn missing_and_duplicate_samples_are_counted() {
     let (out, samples) = (output().await, samples(10));
     let rows: Vec<_> = [0, 1, 1, 1, 3].map(|i: usize| prediction(&samples[i], false)).into();
     write(&out, 0, &rows).await;
@@ -138,7 +139,7 @@ async fn a_row_of_another_shard_or_of_no_shard_is_a_problem() {
 }
 
 #[tokio::test]
-async fn a_file_of_no_shard_is_a_problem_and_its_rows_count() {
+async fn a_file_without_a_shard_is_a_problem_and_its_rows_count() {
     let (out, samples) = (output().await, samples(10));
     write(&out, 7, &[prediction(&samples[3], false)]).await;
     let found = check(&out).await;
@@ -147,7 +148,7 @@ async fn a_file_of_no_shard_is_a_problem_and_its_rows_count() {
 }
 
 #[tokio::test]
-async fn keys_and_labels_agree_with_the_manifest() {
+async fn keys_and_labels_must_agree_with_the_manifest() {
     let (out, samples) = (output().await, samples(10));
     let (mut key, mut label) = (prediction(&samples[8], false), prediction(&samples[9], false));
     key.key = "other.png".into();
@@ -159,7 +160,7 @@ async fn keys_and_labels_agree_with_the_manifest() {
 }
 
 #[tokio::test]
-async fn quarantine_files_and_predictions_agree() {
+async fn quarantine_files_and_predictions_must_agree() {
     let (out, samples) = (output().await, samples(10));
     write_quarantine(&out, 1, &[quarantined(&samples[6])]).await;
     let found = check(&out).await;

@@ -1,4 +1,4 @@
-//! Pages of listings as the clients of three stores read them.
+//! Listing pages, as the clients of three stores read them.
 
 use futures::TryStreamExt;
 use http::StatusCode;
@@ -9,7 +9,7 @@ use object_store::gcp::GoogleCloudStorageBuilder;
 
 use super::*;
 
-/// Keys as XML has them: those that are paths, those that are none, and a directory.
+/// Keys in XML: valid paths, invalid ones, and a directory.
 const PATHS: [&str; 4] = ["a.png", "b &amp; c/d.png", "e%2F.png", "z.png"];
 const OTHERS: [(&str, &str); 8] = [
     ("a//b.png", "a//b.png"),
@@ -22,7 +22,7 @@ const OTHERS: [(&str, &str); 8] = [
     ("a\u{1b}[2Jb.png", "a\\u{1b}[2Jb.png"),
 ];
 
-/// Answers every request with a page.
+/// Answers every request with the same page.
 #[derive(Clone, Debug)]
 struct Pages {
     page: String,
@@ -48,7 +48,7 @@ impl HttpService for Pages {
 fn page(of_one: impl Fn(&str, u64) -> String, around: [&str; 2]) -> Pages {
     let others = OTHERS.iter().map(|(key, _)| of_one(key, 1));
     let paths = PATHS.iter().map(|key| of_one(key, 0));
-    // One kind within the other.
+    // Valid and invalid keys alternate.
     let mut objects: Vec<_> = others.chain([of_one("directory/", 0), of_one("/", 0)]).collect();
     paths.enumerate().for_each(|(i, path)| objects.insert(3 * i, path));
     let page = format!("<?xml version=\"1.0\"?>{}{}{}", around[0], objects.concat(), around[1]);
@@ -56,7 +56,7 @@ fn page(of_one: impl Fn(&str, u64) -> String, around: [&str; 2]) -> Pages {
 }
 
 async fn check(store: impl ObjectStore, skipped: &Skipped) {
-    // What comes again is counted once.
+    // A repeated key is counted once.
     for _ in 0..2 {
         let listed: Vec<_> = store.list(None).map_ok(|meta| meta.location.to_string()).try_collect().await.unwrap();
         assert_eq!(listed, PATHS.map(|key| key.replace("&amp;", "&")));
@@ -74,7 +74,7 @@ fn of_s3(key: &str, size: u64) -> String {
 }
 
 #[tokio::test]
-async fn keys_that_are_no_paths_are_left_out_of_listings_of_s3_and_google() {
+async fn keys_that_are_not_paths_are_left_out_of_s3_and_google_listings() {
     let pages = page(of_s3, ["<ListBucketResult><Name>bucket//</Name>", "</ListBucketResult>"]);
     let s3 = AmazonS3Builder::new().with_bucket_name("bucket").with_region("r").with_skip_signature(true);
     check(s3.with_http_connector(pages.clone()).build().unwrap(), &pages.skipped).await;
@@ -84,7 +84,7 @@ async fn keys_that_are_no_paths_are_left_out_of_listings_of_s3_and_google() {
 }
 
 #[tokio::test]
-async fn and_of_azure() {
+async fn keys_that_are_not_paths_are_left_out_of_azure_listings() {
     let of_one = |key: &str, size: u64| {
         let date = "<Last-Modified>Wed, 21 Oct 2015 07:28:00 GMT</Last-Modified><Etag>x</Etag><Content-Type>image/png</Content-Type>";
         let properties = format!("<Properties>{date}<Content-Length>{size}</Content-Length></Properties>");
@@ -101,7 +101,7 @@ async fn and_of_azure() {
 }
 
 #[test]
-fn what_is_no_listing_stays_as_it_is() {
+fn a_page_that_is_not_a_listing_is_unchanged() {
     for page in
         ["", "<Contents><Key>a//b</Key>", "<Contents><Key>a</Other></Contents>", "text", "<a><Key>a//b</Key></a>"]
     {
@@ -110,7 +110,7 @@ fn what_is_no_listing_stays_as_it_is() {
 }
 
 #[test]
-fn of_many_keys_a_few_are_named() {
+fn only_a_few_of_many_keys_are_reported() {
     let skipped = Skipped::default();
     (0..1_000).for_each(|i| skipped.note(&format!("a//{i}")));
     let SkippedKeys { count, examples } = skipped.so_far();

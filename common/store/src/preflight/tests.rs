@@ -12,7 +12,7 @@ use object_store::{
 use super::*;
 use crate::Location;
 
-/// How a store is unfit.
+/// A flaw that makes a store unfit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Flaw {
     IgnoresCreate,
@@ -100,7 +100,7 @@ async fn left(store: &Store) -> usize {
 }
 
 #[tokio::test]
-async fn stores_that_keep_their_promises_are_fit_and_left_as_they_were() {
+async fn sound_stores_are_accepted_and_left_unchanged() {
     let memory = Store::from_parts(Arc::new(InMemory::new()), Location::parse("memory:///").unwrap());
     let directory = tempfile::TempDir::new().unwrap();
     let local = Store::open(&Location::Local(directory.path().into())).unwrap();
@@ -116,7 +116,7 @@ async fn stores_that_keep_their_promises_are_fit_and_left_as_they_were() {
 }
 
 #[tokio::test]
-async fn stores_that_do_not_are_refused_naming_what_is_wrong() {
+async fn flawed_stores_are_refused_by_their_flaw() {
     for (flaw, finding) in [
         (Flaw::IgnoresCreate, "If-None-Match was ignored"),
         (Flaw::IgnoresUpdate, "If-Match was ignored"),

@@ -1,4 +1,4 @@
-//! Reading a table where it lies: the footer, then of each row group only the columns that are looked at.
+//! Reads a stored table: the footer, then only the needed columns of each row group.
 
 use std::panic::AssertUnwindSafe;
 
@@ -12,10 +12,10 @@ use super::{Columns, TableError, View};
 use crate::StoreError;
 use crate::parquet_file::{ParquetFile, store_error};
 
-/// Rows decoded at a time: with a thousand scores each, some megabytes.
+/// Rows decoded at once: with a thousand scores each, a few megabytes.
 const BATCH: usize = 256;
 
-/// Rows that could not be read.
+/// An error while reading rows.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// The store failed.
@@ -26,7 +26,7 @@ pub enum ReadError {
     Table(TableError),
 }
 
-/// What went wrong while a table was read: the store, or what it gave.
+/// The error of reading a table: the store's or the file's.
 pub fn unread<V: View>(error: ParquetError) -> ReadError {
     match store_error(error) {
         Ok(error) => ReadError::Store(error),
@@ -34,7 +34,7 @@ pub fn unread<V: View>(error: ParquetError) -> ReadError {
     }
 }
 
-/// What the decoder gives next. It panics on some damaged files, which is no more than another way to say so.
+/// The decoder's next batch. The decoder panics on some damaged files, which is treated as an error.
 async fn next_batch<S>(batches: &mut S) -> Option<Result<RecordBatch, ParquetError>>
 where
     S: Stream<Item = Result<RecordBatch, ParquetError>> + Unpin,
@@ -43,8 +43,8 @@ where
     next.unwrap_or_else(|_| Some(Err(ParquetError::General("the decoder crashed on it".into()))))
 }
 
-/// The rows, in order, some at a time. The first of them are there at once, so that several files can be opened side by side
-/// while one is read.
+/// The rows in order, in batches. The first batch is read immediately, so that several files can be opened concurrently while
+/// one is read.
 pub async fn rows<V: View<Row: Send> + Send + 'static>(
     file: ParquetFile,
 ) -> Result<impl futures::Stream<Item = Result<Vec<V::Row>, ReadError>> + Send + Unpin, ReadError> {
@@ -55,7 +55,7 @@ pub async fn rows<V: View<Row: Send> + Send + 'static>(
     };
     let mut batches = builder.with_batch_size(BATCH).with_projection(mask).build().map_err(unread::<V>)?;
     let first = next_batch(&mut batches).await;
-    // Nothing is asked of a decoder that has failed.
+    // A decoder that has failed is not asked for more.
     let rest = futures::stream::unfold(Some(batches), |batches| async {
         let mut batches = batches?;
         let batch = next_batch(&mut batches).await?;

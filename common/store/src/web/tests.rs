@@ -1,4 +1,4 @@
-//! Web servers of several manners, as the client of a store sees them.
+//! Various behaviours of web servers, as the client of a store sees them.
 
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +12,7 @@ use super::*;
 const CONTENT: &[u8] = b"0123456789";
 const DATE_OF_CHANGE: &str = "Wed, 21 Oct 2015 07:28:00 GMT";
 
-/// A server, and what it was asked.
+/// A server, and the requests it got.
 #[derive(Clone, Debug)]
 struct Server {
     answer: fn(&HttpRequest) -> HttpResponse,
@@ -51,7 +51,7 @@ impl HttpService for Server {
     }
 }
 
-/// The content, whole or the range asked for, with further headers.
+/// The whole content or the requested range, with additional headers.
 fn served(request: &HttpRequest, headers: &[(HeaderName, &str)]) -> HttpResponse {
     let range = request.headers().get(RANGE).and_then(|range| range.to_str().unwrap().strip_prefix("bytes="));
     let mut response = match range.map(|range| range.split_once('-').unwrap()) {
@@ -92,7 +92,7 @@ async fn read(store: &impl ObjectStore, tag: Option<&str>) -> object_store::Resu
 }
 
 #[tokio::test]
-async fn weak_tags_and_those_of_compressed_answers_are_compared_for_what_they_name() {
+async fn weak_tags_and_tags_of_compressed_responses_are_compared_by_content() {
     let weak = Server::new(|request| served(request, &[(ETAG, "W/\"abc-gzip\"")])).store();
     let tag = weak.head(&key()).await.unwrap().e_tag;
     assert_eq!(tag.as_deref(), Some("\"abc\""));
@@ -108,7 +108,7 @@ async fn weak_tags_and_those_of_compressed_answers_are_compared_for_what_they_na
 }
 
 #[tokio::test]
-async fn without_tags_a_date_of_change_that_has_settled_is_one() {
+async fn without_tags_a_settled_modification_date_is_the_tag() {
     let now = ("Wed, 21 Oct 2015 07:28:30 GMT", None);
     let later = ("Sun, 06 Nov 2044 08:49:37 GMT", Some(format!("\"{DATE_OF_CHANGE}\"")));
     for (answered, tag) in [now, later] {
@@ -126,20 +126,20 @@ async fn without_tags_a_date_of_change_that_has_settled_is_one() {
     assert_eq!(read(&store, Some(&format!("\"{DATE_OF_CHANGE}\""))).await.unwrap(), CONTENT);
     let changed = read(&store, Some("\"Wed, 21 Oct 2015 07:28:01 GMT\"")).await;
     assert!(matches!(changed, Err(object_store::Error::Precondition { .. })));
-    // A server that tells neither can't be asked whether it is the same.
+    // A server with neither can't be checked for changes.
     let silent = Server::new(|request| served(request, &[])).store();
     assert_eq!(silent.head(&key()).await.unwrap().e_tag, None);
     assert_eq!(read(&silent, Some("\"abc\"")).await.unwrap(), CONTENT);
 }
 
 #[tokio::test]
-async fn where_head_is_refused_the_first_byte_tells_size_and_tag() {
+async fn if_head_is_refused_the_first_byte_gives_size_and_tag() {
     let servers: [fn(&HttpRequest) -> HttpResponse; 6] = [
         |request| head_is(request, StatusCode::METHOD_NOT_ALLOWED),
         |request| head_is(request, StatusCode::FORBIDDEN),
         |request| head_is(request, StatusCode::NOT_IMPLEMENTED),
         |request| head_is(request, StatusCode::NOT_FOUND),
-        // HEAD is answered, but without a size.
+        // HEAD succeeds, but without a size.
         |request| {
             let mut response = served(request, &[(ETAG, "\"abc\"")]);
             if request.method() == Method::HEAD {
@@ -147,7 +147,7 @@ async fn where_head_is_refused_the_first_byte_tells_size_and_tag() {
             }
             response
         },
-        // Ranges are not known either.
+        // Ranges are not supported either.
         |request| {
             if request.method() == Method::HEAD {
                 return refused(StatusCode::METHOD_NOT_ALLOWED);
@@ -183,7 +183,7 @@ fn head_is(request: &HttpRequest, status: StatusCode) -> HttpResponse {
 }
 
 #[tokio::test]
-async fn a_server_without_ranges_is_said_to_be_one_unless_the_whole_was_asked_for() {
+async fn a_server_without_ranges_is_reported_unless_the_whole_file_was_requested() {
     let server = Server::new(|request| {
         let mut plain = request.clone();
         plain.headers_mut().remove(RANGE);
@@ -210,7 +210,7 @@ async fn an_answer_without_a_size_gets_one() {
 }
 
 #[tokio::test]
-async fn a_page_in_place_of_a_file_is_no_file_and_a_file_called_a_page_is_one() {
+async fn a_page_instead_of_a_file_is_refused_and_a_file_labelled_as_a_page_is_accepted() {
     let login = Server::new(|_| {
         let mut response = answer(StatusCode::OK, Bytes::from_static(b"\n<!DOCTYPE html><html>Log in</html>"));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));

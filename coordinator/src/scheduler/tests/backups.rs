@@ -1,11 +1,11 @@
-//! Second leases on what is slow, and blocks that outlive their coordinator or their lease.
+//! Tests of backups of slow units, and of blocks that outlive their coordinator or their lease.
 
 use super::*;
 
 const RATE: f64 = 100.0;
 
-/// Two workers, the first of which holds everything there is.
-fn all_leased() -> (Scheduler, Vec<Grant>) {
+/// Two workers, the first of which holds all units.
+fn all_leased() -> (Scheduler, Vec<LeasedBlock>) {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
     scheduler.join("slow", "host", "cpu", Duration::ZERO);
@@ -23,16 +23,16 @@ fn report(scheduler: &mut Scheduler, worker: &str, lease: LeaseId, units: &[Unit
 }
 
 #[test]
-fn whoever_is_idle_computes_what_would_be_finished_last_and_the_first_result_counts() {
+fn an_idle_worker_computes_what_would_finish_last_and_the_first_result_counts() {
     let (mut scheduler, grants) = all_leased();
     let backup = scheduler.grant("idle", RATE, Duration::from_secs(1)).unwrap();
     let of = |unit: &Unit| grants.iter().position(|grant| grant.units.contains(unit)).unwrap();
     let last = &grants[of(&backup.units[0])];
-    assert!(backup.units.iter().all(|unit| last.units.contains(unit)), "a block is backed by its own units");
-    assert!(of(&backup.units[0]) > 0, "what its worker is at is left to it");
-    assert!(last.units.ends_with(&backup.units), "its worker comes from the beginning");
+    assert!(backup.units.iter().all(|unit| last.units.contains(unit)), "a backup takes units of one block");
+    assert!(of(&backup.units[0]) > 0, "the block in progress is left to its worker");
+    assert!(last.units.ends_with(&backup.units), "a backup takes the end of the block");
     assert_eq!(report(&mut scheduler, "idle", backup.lease, &backup.units).record.results.len(), backup.units.len());
-    // The slow one has computed it for nothing, and is told before it does more than it must.
+    // The slow worker has computed it for nothing, and is told so before it does more.
     let late = report(&mut scheduler, "slow", last.lease, &last.units);
     assert_eq!(late.duplicates as usize, backup.units.len());
     let evaluations: u64 = backup.units.iter().map(Unit::evaluations).sum();
@@ -43,9 +43,9 @@ fn whoever_is_idle_computes_what_would_be_finished_last_and_the_first_result_cou
 }
 
 #[test]
-fn there_is_no_backup_that_would_not_help() {
+fn there_is_no_backup_if_it_would_not_help() {
     let (mut scheduler, grants) = all_leased();
-    // All but the first block are done; a hundredth of the speed would not bring its end forward.
+    // All but the first block are done. A worker with a hundredth of the speed would not finish it earlier.
     for grant in &grants[1..] {
         report(&mut scheduler, "slow", grant.lease, &grant.units);
     }
@@ -53,20 +53,20 @@ fn there_is_no_backup_that_would_not_help() {
         report(&mut scheduler, "slow", next.lease, &next.units);
     }
     assert!(scheduler.grant("idle", RATE / 100.0, Duration::from_secs(1)).is_none());
-    // Unless nothing comes of it at all.
+    // It helps if the first worker makes no progress at all.
     scheduler.heartbeat("slow", Heartbeat::default(), Duration::from_secs(3_000)).unwrap();
     assert!(scheduler.grant("idle", RATE / 100.0, Duration::from_secs(3_000)).is_some());
 }
 
 #[test]
-fn a_backup_goes_on_when_the_first_is_gone_and_the_other_way_round() {
+fn either_lease_goes_on_when_the_other_is_gone() {
     for gone in ["slow", "idle"] {
         let (mut scheduler, _) = all_leased();
         let backup = scheduler.grant("idle", RATE, Duration::ZERO).unwrap();
         scheduler.leave(gone);
         let unit = backup.units[0].id;
         let shard = scheduler.open_shard_of(unit).unwrap();
-        assert!(!shard.is_wanted(unit), "somebody is still at it");
+        assert!(!shard.is_wanted(unit), "another worker still computes it");
         assert_eq!(shard.holders(unit).iter().count(), 1);
     }
 }
@@ -78,13 +78,13 @@ fn a_new_coordinator_leaves_workers_the_blocks_they_have() {
         grants.iter().map(|g| (key(1, g.lease.0), g.units.iter().map(|u| u.id).collect::<Vec<_>>())).collect();
     let first = Record { results: vec![evaluate(&grants[0].units[0])], failures: vec![] };
     let checked = before.check("slow", held[0].0, first, false, Duration::ZERO).unwrap();
-    // The report is durable, its acknowledgement is lost, and so is the coordinator.
+    // The report is durable, but its acknowledgement and the coordinator are lost.
     let mut after = scheduler(4, 2);
     after.join("slow", "host", "cpu", Duration::ZERO);
     held.iter().for_each(|(key, units)| after.adopt("slow", *key, units, Duration::ZERO));
     assert_eq!(after.wants_shard(), Some(ShardId(0)));
     open(&mut after, ShardId(0), 4, vec![checked.record]);
-    // All is in hand: nothing is left for another, and nothing is unwanted but what is known.
+    // The worker holds everything: nothing is left for another, and only known units are unwanted.
     after.join("other", "host", "cpu", Duration::ZERO);
     let ready = after.take_ready("other", RATE).unwrap_or_default();
     assert!(ready.iter().all(|unit| held.iter().all(|(_, units)| !units.contains(unit))), "{ready:?}");
@@ -98,7 +98,7 @@ fn a_new_coordinator_leaves_workers_the_blocks_they_have() {
 }
 
 #[test]
-fn who_comes_back_after_its_lease_ran_out_goes_on_with_what_nobody_has_taken() {
+fn a_worker_that_comes_back_after_its_lease_expired_keeps_the_units_that_no_other_has_taken() {
     let (mut scheduler, grants) = all_leased();
     let (silent, _) = wait(&mut scheduler, 0, 31);
     assert!(silent.contains(&"slow".to_owned()));

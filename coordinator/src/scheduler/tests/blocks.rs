@@ -1,11 +1,12 @@
-//! How large blocks are as they are sent.
+//! Tests of the size of blocks as they are sent.
 
+use elbo_core::failure::{FailureStage, SampleFailure};
 use elbo_proto::{FULL_MESSAGE_BYTES, MAX_MESSAGE_BYTES};
 use prost::Message;
 
 use super::*;
 
-/// So many prompts, or captions of each sample's own, on one slot: what a contrastive model does.
+/// A job that evaluates this many prompts, or captions per sample, on one slot, as a contrastive model does.
 fn once(prompts: usize, captions: usize, samples: u64) -> JobShape {
     let contenders = Contenders::prompts(prompts);
     let of_job = (captions == 0).then_some(&contenders);
@@ -27,8 +28,8 @@ fn samples(count: u64, captions: &[String]) -> Vec<Sample> {
     (0..count).map(|id| Sample { id: SampleId(id), candidates: captions.to_vec(), ..sample.clone() }).collect()
 }
 
-/// All blocks there are, with their sizes.
-fn blocks(scheduler: &mut Scheduler) -> Vec<(usize, Grant)> {
+/// All blocks, with their sizes.
+fn blocks(scheduler: &mut Scheduler) -> Vec<(usize, LeasedBlock)> {
     let mut blocks = Vec::new();
     while let Some(grant) = scheduler.grant("w", 1e9, Duration::ZERO) {
         blocks.push((crate::service::to_block(scheduler.epoch(), grant.clone()).encoded_len(), grant));
@@ -36,7 +37,7 @@ fn blocks(scheduler: &mut Scheduler) -> Vec<(usize, Grant)> {
     blocks
 }
 
-fn units(blocks: &[(usize, Grant)]) -> Vec<UnitId> {
+fn units(blocks: &[(usize, LeasedBlock)]) -> Vec<UnitId> {
     let mut units: Vec<_> = blocks.iter().flat_map(|(_, grant)| grant.units.iter().map(|unit| unit.id)).collect();
     units.sort_unstable();
     units
@@ -64,12 +65,12 @@ fn a_block_fits_a_message_however_long_the_captions_are() {
     let blocks = blocks(&mut scheduler);
     assert!(blocks.iter().all(|(size, grant)| *size < 8 << 20 && !grant.samples.is_empty()));
     assert_eq!(units(&blocks).len(), 8 * 16);
-    // A long list comes with all its units and not once for each.
+    // A long list of captions is sent once with all its units, not once for each.
     assert!(blocks.len() <= 8, "{}", blocks.len());
 }
 
 #[test]
-fn a_sample_that_fits_no_message_is_given_up_and_says_why() {
+fn a_sample_that_fits_no_message_is_quarantined_with_the_reason() {
     let captions = ["short".to_owned(), "x".repeat(MAX_MESSAGE_BYTES / 2)];
     let mut manifest = samples(2, &captions);
     manifest[0].candidates = vec!["short".into(), "short too".into()];
@@ -77,20 +78,20 @@ fn a_sample_that_fits_no_message_is_given_up_and_says_why() {
     let blocks = blocks(&mut scheduler);
     assert_eq!(units(&blocks).iter().map(|unit| unit.sample.0).collect::<Vec<_>>(), [0]);
     assert_eq!(scheduler.totals().quarantined, 1);
-    let failures = vec![SampleFailure { sample: SampleId(0), stage: "read".into(), error: "gone".into() }];
+    let failures = vec![SampleFailure { sample: SampleId(0), stage: FailureStage::Read, error: "gone".into() }];
     scheduler.apply(Record { results: vec![], failures }, None);
     let (_, ended, totals) = scheduler.finished(ShardId(0)).unwrap();
-    let Outcome::Quarantined(failure) = &ended[1].outcome else { panic!("{:?}", ended[1].sample) };
+    let SampleOutcome::Quarantined(failure) = &ended[1].outcome else { panic!("{:?}", ended[1].sample) };
     assert!(failure.error.contains("fewer or shorter captions"), "{}", failure.error);
     assert_eq!((totals.samples, totals.quarantined), (2, 2));
 }
 
 #[test]
-fn what_is_handed_out_again_is_no_larger_than_what_is_handed_out_first() {
+fn retried_blocks_are_no_larger_than_first_blocks() {
     let policy = LeasePolicy { block_bytes: 10_000, ..LeasePolicy::default() };
     let mut scheduler = fast(once(6_400, 0, 4), samples(4, &[]), policy);
     let all: Vec<_> = (0..4).flat_map(|id| elbo_core::unit::Cut::new(1, 6_400).ids(SampleId(id), Round(0))).collect();
-    // A worker says that it holds everything, and that it can't be computed.
+    // A worker says that it holds everything, and that it can't compute it.
     scheduler.adopt("w", key(1, 7), &all, Duration::ZERO);
     assert!(scheduler.holds("w", key(1, 7)));
     assert!(scheduler.fail("w", key(1, 7), "out of memory").is_empty());

@@ -1,16 +1,18 @@
-//! Blocks that fail, blocks that kill their workers, and samples that can't be read.
+//! Tests of blocks that fail, blocks that kill their workers, and samples that can't be read.
+
+use elbo_core::failure::{FailureStage, SampleFailure};
 
 use super::*;
 
-/// Reports everything of a block.
-fn report_all(scheduler: &mut Scheduler, worker: &str, grant: &Grant) {
+/// Reports all units of a block.
+fn report_all(scheduler: &mut Scheduler, worker: &str, grant: &LeasedBlock) {
     let report = Record { results: grant.units.iter().map(evaluate).collect(), failures: vec![] };
     let checked = scheduler.check(worker, key(1, grant.lease.0), report, false, Duration::ZERO).unwrap();
     scheduler.apply(checked.record, Some((worker, key(1, grant.lease.0))));
 }
 
 #[test]
-fn a_failing_sample_is_found_by_bisection_and_only_it_is_given_up() {
+fn bisection_finds_a_failing_sample_and_only_it_is_given_up() {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
     scheduler.join("a", "host", "cpu", Duration::ZERO);
@@ -34,8 +36,9 @@ fn a_failing_sample_is_found_by_bisection_and_only_it_is_given_up() {
     assert_eq!(scheduler.totals().quarantined, 1);
 }
 
-/// Lets workers take blocks one after the other and die of those that `kills` says; how many died, and who was given up.
-fn die(scheduler: &mut Scheduler, kills: impl Fn(&Grant, u32) -> bool) -> (u32, Vec<SampleFailure>) {
+/// Lets workers take blocks one after another, and die on those for which `kills` returns true. Returns the number of
+/// deaths and the samples given up.
+fn die(scheduler: &mut Scheduler, kills: impl Fn(&LeasedBlock, u32) -> bool) -> (u32, Vec<SampleFailure>) {
     let (mut deaths, mut given_up, mut now) = (0, Vec::new(), Duration::ZERO);
     for turn in 0..400 {
         let worker = format!("w{turn}");
@@ -63,21 +66,21 @@ fn a_sample_that_kills_every_worker_is_found_and_given_up() {
     open(&mut scheduler, ShardId(0), 4, vec![]);
     let (deaths, given_up) = die(&mut scheduler, |grant, _| grant.units.iter().any(|u| u.id.sample == SampleId(1)));
     assert_eq!(given_up.iter().map(|failure| failure.sample).collect::<Vec<_>>(), [SampleId(1)]);
-    assert!(given_up[0].error.contains("3 that had nothing else in hand"), "{}", given_up[0].error);
+    assert!(given_up[0].error.contains("3 more that held nothing else"), "{}", given_up[0].error);
     // Three until the block is suspected, one for each bisection, and three for the sample itself.
     assert!((6..=10).contains(&deaths), "{deaths}");
     assert_eq!(scheduler.finished_shards(), [ShardId(0)]);
 }
 
 #[test]
-fn workers_that_are_taken_away_blame_nobody() {
+fn no_sample_is_given_up_for_workers_that_are_taken_away() {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
-    // Machines go again and again, whatever they compute: that alone gives nobody up.
+    // Machines go away again and again, whatever they compute: that alone gives no sample up.
     let (deaths, given_up) = die(&mut scheduler, |_, deaths| deaths < 5);
     assert_eq!((deaths, given_up), (5, vec![]));
     assert_eq!(scheduler.finished_shards(), [ShardId(0)]);
-    assert!(scheduler.deaths.is_empty(), "what is done needs no suspicion");
+    assert!(scheduler.deaths.is_empty(), "done units keep no count of deaths");
 }
 
 #[test]
@@ -93,12 +96,12 @@ fn a_block_that_failed_once_is_not_blamed_for_its_next_workers_death() {
     assert_eq!((silent.len(), given_up), (1, vec![]));
     scheduler.join("b", "host", "cpu", Duration::from_secs(31));
     let last = scheduler.grant("b", 1e9, Duration::from_secs(31)).unwrap();
-    // A second failure is one too many.
+    // The second failure gives the sample up.
     assert_eq!(scheduler.fail("b", key(1, last.lease.0), "out of memory").len(), 1);
 }
 
 #[test]
-fn nobody_hands_back_or_fails_what_somebody_else_holds() {
+fn a_worker_can_not_hand_back_or_fail_a_lease_of_another() {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
     scheduler.join("owner", "host", "cpu", Duration::ZERO);
@@ -111,7 +114,7 @@ fn nobody_hands_back_or_fails_what_somebody_else_holds() {
 }
 
 #[test]
-fn what_is_left_of_a_failed_block_is_not_blamed_for_what_was_taken_out_of_it() {
+fn the_rest_of_a_failed_block_is_not_blamed_for_units_taken_out_of_it() {
     let mut scheduler = scheduler(2, 1);
     open(&mut scheduler, ShardId(0), 2, vec![]);
     scheduler.join("a", "host", "cpu", Duration::ZERO);
@@ -122,14 +125,14 @@ fn what_is_left_of_a_failed_block_is_not_blamed_for_what_was_taken_out_of_it() {
     };
     assert!(fail_next(&mut scheduler, "a").0.is_empty());
     assert!(fail_next(&mut scheduler, "b").0.is_empty());
-    // Each sample is by itself now. One is given up for another reason while its worker is at it.
+    // Each sample is by itself now. One unit is taken out while a worker computes its sample.
     let grant = scheduler.grant("a", 1e9, Duration::ZERO).unwrap();
     let sample = grant.units[0].id.sample;
     assert!(grant.units.iter().all(|unit| unit.id.sample == sample) && grant.units.len() > 1);
     let done = Record { results: vec![evaluate(&grant.units[0])], failures: vec![] };
     let checked = scheduler.check("b", key(1, 1), done, false, Duration::ZERO).unwrap();
     scheduler.apply(checked.record, Some(("b", key(1, 1))));
-    // Whether it failed of that unit or of another is not known: it gets another try.
+    // It is unknown whether that unit or another one failed, so the sample gets another try.
     assert!(scheduler.fail("a", key(1, grant.lease.0), "out of memory").is_empty());
     let (given_up, again) = fail_next(&mut scheduler, "b");
     assert_eq!(again.units.len() + 1, grant.units.len());
@@ -137,10 +140,10 @@ fn what_is_left_of_a_failed_block_is_not_blamed_for_what_was_taken_out_of_it() {
 }
 
 #[test]
-fn whoever_is_at_something_that_may_be_deadly_has_nothing_else_in_hand() {
+fn a_worker_with_a_deadly_suspect_has_nothing_else_in_hand() {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
-    // Three workers die of the first block.
+    // Three workers die while they hold the first block.
     let mut now = 0;
     for worker in ["a", "b", "c"] {
         scheduler.join(worker, "host", "cpu", Duration::from_secs(now));
@@ -150,17 +153,17 @@ fn whoever_is_at_something_that_may_be_deadly_has_nothing_else_in_hand() {
         now += 31;
     }
     let at = Duration::from_secs(now);
-    let is_suspect = |scheduler: &Scheduler, grant: &Grant| scheduler.leases[&key(1, grant.lease.0)].blame.deadly;
+    let is_suspect = |scheduler: &Scheduler, grant: &LeasedBlock| scheduler.leases[&key(1, grant.lease.0)].blame.deadly;
     for worker in ["busy", "free"] {
         scheduler.join(worker, "host", "cpu", at);
     }
-    // The first is given the suspects, and until it has done with them nothing more.
+    // The first worker gets the suspects, and nothing more until it is done with them.
     let suspects = scheduler.grant("busy", 0.0, at).unwrap();
     assert!(is_suspect(&scheduler, &suspects) && scheduler.has_ready());
     assert_eq!(scheduler.grant("busy", 0.0, at), None);
     let other = scheduler.grant("free", 0.0, at).unwrap();
     assert!(!is_suspect(&scheduler, &other));
-    // They are handed back, and are no less suspect for that; who holds something else is not given them.
+    // The suspects are handed back and stay suspects. A worker that holds something else does not get them.
     scheduler.leave("busy");
     while let Some(more) = scheduler.grant("free", 0.0, at) {
         assert!(!is_suspect(&scheduler, &more));
@@ -171,9 +174,9 @@ fn whoever_is_at_something_that_may_be_deadly_has_nothing_else_in_hand() {
     assert_eq!(again.units, suspects.units);
 }
 
-/// A report that says that this worker could not read a sample.
+/// Reports that this worker could not read a sample.
 fn could_not_read(scheduler: &mut Scheduler, worker: &str, lease: LeaseId, sample: SampleId, now: u64) -> Checked {
-    let failure = SampleFailure { sample, stage: UNREAD.into(), error: "no such file".into() };
+    let failure = SampleFailure { sample, stage: FailureStage::Unread, error: "no such file".into() };
     let report = Record { results: vec![], failures: vec![failure] };
     let checked = scheduler.check(worker, key(1, lease.0), report, false, Duration::from_secs(now)).unwrap();
     scheduler.apply(checked.record.clone(), Some((worker, key(1, lease.0))));
@@ -185,23 +188,23 @@ fn join(scheduler: &mut Scheduler, worker: &str, process: &str, now: u64) {
     scheduler.is_of(worker, process);
 }
 
-/// A job of one sample, whose units the first worker has in hand and can't read.
-fn unread(others: &[(&str, &str)]) -> (Scheduler, Grant) {
+/// A job of one sample, which the first worker holds and can't read.
+fn unread(others: &[(&str, &str)]) -> (Scheduler, LeasedBlock) {
     let mut scheduler = scheduler(1, 1);
     open(&mut scheduler, ShardId(0), 1, vec![]);
     join(&mut scheduler, "a/0", "a", 0);
     others.iter().for_each(|(worker, process)| join(&mut scheduler, worker, process, 0));
     let grant = scheduler.grant("a/0", 1e9, Duration::ZERO).unwrap();
     let checked = could_not_read(&mut scheduler, "a/0", grant.lease, SampleId(0), 1);
-    assert_eq!((checked.postponed.len(), checked.record), (1, Record::default()), "nobody is blamed");
+    assert_eq!((checked.postponed.len(), checked.record), (1, Record::default()), "the sample is not given up");
     assert!(scheduler.leases.is_empty() && scheduler.has_ready());
     (scheduler, grant)
 }
 
 #[test]
-fn what_one_worker_could_not_read_another_looks_at_and_may_be_able_to() {
+fn a_sample_that_one_worker_could_not_read_is_tried_by_another() {
     let (mut scheduler, before) = unread(&[("a/1", "a"), ("b/0", "b")]);
-    // An engine of the same process sees the same mount: it is no second witness, nor is the first one again.
+    // An engine of the same process sees the same mount, so it does not get the sample, nor does the first engine again.
     for engine in ["a/0", "a/1"] {
         assert_eq!(scheduler.grant(engine, 1e9, Duration::from_secs(2)), None);
     }
@@ -210,12 +213,12 @@ fn what_one_worker_could_not_read_another_looks_at_and_may_be_able_to() {
     report_all(&mut scheduler, "b/0", &again);
     assert!(scheduler.doubts.is_empty());
     assert_eq!(scheduler.totals().quarantined, 0);
-    // What comes after is for anyone again.
+    // The next round is for any worker again.
     assert!(scheduler.grant("a/0", 1e9, Duration::from_secs(3)).is_some());
 }
 
 #[test]
-fn what_two_processes_could_not_read_is_given_up() {
+fn a_sample_that_two_processes_could_not_read_is_given_up() {
     let (mut scheduler, _) = unread(&[("a/1", "a"), ("b/0", "b")]);
     let again = scheduler.grant("b/0", 1e9, Duration::from_secs(2)).unwrap();
     let checked = could_not_read(&mut scheduler, "b/0", again.lease, SampleId(0), 2);
@@ -225,9 +228,9 @@ fn what_two_processes_could_not_read_is_given_up() {
 }
 
 #[test]
-fn who_is_alone_looks_again_before_anything_is_given_up() {
+fn a_single_process_tries_again_before_a_sample_is_given_up() {
     let (mut scheduler, first) = unread(&[("a/1", "a")]);
-    // The same report once more is no second look.
+    // A repeated report is not a second try.
     assert_eq!(could_not_read(&mut scheduler, "a/0", first.lease, SampleId(0), 2).postponed.len(), 1);
     let again = scheduler.grant("a/1", 1e9, Duration::from_secs(2)).unwrap();
     assert_eq!(again.units, first.units);
@@ -236,18 +239,18 @@ fn who_is_alone_looks_again_before_anything_is_given_up() {
 }
 
 #[test]
-fn a_worker_that_leaves_gives_back_what_it_was_to_look_at() {
+fn a_worker_that_leaves_returns_the_samples_it_was_to_try() {
     let (mut scheduler, first) = unread(&[("b/0", "b")]);
     let again = scheduler.grant("b/0", 1e9, Duration::from_secs(2)).unwrap();
     scheduler.leave("b/0");
     join(&mut scheduler, "c/0", "c", 3);
-    assert_eq!(scheduler.grant("a/0", 1e9, Duration::from_secs(3)), None, "there is somebody else again");
+    assert_eq!(scheduler.grant("a/0", 1e9, Duration::from_secs(3)), None, "there is another worker again");
     let last = scheduler.grant("c/0", 1e9, Duration::from_secs(3)).unwrap();
     assert_eq!((&last.units, &again.units), (&first.units, &first.units));
 }
 
 #[test]
-fn many_samples_that_could_not_be_read_are_looked_at_together() {
+fn many_samples_that_could_not_be_read_are_tried_together() {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
     join(&mut scheduler, "a", "", 0);
@@ -265,21 +268,21 @@ fn many_samples_that_could_not_be_read_are_looked_at_together() {
 }
 
 #[test]
-fn nobody_is_waited_for_who_never_asks_for_work() {
-    // The other one has joined and sends signs of life, and that is all.
+fn a_worker_that_never_asks_for_work_is_not_waited_for() {
+    // The other worker has joined and sends heartbeats, and that is all.
     let beat = |scheduler: &mut Scheduler, now| {
         assert!(scheduler.heartbeat("silent", Heartbeat::default(), Duration::from_secs(now)).is_some());
         wait(scheduler, now, now)
     };
     let patience = LeasePolicy::default().patience().as_secs();
-    for stage in ["evaluate", UNREAD] {
+    for stage in [FailureStage::Evaluate, FailureStage::Unread] {
         let mut scheduler = scheduler(1, 1);
         open(&mut scheduler, ShardId(0), 1, vec![]);
         join(&mut scheduler, "silent", "", 0);
         join(&mut scheduler, "a", "", 0);
         let grant = scheduler.grant("a", 1e9, Duration::ZERO).unwrap();
         let fail = |scheduler: &mut Scheduler, lease: LeaseId, now| match stage {
-            UNREAD => drop(could_not_read(scheduler, "a", lease, SampleId(0), now)),
+            FailureStage::Unread => drop(could_not_read(scheduler, "a", lease, SampleId(0), now)),
             _ => {
                 let failures = scheduler.fail("a", key(1, lease.0), "out of memory");
                 scheduler.apply(Record { results: vec![], failures }, None);
@@ -299,13 +302,13 @@ fn nobody_is_waited_for_who_never_asks_for_work() {
 }
 
 #[test]
-fn what_others_ask_for_and_never_take_is_for_anyone_after_a_while() {
+fn samples_that_others_never_read_go_to_any_worker_after_a_while() {
     let mut scheduler = scheduler(1, 1);
     open(&mut scheduler, ShardId(0), 1, vec![]);
     join(&mut scheduler, "a", "", 0);
     let grant = scheduler.grant("a", 1e9, Duration::ZERO).unwrap();
     could_not_read(&mut scheduler, "a", grant.lease, SampleId(0), 0);
-    // Workers without the mount come again and again, take what is left to others, and leave.
+    // Workers without the mount keep joining, take the samples left to others, and leave.
     let patience = LeasePolicy::default().patience().as_secs();
     for now in 1..=patience {
         let name = format!("blind{now}");
@@ -321,8 +324,8 @@ fn what_others_ask_for_and_never_take_is_for_anyone_after_a_while() {
 }
 
 #[test]
-fn a_failure_from_before_another_try_gives_nothing_up() {
-    // The image was cut off; it has been replaced, and its samples retried, while a worker had the failure in hand.
+fn a_failure_from_before_a_retry_gives_nothing_up() {
+    // The image was cut off. It has been replaced and its sample retried, while a worker still held the failure.
     let mut old = scheduler(1, 1);
     open(&mut old, ShardId(0), 1, vec![]);
     join(&mut old, "a/0", "a", 0);
@@ -334,7 +337,7 @@ fn a_failure_from_before_another_try_gives_nothing_up() {
         scheduler.adopt("a/0", key(1, 0), &held, Duration::ZERO);
         assert_eq!(scheduler.grant("a/0", 1e9, Duration::ZERO), None, "it has everything");
         let mut fails = |of: LeaseKey| {
-            let failure = SampleFailure { sample: SampleId(0), stage: "decode".into(), error: "cut off".into() };
+            let failure = SampleFailure { sample: SampleId(0), stage: FailureStage::Decode, error: "cut off".into() };
             let report = Record { results: vec![], failures: vec![failure] };
             let checked = scheduler.check("a/0", of, report, false, Duration::from_secs(1)).unwrap();
             scheduler.apply(checked.record.clone(), Some(("a/0", of)));
@@ -346,7 +349,7 @@ fn a_failure_from_before_another_try_gives_nothing_up() {
         assert_eq!(again.is_some(), is_void);
         if let Some(again) = again {
             assert!(again.units.iter().map(|unit| unit.id).eq(held.iter().copied()));
-            // What fails now does count.
+            // A failure now counts.
             assert_eq!(fails(key(3, again.lease.0)), (0, 1, None, 1));
         }
     }

@@ -1,4 +1,4 @@
-//! The scheduler without a network or a clock: by single events, and in whole simulated clusters.
+//! Tests of the scheduler without a network or a clock: single events, and whole simulated clusters.
 
 mod backups;
 mod blocks;
@@ -10,10 +10,12 @@ mod trust;
 use elbo_core::audit::Audit;
 use elbo_core::class::{Classes, Hierarchy};
 use elbo_core::ensemble::Contenders;
+use elbo_core::failure::SampleFailure;
 use elbo_core::ids::{LeaseId, PromptIndex, Round};
 use elbo_core::noise::{NoiseScope, NoiseSource};
 use elbo_core::policy::{Course, Policy, Timesteps};
 use elbo_core::unit::Unit;
+use elbo_proto::v1;
 
 use super::*;
 
@@ -23,19 +25,20 @@ fn reference() -> Policy {
     Policy::reference(&[3, 1], &[10, 100], 1).unwrap()
 }
 
-/// Seventy prompts, of which three stay after ten slots, and one after a hundred.
+/// Seventy prompts. Three remain after ten slots, and one after a hundred.
 fn shape(samples: u64, keep_errors: bool) -> JobShape {
     let contenders = Contenders::prompts(70);
     let course = Course::new(&reference(), None, 1000, Some(&contenders)).unwrap();
     JobShape::new(course, contenders, &[(0, samples)].into(), SHARD_SIZE, keep_errors)
 }
 
-/// The same seventy prompts in a race, of whose samples a part is audited.
+/// The same seventy prompts in a race with an audit.
 fn race(samples: u64, keep_errors: bool) -> JobShape {
     race_among(Contenders::prompts(70), samples, keep_errors)
 }
 
-/// The same race below groups: forty of the classes in four groups, two of them in a larger one, and thirty in none.
+/// The same race below groups: forty classes are in four groups, two of which are in a larger group; thirty classes are in
+/// none.
 fn grouped(samples: u64, keep_errors: bool) -> JobShape {
     let classes = Classes::parse(&(0..70).map(|i| format!("c{i}\n")).collect::<String>(), &[]).unwrap();
     let group = |g: u32| (0..10).map(|i| format!("c{},g{g}\n", 10 * g + i)).collect::<String>();
@@ -53,7 +56,7 @@ fn race_among(contenders: Contenders, samples: u64, keep_errors: bool) -> JobSha
     shape.with_audit(Some(Audit { share: "30%".parse().unwrap(), policy: audit }), 0)
 }
 
-/// What a job's samples go through.
+/// The course of a job's samples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Kind {
     #[default]
@@ -71,7 +74,7 @@ impl Kind {
         }
     }
 
-    /// The evaluations of a sample, at least.
+    /// The fewest evaluations of a sample.
     fn least(self) -> u64 {
         match self {
             Self::Reference => self.shape(1).planned_evaluations(),
@@ -109,7 +112,7 @@ fn scheduler(samples: u64, epoch: u64) -> Scheduler {
     Scheduler::new(shape(samples, true), Epoch(epoch), policy, BTreeMap::new(), Waste::default())
 }
 
-/// The error of an evaluation, as good as any and the same for everyone.
+/// The error of an evaluation: arbitrary, but the same for every worker.
 fn error(sample: SampleId, slot: usize, prompt: PromptIndex) -> f32 {
     let mut out = [0.0];
     let key = format!("{sample}/{slot}");
@@ -118,26 +121,25 @@ fn error(sample: SampleId, slot: usize, prompt: PromptIndex) -> f32 {
 }
 
 fn evaluate(unit: &Unit) -> UnitResult {
-    let mut result = UnitResult {
-        id: unit.id,
+    let mut reported = v1::UnitResult {
+        id: Some(unit.id.into()),
         prompts: unit.prompts.iter().map(|p| p.0).collect(),
         slots: unit.slots.len() as u32,
-        sum: Vec::new(),
-        sum_sq: Vec::new(),
-        errors: Vec::new(),
+        ..v1::UnitResult::default()
     };
     for prompt in &unit.prompts {
         let of_slot = |slot| error(unit.id.sample, slot, *prompt);
-        result.errors.extend(unit.slots.clone().map(of_slot));
+        reported.errors.extend(unit.slots.clone().map(of_slot));
     }
-    result
+    UnitResult { id: unit.id, reported }
 }
 
 fn key(epoch: u64, lease: u64) -> LeaseKey {
     LeaseKey { epoch: Epoch(epoch), lease: LeaseId(lease) }
 }
 
-/// Lets time pass, listening for workers every second as the steward does: who was given up meanwhile.
+/// Lets time pass, and expires workers every second as the steward does. Returns the workers and samples that were given
+/// up.
 fn wait(scheduler: &mut Scheduler, from: u64, to: u64) -> (Vec<String>, Vec<SampleFailure>) {
     let (mut silent, mut given_up) = (Vec::new(), Vec::new());
     for second in from..=to {
@@ -148,7 +150,7 @@ fn wait(scheduler: &mut Scheduler, from: u64, to: u64) -> (Vec<String>, Vec<Samp
     (silent, given_up)
 }
 
-/// A small deterministic generator, so that a failing seed replays.
+/// A small deterministic generator, so that a failing seed can be replayed.
 #[derive(Debug)]
 struct Dice(u64);
 

@@ -1,4 +1,6 @@
-//! Whose reports count: of leases that the worker was granted, and units that these had.
+//! Tests of which reports count: those of leases that the worker was granted, and of units in these leases.
+
+use elbo_core::failure::{FailureStage, SampleFailure};
 
 use super::*;
 
@@ -7,7 +9,10 @@ fn result(unit: &Unit) -> Record {
 }
 
 fn failure(sample: SampleId) -> Record {
-    Record { results: vec![], failures: vec![SampleFailure { sample, stage: "decode".into(), error: "cut".into() }] }
+    Record {
+        results: vec![],
+        failures: vec![SampleFailure { sample, stage: FailureStage::Decode, error: "cut".into() }],
+    }
 }
 
 fn check(scheduler: &mut Scheduler, worker: &str, key: LeaseKey, report: Record) -> Result<Checked, String> {
@@ -15,7 +20,7 @@ fn check(scheduler: &mut Scheduler, worker: &str, key: LeaseKey, report: Record)
 }
 
 /// Two workers with a block each.
-fn two() -> (Scheduler, Grant, Grant) {
+fn two() -> (Scheduler, LeasedBlock, LeasedBlock) {
     let mut scheduler = scheduler(4, 1);
     open(&mut scheduler, ShardId(0), 4, vec![]);
     ["alice", "mallory"].iter().for_each(|worker| scheduler.join(worker, "host", "cpu", Duration::ZERO));
@@ -25,10 +30,10 @@ fn two() -> (Scheduler, Grant, Grant) {
 }
 
 #[test]
-fn results_and_failures_of_what_the_worker_was_not_given_are_refused() {
+fn results_and_failures_are_refused_if_the_worker_was_not_given_the_unit() {
     let (mut scheduler, alices, mallorys) = two();
     let (of_alice, of_mallory) = (key(1, alices.lease.0), key(1, mallorys.lease.0));
-    // Nobody has begun the last sample.
+    // No worker has begun the last sample.
     let (unit, nobodys) = (&alices.units[0], SampleId(3));
     assert!(mallorys.units.iter().all(|other| other.id != unit.id && other.id.sample < nobodys));
     for report in [result(unit), failure(unit.id.sample)] {
@@ -42,9 +47,9 @@ fn results_and_failures_of_what_the_worker_was_not_given_are_refused() {
     let of_nobody = Unit { id: UnitId { sample: nobodys, ..unit.id }, ..unit.clone() };
     for report in [result(unit), result(&of_nobody), failure(nobodys)] {
         let refused = check(&mut scheduler, "mallory", of_mallory, report).unwrap_err();
-        assert!(refused.contains("was granted without what is reported of sample"), "{refused}");
+        assert!(refused.contains("does not include what was reported for sample"), "{refused}");
     }
-    // One lie, and nothing of the report counts.
+    // One false result voids the whole report.
     let mixed = Record { results: vec![evaluate(&mallorys.units[0]), evaluate(unit)], failures: vec![] };
     assert!(check(&mut scheduler, "mallory", of_mallory, mixed).is_err());
     assert_eq!(scheduler.waste(), Waste::default());
@@ -55,7 +60,7 @@ fn results_and_failures_of_what_the_worker_was_not_given_are_refused() {
 }
 
 #[test]
-fn what_somebody_else_reports_of_a_known_result_changes_nothing() {
+fn a_report_of_a_known_result_by_another_worker_changes_nothing() {
     let (mut scheduler, alices, _) = two();
     let known = check(&mut scheduler, "alice", key(1, alices.lease.0), result(&alices.units[0])).unwrap();
     scheduler.apply(known.record, Some(("alice", key(1, alices.lease.0))));
@@ -64,7 +69,7 @@ fn what_somebody_else_reports_of_a_known_result_changes_nothing() {
 }
 
 #[test]
-fn a_lease_that_has_ended_still_proves_what_its_worker_was_given() {
+fn an_ended_lease_still_proves_what_its_worker_was_given() {
     for ended in ["silence", "handed back", "failed", "lost"] {
         let (mut scheduler, alices, _) = two();
         let of_alice = key(1, alices.lease.0);
@@ -83,7 +88,7 @@ fn a_lease_that_has_ended_still_proves_what_its_worker_was_given() {
 }
 
 #[test]
-fn of_an_earlier_coordinators_lease_reports_are_taken_from_who_says_that_it_holds_it() {
+fn reports_of_an_earlier_coordinators_lease_are_accepted_from_workers_that_claim_it() {
     let (mut before, _, grant) = two();
     let lease = key(1, grant.lease.0);
     let [first, second, ..] = &grant.units[..] else { panic!("{} units", grant.units.len()) };
@@ -94,20 +99,20 @@ fn of_an_earlier_coordinators_lease_reports_are_taken_from_who_says_that_it_hold
     let unclaimed = after.check("mallory", lease, result(second), false, Duration::ZERO).unwrap_err();
     assert_eq!(unclaimed, ReportError::Unclaimed(lease));
     assert!(unclaimed.to_string().contains("join again"));
-    // What is known already was reported before the coordinator went: there is nothing to prove.
+    // Known results were reported before the coordinator went away: there is nothing to prove.
     assert_eq!(check(&mut after, "mallory", lease, result(first)).unwrap().duplicates, 1);
     after.adopt("mallory", lease, &[second.id], Duration::ZERO);
     assert_eq!(check(&mut after, "mallory", lease, result(second)).unwrap().record.results.len(), 1);
     let more = check(&mut after, "mallory", lease, failure(SampleId(3))).unwrap_err();
-    assert!(more.contains("granted without"), "{more}");
-    // Somebody else who says so too takes nothing away.
+    assert!(more.contains("does not include"), "{more}");
+    // Another worker that makes the same claim takes nothing away.
     after.join("eve", "host", "cpu", Duration::ZERO);
     after.adopt("eve", lease, &[second.id], Duration::ZERO);
     assert!(after.holds("mallory", lease) && !after.holds("eve", lease));
 }
 
 #[test]
-fn what_this_coordinator_granted_nobody_else_can_say_to_hold() {
+fn no_other_worker_can_claim_a_lease_of_this_coordinator() {
     let (mut scheduler, alices, _) = two();
     let units: Vec<_> = alices.units.iter().map(|unit| unit.id).collect();
     scheduler.release("alice", &[key(1, alices.lease.0)]);
@@ -121,7 +126,7 @@ fn what_this_coordinator_granted_nobody_else_can_say_to_hold() {
 }
 
 #[test]
-fn what_is_remembered_of_leases_is_bounded_and_what_is_held_is_not_forgotten() {
+fn the_memory_of_leases_is_bounded_and_held_leases_are_not_forgotten() {
     let (mut scheduler, alices, _) = two();
     let grants = 20_000;
     for _ in 0..grants {

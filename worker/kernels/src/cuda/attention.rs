@@ -5,8 +5,8 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::Gpu;
 use super::memory::Pointer;
 
-/// A kernel's head width with, for half precision and for f32, the queries of a block and the bytes of shared memory it needs:
-/// the table at the top of `worker/kernels/cuda/attention.cu`.
+/// Per kernel: its head width and, for half precision and for f32, the queries per block and the bytes of shared
+/// memory. See the table at the top of `worker/kernels/cuda/attention.cu`.
 const TILES: [(usize, [(usize, u32); 2]); 8] = [
     (16, [(128, 18_432), (64, 32_768)]),
     (32, [(128, 30_720), (64, 45_056)]),
@@ -17,30 +17,30 @@ const TILES: [(usize, [(usize, u32); 2]); 8] = [
     (128, [(128, 69_632), (64, 76_800)]),
     (160, [(64, 64_512), (64, 93_184)]),
 ];
-/// Threads of a block.
+/// Threads per block.
 const THREADS: u32 = 128;
 
-/// Whether there is a kernel for heads of a width.
+/// Whether there is a kernel for this head width.
 pub(crate) fn fits(dim: usize) -> bool {
     TILES.iter().any(|(width, _)| dim <= *width)
 }
 
-/// Sequences of queries, or of keys or values, somewhere in a tensor.
+/// Where sequences of queries, keys or values are in a tensor.
 #[derive(Clone, Copy, Debug)]
 struct Sequences {
-    /// Of the first sequence.
+    /// Address of the first sequence.
     start: Pointer,
-    /// Which sequence each image takes; its own position, where null.
+    /// Which sequence each image takes; its own position if null.
     rows: Pointer,
-    /// Positions of a sequence.
+    /// Positions in a sequence.
     len: usize,
-    /// Values from one position, and from one sequence, to the next.
+    /// Distance in values between positions, then between sequences.
     stride: usize,
     image: usize,
 }
 
 impl Gpu {
-    /// Self-attention over `qkv [B, L, 3 heads d]`, giving `[B, L, heads d]`.
+    /// Self-attention over `qkv [B, L, 3 heads d]`; returns `[B, L, heads d]`.
     pub(crate) fn self_attention(&self, qkv: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
         let qkv = qkv.contiguous()?;
         let (images, len, width) = qkv.dims3()?;
@@ -73,7 +73,7 @@ impl Gpu {
         self.attention(queries, sequences, values, [pairs.len(), heads, channels / heads], false, dtype)
     }
 
-    /// Queries to keys, and values that lie like the keys, for `[images, heads, d]`.
+    /// Attends queries to keys, for `[images, heads, d]`. The values are laid out like the keys.
     fn attention(
         &self,
         q: Sequences,

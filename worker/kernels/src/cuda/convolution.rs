@@ -1,9 +1,10 @@
-//! 3x3 convolutions on the device: by cuDNN on channels-last images where it takes them, else as a product over patches.
+//! 3x3 convolutions on the device: by cuDNN on channels-last images if it supports the shape, else as a product over
+//! patches.
 //!
-//! cuDNN's `y = conv(x) + z + bias` is all a resnet needs in one pass. It wants numbers of channels that are multiples of 8
-//! and as much padding after the image as before; f32 stays with the product, which is never computed in TF32. Where cuDNN
-//! refuses that for a shape, bias and residual are added afterwards, and where it refuses the convolution itself, or does not
-//! start at all, patches take its place.
+//! cuDNN's `y = conv(x) + z + bias` does all that a resnet needs in one pass. It requires numbers of channels that are
+//! multiples of 8 and equal padding before and after the image. f32 always uses the product, which is never computed in
+//! TF32. If cuDNN refuses the fused form for a shape, bias and residual are added afterwards. If it refuses the
+//! convolution itself, or does not start at all, the product over patches is used.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -21,11 +22,11 @@ use super::{Gpu, failed, lock};
 use crate::profile::{Part, timed};
 use crate::{Padding, Rows};
 
-/// Bytes of patches at once.
+/// Maximum bytes of patches at once.
 const PATCHES: usize = 256 << 20;
-/// Values of a tensor that cuDNN is given at most: it counts them in 32 bits.
+/// Maximum number of values in a tensor passed to cuDNN, which counts them in 32 bits.
 const MOST_VALUES: usize = i32::MAX as usize;
-/// The algorithm: the only one that adds bias and residual. It sums every output in one piece.
+/// The only algorithm that adds bias and residual. It computes every output's sum in one piece.
 const ALGORITHM: sys::cudnnConvolutionFwdAlgo_t =
     sys::cudnnConvolutionFwdAlgo_t::CUDNN_CONVOLUTION_FWD_ALGO_IMPLICIT_PRECOMP_GEMM;
 
@@ -42,7 +43,7 @@ pub(crate) struct Convolution<'a> {
     pub(crate) padding: Padding,
 }
 
-/// What surrounds a convolution: see [`crate::Fused`].
+/// Operations around a convolution; see [`crate::Fused`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings<'a> {
     pub(crate) norm: Option<Group<'a>>,
@@ -82,7 +83,7 @@ impl Shape {
 }
 
 impl Operands {
-    /// Those of the images from one on.
+    /// The operands for the images from `first` on.
     fn from_image(self, first: usize, shape: Shape) -> Self {
         let offset = |pointer: Pointer, of_image: usize| match pointer {
             0 => 0,
@@ -97,7 +98,7 @@ impl Operands {
     }
 }
 
-/// What cuDNN does of a convolution.
+/// Which part of a convolution cuDNN computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Extent {
     /// All of it.
@@ -106,8 +107,8 @@ enum Extent {
     Alone,
 }
 
-/// Whether an error means that cuDNN can't do what it was asked for, so that another way may do: any but a lack of memory. On a
-/// device that is lost, the other way fails too.
+/// Whether an error means that cuDNN can't run the request, so that another method may work: any error except a lack of
+/// memory. On a lost device, the other method fails too.
 fn refused(error: CudnnError) -> bool {
     use sys::cudnnStatus_t as Status;
     !matches!(
@@ -117,20 +118,20 @@ fn refused(error: CudnnError) -> bool {
     )
 }
 
-/// cuDNN, and the convolutions it has been asked for.
+/// The cuDNN handle, and a plan for each convolution it was asked for.
 #[derive(Debug)]
 pub(super) struct Convolutions {
     handle: sys::cudnnHandle_t,
     activation: sys::cudnnActivationDescriptor_t,
     workspace: Option<CudaSlice<u8>>,
-    /// None where patches have to do.
+    /// `None` for shapes that are computed over patches.
     plans: HashMap<Shape, Option<Plan>>,
 }
 
-// SAFETY: cuDNN's handles may be used from any thread, by one at a time.
+// SAFETY: any thread may use a cuDNN handle, one at a time.
 unsafe impl Send for Convolutions {}
 
-/// Descriptions of a convolution's operands. They live as long as the process: there are as many as shapes.
+/// Descriptors of a convolution's operands. There is one plan per shape, and it lives as long as the process.
 #[derive(Clone, Copy, Debug)]
 struct Plan {
     x: sys::cudnnTensorDescriptor_t,
@@ -143,9 +144,9 @@ struct Plan {
 }
 
 impl Convolutions {
-    /// None where cuDNN is not installed, or does not start.
+    /// `None` if cuDNN is not installed or does not start.
     pub(super) fn new(stream: &Arc<CudaStream>) -> Option<Self> {
-        // SAFETY: only looks whether the library can be opened.
+        // SAFETY: this only checks whether the library can be opened.
         if !unsafe { sys::is_culib_present() } {
             tracing::warn!("cuDNN is missing: convolutions are slower without it");
             return None;
@@ -169,7 +170,7 @@ impl Convolutions {
         started.ok()
     }
 
-    /// How cuDNN computes a shape, if it does.
+    /// How cuDNN computes a shape, if it can.
     fn plan(&mut self, shape: Shape) -> std::result::Result<Option<Plan>, CudnnError> {
         if let Some(plan) = self.plans.get(&shape) {
             return Ok(*plan);
@@ -185,7 +186,7 @@ impl Convolutions {
         Ok(plan)
     }
 
-    /// Asks less of cuDNN for a shape from now on.
+    /// Uses cuDNN for a smaller part of this shape's convolution from now on.
     fn ask_less(&mut self, shape: Shape, plan: Plan, error: CudnnError) {
         let less = match plan.extent {
             Extent::Fused => Some(Plan { extent: Extent::Alone, ..plan }),
@@ -197,19 +198,19 @@ impl Convolutions {
         self.plans.insert(shape, less);
     }
 
-    /// Has a workspace of so many bytes at least.
+    /// Makes sure that the workspace has at least this many bytes.
     fn reserve(&mut self, stream: &Arc<CudaStream>, bytes: usize) -> Result<()> {
         if self.workspace.as_ref().is_none_or(|workspace| workspace.len() < bytes) {
-            // The old one is freed in the stream's order, and its room is there for the new one.
+            // The old workspace is freed in stream order, so its memory is available for the new one.
             self.workspace = None;
-            // SAFETY: its content means nothing between convolutions.
+            // SAFETY: nothing reads its content between convolutions.
             let larger = unsafe { stream.alloc::<u8>(bytes.max(1)) };
             self.workspace = Some(larger.map_err(|error| failed("memory for convolutions", error))?);
         }
         Ok(())
     }
 
-    /// Computes as much of a convolution as the plan says.
+    /// Computes the part of a convolution that the plan covers.
     fn run(
         &mut self,
         stream: &Arc<CudaStream>,
@@ -223,7 +224,8 @@ impl Convolutions {
         let address = |pointer: Pointer| pointer as *const c_void;
         let out = operands.out as *mut c_void;
         let (x, weight) = (address(operands.x), address(operands.weight));
-        // SAFETY: the operands are memory of this device with as many values as the descriptors say, used in this stream alone.
+        // SAFETY: the operands are memory of this device, as large as the descriptors say, and used only in this
+        // stream.
         unsafe {
             match plan.extent {
                 Extent::Fused => {
@@ -347,7 +349,7 @@ impl Gpu {
         Ok(out)
     }
 
-    /// Gives cuDNN as many images at a time as it can count the values of.
+    /// Runs cuDNN on as many images at a time as its 32-bit counts allow.
     fn by_cudnn(&self, cudnn: &mut Convolutions, shape: Shape, operands: Operands) -> Result<()> {
         let of_image = (shape.height * shape.width * shape.inputs).max(shape.out_values());
         let at_once = (MOST_VALUES / of_image.max(1)).max(1);
@@ -361,7 +363,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Computes by cuDNN what it takes; false where that is nothing.
+    /// Computes the convolution with cuDNN as far as it can; returns false if it can't at all.
     fn part_by_cudnn(&self, cudnn: &mut Convolutions, shape: Shape, operands: Operands) -> Result<bool> {
         self.bind()?;
         let planned =
@@ -385,7 +387,7 @@ impl Gpu {
         Ok(false)
     }
 
-    /// Writes patches out, so many images at a time as there is room for, and multiplies them.
+    /// Writes out patches of as many images at a time as there is room for, and multiplies them.
     fn by_patches(&self, shape: Shape, operands: Operands) -> Result<()> {
         let (pixels, size) = (shape.out_height() * shape.out_width(), shape.dtype.size_in_bytes());
         let patch = 9 * shape.inputs;

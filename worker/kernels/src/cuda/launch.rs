@@ -1,4 +1,4 @@
-//! Launching the kernels of `worker/kernels/cuda`.
+//! Launches the kernels of `worker/kernels/cuda`.
 
 use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute;
 use candle_core::cuda_backend::cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
@@ -7,11 +7,12 @@ use candle_core::{DType, Result, bail};
 use super::memory::Pointer;
 use super::{Gpu, failed, lock};
 
-/// Threads of a block of the kernels that have no say in it.
+/// Threads per block of the kernels that don't choose their own number.
 pub(super) const THREADS: u32 = 256;
-/// Blocks of a kernel whose threads stride over their elements: enough to fill any device a few times.
+/// Maximum number of blocks for kernels whose threads stride over their elements: enough to fill any device a few
+/// times.
 const MOST_BLOCKS: u64 = 4096;
-/// Dynamic shared memory a kernel gets without asking.
+/// Dynamic shared memory, in bytes, that a kernel may use without setting an attribute.
 const SHARED: u32 = 48 << 10;
 
 /// One argument.
@@ -23,7 +24,7 @@ enum Argument {
     Float(f32),
 }
 
-/// A kernel with its arguments so far, in the order of its parameters.
+/// A kernel with the arguments added so far, in the order of its parameters.
 #[derive(Debug)]
 pub(super) struct Launch<'a> {
     gpu: &'a Gpu,
@@ -31,7 +32,7 @@ pub(super) struct Launch<'a> {
     arguments: Vec<Argument>,
 }
 
-/// What kernels call an element type.
+/// The suffix for an element type in kernel names.
 pub(super) fn suffix(dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::F32 => Ok("f32"),
@@ -42,7 +43,7 @@ pub(super) fn suffix(dtype: DType) -> Result<&'static str> {
 }
 
 impl Gpu {
-    /// The kernel `name` for elements of a type.
+    /// The kernel `name` for an element type.
     pub(super) fn kernel(&self, name: &str, dtype: DType) -> Result<Launch<'_>> {
         let name = format!("{name}_{}", suffix(dtype)?);
         let mut functions = lock(&self.functions);
@@ -87,7 +88,7 @@ impl Launch<'_> {
         self
     }
 
-    /// Launches threads that stride over so many elements.
+    /// Launches threads that stride over this many elements.
     pub(super) fn over(self, elements: usize) -> Result<()> {
         let blocks = (elements as u64).div_ceil(u64::from(THREADS)).clamp(1, MOST_BLOCKS);
         self.run([blocks as usize, 1, 1], THREADS, 0)
@@ -119,8 +120,8 @@ impl Launch<'_> {
             block_dim: (threads, 1, 1),
             shared_mem_bytes: shared,
         };
-        // SAFETY: the arguments are those of the kernel's declaration, checked where they are put together; all memory
-        // behind them is of this stream.
+        // SAFETY: the arguments match the kernel's declaration and were checked when added; all memory they point to
+        // belongs to this stream.
         unsafe { launch.launch(config) }.map_err(failed)?;
         Ok(())
     }

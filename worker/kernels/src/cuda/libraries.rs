@@ -1,4 +1,5 @@
-//! Which of CUDA's libraries this process really has: a machine may have several of each, and the first that is found is taken.
+//! Lists the CUDA libraries this process has opened. A machine may have several versions of each, and the loader takes
+//! the first it finds.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,17 +8,17 @@ use candle_core::cuda_backend::cudarc::{cublaslt, cudnn, driver};
 
 use crate::unavailable::Library;
 
-/// What the names of the libraries that are told of begin with.
+/// Name prefixes of the libraries to list.
 const PREFIXES: [&str; 4] = ["libcuda.so", "libcublas", "libcurand", "libcudnn"];
 
-/// The libraries that are open, in the order of their paths.
+/// The open libraries, sorted by path.
 pub(crate) fn libraries() -> Vec<Library> {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let libraries = mapped(&maps).into_iter();
     libraries.map(|path| Library { name: name(&path), version: version(&name(&path)), path }).collect()
 }
 
-/// Warns where libraries that belong together come from several places, as where a toolkit's stands before another's.
+/// Warns if libraries that belong together come from different directories, for example from two toolkits.
 pub(super) fn warn_if_mixed() {
     for family in ["libcublas", "libcudnn"] {
         let of_family: Vec<_> = libraries().into_iter().filter(|library| library.name.starts_with(family)).collect();
@@ -25,13 +26,13 @@ pub(super) fn warn_if_mixed() {
         if places.len() > 1 {
             tracing::warn!(
                 ?places,
-                "parts of {family} come from several places: let LD_LIBRARY_PATH begin with one of them"
+                "parts of {family} come from several places: put one of these directories first in LD_LIBRARY_PATH"
             );
         }
     }
 }
 
-/// The libraries' files among a process' mappings, as /proc tells them.
+/// The libraries' files among a process's mappings, in the format of /proc/PID/maps.
 fn mapped(maps: &str) -> BTreeSet<PathBuf> {
     let paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     let ours = |path: &&Path| PREFIXES.iter().any(|prefix| file_name(path).starts_with(prefix));
@@ -42,15 +43,15 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// What a library is called whatever its version.
+/// A library's name without its version.
 fn name(path: &Path) -> String {
     let name = file_name(path);
     name.split(".so").next().unwrap_or_default().to_owned()
 }
 
-/// What an open library says its version is, for those that are asked.
+/// The version an open library reports, for the libraries that have a call for it.
 fn version(library: &str) -> Option<String> {
-    // SAFETY: the libraries are open, so their functions are found; these only return a number.
+    // SAFETY: the libraries are open, so their functions exist; these only return a number.
     let number = unsafe {
         match library {
             "libcuda" => {
@@ -63,7 +64,8 @@ fn version(library: &str) -> Option<String> {
             _ => return None,
         }
     };
-    // As each counts: 13000 is the driver's CUDA 13.0, 130200 cuBLASLt 13.2.0, 91300 cuDNN 9.13.0.
+    // Each library encodes its version differently: 13000 is the driver's CUDA 13.0, 130200 is cuBLASLt 13.2.0, 91300
+    // is cuDNN 9.13.0.
     let [major, minor, patch] = match library {
         "libcuda" => [number / 1000, number % 1000 / 10, number % 10],
         _ => [number / 10_000, number / 100 % 100, number % 100],
@@ -76,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_are_found_among_the_mappings_of_a_process() {
+    fn libraries_are_found_in_the_mappings_of_a_process() {
         let maps = "7f00-7f01 r-xp 00000000 08:01 12 /opt/cuda/lib64/libcublasLt.so.13.2.0.9\n\
                     7f01-7f02 r--p 00000000 08:01 12 /opt/cuda/lib64/libcublasLt.so.13.2.0.9\n\
                     7f03-7f04 r-xp 00000000 08:01 13 /usr/lib/libcuda.so.580.95.05\n\

@@ -1,4 +1,4 @@
-//! Device memory: operands as pointers, outputs, and copies that nobody waits for.
+//! Device memory: operands as pointers, outputs, and asynchronous copies.
 
 use std::sync::Arc;
 
@@ -15,13 +15,14 @@ use half::{bf16, f16};
 use super::{Gpu, failed, lock};
 use crate::Rows;
 
-/// An address in a device's memory; 0 is none.
+/// An address in device memory; 0 means none.
 pub(super) type Pointer = u64;
 
-/// Which row each image takes: a list that stays on the device until this is dropped, so hold it until its reader is launched.
+/// Which row each image takes. The list stays on the device until this is dropped, so hold it until the kernel that
+/// reads it is launched.
 #[derive(Debug)]
 pub(super) struct Index {
-    /// Where the list is; 0 where every image takes its own row.
+    /// Address of the list; 0 if every image takes its own row.
     pub(super) pointer: Pointer,
     _list: Option<Arc<CudaSlice<u32>>>,
 }
@@ -30,10 +31,10 @@ impl Index {
     const OWN: Self = Self { pointer: 0, _list: None };
 }
 
-/// Index lists a device remembers: a pass asks for the same few in every layer.
+/// Number of index lists kept on a device, since every layer of a pass uses the same few.
 const REMEMBERED: usize = 8;
 
-/// Host memory that a device reads by itself, and what was uploaded lately.
+/// Host memory that a device reads directly, and recently uploaded index lists.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
     floats: Pool<f32>,
@@ -41,7 +42,8 @@ pub(super) struct Staging {
     indices: Vec<(Vec<u32>, Arc<CudaSlice<u32>>)>,
 }
 
-/// Page-locked buffers, each with the end of the copy that used it last. Copies from other memory would wait for the stream.
+/// Page-locked buffers, each with an event for the end of its last copy. Copies from other memory would wait for the
+/// stream.
 #[derive(Debug)]
 struct Pool<T>(Vec<(PinnedHostSlice<T>, CudaEvent)>);
 
@@ -52,25 +54,26 @@ impl<T> Default for Pool<T> {
 }
 
 impl<T: DeviceRepr + ValidAsZeroBits + Copy> Pool<T> {
-    /// A buffer that no copy uses any more, with room for so many values. They are never freed, which would wait for the device.
+    /// A buffer for `len` values that no copy uses any more. Buffers are never freed, since that would wait for the
+    /// device.
     fn take(&mut self, stream: &CudaStream, len: usize) -> Result<PinnedHostSlice<T>> {
         match self.0.iter().position(|(buffer, event)| buffer.len() >= len && event.is_complete()) {
             Some(at) => Ok(self.0.remove(at).0),
             None => {
                 let len = len.next_power_of_two().max(1024);
-                // SAFETY: what is read of it is written first.
+                // SAFETY: every value is written before it is read.
                 let buffer = unsafe { stream.context().alloc_pinned_with_flags::<T>(len, 0) };
                 buffer.map_err(|error| failed("page-locked memory", error))
             }
         }
     }
 
-    /// Copies values to the device as soon as it gets there.
+    /// Enqueues a copy of values to the device.
     fn upload(&mut self, stream: &Arc<CudaStream>, values: &[T]) -> Result<CudaSlice<T>> {
         let failed = |error| failed("copying to the device", error);
         let mut buffer = self.take(stream, values.len())?;
         buffer.as_mut_slice().map_err(failed)?[..values.len()].copy_from_slice(values);
-        // SAFETY: every element is overwritten by the copy, which precedes whatever else this stream does with it.
+        // SAFETY: the copy overwrites every element before this stream does anything else with it.
         let mut slice = unsafe { stream.alloc::<T>(at_least_one(values.len())) }.map_err(failed)?;
         let source = &buffer.as_slice().map_err(failed)?[..values.len()];
         if !source.is_empty() {
@@ -82,7 +85,7 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> Pool<T> {
     }
 }
 
-/// What is allocated for so many values: the driver refuses to allocate nothing.
+/// Number of values to allocate for `len` values, since the driver refuses empty allocations.
 fn at_least_one(len: usize) -> usize {
     len.max(1)
 }
@@ -98,7 +101,7 @@ impl Gpu {
         let Some((start, _)) = layout.contiguous_offsets() else {
             bail!("a contiguous tensor is needed, found {layout:?}");
         };
-        // The guards that come with addresses order several streams; here there is one.
+        // The guards returned with addresses synchronise several streams; here there is only one.
         let base = match &storage.slice {
             CudaStorageSlice::F32(slice) => slice.device_ptr(&self.stream).0,
             CudaStorageSlice::F16(slice) => slice.device_ptr(&self.stream).0,
@@ -109,7 +112,7 @@ impl Gpu {
         Ok(base + (start * tensor.dtype().size_in_bytes()) as u64)
     }
 
-    /// The address of a tensor that has the type and number of elements it must have, or none for none.
+    /// The address of a tensor, after checking its type and number of elements; 0 for no tensor.
     pub(super) fn operand(&self, tensor: Option<&Tensor>, dtype: DType, len: usize) -> Result<Pointer> {
         match tensor {
             None => Ok(0),
@@ -120,7 +123,7 @@ impl Gpu {
         }
     }
 
-    /// Rows of `len` values, one for each of `count` images: where they start, and which image takes which.
+    /// The address of rows of `len` values, one for each of `count` images, and which row each image takes.
     pub(super) fn rows(
         &self,
         rows: Option<Rows<'_>>,
@@ -159,7 +162,7 @@ impl Gpu {
         Ok(Index { pointer, _list: Some(list) })
     }
 
-    /// A tensor without values yet, and where they go.
+    /// An uninitialised tensor and its address.
     pub(super) fn output(&self, dtype: DType, shape: impl Into<Shape>) -> Result<(Tensor, Pointer)> {
         let shape = shape.into();
         let storage = match dtype {
@@ -174,11 +177,11 @@ impl Gpu {
     }
 
     fn storage<T: CudaDType + DeviceRepr>(&self, len: usize) -> Result<CudaStorage> {
-        // SAFETY: whoever asks for an output writes all of it.
+        // SAFETY: the caller writes all of the output.
         Ok(CudaStorage::wrap_cuda_slice(unsafe { self.device.alloc::<T>(at_least_one(len)) }?, self.device.clone()))
     }
 
-    /// Values as a tensor, copied when the device gets there.
+    /// Values as a tensor; the copy is enqueued and not waited for.
     pub(crate) fn upload(&self, values: &[f32], shape: impl Into<Shape>) -> Result<Tensor> {
         let shape = shape.into();
         if shape.elem_count() != values.len() {
@@ -190,17 +193,17 @@ impl Gpu {
     }
 }
 
-/// A copy of a tensor's values to the host that the stream has been asked for.
+/// A pending copy of a tensor's values to the host.
 #[derive(Debug)]
 pub(crate) struct Download {
     gpu: Arc<Gpu>,
     len: usize,
-    /// Where to, and the end of the copy; none once it was waited for.
+    /// The destination and an event for the end of the copy; `None` after waiting for it.
     copy: Option<(PinnedHostSlice<f32>, CudaEvent)>,
 }
 
 impl Download {
-    /// Asks for the values of a contiguous f32 tensor, of which there is one at least.
+    /// Enqueues a copy of the values of a contiguous f32 tensor, which must have at least one.
     pub(crate) fn start(gpu: Arc<Gpu>, tensor: &Tensor) -> Result<Self> {
         let failed = |error| failed("copying from the device", error);
         let (storage, layout) = tensor.storage_and_layout();
@@ -215,7 +218,7 @@ impl Download {
         Ok(Self { gpu, len, copy: Some((buffer, done)) })
     }
 
-    /// The values, waiting for what makes them but not for what the stream was asked for afterwards.
+    /// The values. Waits for the copy but not for work enqueued after it.
     pub(crate) fn wait(mut self) -> Result<Vec<f32>> {
         let failed = |error| failed("copying from the device", error);
         let Some((buffer, done)) = &self.copy else { return Ok(Vec::new()) };

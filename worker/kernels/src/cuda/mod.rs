@@ -1,11 +1,12 @@
-//! The operations on a CUDA device: own kernels (`worker/kernels/cuda/*.cu`), products by cuBLASLt, convolutions by cuDNN.
+//! The operations on a CUDA device, by our own kernels (`worker/kernels/cuda/*.cu`), cuBLASLt (products) and cuDNN
+//! (convolutions).
 //!
-//! All work of a device is in one stream, so memory that is given back is not reused before what reads it has run, and
-//! nothing but copies to the host is waited for. Two rules hold as on the CPU: one layout, and an output element's sums are
-//! made in an order that depends on neither the batch nor the element's place in it. For products that means that the
-//! algorithm is chosen once for a layer, not for every number of rows, and never one that splits the inner dimension.
+//! All work of a device runs in one stream, so freed memory is not reused before its readers have run, and the host
+//! waits only for copies to the host. Two rules hold as on the CPU: there is one layout, and the order of an output
+//! element's sums depends on neither the batch nor the element's place in it. For products this means that the
+//! algorithm is chosen once for a layer, not for every number of rows, and never splits the inner dimension.
 
-// Calls of a C interface, on device memory that the compiler knows nothing of.
+// Calls to C interfaces, on device memory that the compiler knows nothing about.
 #![allow(unsafe_code)]
 
 pub(crate) mod attention;
@@ -17,7 +18,6 @@ pub(crate) mod norm;
 mod open;
 mod pointwise;
 mod product;
-mod timer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -34,19 +34,18 @@ pub(crate) use self::convolution::{Convolution, Surroundings};
 pub(crate) use self::libraries::libraries;
 pub(crate) use self::memory::Download;
 pub(crate) use self::open::{capture, count, is_lost, memory_high, open, recover};
-pub(crate) use self::timer::mark;
 
 /// The kernels as one image for several architectures.
 static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
 
-/// What the operations keep of a device.
+/// What the operations keep for a device.
 pub(crate) struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
     module: Arc<CudaModule>,
     functions: Mutex<HashMap<String, CudaFunction>>,
     products: Mutex<Products>,
-    /// None where cuDNN is not installed, or does not start.
+    /// `None` if cuDNN is not installed or does not start.
     convolutions: Option<Mutex<Convolutions>>,
     staging: Mutex<Staging>,
 }
@@ -57,7 +56,7 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
-/// An error of some library as candle's.
+/// Converts a library's error to candle's.
 fn failed(what: &str, error: impl std::fmt::Display) -> candle_core::Error {
     candle_core::Error::Msg(format!("{what}: {error}"))
 }
@@ -67,7 +66,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gpu {
-    /// What is kept of a tensor's device, if that is a GPU and its kernels know the tensor's type.
+    /// The GPU a tensor is on, if it is on one and the kernels support the tensor's type.
     pub(crate) fn of(tensor: &Tensor) -> Result<Option<Arc<Self>>> {
         match tensor.dtype() {
             DType::F32 | DType::F16 | DType::BF16 => Self::behind(tensor.device()),
@@ -75,7 +74,7 @@ impl Gpu {
         }
     }
 
-    /// What is kept of a device, if that is a GPU.
+    /// The GPU behind a device, if it is one.
     pub(crate) fn behind(device: &Device) -> Result<Option<Arc<Self>>> {
         static GPUS: Mutex<Option<HashMap<DeviceId, Arc<Gpu>>>> = Mutex::new(None);
         let Device::Cuda(device) = device else { return Ok(None) };
@@ -89,7 +88,7 @@ impl Gpu {
         Ok(Some(gpu))
     }
 
-    /// Makes the device the one that libraries called on this thread work on.
+    /// Makes this device current for libraries called on this thread.
     fn bind(&self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(|error| failed("using the device", error))
     }

@@ -5,18 +5,19 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::Gpu;
 use crate::Rows;
 
-/// Pixels of an image whose statistics one block takes. A constant, so that the order of sums depends on the image alone.
+/// Pixels of an image whose statistics one block computes. It is constant, so that the order of sums depends only on
+/// the image.
 const CHUNK: usize = 64;
-/// Groups the kernels have room for.
+/// Maximum number of groups in the kernels.
 const MOST_GROUPS: usize = 256;
-/// Rows (of 32 threads each) and heads (of 8) that a block of 256 threads takes.
+/// Rows (32 threads each) and heads (8 threads each) that a block of 256 threads handles.
 const ROWS: usize = 8;
 const HEADS: usize = 32;
 
 /// A group norm's weights and settings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Group<'a> {
-    /// Groups of channels.
+    /// Number of groups.
     pub(crate) groups: usize,
     /// Added to the variance.
     pub(crate) eps: f64,
@@ -53,7 +54,7 @@ impl Gpu {
             .float(norm.eps)
             .flag(activate)
             .run([chunks, images, 1], super::launch::THREADS, 0)?;
-        drop(partial); // freed in the stream's order: after both kernels
+        drop(partial); // freed in stream order, after both kernels
         Ok(out)
     }
 
@@ -115,7 +116,8 @@ impl Gpu {
         Ok(out)
     }
 
-    /// Adds a bias `[C]`, a row `[C]` of each image and an image to `out [B, P, C]`, which nothing else refers to.
+    /// Adds a bias `[C]`, a row `[C]` per image and an image to `out [B, P, C]` in place, so nothing else may refer to
+    /// it.
     pub(super) fn add(
         &self,
         out: &Tensor,

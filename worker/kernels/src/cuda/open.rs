@@ -1,4 +1,4 @@
-//! Finding and opening devices.
+//! Finds and opens devices.
 
 use candle_core::cuda_backend::cudarc::driver::sys::{self, CUmemPool_attribute};
 use candle_core::cuda_backend::cudarc::{cublas, cublaslt, curand, driver};
@@ -6,13 +6,13 @@ use candle_core::{CudaDevice, Device};
 
 use crate::unavailable::Unavailable;
 
-/// Asks for the libraries, whose absence would otherwise end the process when the first of their functions is called.
+/// Checks that the libraries can be opened. Otherwise the first call to a missing one would end the process.
 fn libraries() -> Result<(), Unavailable> {
     let missing = |library| Err(Unavailable::Library(library));
-    // SAFETY: these only look whether a library can be opened, whose initialisers are trusted as all of CUDA is.
+    // SAFETY: these only check whether a library can be opened. Its initialisers are trusted, like all of CUDA.
     unsafe {
         if !driver::sys::is_culib_present() {
-            return missing("libcuda, which the NVIDIA driver brings");
+            return missing("libcuda, a part of the NVIDIA driver,");
         }
         if !cublas::sys::is_culib_present() || !cublaslt::sys::is_culib_present() {
             return missing("libcublas and libcublasLt of CUDA 13");
@@ -24,7 +24,7 @@ fn libraries() -> Result<(), Unavailable> {
     Ok(())
 }
 
-/// How many devices there are.
+/// The number of devices.
 pub(crate) fn count() -> Result<usize, Unavailable> {
     libraries()?;
     let count = driver::CudaContext::device_count().map_err(|error| Unavailable::Driver(error.to_string()))?;
@@ -39,7 +39,7 @@ pub(crate) fn open(number: usize) -> Result<Device, Unavailable> {
     }
     let refused = |error: &dyn std::fmt::Display| Unavailable::Driver(error.to_string());
     let device = CudaDevice::new_with_stream(number).map_err(|error| refused(&error))?;
-    // SAFETY: everything of this device runs in the one stream it was made with.
+    // SAFETY: all work of this device runs in the one stream created with it.
     unsafe { device.disable_event_tracking() };
     keep_memory(number).map_err(|error| refused(&error))?;
     Ok(Device::Cuda(device))
@@ -49,12 +49,13 @@ pub(crate) fn open(number: usize) -> Result<Device, Unavailable> {
 fn pool(ordinal: usize) -> Result<sys::CUmemoryPool, driver::DriverError> {
     let device = driver::result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX))?;
     let mut pool = std::ptr::null_mut();
-    // SAFETY: the device exists, and the pointer is written where the call succeeds.
+    // SAFETY: the device exists, and the pointer is written if the call succeeds.
     unsafe { sys::cuDeviceGetDefaultMemPool(&raw mut pool, device).result()? };
     Ok(pool)
 }
 
-/// Makes the device's pool keep what is given back, which it would otherwise return to the system whenever it is idle.
+/// Makes the device's pool keep freed memory, which it would otherwise return to the system whenever the device is
+/// idle.
 fn keep_memory(number: usize) -> Result<(), driver::DriverError> {
     let mut keep = u64::MAX;
     let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
@@ -62,7 +63,7 @@ fn keep_memory(number: usize) -> Result<(), driver::DriverError> {
     unsafe { sys::cuMemPoolSetAttribute(pool(number)?, attribute, (&raw mut keep).cast()).result() }
 }
 
-/// Bytes of a device's memory in use at most so far.
+/// Peak memory use of a device so far, in bytes.
 pub(crate) fn memory_high(device: &CudaDevice) -> Result<u64, driver::DriverError> {
     let mut high = 0u64;
     let attribute = CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
@@ -72,20 +73,20 @@ pub(crate) fn memory_high(device: &CudaDevice) -> Result<u64, driver::DriverErro
     Ok(high)
 }
 
-/// Waits for what a device was asked for, and gives back to the system what its pool keeps: after an allocation failed, pieces
-/// that are too small for it may lie there.
+/// Waits for all work of a device and returns the memory its pool keeps to the system. After a failed allocation, the
+/// pool may hold pieces that were too small for it.
 pub(crate) fn recover(device: &CudaDevice) -> Result<(), driver::DriverError> {
     let stream = device.cuda_stream();
-    // What an earlier failure left behind is not this call's.
+    // An error left over from an earlier failure does not concern this call.
     let _ = stream.context().check_err();
     stream.synchronize()?;
     // SAFETY: the pool exists.
     unsafe { sys::cuMemPoolTrimTo(pool(stream.context().ordinal())?, 0).result() }
 }
 
-/// Whether a device fails at whatever it is asked for, as it does for the rest of the process once a kernel has failed.
+/// Whether every call on a device fails, as it does for the rest of the process once a kernel has failed.
 ///
-/// An error that is merely left over from an earlier call is reported once, and says nothing.
+/// An error left over from an earlier call is reported only once, so it does not count.
 pub(crate) fn is_lost(device: &CudaDevice) -> bool {
     let stream = device.cuda_stream();
     let _ = stream.context().check_err();
@@ -93,7 +94,7 @@ pub(crate) fn is_lost(device: &CudaDevice) -> bool {
     !works() && !works()
 }
 
-/// Runs work between the calls that profilers take for the beginning and the end of what they are to look at.
+/// Runs work between the calls that start and stop a profiler's capture.
 pub(crate) fn capture<R>(device: &CudaDevice, work: impl FnOnce() -> R) -> Result<R, driver::DriverError> {
     device.cuda_stream().synchronize()?;
     driver::safe::profiler_start()?;

@@ -6,7 +6,7 @@ use super::Gpu;
 use crate::{Activation, Deviation, MeanErrors, Rows};
 
 impl Gpu {
-    /// An activation of every element.
+    /// Applies an activation to every element.
     pub(crate) fn activate(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let kind = match activation {
             Activation::Silu => 0,
@@ -24,7 +24,7 @@ impl Gpu {
         Ok(out)
     }
 
-    /// `x [.., 2C]`, halves `(h, g)`, to `h gelu(g) [.., C]`.
+    /// Maps `x [.., 2C]`, with halves `(h, g)`, to `h gelu(g) [.., C]`.
     pub(crate) fn geglu(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.contiguous()?;
         let mut dims = x.dims().to_vec();
@@ -77,12 +77,12 @@ impl Gpu {
         Ok(out)
     }
 
-    /// `x [B, H, W, C1]` joined with one image `[H, W, C2]` of `other` each.
+    /// Joins each image of `x [B, H, W, C1]` with one image `[H, W, C2]` of `other`.
     pub(crate) fn concat(&self, x: &Tensor, other: Rows<'_>) -> Result<Tensor> {
         let x = x.contiguous()?;
         let ((images, h, w, c1), (_, h2, w2, c2)) = (x.dims4()?, other.tensor.dims4()?);
         if (h, w) != (h2, w2) {
-            bail!("images of {h}x{w} and {h2}x{w2} pixels can not be joined");
+            bail!("images of {h}x{w} and {h2}x{w2} pixels can't be joined");
         }
         let dtype = x.dtype();
         let (from, rows) = self.rows(Some(other), dtype, images, h * w * c2)?;
@@ -94,7 +94,7 @@ impl Gpu {
         Ok(out)
     }
 
-    /// Twice the height and width of `x [B, H, W, C]`, by repeating pixels.
+    /// Doubles the height and width of `x [B, H, W, C]` by repeating pixels.
     pub(crate) fn upsample(&self, x: &Tensor) -> Result<Tensor> {
         let x = x.contiguous()?;
         let (b, h, w, c) = x.dims4()?;

@@ -1,7 +1,7 @@
 //! Matrix products with bias and residual, by cuBLASLt.
 //!
-//! `out [rows, outputs] = x [rows, inputs] W^T + bias + residual`. cuBLASLt counts columns first, so to it W is `[inputs,
-//! outputs]` and transposed, and x and out are `[inputs, rows]` and `[outputs, rows]`. f32 products are f32 throughout (no
+//! `out [rows, outputs] = x [rows, inputs] W^T + bias + residual`. cuBLASLt is column-major, so it sees W as `[inputs,
+//! outputs]`, transposed, and x and out as `[inputs, rows]` and `[outputs, rows]`. f32 products are f32 throughout (no
 //! TF32); half types are summed in f32 and rounded once.
 
 use std::collections::HashMap;
@@ -21,24 +21,24 @@ use super::memory::Pointer;
 use super::{Gpu, failed, lock};
 use crate::Rows;
 
-/// Memory the products may use beside their operands: what NVIDIA recommends for Hopper and newer.
+/// Memory the products may use besides their operands, in bytes: NVIDIA's recommendation for Hopper and newer.
 const WORKSPACE: usize = 32 << 20;
-/// Images for whose rows a layer's algorithm is chosen: about what a large batch has.
+/// Number of images for which a layer's algorithm is chosen: about as many as in a large batch.
 const TYPICAL_IMAGES: usize = 32;
-/// Operands start at multiples of so many bytes.
+/// Operands must start at multiples of this many bytes.
 const ALIGNMENT: u32 = 16;
 
-/// A layer over some images.
+/// A layer, applied to some images.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Dimensions {
     pub(super) images: usize,
-    /// Rows of an image.
+    /// Rows per image.
     pub(super) positions: usize,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
 }
 
-/// What the choice of an algorithm depends on: everything but the number of images, for results must not depend on that.
+/// The key for choosing an algorithm: everything but the number of images, since results must not depend on that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Layer {
     dtype: DType,
@@ -49,21 +49,21 @@ struct Layer {
     residual: bool,
 }
 
-/// The library, and what it has been asked before.
+/// The library handle, and the algorithms and problems found so far.
 #[derive(Debug)]
 pub(super) struct Products {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
     algorithms: HashMap<Layer, cublasLtMatmulAlgo_t>,
-    problems: HashMap<(Layer, usize), Problem>,
+    problems: HashMap<(Layer, usize), ProductShape>,
 }
 
-// SAFETY: cuBLASLt's handles and descriptors may be used from any thread, by one at a time.
+// SAFETY: any thread may use cuBLASLt's handles and descriptors, one at a time.
 unsafe impl Send for Products {}
 
-/// A layer over a number of rows.
+/// A layer for a given number of rows.
 #[derive(Debug)]
-struct Problem {
+struct ProductShape {
     product: Description,
     weight: Layout,
     x: Layout,
@@ -79,7 +79,7 @@ struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Drop for Description {
     fn drop(&mut self) {
-        // SAFETY: made by the library, given back once. It can't fail on what it made.
+        // SAFETY: the library created it, and it is destroyed once. Destroying a valid one can't fail.
         let _ = unsafe { result::destroy_matmul_desc(self.0) };
     }
 }
@@ -111,18 +111,18 @@ fn data_type(dtype: DType) -> Result<cudaDataType_t> {
 impl Products {
     pub(super) fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         let handle = result::create_handle().map_err(|error| failed("starting cuBLASLt", error))?;
-        // SAFETY: its content means nothing between products.
+        // SAFETY: nothing reads its content between products.
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE) };
         let workspace = workspace.map_err(|error| failed("memory for products", error))?;
         Ok(Self { handle, workspace, algorithms: HashMap::new(), problems: HashMap::new() })
     }
 
-    fn problem(&mut self, layer: Layer, rows: usize) -> Result<&Problem> {
+    fn problem(&mut self, layer: Layer, rows: usize) -> Result<&ProductShape> {
         let (handle, algorithms) = (self.handle, &mut self.algorithms);
         match self.problems.entry((layer, rows)) {
             std::collections::hash_map::Entry::Occupied(known) => Ok(known.into_mut()),
             std::collections::hash_map::Entry::Vacant(new) => {
-                let problem = Problem::new(handle, algorithms, layer, rows);
+                let problem = ProductShape::new(handle, algorithms, layer, rows);
                 Ok(new.insert(problem.map_err(|error| {
                     failed(&format!("a product of {rows} rows of {} by {}", layer.inputs, layer.outputs), error)
                 })?))
@@ -131,7 +131,7 @@ impl Products {
     }
 }
 
-impl Problem {
+impl ProductShape {
     fn new(
         handle: sys::cublasLtHandle_t,
         algorithms: &mut HashMap<Layer, cublasLtMatmulAlgo_t>,
@@ -141,7 +141,7 @@ impl Problem {
         let mut problem = Self::described(layer, rows)?;
         problem.algorithm = match algorithms.get(&layer) {
             Some(&algorithm) if problem.takes(handle, &algorithm) => algorithm,
-            // What suits many rows may not suit these few.
+            // An algorithm for many rows may not support this few.
             Some(_) => problem.choose(handle)?,
             None => {
                 match Self::described(layer, TYPICAL_IMAGES * layer.positions)?.choose(handle) {
@@ -149,7 +149,7 @@ impl Problem {
                         algorithms.insert(layer, typical);
                         if problem.takes(handle, &typical) { typical } else { problem.choose(handle)? }
                     }
-                    // So many images may be more than the library takes of this layer.
+                    // The typical number of images may be more than the library supports for this layer.
                     Err(_) => problem.choose(handle)?,
                 }
             }
@@ -157,7 +157,7 @@ impl Problem {
         Ok(problem)
     }
 
-    /// Without an algorithm yet.
+    /// The descriptors, without an algorithm yet.
     fn described(layer: Layer, rows: usize) -> std::result::Result<Self, Box<dyn std::error::Error>> {
         let Layer { dtype, inputs, outputs, bias, .. } = layer;
         let dtype = data_type(dtype)?;
@@ -183,10 +183,10 @@ impl Problem {
         })
     }
 
-    /// Whether an algorithm can do it.
+    /// Whether an algorithm supports this problem.
     fn takes(&self, handle: sys::cublasLtHandle_t, algorithm: &cublasLtMatmulAlgo_t) -> bool {
         let mut found = std::mem::MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit();
-        // SAFETY: all handles are alive; `found` is written where the call succeeds, and read only then.
+        // SAFETY: all handles are alive; `found` is written if the call succeeds, and read only then.
         unsafe {
             let checked = sys::cublasLtMatmulAlgoCheck(
                 handle,
@@ -202,7 +202,7 @@ impl Problem {
         }
     }
 
-    /// The library's choice among the algorithms that make every sum in one piece.
+    /// The library's choice among the algorithms that compute every sum in one piece.
     fn choose(&self, handle: sys::cublasLtHandle_t) -> std::result::Result<cublasLtMatmulAlgo_t, CublasError> {
         use cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = Preference(result::create_matmul_pref()?);
@@ -242,7 +242,7 @@ impl Preference {
 
 impl Drop for Preference {
     fn drop(&mut self) {
-        // SAFETY: made by the library, given back once.
+        // SAFETY: the library created it, and it is destroyed once.
         let _ = unsafe { result::destroy_matmul_pref(self.0) };
     }
 }
@@ -256,7 +256,7 @@ impl Description {
     }
 }
 
-/// Where a product's operands are; 0 where there is none.
+/// Addresses of a product's operands; 0 if there is none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operands {
     pub(super) x: Pointer,
@@ -285,7 +285,7 @@ impl Gpu {
         }
         let (images, rows) = (dims[0], x.elem_count() / inputs.max(1));
         let (out, to) = self.output(dtype, dims)?;
-        // A residual that is looked up is brought to where the product adds to it.
+        // A residual with an index is first gathered into the output, where the product adds to it.
         let residual = match residual {
             Some(rows @ Rows { index: None, .. }) => self.operand(Some(rows.tensor), dtype, out.elem_count())?,
             Some(Rows { tensor, index: Some(index) }) => {
@@ -317,9 +317,9 @@ impl Gpu {
         }
         let Operands { x, weight, bias, residual, out } = operands;
         if let Some(pointer) = [x, weight, residual, out].iter().find(|p| *p % u64::from(ALIGNMENT) != 0) {
-            bail!("an operand of a product at {pointer:#x}, which is no multiple of {ALIGNMENT}");
+            bail!("an operand of a product at {pointer:#x}, which is not a multiple of {ALIGNMENT}");
         }
-        // Choosing an algorithm asks the device already.
+        // Choosing an algorithm already needs the device.
         self.bind()?;
         let mut products = lock(&self.products);
         let (handle, workspace) = (products.handle, products.workspace.device_ptr(&self.stream).0);
@@ -332,7 +332,7 @@ impl Gpu {
         }
         let (one, beta) = (1f32, if residual == 0 { 0f32 } else { 1f32 });
         let address = |pointer: Pointer| pointer as *const c_void;
-        // SAFETY: the operands are memory of this device with as many values as the layouts say, used in this stream alone.
+        // SAFETY: the operands are memory of this device, as large as the layouts say, and used only in this stream.
         unsafe {
             result::matmul(
                 handle,

@@ -9,14 +9,14 @@ use crate::error::ModelError;
 use crate::settings::unsupported;
 use crate::stored::has_weights;
 
-/// Whose names the weights carry, and whose architecture the model has.
+/// The library whose weight names and architecture the model uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Layout {
     /// transformers' CLIPModel.
     Clip,
     /// transformers' SiglipModel.
     Siglip,
-    /// OpenCLIP's own.
+    /// OpenCLIP's own model.
     OpenClip,
 }
 
@@ -31,7 +31,7 @@ pub(super) struct Config {
     pub(super) preprocessing: Preprocessing,
 }
 
-/// The image tower's.
+/// The image tower.
 #[derive(Debug)]
 pub(super) struct VisionConfig {
     /// Side of an image in pixels.
@@ -42,23 +42,23 @@ pub(super) struct VisionConfig {
     pub(super) encoder: EncoderConfig,
 }
 
-/// The text tower's.
+/// The text tower.
 #[derive(Debug)]
 pub(super) struct TextConfig {
     pub(super) vocabulary: usize,
-    /// Token ids of a text.
+    /// Number of token ids in a text.
     pub(super) positions: usize,
     pub(super) layers: usize,
     pub(super) encoder: EncoderConfig,
     pub(super) pool: Pool,
 }
 
-/// Whose hidden state stands for a text.
+/// The token whose hidden state stands for a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pool {
     /// The first token with this id.
     First(u32),
-    /// The token of the largest id, the first if there are several: the end of the text in CLIP's vocabulary.
+    /// The first token with the largest id, which is the end of the text in CLIP's vocabulary.
     Largest,
     /// The last position.
     Last,
@@ -74,7 +74,7 @@ impl Config {
         }
     }
 
-    /// Checks what would otherwise fail far from its cause.
+    /// Checks for mistakes that would otherwise cause an error later and elsewhere.
     pub(super) fn checked(self, path: &Path) -> Result<Self, ModelError> {
         for encoder in [&self.vision.encoder, &self.text.encoder] {
             if encoder.heads == 0 || !encoder.width.is_multiple_of(encoder.heads) {

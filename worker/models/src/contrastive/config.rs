@@ -1,4 +1,4 @@
-//! What a contrastive model's directory says of its architecture, whichever layout it is in.
+//! Reads a contrastive model's architecture from its directory, in any layout.
 
 use std::path::Path;
 
@@ -21,8 +21,8 @@ impl Config {
     }
 }
 
-/// The layout of the model in `dir`. Repositories of OpenCLIP's models often hold transformers' configuration too: it
-/// counts if its weights are there.
+/// The layout of the model in `dir`. Repositories of OpenCLIP models often contain transformers' configuration too; it
+/// is used if its weights are there.
 pub(super) fn layout(dir: &Path) -> Result<Layout, ModelError> {
     #[derive(Deserialize)]
     struct ModelType {
@@ -43,13 +43,13 @@ pub(super) fn layout(dir: &Path) -> Result<Layout, ModelError> {
     }
 }
 
-/// What this needs of transformers' `config.json`.
+/// The settings used from transformers' `config.json`.
 #[derive(Deserialize)]
 struct Transformers {
     projection_dim: Option<usize>,
     text_config: Option<Tower>,
     vision_config: Option<Tower>,
-    /// Older files repeat a tower here, and this wins.
+    /// Older files repeat a tower here, and this copy takes precedence.
     text_config_dict: Option<Tower>,
     vision_config_dict: Option<Tower>,
 }
@@ -113,13 +113,11 @@ fn transformers(dir: &Path, layout: Layout) -> Result<Config, ModelError> {
         vocabulary: text.vocab_size.unwrap_or(if is_clip { 49408 } else { 32000 }),
         positions: text.max_position_embeddings.unwrap_or(if is_clip { 77 } else { 64 }),
         layers: text.num_hidden_layers.unwrap_or(12),
-        encoder: match is_clip {
-            true => encoder(&text, 512, 2048, 8, true)?,
-            false => encoder(&text, 768, 3072, 12, false)?,
-        },
+        encoder: if is_clip { encoder(&text, 512, 2048, 8, true)? } else { encoder(&text, 768, 3072, 12, false)? },
         pool: match (is_clip, text.eos_token_id.unwrap_or(49407)) {
             (false, _) => Pool::Last,
-            // The configurations of OpenAI's models name a wrong end of text, and transformers knows.
+            // The configurations of OpenAI's models have a wrong end-of-text id, which transformers handles in this
+            // way.
             (true, 2) => Pool::Largest,
             (true, end) => Pool::First(end),
         },

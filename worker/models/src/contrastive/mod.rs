@@ -1,8 +1,8 @@
 //! Contrastive image-text models: CLIP (Radford et al., ICML 2021), OpenCLIP (Cherti et al., CVPR 2023) and SigLIP (Zhai
 //! et al., ICCV 2023).
 //!
-//! Both towers end in one space, where the inner product of an image's and a text's embedding scores how well they match:
-//! one pass of an image scores it against every class, where a diffusion model needs many for each.
+//! Both towers map to one space, where the inner product of an image's and a text's embedding scores how well they
+//! match. One pass over an image scores it against every class, while a diffusion model needs many passes per class.
 
 mod architecture;
 mod config;
@@ -27,7 +27,7 @@ use super::names;
 use super::options::LoadOptions;
 use super::reading::Reading;
 
-/// Texts encoded at a time, which bounds the memory of their hidden states.
+/// Texts encoded at a time. This bounds the memory of their hidden states.
 const TEXTS: usize = 32;
 
 /// A contrastive image-text model.
@@ -82,12 +82,12 @@ impl ContrastiveModel {
         self.family
     }
 
-    /// What is to be done to an image file before [`Self::encode_images`].
+    /// How to prepare an image file for [`Self::encode_images`].
     pub fn preprocessing(&self) -> Preprocessing {
         self.preprocessing.clone()
     }
 
-    /// Where it computes.
+    /// The device it runs on.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -97,33 +97,33 @@ impl ContrastiveModel {
         self.width
     }
 
-    /// What the inner product of two embeddings is multiplied by to give a logit.
+    /// The factor from the inner product of two embeddings to a logit.
     pub fn logit_scale(&self) -> f32 {
         self.logit_scale
     }
 
-    /// What is then added: 0 except for models trained with a sigmoid loss.
+    /// The bias added after scaling: 0 except for models trained with a sigmoid loss.
     pub fn logit_bias(&self) -> f32 {
         self.logit_bias
     }
 
-    /// Embeddings `[B, D]` in f32, of length one, of preprocessed pixels `[B, S, S, 3]`.
+    /// Unit-length embeddings `[B, D]` in f32 of preprocessed pixels `[B, S, S, 3]`.
     pub fn encode_images(&self, pixels: &Tensor) -> Result<Tensor, ModelError> {
         let pixels = pixels.to_device(&self.device)?.to_dtype(self.dtype)?;
         normalised(&self.vision.forward(&pixels)?)
     }
 
-    /// Embeddings `[N, D]` in f32, of length one, of texts.
+    /// Unit-length embeddings `[N, D]` in f32 of texts.
     pub fn encode_texts(&self, texts: &[String]) -> Result<Tensor, ModelError> {
         let mut embeddings = Vec::new();
         for texts in texts.chunks(TEXTS) {
             let ids: Vec<_> = texts.iter().map(|text| self.tokenize(text)).collect::<Result<_, _>>()?;
             embeddings.push(normalised(&self.text.forward(&ids)?)?);
         }
-        match embeddings.is_empty() {
-            // On the host: a GPU's memory for nothing can't be had.
-            true => Ok(Tensor::zeros((0, self.width), DType::F32, &Device::Cpu)?),
-            false => Ok(Tensor::cat(&embeddings, 0)?),
+        if embeddings.is_empty() {
+            Ok(Tensor::zeros((0, self.width), DType::F32, &Device::Cpu)?)
+        } else {
+            Ok(Tensor::cat(&embeddings, 0)?)
         }
     }
 
@@ -132,7 +132,7 @@ impl ContrastiveModel {
         Ok(self.tokenizer.read(text)?.into_ids())
     }
 
-    /// What the text tower reads of texts.
+    /// The tokens that the text tower reads of texts.
     pub fn readings(&self, texts: &[String]) -> Result<Vec<Reading>, ModelError> {
         texts.iter().map(|text| self.tokenizer.read(text)).collect()
     }

@@ -13,13 +13,13 @@ use crate::encoder::EncoderConfig;
 use crate::error::ModelError;
 use crate::settings::{read_json, unsupported};
 
-/// The configuration's name.
+/// The configuration's file name.
 pub(super) const FILE: &str = "open_clip_config.json";
 
 /// OpenCLIP's epsilon of every norm.
 const EPS: f64 = 1e-5;
 
-/// Settings that concern training, initial weights or a part that [`NEUTRAL`] rules out.
+/// Settings for training, initial weights or a part that [`NEUTRAL`] rules out.
 const IGNORED: [&str; 19] = [
     "init_logit_scale",
     "init_logit_bias",
@@ -42,7 +42,7 @@ const IGNORED: [&str; 19] = [
     "hf_pooler_type",
 ];
 
-/// Values that change nothing, besides `null` and `false`.
+/// Values that have no effect, besides `null` and `false`.
 const NEUTRAL: [(&str, &str); 6] = [
     ("vision_cfg.pool_type", "tok"),
     ("vision_cfg.pos_embed_type", "learnable"),

@@ -1,4 +1,4 @@
-//! transformers' `preprocessor_config.json`, which newer versions write into `processor_config.json`.
+//! Reads transformers' `preprocessor_config.json`, which newer versions write into `processor_config.json`.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::error::ModelError;
 use crate::settings::with_defaults;
 use crate::settings::{read_json, unsupported};
 
-/// The mean and standard deviation of R, G and B that OpenAI trained CLIP with.
+/// The mean and standard deviation of R, G and B in OpenAI's CLIP training.
 pub(super) const OPENAI: ([f32; 3], [f32; 3]) =
     ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_6, 0.275_777_1]);
 
@@ -37,7 +37,7 @@ enum Size {
     ShortSide { shortest_edge: usize },
 }
 
-/// What is done to images of a model that takes them `side` pixels large.
+/// The preprocessing for a model that takes images of `side` pixels.
 pub(super) fn read(dir: &Path, layout: Layout, side: usize) -> Result<Preprocessing, ModelError> {
     let (own, whole) = (dir.join("preprocessor_config.json"), dir.join("processor_config.json"));
     if own.is_file() || !whole.is_file() {
@@ -90,7 +90,7 @@ fn preprocessing(path: &Path, file: Processor, layout: Layout, side: usize) -> R
     }
 }
 
-/// Images are divided by their standard deviation.
+/// Refuses unusable standard deviations, since images are divided by them.
 pub(super) fn check_std(path: &Path, key: &str, std: [f32; 3]) -> Result<(), ModelError> {
     if std.iter().all(|std| std.is_normal()) { Ok(()) } else { Err(unsupported(path, key, std)) }
 }

@@ -61,13 +61,15 @@ impl TextTower {
         })
     }
 
-    /// `[N, D]` of `N` sequences of ids, each as long as there are positions.
+    /// Embeddings `[N, D]` of `N` sequences of ids, each as long as the number of positions.
     pub(super) fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor, ModelError> {
         let (vocabulary, width) = self.tokens.dims2()?;
         let (count, len) = (ids.len(), self.positions.dim(0)?);
         let flat: Vec<u32> = ids.iter().flatten().copied().collect();
         if let Some(id) = flat.iter().find(|id| **id as usize >= vocabulary) {
-            return Err(ModelError::Input(format!("the tokenizer's id {id} is not among the model's {vocabulary}")));
+            return Err(ModelError::Input(format!(
+                "the tokenizer gave the id {id}, but the model's vocabulary has {vocabulary}"
+            )));
         }
         let flat = Tensor::from_vec(flat, count * len, self.tokens.device())?;
         let embedded = self.tokens.index_select(&flat, 0)?.reshape((count, len, width))?;

@@ -1,4 +1,4 @@
-//! Texts to token ids, as CLIP's family or SigLIP does it.
+//! Turns texts into token ids, as CLIP and its relatives or SigLIP do.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::tokenizer::ClipTokenizer;
 /// sentencepiece's mark of a word's start.
 const WORD: char = '▁';
 
-/// A tokenizer that gives sequences of one length.
+/// A tokenizer that gives sequences of a fixed length.
 #[derive(Debug)]
 pub(super) enum Tokenizer {
     Clip(ClipTokenizer),
@@ -21,17 +21,17 @@ pub(super) enum Tokenizer {
 }
 
 impl Tokenizer {
-    /// CLIP's in `dir`.
+    /// The CLIP tokenizer in `dir`.
     pub(super) fn clip(dir: &Path, length: usize) -> Result<Self, ModelError> {
         Ok(Self::Clip(ClipTokenizer::open(dir, length)?))
     }
 
-    /// SigLIP's in `dir`.
+    /// The SigLIP tokenizer in `dir`.
     pub(super) fn siglip(dir: &Path, length: usize) -> Result<Self, ModelError> {
         Ok(Self::Siglip(SiglipTokenizer::open(dir, length)?))
     }
 
-    /// The ids of a text, padded, and how much of it they are.
+    /// The padded ids of a text, and how much of the text they cover.
     pub(super) fn read(&self, text: &str) -> Result<Reading, ModelError> {
         match self {
             Self::Clip(tokenizer) => tokenizer.read(text),
@@ -40,7 +40,7 @@ impl Tokenizer {
     }
 }
 
-/// SigLIP's: pieces of lowercase text without punctuation, then end and padding.
+/// SigLIP's tokenizer: pieces of lowercase text without punctuation, then end and padding.
 #[derive(Debug)]
 pub(super) struct SiglipTokenizer {
     pieces: Pieces,
@@ -53,7 +53,7 @@ impl SiglipTokenizer {
     fn open(dir: &Path, length: usize) -> Result<Self, ModelError> {
         let config = settings(&dir.join("tokenizer_config.json"))?;
         let special = settings(&dir.join("special_tokens_map.json"))?;
-        // SigLIP 2 has another vocabulary and keeps punctuation.
+        // SigLIP 2 has a different vocabulary and keeps punctuation.
         if let Some(class) = config.get("tokenizer_class").filter(|class| *class != "SiglipTokenizer") {
             return Err(unsupported(&dir.join("tokenizer_config.json"), "tokenizer_class", class));
         }
@@ -69,7 +69,7 @@ impl SiglipTokenizer {
             return Err(broken(dir, "a sequence of 0 ids has no room for text"));
         }
         let mut pieces = Pieces::from_bytes(read(&file)?).map_err(|e| broken(dir, e))?;
-        // The file may bring its own, of whoever saved it.
+        // The file may contain padding settings from when it was saved.
         pieces.with_padding(None);
         pieces.with_truncation(None).map_err(|e| broken(dir, e))?;
         let id = |name: &str| {
@@ -96,8 +96,8 @@ impl SiglipTokenizer {
     }
 }
 
-/// Lowercase, without ASCII punctuation, words separated by single spaces, behind the mark of a word's start. As in
-/// transformers, a space in front of the text makes that mark a word of its own.
+/// Lowercase text without ASCII punctuation, with words separated by single spaces, after the mark of a word's start.
+/// As in transformers, a space before the text makes that mark a separate word.
 fn canonical(text: &str) -> String {
     let text = text.replace(WORD, " ").to_lowercase().replace(|c: char| c.is_ascii_punctuation(), "");
     let words: Vec<&str> = text.split_whitespace().collect();
@@ -109,7 +109,7 @@ fn canonical(text: &str) -> String {
     }
 }
 
-/// The settings of a file that need not be there.
+/// The settings in an optional file.
 fn settings(path: &Path) -> Result<Value, ModelError> {
     if path.is_file() { read_json(path) } else { Ok(Value::Null) }
 }

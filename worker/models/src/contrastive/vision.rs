@@ -16,9 +16,9 @@ pub(super) struct VisionTower {
     size: usize,
     /// Side of a patch in pixels.
     patch: usize,
-    /// A convolution whose windows don't overlap is a linear layer over patches.
+    /// A linear layer over patches, equal to a convolution whose windows don't overlap.
     patches: Linear,
-    /// In front of the patches, `[C]`.
+    /// The class token before the patches, `[C]`.
     class: Option<Tensor>,
     positions: Tensor,
     norm: Option<LayerNorm>,
@@ -26,7 +26,7 @@ pub(super) struct VisionTower {
     head: Head,
 }
 
-/// From the last layer to one vector.
+/// How the last layer's output becomes one vector.
 #[derive(Debug)]
 enum Head {
     /// The class token's hidden state, projected.
@@ -103,12 +103,12 @@ impl VisionTower {
         })
     }
 
-    /// `[B, D]` of normalised pixels `[B, S, S, 3]`.
+    /// Embeddings `[B, D]` of normalised pixels `[B, S, S, 3]`.
     pub(super) fn forward(&self, pixels: &Tensor) -> Result<Tensor, ModelError> {
         let size = self.size;
         let batch = match *pixels.dims() {
             [batch, height, width, 3] if batch > 0 && height == size && width == size => batch,
-            ref other => return Err(ModelError::Input(format!("images of {other:?} where [B, {size}, {size}, 3] go"))),
+            ref other => return Err(ModelError::Input(format!("images of {other:?}, not [B, {size}, {size}, 3]"))),
         };
         let mut h = self.patches.forward(&self.cut(pixels, batch)?, None)?;
         if let Some(class) = &self.class {
@@ -132,7 +132,7 @@ impl VisionTower {
         }
     }
 
-    /// Patches `[B, count, patch * patch * 3]`; pixels that fill no whole patch are left out.
+    /// Patches `[B, count, patch * patch * 3]`; pixels that don't fill a whole patch are dropped.
     fn cut(&self, pixels: &Tensor, batch: usize) -> candle_core::Result<Tensor> {
         let (patch, side) = (self.patch, self.size / self.patch);
         let pixels = pixels.narrow(1, 0, side * patch)?.narrow(2, 0, side * patch)?.contiguous()?;
@@ -141,7 +141,7 @@ impl VisionTower {
     }
 }
 
-/// Whole patches of an image.
+/// Number of whole patches in an image.
 fn patches(config: &VisionConfig) -> usize {
     (config.size / config.patch).pow(2)
 }
@@ -187,7 +187,7 @@ impl AttentionPool {
         })
     }
 
-    /// `[B, C]` of `x [B, L, C]`.
+    /// Pools `x [B, L, C]` to `[B, C]`.
     fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
         let halves = self.keys_values.forward(x, None)?.chunk(2, D::Minus1)?;
         let cache = KeyValues::new(&halves[0].contiguous()?, &halves[1].contiguous()?, self.heads)?;

@@ -19,7 +19,7 @@ pub(super) struct Block {
     heads: usize,
     width: usize,
     feed_forward_eps: f64,
-    /// To shift, scale and gate of the attention, then of the feed-forward.
+    /// Computes shift, scale and gate of the attention, then of the feed-forward.
     modulation: Linear,
     qkv: Linear,
     out: Linear,
@@ -50,7 +50,7 @@ impl Block {
         })
     }
 
-    /// `x [B, L, D]` to the same shape; `embedding [B, D]` is the activated sum of timestep and class embedding.
+    /// Maps `x [B, L, D]` to the same shape; `embedding [B, D]` is the activated sum of timestep and class embedding.
     pub(super) fn forward(&self, x: &Tensor, embedding: &Tensor, name: &str, probe: &mut Probe<'_>) -> Result<Tensor> {
         let rows = self.modulation.forward(embedding, None)?;
         let modulation = Modulation::new(&rows, self.width);

@@ -1,4 +1,5 @@
-//! The transformer's `config.json`; settings that would change the forward pass in ways not implemented are refused by name.
+//! The transformer's `config.json`. Settings that would change the forward pass in unsupported ways are refused by
+//! name.
 
 use std::path::Path;
 
@@ -23,7 +24,7 @@ pub(super) struct DitConfig {
     #[serde(deserialize_with = "square")]
     pub(super) sample_size: usize,
     pub(super) patch_size: usize,
-    /// Classes, without the null class.
+    /// Number of classes, without the null class.
     pub(super) num_embeds_ada_norm: usize,
     pub(super) norm_eps: f64,
     activation_fn: String,
@@ -89,7 +90,7 @@ impl DitConfig {
         self.num_attention_heads * self.attention_head_dim
     }
 
-    /// Channels of the output: noise, then the learned range's variance where it has one.
+    /// Channels of the output: the noise, then the variance if it is learned.
     pub(super) fn outputs(&self) -> usize {
         self.out_channels.unwrap_or(self.in_channels)
     }

@@ -1,7 +1,7 @@
 //! DiT (Peebles & Xie, ICCV 2023), a transformer over latent patches conditioned on a class label.
 //!
-//! Timestep and class meet in an embedding that modulates every block, so nothing but the patch embedding is shared by a
-//! point's evaluations; the embeddings themselves are computed once per timestep and once per class.
+//! An embedding of timestep and class modulates every block, so a point's evaluations share only the patch embedding.
+//! The timestep and class embeddings are computed once each.
 
 mod block;
 mod config;
@@ -24,7 +24,7 @@ use super::patch::{PatchEmbed, Positions, grid_embedding, unpatchify};
 use super::probe::Probe;
 use super::timestep::{EmbeddingMlp, Sinusoid, TimeCache};
 
-/// Values of the timestep's sinusoid.
+/// Width of the timestep's sinusoid.
 const SINUSOID: usize = 256;
 
 /// The noise predictor.
@@ -43,7 +43,7 @@ pub struct Dit {
     dtype: DType,
 }
 
-/// Embeddings of timesteps and classes.
+/// Embeds timesteps and classes.
 #[derive(Debug)]
 struct Embedder {
     time: EmbeddingMlp,
@@ -54,7 +54,7 @@ struct Embedder {
 /// Embeddings of a set of classes.
 #[derive(Debug)]
 pub struct LabelCache {
-    /// Per embedder `[N, D]`.
+    /// `[N, D]` per embedder.
     layers: Vec<Tensor>,
     count: usize,
 }
@@ -124,7 +124,7 @@ impl Dit {
         self.config.sample_size
     }
 
-    /// What the height and width of latents must be multiples of.
+    /// The height and width of latents must be multiples of this.
     pub fn multiple(&self) -> usize {
         self.config.patch_size
     }
@@ -134,24 +134,24 @@ impl Dit {
         self.config.in_channels
     }
 
-    /// Channels of the output: twice the latents' where the variance is learned.
+    /// Channels of the output: twice the latents' if the variance is learned.
     pub fn out_channels(&self) -> usize {
         self.config.outputs()
     }
 
-    /// Classes the model knows, without the null class.
+    /// Number of classes, without the null class.
     pub fn classes(&self) -> usize {
         self.config.num_embeds_ada_norm
     }
 
-    /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
+    /// Computes the values that depend only on the timestep, for distinct `timesteps`, which the network gets as `times`.
     pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
         let sinusoids = self.sinusoid.forward(times, &self.device, self.dtype)?;
         let layers = self.embedders.iter().map(|e| e.time.forward(&sinusoids));
         Ok(TimeCache::new(timesteps, layers.collect::<candle_core::Result<_>>()?))
     }
 
-    /// Computes what depends on the class alone; label [`Dit::classes`] is the null class.
+    /// Computes the values that depend only on the class; label [`Dit::classes`] is the null class.
     pub fn label_cache(&self, labels: &[u32]) -> Result<LabelCache, ModelError> {
         if let Some(label) = labels.iter().find(|label| **label as usize > self.classes()) {
             return Err(ModelError::NoSuchClass { label: i64::from(*label), classes: self.classes() });
@@ -165,7 +165,7 @@ impl Dit {
         self.forward_probed(input, times, labels, &mut Probe::none())
     }
 
-    /// Like [`Dit::forward`], showing every submodule's output to a probe.
+    /// Like [`Dit::forward`], but shows every submodule's output to a probe.
     pub fn forward_probed(
         &self,
         input: &Pass<'_>,
@@ -197,7 +197,7 @@ impl Dit {
             probe.see(|| name, &x);
             first.get_or_insert(embedding);
         }
-        let Some(first) = first else { return Err(ModelError::Input("a transformer without blocks".into())) };
+        let Some(first) = first else { return Err(ModelError::Input("the transformer has no blocks".into())) };
         let rows = self.modulation.forward(&activate(&first, Activation::Silu)?, None)?;
         probe.see(|| "proj_out_1".to_owned(), &rows);
         probe.compute("norm_out", || {
@@ -218,7 +218,7 @@ impl Dit {
         labels: &LabelCache,
     ) -> Result<Tensor, ModelError> {
         let Some(classes) = labels.layers.get(block) else {
-            return Err(ModelError::Input("a label cache of another model".into()));
+            return Err(ModelError::Input("the label cache belongs to another model".into()));
         };
         Ok((gather(times.layer(block)?, &indices.times)? + gather(classes, &indices.conditions)?)?)
     }

@@ -2,10 +2,11 @@
 
 use crate::checkpoint::Weights;
 
-/// Who named the weights. The two also differ in a norm's epsilon and in the timestep sinusoid's frequencies.
+/// The library whose weight names are used. The two also differ in a norm's epsilon and in the timestep sinusoid's
+/// frequencies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Names {
-    /// DiTPipeline's `transformer/`: every block has embedders of its own.
+    /// DiTPipeline's `transformer/`: every block has its own embedders.
     Diffusers,
     /// facebookresearch/DiT: all blocks share one pair of embedders.
     Original,

@@ -1,4 +1,4 @@
-//! How strong an adapter was trained to be: `alpha`, from wherever its format keeps it.
+//! Finds an adapter's `alpha`, its strength in training, wherever its format stores it.
 
 use std::path::Path;
 
@@ -14,14 +14,13 @@ use super::super::settings::{read_json, unsupported};
 use super::pattern::Patterns;
 use super::wrong;
 
-/// The entry of diffusers' adapters that holds peft's configurations, their keys prefixed by the component.
+/// The metadata entry in which diffusers' adapters store peft's configurations, with keys prefixed by the component.
 const METADATA: &str = "lora_adapter_metadata";
 
-/// peft's `lora_alpha` where a configuration has none.
+/// peft's default for `lora_alpha`.
 const DEFAULT_ALPHA: f64 = 8.0;
 
-/// Settings that change what is added to a weight, or the weight itself, in ways not implemented. `null` and `false` are no
-/// change.
+/// Unsupported settings that change what is added to a weight, or the weight itself. `null` and `false` have no effect.
 const CHANGES: [&str; 10] = [
     "use_dora",
     "fan_in_fan_out",
@@ -35,7 +34,7 @@ const CHANGES: [&str; 10] = [
     "target_parameters",
 ];
 
-/// What this needs of peft's `adapter_config.json`.
+/// The settings used from peft's `adapter_config.json`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct AdapterConfig {
@@ -54,7 +53,7 @@ impl AdapterConfig {
             return Ok(None);
         }
         check(&path, &read_json(&path)?)?;
-        // Read once more, as patterns count in the file's order, which values do not keep.
+        // Read the file again, since the order of its patterns matters and `Value` does not keep it.
         read_json(&path).map(Some)
     }
 
@@ -67,7 +66,7 @@ impl AdapterConfig {
     }
 }
 
-/// Refuses settings that are not implemented.
+/// Refuses unsupported settings.
 fn check(path: &Path, settings: &Value) -> Result<(), ModelError> {
     if let Some(other) = settings.get("peft_type").filter(|kind| !kind.is_null() && *kind != "LORA") {
         return Err(unsupported(path, "peft_type", other));
@@ -78,7 +77,7 @@ fn check(path: &Path, settings: &Value) -> Result<(), ModelError> {
             return Err(unsupported(path, key, value));
         }
     }
-    // Other ways to start change the base's weights, which are another model's then.
+    // Other initialisations change the base weights, so the adapter no longer fits the original model.
     match settings.get("init_lora_weights") {
         None | Some(Value::Null | Value::Bool(_)) => Ok(()),
         Some(Value::String(name)) if ["gaussian", "eva", "orthogonal"].contains(&name.as_str()) => Ok(()),
@@ -86,7 +85,7 @@ fn check(path: &Path, settings: &Value) -> Result<(), ModelError> {
     }
 }
 
-/// Where an adapter's alphas are.
+/// The places where an adapter's alphas can be.
 #[derive(Debug)]
 pub(super) struct Alphas<'a> {
     pub(super) file: &'a WeightsFile,
@@ -94,7 +93,7 @@ pub(super) struct Alphas<'a> {
 }
 
 impl Alphas<'_> {
-    /// `alpha / r` of a module (`alpha / sqrt(r)` if rank-stabilised), given the key of its alpha if it has one.
+    /// `alpha / r` of a module (`alpha / sqrt(r)` if rank-stabilised), given the key of its alpha, if there is one.
     pub(super) fn over_rank(
         &self,
         component: &str,
@@ -109,7 +108,7 @@ impl Alphas<'_> {
         let slow = |error: fancy_regex::Error| wrong(self.file.path(), format!("rank and alpha of {module}: {error}"));
         let expected = config.as_ref().map(|config| config.rank(module)).transpose().map_err(slow)?.flatten();
         if let Some(other) = expected.filter(|other| *other != rank) {
-            let message = format!("{component}.{module} has rank {rank}, and its configuration says {other}");
+            let message = format!("{component}.{module} has rank {rank}, but its configuration says {other}");
             return Err(wrong(self.file.path(), message));
         }
         let alpha = match key {
@@ -125,11 +124,11 @@ impl Alphas<'_> {
         let values = self.file.tensor(key)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         match values[..] {
             [alpha] => Ok(alpha),
-            _ => Err(wrong(self.file.path(), format!("{key} holds {} values, it should be one", values.len()))),
+            _ => Err(wrong(self.file.path(), format!("{key} holds {} values instead of one", values.len()))),
         }
     }
 
-    /// The configuration that newer versions of diffusers write into the file's header.
+    /// The configuration in the file's header, as newer versions of diffusers write it.
     fn embedded(&self, component: &str) -> Result<Option<AdapterConfig>, ModelError> {
         let Some(text) = self.file.metadata(METADATA) else { return Ok(None) };
         let path = self.file.path();
@@ -143,7 +142,7 @@ impl Alphas<'_> {
         }
         let own = Value::Object(own);
         check(path, &own)?;
-        // diffusers writes and reads patterns sorted by name, as values keep them.
+        // diffusers writes and reads patterns sorted by name, and `Value` keeps that order.
         with_defaults(path, own).map(Some)
     }
 }

@@ -1,13 +1,13 @@
-//! The names that adapters' weights have had in diffusers and peft.
+//! The names of adapters' weights, in all versions of diffusers and peft.
 
 use std::borrow::Cow;
 
-/// What a key says.
+/// A parsed key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Key {
-    /// The component, where the key names it.
+    /// The component, if the key names it.
     pub(super) component: Option<&'static str>,
-    /// The module whose weight is changed, as diffusers calls it.
+    /// diffusers' name of the module whose weight is changed.
     pub(super) module: String,
     /// Which part of the change it is.
     pub(super) role: Role,
@@ -24,10 +24,10 @@ pub(super) enum Role {
     Alpha,
 }
 
-/// Components that adapters are made for.
+/// Components that an adapter can change.
 const COMPONENTS: [&str; 5] = ["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"];
 
-/// The ends of keys: what peft appends to a module, and what diffusers' own layers were called.
+/// The ends of keys: peft's suffixes, and the names of diffusers' own layers.
 const ENDINGS: [(&str, Role); 5] = [
     (".lora_A.weight", Role::Down),
     (".lora_B.weight", Role::Up),
@@ -36,16 +36,16 @@ const ENDINGS: [(&str, Role); 5] = [
     (".alpha", Role::Alpha),
 ];
 
-/// How to use an adapter of a kind that is not read, without losing anything of it.
+/// How to use an adapter of an unsupported kind without losing anything.
 pub(super) const MERGE: &str = "merge it into the model with diffusers, which keeps alpha, and label with the result: \
     `pipe.load_lora_weights(ADAPTER); pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(OUT)`";
 
 impl Key {
-    /// Reads a key, or says why it can't be.
+    /// Parses a key, or returns why it is not supported.
     pub(super) fn parse(key: &str) -> Result<Self, String> {
         let unknown = || {
             format!(
-                "{key} is not a LoRA weight that is supported (of diffusers, peft or kohya, without DoRA or biases); {MERGE}"
+                "{key} is not a supported LoRA weight (by diffusers, peft or kohya, without DoRA or biases); {MERGE}"
             )
         };
         let plain = strip_wrapper(key);
@@ -56,7 +56,7 @@ impl Key {
         let (base, ending, role) = ENDINGS.into_iter().find_map(find).ok_or_else(unknown)?;
         let module = match old_module(base) {
             Some(module) => module,
-            // These ends mean something only after the names of diffusers' own layers.
+            // These ends are valid only after the names of diffusers' own layers.
             None if ending == ".down.weight" || ending == ".up.weight" => return Err(unknown()),
             None => base.to_owned(),
         };
@@ -64,7 +64,7 @@ impl Key {
     }
 }
 
-/// The key without the name that peft gives an adapter, such as `default_0`, between `lora_A` and `weight`.
+/// The key without peft's name for the adapter, such as `default_0`, between `lora_A` and `weight`.
 fn without_adapter(key: &str) -> Cow<'_, str> {
     for part in [".lora_A.", ".lora_B."] {
         let split = key.split_once(part).and_then(|(module, rest)| Some((module, rest.strip_suffix(".weight")?)));
@@ -77,7 +77,7 @@ fn without_adapter(key: &str) -> Cow<'_, str> {
     Cow::Borrowed(key)
 }
 
-/// What peft's wrapper puts before a module.
+/// Removes the prefix of peft's wrapper.
 fn strip_wrapper(key: &str) -> &str {
     key.strip_prefix("base_model.model.").unwrap_or(key)
 }
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_generations_of_names_are_read() {
+    fn names_of_all_versions_are_read() {
         let cases = [
             ("unet.a.attn1.to_q.lora_A.weight", Some("unet"), "a.attn1.to_q", Role::Down),
             ("unet.a.to_out.0.lora.up.weight", Some("unet"), "a.to_out.0", Role::Up),

@@ -1,7 +1,7 @@
 //! The names of kohya's sd-scripts: `lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`.
 //!
-//! Dots have become underscores, so that a module is found only among the model's own. Adapters for SDXL name its UNet's
-//! modules as its first release did (`input_blocks_4_1`).
+//! Dots have become underscores, so a module can be identified only by comparing with the model's own names. Adapters
+//! for SDXL use the UNet module names of its first release (`input_blocks_4_1`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::super::stored::StoredWeights;
 use super::key::{Key, MERGE, Role};
 use super::wrong;
 
-/// The starts of names, and the components they stand for.
+/// Name prefixes and their components.
 const STARTS: [(&str, &str); 6] = [
     ("lora_unet_", "unet"),
     ("lora_transformer_", "transformer"),
@@ -25,7 +25,7 @@ const STARTS: [(&str, &str); 6] = [
     ("lora_te3_", "text_encoder_3"),
 ];
 
-/// What else is trained under these names, by a part of the key.
+/// Unsupported adapter kinds under the same prefixes, by a part of the key.
 const OTHERS: [(&str, &str); 7] = [
     (".dora_scale", "DoRA"),
     (".lora_mid.", "LoCon with Tucker decomposition"),
@@ -36,12 +36,12 @@ const OTHERS: [(&str, &str); 7] = [
     (".bias", "a bias"),
 ];
 
-/// Finds the modules that names of kohya's stand for, in one model.
+/// Finds the modules of one model for kohya's names.
 #[derive(Debug)]
 pub(super) struct Kohya<'a> {
     adapter: &'a Path,
     model: &'a Path,
-    /// By component: the modules by their names with underscores.
+    /// For each component, its modules by their names with underscores.
     modules: BTreeMap<&'static str, HashMap<String, String>>,
 }
 
@@ -50,11 +50,11 @@ impl<'a> Kohya<'a> {
         Self { adapter, model, modules: BTreeMap::new() }
     }
 
-    /// Reads a key; `None` if it is not of this kind.
+    /// Parses a key; `None` if it is not one of kohya's.
     pub(super) fn parse(&mut self, key: &str) -> Result<Option<Key>, ModelError> {
         let start = STARTS.into_iter().find_map(|(start, component)| Some((key.strip_prefix(start)?, component)));
         let Some((rest, mut component)) = start else { return Ok(None) };
-        // Its scripts call the network of Stable Diffusion 3 a UNet too.
+        // The scripts also call the network of Stable Diffusion 3 a UNet.
         if component == "unet" && !self.model.join("unet").is_dir() && self.model.join("transformer").is_dir() {
             component = "transformer";
         }
@@ -65,7 +65,8 @@ impl<'a> Kohya<'a> {
             _ => None,
         };
         let Some((name, role)) = role else {
-            let kind = OTHERS.iter().find(|(part, _)| rest.contains(part)).map_or("no LoRA weight", |(_, kind)| *kind);
+            let kind =
+                OTHERS.iter().find(|(part, _)| rest.contains(part)).map_or("not a LoRA weight", |(_, kind)| *kind);
             return Err(wrong(self.adapter, format!("{key} is {kind}, which is not supported; {MERGE}")));
         };
         let layers = self.layers_per_block();
@@ -81,7 +82,7 @@ impl<'a> Kohya<'a> {
         }
     }
 
-    /// Resnets on each level of the UNet on the way down; where levels differ, the first names of SDXL can't be told.
+    /// Resnets per level of the UNet on the way down. If levels differ, SDXL's original names can't be resolved.
     fn layers_per_block(&self) -> usize {
         let config: Result<Value, _> = read_json(&self.model.join("unet/config.json"));
         let layers = config.ok().and_then(|config| config.get("layers_per_block")?.as_u64());
@@ -97,7 +98,7 @@ impl<'a> Kohya<'a> {
     }
 }
 
-/// The modules with weights of a component, by their names with underscores.
+/// The modules of a component that have weights, by their names with underscores.
 fn underscored(adapter: &Path, model: &Path, component: &'static str) -> Result<HashMap<String, String>, ModelError> {
     let dir = model.join(component);
     if !dir.is_dir() {
@@ -111,14 +112,15 @@ fn underscored(adapter: &Path, model: &Path, component: &'static str) -> Result<
         if let Some(other) = found.insert(module.replace('.', "_"), module.to_owned()) {
             return Err(wrong(
                 adapter,
-                format!("{component} has both {module} and {other}, which kohya's names don't tell apart"),
+                format!("{component} has both {module} and {other}, which have the same name in kohya's format"),
             ));
         }
     }
     Ok(found)
 }
 
-/// diffusers' name, with underscores, of a module called as in the first release of SDXL; `layers` are the resnets of a level.
+/// diffusers' name, with underscores, for a module name from SDXL's first release. `layers` is the number of resnets
+/// per level.
 fn usual_name(name: &str, layers: usize) -> Option<String> {
     const NAMES: [(&str, &str); 7] = [
         ("time_embed_0", "time_embedding_linear_1"),
@@ -142,7 +144,7 @@ fn usual_name(name: &str, layers: usize) -> Option<String> {
     let rest = name.strip_prefix("input_blocks_").or_else(|| name.strip_prefix("output_blocks_"))?;
     let (block, rest) = rest.split_once('_')?;
     let (inner, rest) = rest.split_once('_')?;
-    // The first of the blocks down is the convolution in front.
+    // Input block 0 is the first convolution.
     let at = if is_down { number(block)?.checked_sub(1)? } else { number(block)? };
     let (level, layer) = (at / (layers + 1), at % (layers + 1));
     let side = if is_down { "down_blocks" } else { "up_blocks" };
@@ -155,7 +157,7 @@ fn usual_name(name: &str, layers: usize) -> Option<String> {
     })
 }
 
-/// A resnet's layers; those of attention have their names.
+/// diffusers' name of a resnet's layer. Names of attention layers stay the same.
 fn usual_layer(first: &str) -> &str {
     match first {
         "in_layers_0" => "norm1",
@@ -173,8 +175,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_names_of_sdxl_are_translated() {
-        // As diffusers' _maybe_map_sgm_blocks_to_diffusers and _convert_unet_lora_key.
+    fn original_sdxl_names_are_translated() {
+        // As in diffusers' _maybe_map_sgm_blocks_to_diffusers and _convert_unet_lora_key.
         let cases = [
             (
                 "input_blocks_4_1_transformer_blocks_0_attn1_to_q",

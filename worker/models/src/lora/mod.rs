@@ -1,8 +1,8 @@
 //! LoRA adapters (Hu et al., 2021), merged into the weights when they are loaded.
 //!
-//! A module's weight becomes `W + scale * alpha / r * B A` (`alpha / sqrt(r)` for rank-stabilised adapters), computed in
-//! f32 before the weight is rounded. Formats: diffusers, old and new, peft and kohya. Every key of a file must be understood and
-//! must fit a weight: an adapter that is half applied looks like one that works badly.
+//! A module's weight becomes `W + scale * alpha / r * B A` (`alpha / sqrt(r)` for rank-stabilised adapters), computed
+//! in f32 before the weight is rounded. Formats: diffusers (old and new), peft and kohya. Every key of a file must be
+//! understood and must fit a weight, since a half-applied adapter would look like one that works badly.
 
 mod alpha;
 mod key;
@@ -22,7 +22,7 @@ use super::error::ModelError;
 use super::file::WeightsFile;
 use super::names;
 
-/// An adapter and how strongly it is merged.
+/// An adapter and its scale.
 #[derive(Debug)]
 pub struct Lora {
     file: WeightsFile,
@@ -38,7 +38,7 @@ struct Change {
     factor: f64,
 }
 
-/// What a file holds for one module.
+/// A file's weights for one module.
 #[derive(Debug, Default)]
 struct Parts {
     down: Option<String>,
@@ -47,7 +47,7 @@ struct Parts {
 }
 
 impl Lora {
-    /// Opens an adapter, a file or its directory, for the model in the directory `model`.
+    /// Opens an adapter (a file or its directory) for the model in the directory `model`.
     pub fn open(path: &Path, scale: f64, model: &Path) -> Result<Self, ModelError> {
         let adapter = adapter_file(path);
         let file = WeightsFile::open(&adapter).map_err(|error| not_an_adapter(path, error))?;
@@ -71,7 +71,7 @@ impl Lora {
                 Role::Alpha => &mut parts.alpha,
             };
             if let Some(twice) = slot.replace(key.clone()) {
-                return Err(wrong(path, format!("{key} and {twice} mean the same weight")));
+                return Err(wrong(path, format!("{key} and {twice} stand for the same weight")));
             }
         }
         if modules.is_empty() {
@@ -111,7 +111,7 @@ impl Lora {
         Ok(())
     }
 
-    /// What is added to a weight, in f32 with as many elements as the weight has; nothing for most weights.
+    /// The change to add to a weight, in f32 with as many elements as the weight; `None` for most weights.
     pub(crate) fn change(&self, component: &str, key: &str) -> Result<Option<Tensor>, ModelError> {
         let module = key.strip_suffix(".weight").unwrap_or_default();
         let Some(change) = self.components.get(component).and_then(|modules| modules.get(module)) else {
@@ -152,7 +152,8 @@ impl Change {
     }
 }
 
-/// A shape without its first dimension and without a 1x1 kernel: linear layers are also stored as 1x1 convolutions.
+/// A shape without its first dimension and without a 1x1 kernel, since some files store linear layers as 1x1
+/// convolutions.
 fn inner(shape: &[usize]) -> &[usize] {
     match shape {
         [_, inner, 1, 1] => std::slice::from_ref(inner),
@@ -161,7 +162,7 @@ fn inner(shape: &[usize]) -> &[usize] {
     }
 }
 
-/// Files of peft and of old versions of diffusers hold one component and do not say which.
+/// Files of peft and of old versions of diffusers hold one component without naming it.
 fn default_component(module: &str, model: &Path) -> &'static str {
     if module.starts_with("text_model.") || module.starts_with("encoder.layers.") {
         "text_encoder"
@@ -172,7 +173,7 @@ fn default_component(module: &str, model: &Path) -> &'static str {
     }
 }
 
-/// Says what to do where a file could not be opened as an adapter.
+/// Adds a remedy to the error for a file that could not be opened as an adapter.
 fn not_an_adapter(given: &Path, error: ModelError) -> ModelError {
     match error {
         ModelError::MissingFile(_) if given.is_dir() => {
@@ -181,10 +182,11 @@ fn not_an_adapter(given: &Path, error: ModelError) -> ModelError {
             wrong(given, message.into())
         }
         ModelError::MissingFile(_) => wrong(given, "there is no such adapter: give a file, or peft's directory".into()),
-        // Pickles can run code when they are read, and candle's reader, which does not, leaves out what it can't read.
+        // Reading a pickle can run code. candle's reader doesn't, but it skips what it can't read.
         ModelError::Pickle(path) => {
-            let message = "it is a pickle, which is not read: convert it, alphas included, with `python -c \"import sys, torch, \
-                           safetensors.torch as s; a, b = sys.argv[1:]; s.save_file({k: torch.as_tensor(v).clone().contiguous() \
+            let message = "it is a pickle, which is not supported: convert it, alphas included, with `python -c \"import sys, \
+                           torch, safetensors.torch as s; a, b = sys.argv[1:]; s.save_file({k: \
+                           torch.as_tensor(v).clone().contiguous() \
                            for k, v in torch.load(a, map_location='cpu', weights_only=True).items()}, b)\" IN.bin \
                            OUT.safetensors`, and keep peft's adapter_config.json beside it";
             wrong(&path, message.into())
@@ -217,7 +219,7 @@ mod tests {
         root().join("cli/demo/model")
     }
 
-    /// What diffusers and peft add to weights (`tests/fixtures/lora/make_kinds.py`), against what is added here.
+    /// Compares the changes to weights with those of diffusers and peft (`tests/fixtures/lora/make_kinds.py`).
     fn check(name: &str, adapter: &Path, model: &Path) {
         let lora = Lora::open(adapter, 1.0, model).unwrap();
         let deltas = safetensors::load(fixture("deltas.safetensors"), &Device::Cpu).unwrap();
@@ -237,18 +239,18 @@ mod tests {
     }
 
     #[test]
-    fn kohyas_names_are_found_in_the_model_and_alpha_counts() {
+    fn kohya_names_are_found_in_the_model_and_alpha_is_applied() {
         check("kohya", &fixture("kohya.safetensors"), &digits());
         check("kohya_xl", &fixture("kohya_xl.safetensors"), &root().join("tests/fixtures/sdxl/model"));
     }
 
     #[test]
-    fn a_directory_of_pefts_is_read_with_its_patterns() {
+    fn a_peft_directory_is_read_with_its_patterns() {
         check("patterns", &fixture("patterns"), &digits());
         check("patterns", &fixture("patterns/adapter_model.safetensors"), &digits());
     }
 
-    /// An adapter with other names for the keys of a file.
+    /// Copies an adapter file with its keys renamed.
     fn renamed(from: &Path, to: &Path, name: impl Fn(&str) -> String) {
         let tensors = safetensors::load(from, &Device::Cpu).unwrap();
         let tensors: HashMap<String, Tensor> = tensors.into_iter().map(|(key, tensor)| (name(&key), tensor)).collect();
@@ -256,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn an_adapter_may_have_a_name_of_its_own() {
+    fn an_adapter_may_have_its_own_name() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::copy(fixture("patterns/adapter_config.json"), directory.path().join("adapter_config.json")).unwrap();
         let named = directory.path().join("adapter_model.safetensors");
@@ -270,7 +272,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("kohya.safetensors");
         renamed(&fixture("kohya.safetensors"), &file, |key| {
-            // As peft writes it of a text encoder without the prefix.
+            // As peft writes it for a text encoder without the prefix.
             let plain = key
                 .replace("lora_te_text_model_encoder_layers_0_self_attn_", "text_encoder.encoder.layers.0.self_attn.");
             let plain = plain.replace("lora_te_text_model_encoder_layers_0_mlp_", "text_encoder.encoder.layers.0.mlp.");
@@ -284,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_read_is_said_without_losing_alpha() {
+    fn unsupported_keys_are_refused_with_a_remedy_that_keeps_alpha() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("made.safetensors");
         for (part, kind) in
@@ -304,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn pickles_and_empty_directories_are_told_what_to_do() {
+    fn pickles_and_empty_directories_are_refused_with_a_remedy() {
         let directory = tempfile::tempdir().unwrap();
         assert!(open_error(directory.path()).contains("adapter_model.safetensors"));
         std::fs::write(directory.path().join("adapter_model.bin"), b"PK\x03\x04 archive/data.pkl").unwrap();
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_of_peft_that_would_change_the_result_are_refused_by_name() {
+    fn unsupported_peft_settings_are_refused_by_name() {
         let directory = tempfile::tempdir().unwrap();
         let from = fixture("patterns/adapter_model.safetensors");
         std::fs::copy(from, directory.path().join("adapter_model.safetensors")).unwrap();

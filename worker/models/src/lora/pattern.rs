@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use fancy_regex::Regex;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 
-/// Patterns in the file's order, of which the first that matches counts.
+/// Patterns in the file's order. The first one that matches is used.
 #[derive(Clone, Debug)]
 pub(super) struct Patterns<T>(Vec<(Regex, T)>);
 
@@ -17,7 +17,7 @@ impl<T> Default for Patterns<T> {
 }
 
 impl<T: Copy> Patterns<T> {
-    /// The value for a module; fails where matching takes too long.
+    /// The value for a module; fails if matching takes too long.
     pub(super) fn of(&self, module: &str) -> Result<Option<T>, fancy_regex::Error> {
         for (pattern, value) in &self.0 {
             if pattern.is_match(module)? {
@@ -28,7 +28,7 @@ impl<T: Copy> Patterns<T> {
     }
 }
 
-/// As peft matches (`get_pattern_key`): a pattern is a module's whole name, or its last parts.
+/// Matches like peft (`get_pattern_key`): a pattern is a module's whole name or its last parts.
 fn compile(pattern: &str) -> Result<Regex, fancy_regex::Error> {
     Regex::new(&format!("^(.*\\.)?({pattern})$"))
 }

@@ -1,4 +1,4 @@
-//! One block: image and text tokens attend to each other and go through feed-forwards of their own.
+//! One block: image and text tokens attend to each other, then go through separate feed-forwards.
 
 use candle_core::{Result, Tensor};
 use elbo_kernels::{Activation, Linear, Modulation, QueryKeyNorm, activate, self_attention};
@@ -18,7 +18,7 @@ pub(super) struct Block {
     heads: usize,
     width: usize,
     image: Stream,
-    /// The image's attention to itself alone.
+    /// The image's additional attention to itself only.
     second: Option<Attention>,
     text: TextStream,
 }
@@ -27,7 +27,7 @@ pub(super) struct Block {
 #[derive(Debug)]
 enum TextStream {
     Whole(Box<Stream>),
-    /// In the last block the text is only looked at.
+    /// In the last block the text is only attended to.
     Read {
         modulation: Linear,
         qkv: Projection,
@@ -37,7 +37,7 @@ enum TextStream {
 /// One half of a block.
 #[derive(Debug)]
 struct Stream {
-    /// To shift, scale and gate of the attention, of the feed-forward, and of the second attention.
+    /// Computes shift, scale and gate of the attention, of the feed-forward, and of the second attention.
     modulation: Linear,
     attention: Attention,
     up: Linear,
@@ -50,7 +50,7 @@ struct Attention {
     out: Linear,
 }
 
-/// To queries, keys and values side by side.
+/// Computes queries, keys and values side by side.
 #[derive(Debug)]
 struct Projection {
     linear: Linear,
@@ -75,9 +75,10 @@ impl Projection {
     fn load(p: &Params<'_>, names: &Names, config: &MmditConfig) -> std::result::Result<Self, ModelError> {
         let (width, dim) = (config.width(), config.attention_head_dim);
         let norm = |name: &str| p.at(name).get("weight", &[dim]);
-        let norm = match config.normalises_heads() {
-            true => Some(QueryKeyNorm::new(EPS, &norm(names.norms[0])?, &norm(names.norms[1])?)),
-            false => None,
+        let norm = if config.normalises_heads() {
+            Some(QueryKeyNorm::new(EPS, &norm(names.norms[0])?, &norm(names.norms[1])?))
+        } else {
+            None
         };
         Ok(Self { linear: joined(&names.qkv.map(|name| p.at(name)), width, width, true)?, norm })
     }
@@ -131,35 +132,31 @@ impl Stream {
 }
 
 impl Block {
-    /// Loads block `index`; the `last` one drops the text.
+    /// Loads block `index`; the last one drops the text.
     pub(super) fn load(p: &Params<'_>, index: usize, config: &MmditConfig) -> std::result::Result<Self, ModelError> {
         let (width, last) = (config.width(), index + 1 == config.num_layers);
         let dual = config.dual_attention_layers.contains(&index);
         let rows = if dual { 9 } else { 6 };
-        let text = match last {
-            false => {
-                let stream = Stream::load(p, &TEXT, ("norm1_context.linear", 6), "ff_context", config)?;
-                TextStream::Whole(Box::new(stream))
-            }
-            true => TextStream::Read {
+        let text = if !last {
+            let stream = Stream::load(p, &TEXT, ("norm1_context.linear", 6), "ff_context", config)?;
+            TextStream::Whole(Box::new(stream))
+        } else {
+            TextStream::Read {
                 modulation: linear(&p.at("norm1_context.linear"), width, 2 * width)?,
                 qkv: Projection::load(&p.at("attn"), &TEXT, config)?,
-            },
+            }
         };
         Ok(Self {
             heads: config.num_attention_heads,
             width,
             image: Stream::load(p, &IMAGE, ("norm1.linear", rows), "ff", config)?,
-            second: match dual {
-                true => Some(Attention::load(&p.at("attn2"), &IMAGE, config)?),
-                false => None,
-            },
+            second: if dual { Some(Attention::load(&p.at("attn2"), &IMAGE, config)?) } else { None },
             text,
         })
     }
 
-    /// Image tokens `x [B, L, D]` and text tokens `[B, M, D]` after the block; `embedding [B, D]` is activated. The last
-    /// block gives the text back as it was.
+    /// Image tokens `x [B, L, D]` and text tokens `[B, M, D]` after the block; `embedding [B, D]` is activated. The
+    /// last block returns the text unchanged.
     pub(super) fn forward(
         &self,
         x: &Tensor,
@@ -180,7 +177,7 @@ impl Block {
                 (rows, normal, &stream.attention.qkv)
             }
             TextStream::Read { modulation, qkv } => {
-                // This norm names its scale before its shift.
+                // This norm stores its scale before its shift.
                 let rows = modulation.forward(embedding, None)?;
                 let normal = Modulation::new(&rows, self.width).normalise(text, EPS, 1, 0)?;
                 (rows, normal, qkv)

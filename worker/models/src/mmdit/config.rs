@@ -1,4 +1,5 @@
-//! The transformer's `config.json`; settings that would change the forward pass in ways not implemented are refused by name.
+//! The transformer's `config.json`. Settings that would change the forward pass in unsupported ways are refused by
+//! name.
 
 use std::path::Path;
 
@@ -30,7 +31,7 @@ pub(super) struct MmditConfig {
     pub(super) pooled_projection_dim: usize,
     /// Side of the stored grid of positions, in patches.
     pub(super) pos_embed_max_size: usize,
-    /// Blocks in which the image also attends to itself alone (SD3.5 medium).
+    /// Blocks in which the image also attends to itself only (SD3.5 medium).
     pub(super) dual_attention_layers: Vec<usize>,
     qk_norm: Option<String>,
 }

@@ -1,7 +1,7 @@
 //! MMDiT of Stable Diffusion 3 and 3.5 (Esser et al., ICML 2024): image and text tokens in one transformer.
 //!
-//! The timestep and the pooled text modulate every block, so nothing but the patch embedding is shared by a point's
-//! evaluations; the text's first projection and both embeddings are computed once per prompt and timestep.
+//! The timestep and the pooled text modulate every block, so a point's evaluations share only the patch embedding. The
+//! text's first projection and the two embeddings are computed once per prompt and per timestep.
 
 mod block;
 mod config;
@@ -31,7 +31,7 @@ const SINUSOID: Sinusoid = Sinusoid { width: 256, flip_sin_to_cos: true, freq_sh
 pub struct Mmdit {
     config: MmditConfig,
     patch: PatchEmbed,
-    /// The positions of a grid of `pos_embed_max_size` squared patches, `[1, G G, D]`.
+    /// Position embeddings for a grid of `pos_embed_max_size` squared patches, `[1, G G, D]`.
     positions: Tensor,
     time: EmbeddingMlp,
     pooled: EmbeddingMlp,
@@ -43,7 +43,7 @@ pub struct Mmdit {
     dtype: DType,
 }
 
-/// What depends on the prompt alone.
+/// Values that depend only on the prompt.
 #[derive(Debug)]
 pub struct ContextCache {
     /// Text tokens, `[N, M, D]`.
@@ -92,7 +92,7 @@ impl Mmdit {
         self.config.sample_size
     }
 
-    /// What the height and width of latents must be multiples of.
+    /// The height and width of latents must be multiples of this.
     pub fn multiple(&self) -> usize {
         self.config.patch_size
     }
@@ -112,16 +112,16 @@ impl Mmdit {
         self.config.pooled_projection_dim
     }
 
-    /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
+    /// Computes the values that depend only on the timestep, for distinct `timesteps`, which the network gets as `times`.
     pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
         let embedding = self.time.forward(&SINUSOID.forward(times, &self.device, self.dtype)?)?;
         Ok(TimeCache::new(timesteps, vec![embedding]))
     }
 
-    /// Computes what depends on the prompt alone.
+    /// Computes the values that depend only on the prompt.
     pub fn context_cache(&self, texts: &TextEmbeddings) -> Result<ContextCache, ModelError> {
         let Some(pooled) = &texts.pooled else {
-            return Err(ModelError::Input("the transformer takes a pooled text embedding, and there is none".into()));
+            return Err(ModelError::Input("the transformer takes a pooled text embedding, but there is none".into()));
         };
         Ok(ContextCache { tokens: self.context.forward(&texts.tokens, None)?, pooled: self.pooled.forward(pooled)? })
     }
@@ -131,7 +131,7 @@ impl Mmdit {
         self.forward_probed(input, times, prompts, &mut Probe::none())
     }
 
-    /// Like [`Mmdit::forward`], showing every submodule's output to a probe.
+    /// Like [`Mmdit::forward`], but shows every submodule's output to a probe.
     pub fn forward_probed(
         &self,
         input: &Pass<'_>,
@@ -158,7 +158,7 @@ impl Mmdit {
                 probe.see(|| format!("{name}.context"), &text);
             }
         }
-        // This norm names its scale before its shift.
+        // This norm stores its scale before its shift.
         let rows = self.modulation.forward(&embedding, None)?;
         let x = Modulation::new(&rows, channels).normalise(&x, EPS, 1, 0)?;
         probe.see(|| "norm_out".to_owned(), &x);
@@ -172,7 +172,7 @@ impl Mmdit {
         let max = self.config.pos_embed_max_size;
         if rows > max || columns > max {
             let message =
-                format!("latents of {rows} x {columns} patches where the model has positions for {max} x {max}");
+                format!("latents of {rows} x {columns} patches, but the model has positions for {max} x {max}");
             return Err(ModelError::Input(message));
         }
         let grid = self.positions.reshape((max, max, self.config.width()))?;

@@ -1,4 +1,5 @@
-//! SDXL's extra conditioning (Podell et al., ICLR 2024): the pooled text and the image's sizes, added to the time embedding.
+//! SDXL's extra conditioning (Podell et al., ICLR 2024): embeddings of the pooled text and the image's sizes, added to
+//! the time embedding.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -33,14 +34,16 @@ impl TextTimeEmbedding {
         self.pooled
     }
 
-    /// What prompts with pooled embeddings `[N, P]` add to the time embedding of square images of `side` pixels, `[N, 4 C]`.
+    /// The term `[N, 4 C]` that prompts with pooled embeddings `[N, P]` add to the time embedding, for square images of
+    /// `side` pixels.
     ///
-    /// The six sizes are height and width before preprocessing, the crop's top and left, and height and width now. They are
-    /// those of an image of exactly this size, as diffusers' pipeline has it: an image's own history is not the class' matter.
+    /// The six sizes are the height and width before preprocessing, the crop's top and left, and the final height and
+    /// width. As in diffusers' pipeline, they describe an image of exactly this size, since an image's original size
+    /// should not affect its class.
     pub(super) fn forward(&self, pooled: &Tensor, side: usize) -> Result<Tensor, ModelError> {
         let (prompts, width) = pooled.dims2()?;
         if width != self.pooled {
-            let message = format!("a pooled text embedding of {width} values where the UNet takes {}", self.pooled);
+            let message = format!("a pooled text embedding of {width} values, but the UNet takes {}", self.pooled);
             return Err(ModelError::Input(message));
         }
         let side = side as f32;

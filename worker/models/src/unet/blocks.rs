@@ -5,7 +5,7 @@ use elbo_kernels::{Conv2d, Fused, Padding, upsample_nearest2x};
 
 use super::config::{Middle, UnetConfig};
 use super::flow::{Batch, Flow};
-use super::resnet::{Resnet, Slots};
+use super::resnet::{Projections, Resnet};
 use super::transformer::Transformer;
 use crate::checkpoint::Params;
 use crate::error::ModelError;
@@ -27,7 +27,7 @@ impl DownBlock {
         p: &Params<'_>,
         index: usize,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let level = &config.levels[index];
         let previous = config.levels[index.saturating_sub(1)].channels;
@@ -53,7 +53,7 @@ impl DownBlock {
         Ok(block)
     }
 
-    /// Applies the block, keeping what the up blocks will need in `skips`.
+    /// Applies the block, and adds the skip connections for the up blocks to `skips`.
     pub(super) fn forward(
         &self,
         mut x: Flow,
@@ -79,7 +79,7 @@ impl DownBlock {
     }
 }
 
-/// UNetMidBlock2DCrossAttn, or of it the first resnet alone (UNetMidBlock2D).
+/// UNetMidBlock2DCrossAttn, or only its first resnet (UNetMidBlock2D).
 #[derive(Debug)]
 pub(super) struct MidBlock {
     first: Resnet,
@@ -91,10 +91,10 @@ impl MidBlock {
     pub(super) fn load(
         p: &Params<'_>,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Option<Self>, ModelError> {
         let Some(level) = config.levels.last() else { return Ok(None) };
-        let resnet = |i: usize, slots: &mut Slots| {
+        let resnet = |i: usize, slots: &mut Projections| {
             Resnet::load(&p.at(format!("resnets.{i}")), level.channels, level.channels, config, slots)
         };
         if config.middle == Middle::Nothing {
@@ -136,7 +136,7 @@ impl UpBlock {
         p: &Params<'_>,
         index: usize,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let at = config.levels.len() - 1 - index;
         let level = &config.levels[at];
@@ -149,7 +149,7 @@ impl UpBlock {
             let inputs = if i == 0 { below } else { level.channels };
             let skip = if is_last { above } else { level.channels };
             let resnet = p.at(format!("resnets.{i}"));
-            // The very last skip connection is the first convolution's output, which has not seen a prompt.
+            // The last skip connection is the first convolution's output, which does not depend on the prompt.
             let resnet = if at == 0 && is_last {
                 Resnet::load_split(&resnet, inputs, skip, level.channels, config, slots)?
             } else {

@@ -1,4 +1,4 @@
-//! The UNet's settings, checked: what of them decides its layers.
+//! The UNet's checked settings, as far as they decide its layers.
 
 mod file;
 
@@ -16,22 +16,22 @@ pub(super) struct Level {
     pub(super) heads: usize,
     /// Width of the text embedding.
     pub(super) text: usize,
-    /// Whether the first attention of a block, too, is to the prompt; not so in the middle.
+    /// Whether a block's first attention is also to the prompt. This does not apply to the middle.
     pub(super) only_cross: bool,
-    /// For each resnet on the way down, the blocks of the transformer after it, if there is one.
+    /// For each resnet on the way down, the number of blocks in the transformer after it, if there is one.
     pub(super) down: Vec<Option<usize>>,
-    /// The same on the way up, where there is one resnet more.
+    /// The same for the way up, which has one more resnet.
     pub(super) up: Vec<Option<usize>>,
 }
 
-/// What is between the way down and the way up, as wide as the coarsest level.
+/// The part between the way down and the way up, as wide as the coarsest level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Middle {
     /// Nothing (BK-SDM, small and tiny).
     Nothing,
     /// A resnet (SSD-1B).
     Resnet,
-    /// Two resnets and between them a transformer of so many blocks.
+    /// Two resnets, and between them a transformer of this many blocks.
     Transformer(usize),
 }
 
@@ -60,17 +60,17 @@ pub(super) struct UnetConfig {
     pub(super) groups: usize,
     /// Epsilon of the resnets' norms.
     pub(super) eps: f64,
-    /// Cosines before sines in the time embedding.
+    /// Whether cosines come before sines in the time embedding.
     pub(super) flip_sin_to_cos: bool,
     /// Subtracted from the number of frequencies in the time embedding's exponent.
     pub(super) freq_shift: f64,
-    /// Width of the sinusoid of the guidance scale, for a model that was distilled to follow one (LCM).
+    /// Width of the guidance scale's sinusoid, for a model that takes a guidance scale as input (LCM).
     pub(super) guidance: Option<usize>,
     /// Additional conditioning.
     pub(super) text_time: Option<TextTime>,
-    /// From the finest to the coarsest.
+    /// The levels, from finest to coarsest.
     pub(super) levels: Vec<Level>,
-    /// Below the coarsest.
+    /// The part below the coarsest level.
     pub(super) middle: Middle,
 }
 

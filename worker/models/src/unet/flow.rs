@@ -1,7 +1,8 @@
-//! What travels through the UNet: activations that may still be common to all evaluations of a point.
+//! Activations on their way through the UNet, which may still be common to all evaluations of a point.
 //!
-//! Evaluations of one point differ in the prompt alone, so everything before the first cross-attention is computed once
-//! per point. [`Flow`] carries which of the two a tensor is; [`Batch`] maps evaluations to points, prompts and timesteps.
+//! Evaluations of one point differ only in the prompt, so everything before the first cross-attention is computed once
+//! per point. A [`Flow`] records whether a tensor is per point or per evaluation. A [`Batch`] maps evaluations to
+//! points, prompts and timesteps.
 
 use candle_core::{Result, Tensor, bail};
 use elbo_kernels::{KeyValues, Rows};
@@ -13,7 +14,7 @@ use crate::pass::Indices;
 pub(super) struct Flow {
     /// `[P or B, H, W, C]`.
     pub(super) tensor: Tensor,
-    /// One image per point.
+    /// Whether there is one image per point.
     pub(super) shared: bool,
 }
 
@@ -21,30 +22,30 @@ pub(super) struct Flow {
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
     indices: &'a Indices,
-    /// Per evaluation its point and prompt.
+    /// The point and prompt of each evaluation.
     evaluations: &'a [(u32, u32)],
-    /// Per evaluation itself and its prompt.
+    /// The index and prompt of each evaluation.
     own: Vec<(u32, u32)>,
     shifts: Shifts<'a>,
     /// Text keys and values of every cross-attention.
     pub(super) prompts: &'a PromptCache,
 }
 
-/// What every resnet adds to its activations, per timestep or per evaluation.
+/// The shift that every resnet adds to its activations, per timestep or per evaluation.
 #[derive(Debug)]
 pub(super) enum Shifts<'a> {
-    /// Per resnet a row for each timestep of the cache.
+    /// For each resnet, a row for each timestep in the cache.
     PerTimestep(&'a [Tensor]),
-    /// Per resnet a row for each evaluation: the embedding also depends on the prompt.
+    /// For each resnet, a row for each evaluation, since the embedding also depends on the prompt.
     PerEvaluation(Vec<Tensor>),
 }
 
 /// Keys and values of a set of prompts for every cross-attention.
 #[derive(Debug)]
 pub struct PromptCache {
-    /// Per cross-attention.
+    /// One per cross-attention.
     pub(super) layers: Vec<KeyValues>,
-    /// What prompts add to the time embedding, `[N, 4 C]`.
+    /// The term that each prompt adds to the time embedding, `[N, 4 C]`.
     pub(super) added: Option<Tensor>,
     /// Number of prompts.
     pub(super) count: usize,
@@ -65,7 +66,7 @@ impl PromptCache {
     pub(super) fn layer(&self, slot: usize) -> Result<&KeyValues> {
         match self.layers.get(slot) {
             Some(layer) => Ok(layer),
-            None => bail!("a prompt cache of another model"),
+            None => bail!("the prompt cache belongs to another model"),
         }
     }
 }
@@ -81,17 +82,14 @@ impl<'a> Batch<'a> {
         Self { indices, evaluations, own, shifts, prompts }
     }
 
-    /// Per evaluation the row of `flow` that is its image, and its prompt.
+    /// For each evaluation, the row of `flow` with its image, and its prompt.
     pub(super) fn pairs(&self, flow: &Flow) -> &[(u32, u32)] {
         if flow.shared { self.evaluations } else { &self.own }
     }
 
     /// The flow's images, one per evaluation.
     pub(super) fn rows<'f>(&'f self, flow: &'f Flow) -> Rows<'f> {
-        match flow.shared {
-            true => Rows::indexed(&flow.tensor, &self.indices.points),
-            false => Rows::direct(&flow.tensor),
-        }
+        if flow.shared { Rows::indexed(&flow.tensor, &self.indices.points) } else { Rows::direct(&flow.tensor) }
     }
 
     /// The time rows of a resnet, one per image of the flow.
@@ -100,7 +98,7 @@ impl<'a> Batch<'a> {
             Shifts::PerTimestep(layers) => layers,
             Shifts::PerEvaluation(layers) => &layers[..],
         };
-        let Some(layer) = layers.get(resnet) else { bail!("a time cache of another model") };
+        let Some(layer) = layers.get(resnet) else { bail!("the time cache belongs to another model") };
         match (&self.shifts, shared) {
             (Shifts::PerTimestep(_), true) => Ok(Rows::indexed(layer, &self.indices.point_times)),
             (Shifts::PerTimestep(_), false) => Ok(Rows::indexed(layer, &self.indices.times)),

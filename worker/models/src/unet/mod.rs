@@ -1,11 +1,11 @@
-//! UNet2DConditionModel of Stable Diffusion 1.x, 2.x (Rombach et al., CVPR 2022) and SDXL, and of what was distilled from
-//! them, for scoring many prompts.
+//! UNet2DConditionModel of Stable Diffusion 1.x, 2.x (Rombach et al., CVPR 2022), SDXL and models distilled from them,
+//! for scoring many prompts.
 //!
-//! A pass takes *points* (noisy latents at timesteps) and *evaluations* (a point with a prompt). What depends on the
-//! timestep alone comes from a [`TimeCache`], what depends on the prompt alone from a [`PromptCache`], and what depends on
-//! the point alone is computed once per point: everything before the first cross-attention, and the first convolution's
-//! part in the last resnet. In SDXL the prompt's pooled embedding is part of the time embedding, so only the first
-//! convolution is shared.
+//! A pass takes *points* (noisy latents at timesteps) and *evaluations* (a point with a prompt). Values that depend
+//! only on the timestep come from a [`TimeCache`], and values that depend only on the prompt from a [`PromptCache`].
+//! Values that depend only on the point are computed once per point: everything before the first cross-attention, and
+//! the first convolution's part in the last resnet. In SDXL the prompt's pooled embedding is part of the time
+//! embedding, so only the first convolution is shared.
 
 mod addition;
 mod blocks;
@@ -23,7 +23,7 @@ use self::addition::TextTimeEmbedding;
 use self::blocks::{DownBlock, MidBlock, UpBlock};
 use self::config::UnetConfig;
 use self::flow::{Batch, Flow, Shifts};
-use self::resnet::Slots;
+use self::resnet::Projections;
 use super::checkpoint::{Params, Weights};
 use super::error::ModelError;
 use super::layers::{conv3x3, group_norm, linear_no_bias};
@@ -41,12 +41,12 @@ pub struct Unet {
     config: UnetConfig,
     sinusoid: Sinusoid,
     time: EmbeddingMlp,
-    /// What a guidance scale adds to every sinusoid, `[1, C]`.
+    /// The term that the guidance scale adds to every sinusoid, `[1, C]`.
     guidance: Option<Tensor>,
     addition: Option<TextTimeEmbedding>,
     device: Device,
     dtype: DType,
-    slots: Slots,
+    slots: Projections,
     conv_in: Conv2d,
     down: Vec<DownBlock>,
     mid: Option<MidBlock>,
@@ -61,7 +61,7 @@ impl Unet {
         let config = UnetConfig::read(&dir.join("config.json"))?;
         let weights = Weights::open(dir, "diffusion_pytorch_model", options)?;
         let (first, count) = (config.levels[0].channels, config.levels.len());
-        let mut slots = Slots::default();
+        let mut slots = Projections::default();
         let mut down = Vec::new();
         for i in 0..count {
             down.push(DownBlock::load(&weights.at(&format!("down_blocks.{i}")), i, &config, &mut slots)?);
@@ -108,7 +108,7 @@ impl Unet {
         self.config.sample_size
     }
 
-    /// What the height and width of latents must be multiples of.
+    /// The height and width of latents must be multiples of this.
     pub fn multiple(&self) -> usize {
         1 << (self.config.levels.len() - 1)
     }
@@ -142,33 +142,33 @@ impl Unet {
         Ok(self.time.forward(&sinusoids)?)
     }
 
-    /// What prompts add to the time embedding, `[N, 4 C]`, from their pooled embeddings `[N, P]` and the image's side in
-    /// pixels; `None` for models without additional conditioning.
+    /// The term `[N, 4 C]` that prompts add to the time embedding, from their pooled embeddings `[N, P]` and the
+    /// image's side in pixels; `None` for models without additional conditioning.
     pub fn added_embedding(&self, pooled: Option<&Tensor>, side: usize) -> Result<Option<Tensor>, ModelError> {
         match (&self.addition, pooled) {
             (None, _) => Ok(None),
             (Some(addition), Some(pooled)) => Ok(Some(addition.forward(pooled, side)?)),
             (Some(_), None) => {
-                Err(ModelError::Input("the UNet takes a pooled text embedding, and there is none".into()))
+                Err(ModelError::Input("the UNet takes a pooled text embedding, but there is none".into()))
             }
         }
     }
 
-    /// Computes what depends on the timestep alone, for distinct `timesteps` which the network sees as `times`.
+    /// Computes the values that depend only on the timestep, for distinct `timesteps`, which the network gets as `times`.
     pub fn time_cache(&self, timesteps: &[u32], times: &[f32]) -> Result<TimeCache, ModelError> {
         let embedding = self.time_embedding(times)?;
         let layers = if self.addition.is_some() { vec![embedding] } else { self.shifts(&embedding)? };
         Ok(TimeCache::new(timesteps, layers))
     }
 
-    /// What every resnet adds, from embeddings `[N, 4 C]`.
+    /// The shifts of all resnets, from embeddings `[N, 4 C]`.
     fn shifts(&self, embedding: &Tensor) -> Result<Vec<Tensor>, ModelError> {
         let embedding = activate(embedding, Activation::Silu)?;
         let shift = |projection: &Linear| projection.forward(&embedding, None);
         Ok(self.slots.time_projections.iter().map(shift).collect::<candle_core::Result<_>>()?)
     }
 
-    /// Computes what depends on the prompt alone, for images of `side` pixels.
+    /// Computes the values that depend only on the prompt, for images of `side` pixels.
     pub fn prompt_cache(&self, texts: &TextEmbeddings, side: usize) -> Result<PromptCache, ModelError> {
         let (count, _, width) = texts.tokens.dims3()?;
         if width != self.text_width() {
@@ -204,7 +204,7 @@ impl Unet {
         self.forward_probed(input, times, prompts, &mut Probe::none())
     }
 
-    /// Like [`Unet::forward`], showing every submodule's output to a probe.
+    /// Like [`Unet::forward`], but shows every submodule's output to a probe.
     pub fn forward_probed(
         &self,
         input: &Pass<'_>,
@@ -241,9 +241,9 @@ impl Unet {
     }
 }
 
-/// What a guidance scale of 1 adds to sinusoids of `channels` values (Luo et al., Latent Consistency Models, 2023, section
-/// 4.2): errors are those of the prediction for the prompt alone. As in diffusers' pipelines the network is told the scale
-/// less one, times 1000.
+/// The term that a guidance scale of 1 adds to sinusoids of `channels` values (Luo et al., Latent Consistency Models,
+/// 2023, section 4.2): with it, errors are those of the prediction for the prompt alone. As in diffusers' pipelines,
+/// the network gets the scale minus one, times 1000.
 fn no_guidance(p: &Params<'_>, width: usize, channels: usize) -> Result<Tensor, ModelError> {
     let sinusoid = Sinusoid { width, flip_sin_to_cos: false, freq_shift: 1.0 };
     let projection = linear_no_bias(p, width, channels)?;

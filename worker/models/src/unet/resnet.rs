@@ -9,12 +9,12 @@ use crate::checkpoint::Params;
 use crate::error::ModelError;
 use crate::layers::{conv3x3, group_norm, linear, projection};
 
-/// Hands out consecutive numbers to the resnets and cross-attentions as they are loaded.
+/// Assigns consecutive numbers to the resnets and cross-attentions as they are loaded.
 #[derive(Debug, Default)]
-pub(super) struct Slots {
-    /// Time projections of the resnets so far.
+pub(super) struct Projections {
+    /// Time projections of the resnets loaded so far.
     pub(super) time_projections: Vec<Linear>,
-    /// Keys' and values' projections and heads of the cross-attentions so far.
+    /// Key and value projections and number of heads of the cross-attentions loaded so far.
     pub(super) text_projections: Vec<(Linear, Linear, usize)>,
 }
 
@@ -32,11 +32,11 @@ pub(super) struct Resnet {
 enum Input {
     Whole(Box<Branch>),
     /// The input is a concatenation whose second part is shared by all evaluations of a point. Convolutions are linear
-    /// in their input channels, so each part has its own, provided that no normalisation group holds both.
+    /// in their input channels, so each part gets its own, provided that no normalisation group contains both.
     Split(Box<(Branch, Branch)>),
 }
 
-/// First norm and convolution, and the shortcut.
+/// The first norm and convolution, and the shortcut.
 #[derive(Debug)]
 struct Branch {
     norm1: GroupNorm,
@@ -50,12 +50,9 @@ impl Resnet {
         inputs: usize,
         outputs: usize,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
-        let shortcut = match inputs == outputs {
-            true => None,
-            false => Some(linear(&p.at("conv_shortcut"), inputs, outputs)?),
-        };
+        let shortcut = if inputs == outputs { None } else { Some(linear(&p.at("conv_shortcut"), inputs, outputs)?) };
         let input = Input::Whole(Box::new(Branch {
             norm1: group_norm(&p.at("norm1"), config.groups, inputs, config.eps)?,
             conv1: conv3x3(&p.at("conv1"), inputs, outputs, 1, Padding::Around)?,
@@ -72,7 +69,7 @@ impl Resnet {
         shared: usize,
         outputs: usize,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let inputs = own + shared;
         let norm = group_norm(&p.at("norm1"), config.groups, inputs, config.eps)?;
@@ -102,7 +99,7 @@ impl Resnet {
         input: Input,
         outputs: usize,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let slot = slots.time_projections.len();
         let time = linear(&p.at("time_emb_proj"), 4 * config.levels[0].channels, outputs)?;
@@ -115,7 +112,7 @@ impl Resnet {
         })
     }
 
-    /// `x [.., H, W, Cin]` to `[.., H, W, Cout]`.
+    /// Maps `x [.., H, W, Cin]` to `[.., H, W, Cout]`.
     pub(super) fn forward(&self, x: &Flow, batch: &Batch<'_>) -> Result<Flow> {
         let branch = match &self.input {
             Input::Whole(branch) => branch,

@@ -5,7 +5,7 @@ use elbo_kernels::{FeedForward, GroupNorm, LayerNorm, Linear, Rows, cross_attent
 
 use super::config::{Level, UnetConfig};
 use super::flow::{Batch, Flow};
-use super::resnet::Slots;
+use super::resnet::Projections;
 use crate::checkpoint::Params;
 use crate::error::ModelError;
 use crate::layers::{group_norm, joined, layer_norm, linear, linear_no_bias};
@@ -35,9 +35,9 @@ struct Block {
 /// A block's first attention.
 #[derive(Debug)]
 enum Attention {
-    /// To the pixels.
+    /// Attention to the pixels.
     Own(SelfAttention),
-    /// To the prompt (`only_cross_attention`).
+    /// Attention to the prompt (`only_cross_attention`).
     Cross(CrossAttention),
 }
 
@@ -50,12 +50,12 @@ struct SelfAttention {
     out: Linear,
 }
 
-/// The same to a prompt's tokens.
+/// The same with attention to a prompt's tokens.
 #[derive(Debug)]
 struct CrossAttention {
     norm: LayerNorm,
     query: Linear,
-    /// Which of the prompt cache's keys and values this attends to.
+    /// Index of this layer's keys and values in the prompt cache.
     slot: usize,
     out: Linear,
 }
@@ -67,7 +67,7 @@ impl Transformer {
         depth: usize,
         only_cross: bool,
         config: &UnetConfig,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let channels = level.channels;
         let blocks = p.at("transformer_blocks");
@@ -80,7 +80,7 @@ impl Transformer {
         })
     }
 
-    /// `x [.., H, W, C]` to the same shape, one image per evaluation.
+    /// Maps `x [.., H, W, C]` to the same shape, with one image per evaluation.
     pub(super) fn forward(&self, x: &Flow, batch: &Batch<'_>) -> Result<Flow> {
         let (images, height, width, channels) = x.tensor.dims4()?;
         let sequence = x.tensor.reshape((images, height * width, channels))?;
@@ -100,14 +100,15 @@ impl Block {
         p: &Params<'_>,
         level: &Level,
         only_cross: bool,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let channels = level.channels;
         let (attn1, norm1) = (p.at("attn1"), p.at("norm1"));
         Ok(Self {
-            first: match only_cross {
-                true => Attention::Cross(CrossAttention::load(&attn1, &norm1, level, slots)?),
-                false => Attention::Own(SelfAttention::load(&attn1, &norm1, level)?),
+            first: if only_cross {
+                Attention::Cross(CrossAttention::load(&attn1, &norm1, level, slots)?)
+            } else {
+                Attention::Own(SelfAttention::load(&attn1, &norm1, level)?)
             },
             second: CrossAttention::load(&p.at("attn2"), &p.at("norm2"), level, slots)?,
             feed_forward: FeedForward::new(
@@ -118,7 +119,8 @@ impl Block {
         })
     }
 
-    /// `x [.., L, C]` to `[B, L, C]`. Up to its first query to the prompt, the block keeps what evaluations of a point share.
+    /// Maps `x [.., L, C]` to `[B, L, C]`. Before its first attention to the prompt, the block works on activations
+    /// shared by the evaluations of a point.
     fn forward(&self, x: &Flow, batch: &Batch<'_>) -> Result<Flow> {
         let x = match &self.first {
             Attention::Own(attention) => attention.forward(x)?,
@@ -153,7 +155,7 @@ impl CrossAttention {
         p: &Params<'_>,
         norm: &Params<'_>,
         level: &Level,
-        slots: &mut Slots,
+        slots: &mut Projections,
     ) -> std::result::Result<Self, ModelError> {
         let slot = slots.text_projections.len();
         slots.text_projections.push((

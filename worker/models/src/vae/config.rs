@@ -1,7 +1,7 @@
-//! The autoencoder's `config.json`; settings that would change latents in ways not implemented are refused by name.
+//! The autoencoder's `config.json`. Settings that would change latents in unsupported ways are refused by name.
 //!
-//! `out_channels`, `up_block_types`, `use_post_quant_conv` and `sample_size` are of decoding and tiling, and `force_upcast`
-//! is of the precision that diffusers computes in.
+//! `out_channels`, `up_block_types`, `use_post_quant_conv` and `sample_size` concern only decoding and tiling, and
+//! `force_upcast` only the precision in diffusers.
 
 use std::path::Path;
 
@@ -102,7 +102,7 @@ impl VaeConfig {
         let fits = |values: &[f64]| values.len() == self.latent_channels;
         match (&self.latents_mean, &self.latents_std) {
             (None, None) => Ok(()),
-            // diffusers takes no notice of one without the other.
+            // diffusers ignores one without the other.
             (Some(mean), std) if !fits(mean) || std.is_none() => Err(unsupported(path, "latents_mean", mean)),
             (_, Some(std)) if !fits(std) || self.latents_mean.is_none() || std.iter().any(|std| !std.is_normal()) => {
                 Err(unsupported(path, "latents_std", std))
@@ -114,7 +114,8 @@ impl VaeConfig {
         }
     }
 
-    /// Refuses what the family's pipeline takes no notice of in diffusers: whether the network was trained with it can't be told.
+    /// Refuses settings that the family's pipeline in diffusers ignores, since it is unclear whether the network was
+    /// trained with them.
     pub(super) fn check_family(&self, family: Family, path: &Path) -> Result<(), ModelError> {
         if let Some(mean) = self.latents_mean.as_ref().filter(|_| family != Family::Sdxl) {
             return Err(unsupported(path, &format!("latents_mean of a {family} model"), mean));
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_can_not_be_right_are_named() {
+    fn invalid_settings_are_named() {
         let four = [1.0; 4];
         let cases = [
             ("latents_mean", serde_json::json!({ "latents_mean": four })),

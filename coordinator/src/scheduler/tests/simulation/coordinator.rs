@@ -1,12 +1,13 @@
-//! A coordinator around its scheduler, as service and steward are: checks, persists, applies; opens and commits shards.
+//! A simulated coordinator around its scheduler, like service and steward: checks, persists, applies; opens and commits
+//! shards.
 
 use super::*;
 
-/// How a coordinator takes a job up.
+/// How a coordinator opens a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
     Resume,
-    /// `--fresh`; perhaps it is killed before it has removed all files of the old job.
+    /// `--fresh`; the coordinator may be killed before it has removed all files of the old job.
     Fresh,
     /// `--retry-quarantined`
     Retry,
@@ -16,21 +17,21 @@ pub(super) enum Mode {
 pub(super) struct Coordinator {
     pub(super) scheduler: Scheduler,
     pub(super) alive: bool,
-    /// It stands still until then.
+    /// It stands still until this time.
     pub(super) stopped_until: u64,
     /// The output it works on.
     pub(super) place: usize,
     /// Its job.
     pub(super) job: u64,
     born: u64,
-    /// How fast its clock goes, in eighths.
+    /// The speed of its clock, in eighths.
     pace: u64,
     opening: Option<ShardId>,
-    /// All shards are committed, and it writes confidence.
+    /// Whether all shards are committed and it writes confidence.
     finishing: bool,
 }
 
-/// Who waits for a report to be durable.
+/// The worker that waits for a report to be durable.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sender {
     worker: usize,
@@ -38,14 +39,14 @@ pub(super) struct Sender {
     key: LeaseKey,
 }
 
-/// Files that are to be written, and what comes then.
+/// Files to write, and the next step.
 #[derive(Clone, Debug)]
 pub(super) struct Writing {
     files: VecDeque<Put>,
     then: Then,
 }
 
-/// What follows when files are written.
+/// The step after files are written.
 #[derive(Clone, Debug)]
 enum Then {
     /// The shard's mark.
@@ -56,27 +57,27 @@ enum Then {
     Done,
 }
 
-/// Something that comes back from storage.
+/// An answer from storage.
 #[derive(Clone, Debug)]
 pub(super) enum Stored {
-    /// A report is on its way into the ledger; whoever sent it waits.
+    /// A report is on its way into the ledger; its sender waits.
     Record(Record, Option<Sender>),
     /// A shard was read.
     Opened(ShardId, Vec<Record>, Vec<(SampleId, u64)>),
-    /// Files are being looked at.
+    /// The versions of files are being read.
     Look(Writing),
     /// The ledger is asked whether this is still the coordinator.
     Hold(Writing),
     /// The first of some files is on its way.
     Put(Writing),
-    /// The same put once more, whose answer nobody waits for.
+    /// A repeated put, whose answer is ignored.
     Again(Put),
     /// A shard's mark is on its way.
     Mark(ShardId, ShardTotals),
 }
 
 impl Coordinator {
-    /// Opens the ledger, with another try for quarantined samples if `retry`.
+    /// Opens the ledger, and retries quarantined samples if `retry`.
     fn start(durable: &mut Durable, place: usize, samples: u64, retry: bool, born: u64, pace: u64) -> Self {
         let policy = LeasePolicy {
             time_to_live: Duration::from_secs(3),
@@ -102,7 +103,7 @@ impl Coordinator {
 }
 
 impl Simulation {
-    /// Somebody runs the job's command.
+    /// Runs the job's command.
     pub(super) fn start(&mut self, mode: Mode) {
         let pace = if self.faults { 5 + self.dice.roll(7) as u64 } else { 8 };
         let mut mode = mode;
@@ -138,7 +139,7 @@ impl Simulation {
         self.later(1, Event::Steward(self.coordinators.len() - 1));
     }
 
-    /// What the steward does now and then.
+    /// The steward's periodic step.
     pub(super) fn steward(&mut self, at: usize) {
         let now = self.now;
         let coordinator = &mut self.coordinators[at];
@@ -179,11 +180,11 @@ impl Simulation {
         let (place, job) = (self.coordinators[at].place, self.coordinators[at].job);
         let output = &self.outputs[place];
         let kept = output.kept(shard);
-        for finished in outcomes.iter_mut().filter(|finished| finished.outcome == Outcome::Kept) {
-            // A coordinator that was replaced may find others' rows, and writes nothing.
-            finished.outcome = kept.get(&finished.sample).cloned().unwrap_or(Outcome::Kept);
+        for finished in outcomes.iter_mut().filter(|finished| finished.outcome == SampleOutcome::Kept) {
+            // A replaced coordinator may find rows of others, and writes nothing.
+            finished.outcome = kept.get(&finished.sample).cloned().unwrap_or(SampleOutcome::Kept);
         }
-        let given_up = |finished: &&Finished| matches!(finished.outcome, Outcome::Quarantined(_));
+        let given_up = |finished: &&Finished| matches!(finished.outcome, SampleOutcome::Quarantined(_));
         let samples: Vec<_> = outcomes.iter().filter(given_up).map(|finished| finished.sample).collect();
         let name = Name::Quarantine(shard);
         let had_quarantine = output.retried.contains_key(&shard) || output.look(name).is_some();
@@ -196,14 +197,15 @@ impl Simulation {
         self.store(at, Stored::Look(Writing { files, then: Then::Mark(shard, totals) }));
     }
 
-    /// Writes the confidence of a shard's rows, or `job.json` after the last. Confidence depends on the rows of all.
+    /// Writes the confidence of a shard's rows, or `job.json` after the last shard. Confidence depends on the rows of all
+    /// shards.
     fn calibrate(&mut self, at: usize, shard: u32) {
         let (place, job) = (self.coordinators[at].place, self.coordinators[at].job);
         let (name, content, then) = match self.outputs[place].rows(ShardId(shard)) {
             _ if shard == self.coordinators[at].scheduler.job().shards() => {
                 (Name::Job, Content::Job { job, done: true }, Then::Done)
             }
-            // Somebody else has discarded it.
+            // Another coordinator has discarded it.
             None => return,
             Some((rows, _)) => {
                 let content = Content::Rows { job, outcomes: rows.clone(), confidence: None };
@@ -214,7 +216,7 @@ impl Simulation {
         self.store(at, Stored::Look(Writing { files, then }));
     }
 
-    /// Looks at files, whose content may depend on what is found. `None` where there is nothing to be written.
+    /// Looks at files, whose new content may depend on the old. `None` if there is nothing to write.
     fn look(&mut self, at: usize, mut writing: Writing) -> Option<Writing> {
         let (place, job) = (self.coordinators[at].place, self.coordinators[at].job);
         let learned = self.learned(place);
@@ -225,7 +227,7 @@ impl Simulation {
         if let (Then::Calibrate(_), Some(put)) = (&writing.then, writing.files.front_mut()) {
             let found = output.content(put.name)?;
             let Content::Rows { job: of, outcomes, .. } = found else { return None };
-            // No rows of another job are written again.
+            // Rows of another job are not rewritten.
             if *of != job {
                 return None;
             }
@@ -239,7 +241,7 @@ impl Simulation {
         Some(writing)
     }
 
-    /// What the pilot has learned, for the job that it went before.
+    /// The pilot's result, for the job that follows it.
     pub(super) fn learned(&self, place: usize) -> u64 {
         match self.outputs[MAIN].content(Name::Learned) {
             Some(Content::Learned { from, .. }) if place == MAIN => *from,
@@ -248,7 +250,7 @@ impl Simulation {
     }
 
     fn persist(&mut self, at: usize, mut record: Record, sender: Option<Sender>) {
-        // As in the ledger, what speaks of several shards is split.
+        // As in the ledger, a record of several shards is split.
         let results = std::mem::take(&mut record.results);
         let failures = std::mem::take(&mut record.failures);
         let mut parts: BTreeMap<ShardId, Record> = BTreeMap::new();
@@ -266,7 +268,7 @@ impl Simulation {
             && self.faults
             && self.dice.roll(6) == 0
         {
-            // It is held up on its way; or repeated, and the first one arrives late.
+            // The put is delayed; or it is repeated, and the first one arrives late.
             let late = delay + self.dice.roll(40_000) as u64;
             match self.dice.roll(2) {
                 0 => delay = late,
@@ -276,7 +278,7 @@ impl Simulation {
         self.later(delay, Event::Stored(at, stored));
     }
 
-    /// Storage answers. A coordinator that has died meanwhile may or may not have got so far.
+    /// Storage answers. If the coordinator has died meanwhile, the operation may or may not have happened.
     pub(super) fn stored(&mut self, at: usize, stored: Stored) {
         let alive = self.coordinators[at].alive;
         if !alive && self.dice.roll(2) == 0 {
@@ -336,7 +338,7 @@ impl Simulation {
                     self.store(at, Stored::Put(writing));
                 }
             }
-            // Something else was put there meanwhile.
+            // Another put has changed the file meanwhile.
             Stored::Put(writing) => self.store(at, Stored::Look(writing)),
             Stored::Mark(shard, _) => coordinator.scheduler.close_shard(shard),
             Stored::Again(_) => {}
@@ -351,14 +353,15 @@ impl Simulation {
         }
     }
 
-    /// A coordinator has finished its job: a pilot goes before another, and who has trouble to make makes some.
+    /// A coordinator has finished its job. After a pilot, the next job starts. Otherwise the job may be started over or
+    /// retried.
     fn finished(&mut self, at: usize) {
         let Coordinator { place, job, pace, .. } = self.coordinators[at];
         self.coordinators[at].alive = false;
         if place == PILOT {
             let shards = self.coordinators[at].scheduler.job().shards();
             let content = Content::Learned { job, from: 100 * scored(&self.outputs[PILOT], shards) };
-            // As a whole: of two that write it, both write the same.
+            // It is written as a whole: two writers write the same.
             let seen = self.outputs[MAIN].look(Name::Learned);
             if job == 2 * self.generation {
                 let epoch = Epoch(u64::MAX);
@@ -375,7 +378,7 @@ impl Simulation {
             0 if self.faults => self.later(50, Event::Start(Mode::Fresh)),
             1 | 2 if self.faults && has_quarantined => self.later(50, Event::Start(Mode::Retry)),
             _ if self.nature.mended && has_quarantined && !self.retried_at_last => {
-                // Once more when all trouble is over, so that all ends alike.
+                // Run once more after all faults, so that all runs end alike.
                 self.retried_at_last = !self.faults;
                 self.later(50, Event::Start(Mode::Retry));
             }
@@ -391,7 +394,7 @@ impl Simulation {
         let (clock, place, job) = (coordinator.clock(self.now), coordinator.place, coordinator.job);
         let scheduler = &mut coordinator.scheduler;
         let reply = match message {
-            // What it has in hand is of no use here.
+            // Its blocks are of another job.
             Request::Join(Some(of), _) if of != job => Reply::OtherJob(job),
             Request::Join(_, held) => {
                 scheduler.join(&name, "host", "cpu", clock);
@@ -405,7 +408,7 @@ impl Simulation {
                     Some(grant) => {
                         if !self.outputs[place].is_fenced(scheduler.epoch()) {
                             let known = grant.units.iter().find(|u| self.outputs[place].acknowledged.contains(&u.id));
-                            assert!(known.is_none(), "{known:?} was acknowledged and is granted again");
+                            assert!(known.is_none(), "{known:?} was acknowledged but is granted again");
                         }
                         Reply::Granted(LeaseKey { epoch: scheduler.epoch(), lease: grant.lease }, grant.units)
                     }
@@ -417,7 +420,7 @@ impl Simulation {
                 let beat = Heartbeat { held, ..Heartbeat::default() };
                 scheduler.heartbeat(&name, beat, clock).map_or(Reply::Rejoin, Reply::Unwanted)
             }
-            // Who is not known joins first, and perhaps another job.
+            // An unknown worker must join first, perhaps another job.
             Request::Report(of, ..) if of != Some(job) || !scheduler.knows(&name) => Reply::Rejoin,
             Request::Report(_, key, record, again) => match scheduler.check(&name, key, record.clone(), again, clock) {
                 Ok(checked) if checked.record == Record::default() => {
@@ -449,7 +452,7 @@ impl Simulation {
     }
 }
 
-/// Puts another content into the first file that is to be written, if there is one.
+/// Replaces the content of the first file to write, if there is one.
 fn put_content(writing: &mut Writing, content: Content) {
     if let Some(put) = writing.files.front_mut() {
         put.content = content;
@@ -457,15 +460,15 @@ fn put_content(writing: &mut Writing, content: Content) {
 }
 
 /// The evaluations of a sample.
-fn evaluations(outcome: &Outcome) -> u64 {
+fn evaluations(outcome: &SampleOutcome) -> u64 {
     match outcome {
-        Outcome::Scored { prompts, .. } => prompts.iter().map(|prompt| u64::from(prompt.sums.n)).sum(),
+        SampleOutcome::Scored { prompts, .. } => prompts.iter().map(|prompt| u64::from(prompt.sums.n)).sum(),
         _ => 0,
     }
 }
 
-/// How many samples were scored, which stands for what confidence depends on.
+/// How many samples were scored, which stands for the inputs of confidence.
 fn scored(output: &Durable, shards: u32) -> u64 {
     let rows = (0..shards).filter_map(|shard| output.rows(ShardId(shard))).flat_map(|(rows, _)| rows);
-    rows.filter(|finished| !matches!(finished.outcome, Outcome::Quarantined(_))).count() as u64
+    rows.filter(|finished| !matches!(finished.outcome, SampleOutcome::Quarantined(_))).count() as u64
 }

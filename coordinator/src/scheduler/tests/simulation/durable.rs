@@ -1,5 +1,5 @@
-//! What survives every crash: an output with its files, and its ledger with the fencing of writers. Both hold what happens to
-//! them to the rules.
+//! The state that survives every crash: an output with its files, and its ledger with the fencing of writers. Both check
+//! every change against the rules.
 
 use super::*;
 
@@ -8,21 +8,21 @@ use super::*;
 pub(super) enum Write {
     Record(Record),
     Done(ShardId, ShardTotals),
-    /// Nothing new: the writer makes sure that it has not been replaced.
+    /// Nothing new: the writer checks that it has not been replaced.
     Hold,
 }
 
 /// A file of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Name {
-    /// What the pilot has learned, in the output of the job that it went before.
+    /// The pilot's result, in the output of the job that follows it.
     Learned,
     Predictions(ShardId),
     Quarantine(ShardId),
     Job,
 }
 
-/// What is in a file, and which job wrote it.
+/// The content of a file, and the job that wrote it.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Content {
     Learned { job: u64, from: u64 },
@@ -41,7 +41,7 @@ impl Content {
         }
     }
 
-    /// The content without the words of errors, which name workers.
+    /// The content without error texts, which name workers.
     fn comparable(&self) -> Self {
         match self {
             Self::Rows { job, outcomes, confidence } => {
@@ -55,42 +55,42 @@ impl Content {
 #[derive(Debug)]
 struct Object {
     version: u64,
-    /// Who put it.
+    /// The epoch of the writer.
     epoch: Epoch,
     content: Content,
 }
 
-/// A put on its way, and what it depends on.
+/// A put on its way, and its condition.
 #[derive(Clone, Debug)]
 pub(super) struct Put {
     pub(super) name: Name,
     pub(super) content: Content,
-    /// The version that is to be replaced.
+    /// The version that it replaces.
     pub(super) seen: Option<u64>,
 }
 
 #[derive(Debug)]
 pub(super) struct Durable {
-    /// What the job is.
+    /// The kind of the job.
     pub(super) kind: Kind,
     epoch: u64,
     /// The job the ledger belongs to.
     pub(super) job: u64,
     records: BTreeMap<ShardId, Vec<(Epoch, Record)>>,
     pub(super) done: BTreeMap<ShardId, ShardTotals>,
-    /// Shards whose quarantined samples get another try, and since when.
+    /// Shards whose quarantined samples are retried, with the epoch of the retry.
     pub(super) retried: BTreeMap<ShardId, Epoch>,
     pub(super) waste: Waste,
     objects: BTreeMap<Name, Object>,
     versions: u64,
-    /// Units whose results a worker was told are safe.
+    /// Units whose results were acknowledged to a worker.
     pub(super) acknowledged: BTreeSet<UnitId>,
-    /// Whether puts depend on what they replace. Without, the rules must find fault.
+    /// Whether puts are conditional. If not, the rules must find faults.
     pub(super) conditional: bool,
 }
 
 impl Durable {
-    /// What is on the store of a job that was never begun.
+    /// The store of a job that was never begun.
     pub(super) fn of(kind: Kind, job: u64) -> Self {
         Self {
             kind,
@@ -113,7 +113,7 @@ impl Durable {
         Epoch(self.epoch)
     }
 
-    /// Discards the job for another one; all its files are removed unless the coordinator is `interrupted` before.
+    /// Discards the job for another one. Removes all its files, unless the coordinator is `interrupted` before.
     pub(super) fn discard(&mut self, job: u64, interrupted: bool) {
         self.job = job;
         self.records.clear();
@@ -126,18 +126,18 @@ impl Durable {
         }
     }
 
-    /// Deletes what discarded jobs have written where this one writes nothing.
+    /// Deletes files of discarded jobs that this job does not overwrite.
     pub(super) fn clear_late(&mut self) {
         self.objects.retain(|name, object| !matches!(name, Name::Quarantine(_)) || object.content.job() == self.job);
     }
 
-    /// Gives quarantined samples another try.
+    /// Retries the quarantined samples.
     pub(super) fn retry(&mut self) {
         let again: Vec<_> = self.done.iter().filter(|(_, totals)| totals.quarantined > 0).map(|(id, _)| *id).collect();
         for shard in again.iter().chain(self.records.keys()) {
             self.retried.insert(*shard, Epoch(self.epoch));
         }
-        // Results of a sample that was given up were of no use, and nobody kept them.
+        // Results of a quarantined sample were useless and were not kept.
         let records = || self.records.values().flatten().map(|(_, record)| record);
         let given_up: BTreeSet<_> =
             records().flat_map(|record| &record.failures).map(|failure| failure.sample).collect();
@@ -145,7 +145,7 @@ impl Durable {
         self.acknowledged.retain(|unit| !given_up.contains(&unit.sample) || recorded.contains(unit));
         for shard in again {
             self.done.remove(&shard);
-            // Of what is evaluated again, nothing is known any more.
+            // Results that will be computed again are no longer known.
             let kept = self.kept(shard);
             self.acknowledged.retain(|unit| unit.sample.shard(SHARD_SIZE) != shard || kept.contains_key(&unit.sample));
         }
@@ -170,7 +170,7 @@ impl Durable {
             Write::Done(shard, totals) => {
                 self.waste = waste;
                 let Some(Content::Rows { job, .. }) = self.content(Name::Predictions(shard)) else {
-                    panic!("shard {shard} is marked done and not written");
+                    panic!("shard {shard} is marked done but not written");
                 };
                 assert_eq!(*job, self.job, "shard {shard} is marked done with another job's rows");
                 self.records.remove(&shard);
@@ -182,12 +182,12 @@ impl Durable {
         true
     }
 
-    /// The version of a file, for a put that is to replace it.
+    /// The version of a file, for a put that replaces it.
     pub(super) fn look(&self, name: Name) -> Option<u64> {
         self.objects.get(&name).map(|object| object.version)
     }
 
-    /// What is in a file.
+    /// The content of a file.
     pub(super) fn content(&self, name: Name) -> Option<&Content> {
         self.objects.get(&name).map(|object| &object.content)
     }
@@ -200,7 +200,7 @@ impl Durable {
         }
     }
 
-    /// A put arrives, perhaps long after it was sent; whether the file is as it is to be from then on.
+    /// A put arrives, perhaps long after it was sent. Returns whether the file now has its intended content.
     pub(super) fn put(&mut self, epoch: Epoch, Put { name, content, seen }: Put) -> bool {
         let before = self.objects.get(&name);
         if self.conditional && before.map(|object| object.version) != seen {
@@ -208,13 +208,13 @@ impl Durable {
         }
         if let Some(before) = before {
             let same = before.content.comparable() == content.comparable();
-            assert!(same || before.epoch <= epoch, "{name:?}: a coordinator wrote that had been replaced");
+            assert!(same || before.epoch <= epoch, "{name:?}: a replaced coordinator has written it");
             let own = before.content.job() == content.job();
             if let (true, Content::Rows { outcomes: old, .. }, Content::Rows { outcomes: new, .. }) =
                 (own, &before.content, &content)
             {
                 for (old, new) in comparable(old).iter().zip(comparable(new)) {
-                    let was_given_up = matches!(old.outcome, Outcome::Quarantined(_));
+                    let was_given_up = matches!(old.outcome, SampleOutcome::Quarantined(_));
                     assert!(was_given_up || *old == new, "{name:?}: {} was written differently", old.sample);
                 }
             }
@@ -224,7 +224,7 @@ impl Durable {
         true
     }
 
-    /// The records of a shard, without failures that another try has made void.
+    /// The records of a shard, without failures that a retry has voided.
     pub(super) fn records(&self, shard: ShardId) -> Vec<Record> {
         let since = self.retried.get(&shard).copied();
         let of_shard = self.records.get(&shard).into_iter().flatten();
@@ -235,15 +235,15 @@ impl Durable {
         without_void.collect()
     }
 
-    /// The samples of a shard that another try leaves as they are.
-    pub(super) fn kept(&self, shard: ShardId) -> BTreeMap<SampleId, Outcome> {
+    /// The samples of a shard that a retry leaves unchanged.
+    pub(super) fn kept(&self, shard: ShardId) -> BTreeMap<SampleId, SampleOutcome> {
         let rows = self.rows(shard).filter(|_| self.retried.contains_key(&shard));
-        let sound = |finished: &&Finished| !matches!(finished.outcome, Outcome::Quarantined(_));
+        let sound = |finished: &&Finished| !matches!(finished.outcome, SampleOutcome::Quarantined(_));
         let of = rows.into_iter().flat_map(|(rows, _)| rows.iter().filter(sound));
         of.map(|finished| (finished.sample, finished.outcome.clone())).collect()
     }
 
-    /// A worker is told that its report is safe.
+    /// Acknowledges a report to a worker.
     pub(super) fn acknowledge(&mut self, record: &Record) {
         for result in &record.results {
             let shard = result.id.sample.shard(SHARD_SIZE);
@@ -252,17 +252,17 @@ impl Durable {
             let records = self.records.get(&shard).into_iter().flatten();
             let kept = self.kept(shard).contains_key(&result.id.sample);
             let safe = kept || self.done.contains_key(&shard) || records.map(|(_, record)| record).any(recorded);
-            assert!(safe, "{:?} was acknowledged and is not durable", result.id);
+            assert!(safe, "{:?} was acknowledged but is not durable", result.id);
             self.acknowledged.insert(result.id);
         }
     }
 }
 
-/// Outcomes without the words of errors, which name workers.
+/// Outcomes without error texts, which name workers.
 pub(super) fn comparable(outcomes: &[Finished]) -> Vec<Finished> {
     let mut outcomes = outcomes.to_vec();
     for finished in &mut outcomes {
-        if let Outcome::Quarantined(failure) = &mut finished.outcome {
+        if let SampleOutcome::Quarantined(failure) = &mut finished.outcome {
             failure.error.clear();
         }
     }

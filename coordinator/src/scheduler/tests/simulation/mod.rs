@@ -1,16 +1,16 @@
-//! Whole clusters on virtual time, from a seed: coordinators and workers crash, stand still, are cut off, come twice; messages
-//! are lost, delayed, repeated and overtake each other; clocks disagree; storage dawdles, and puts arrive when whoever sent them is
-//! long dead; some workers can't read the images. Jobs have pilots, are started over with `--fresh` and retried with
-//! `--retry-quarantined`. After every step the rules must hold:
+//! Simulates whole clusters on virtual time, from a seed. Coordinators and workers crash, stand still, lose their
+//! connection, or run twice. Messages are lost, delayed, repeated and reordered. Clocks disagree. Storage is slow, and puts
+//! arrive long after their sender has died. Some workers can't read the images. Jobs have pilots, are started over with
+//! `--fresh` and retried with `--retry-quarantined`. After every step these rules must hold:
 //!
-//! - what a worker was told is safe is durable, for good;
-//! - no result counts twice, and what was acknowledged is not granted again;
+//! - results that were acknowledged to a worker are durable for good;
+//! - no result counts twice, and acknowledged units are not granted again;
 //! - every sample ends exactly once, with the outcome of an undisturbed run;
-//! - a coordinator that was replaced writes over nothing that a newer one wrote, however late its puts arrive;
-//! - no file holds another job's rows, and in the end every row has the confidence that follows from all;
-//! - leases and the units they hold agree.
+//! - a replaced coordinator overwrites nothing that a newer one wrote, however late its puts arrive;
+//! - no file holds another job's rows, and in the end every row has the confidence that follows from all rows;
+//! - leases agree with the units they hold.
 //!
-//! `ELBO_SIMULATIONS=N` explores N seeds, `ELBO_SIMULATION_SEED=S` replays one and tells its events.
+//! `ELBO_SIMULATIONS=N` explores N seeds, `ELBO_SIMULATION_SEED=S` replays one and prints its events.
 
 mod coordinator;
 mod durable;
@@ -22,13 +22,13 @@ use worker::{Reply, Request, Worker};
 
 use super::*;
 
-/// Faults happen until then, in milliseconds; after it the job must come to its end.
+/// Faults happen until this time, in milliseconds. After it the job must end.
 const TROUBLE: u64 = 30_000;
 
-/// By when.
+/// The latest time at which the job may end.
 const DEADLINE: u64 = 900_000;
 
-/// The output of the pilot, and of the job that it goes before.
+/// The indices of the pilot's output, and of the output of the job that follows it.
 const PILOT: usize = 0;
 const MAIN: usize = 1;
 
@@ -49,12 +49,12 @@ enum Event {
     Reply(usize, u64, Reply),
 }
 
-/// What becomes of a sample's evaluation.
+/// The effect of evaluating a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Nature {
     Sound,
     Unreadable,
-    /// Nobody can read it, which takes two to be believed.
+    /// No worker can read it, which two must report.
     Missing,
     /// It fails the block it is in.
     Poison,
@@ -62,14 +62,14 @@ enum Nature {
     Deadly,
 }
 
-/// The samples, and what evaluations of them give.
+/// The samples, and the effects of evaluating them.
 #[derive(Debug, Default)]
 struct Natures {
     kind: Kind,
     odd: BTreeMap<SampleId, Nature>,
-    /// What can't be read can be read by now.
+    /// Whether unreadable samples can be read by now.
     mended: bool,
-    /// By the output that they are for.
+    /// By output.
     results: [BTreeMap<UnitId, UnitResult>; 2],
 }
 
@@ -84,7 +84,7 @@ impl Natures {
     fn evaluate(&mut self, place: usize, unit: &Unit) -> UnitResult {
         let result = self.results[place].entry(unit.id).or_insert_with(|| evaluate(unit)).clone();
         assert!(
-            result.prompts.iter().copied().eq(unit.prompts.iter().map(|p| p.0)),
+            result.reported.prompts.iter().copied().eq(unit.prompts.iter().map(|p| p.0)),
             "a unit has other prompts than once"
         );
         result
@@ -103,7 +103,7 @@ struct Simulation {
     has_pilot: bool,
     /// How often the job was started over.
     generation: u64,
-    /// The last one who started over was killed while old files were removed.
+    /// Whether the last coordinator that started over was killed while it removed old files.
     half_discarded: bool,
     retried_at_last: bool,
     coordinators: Vec<Coordinator>,
@@ -115,9 +115,9 @@ struct Simulation {
 }
 
 impl Simulation {
-    /// A job of so many samples on a cluster of so many workers.
+    /// A job of this many samples on a cluster of this many workers.
     fn new(seed: u64, samples: u64, workers: usize, nature: Natures, faults: bool) -> Self {
-        // A pilot is a job by the reference, whatever it goes before.
+        // A pilot is a job with the reference policy, whatever job follows it.
         let outputs = [Durable::of(Kind::Reference, PILOT as u64), Durable::of(nature.kind, MAIN as u64)];
         let mut simulation = Self {
             now: 0,
@@ -161,8 +161,8 @@ impl Simulation {
         if place == PILOT { PILOT_SAMPLES.min(self.samples) } else { self.samples }
     }
 
-    /// Runs to the job's end, and until all puts have arrived; then somebody runs the command once more, who finds nothing to
-    /// do but what it clears away.
+    /// Runs until the job has ended and all puts have arrived. Then runs the command once more, which finds nothing to do
+    /// except to clear late files.
     fn run(&mut self) {
         self.run_to_end();
         while let Some((_, event)) = self.queue.pop_first() {
@@ -175,7 +175,7 @@ impl Simulation {
 
     fn run_to_end(&mut self) {
         while !self.done {
-            let ((now, _), event) = self.queue.pop_first().expect("something always comes next");
+            let ((now, _), event) = self.queue.pop_first().expect("there is always a next event");
             assert!(now < DEADLINE, "the job does not end: {:?}", self.coordinators.last().map(|c| &c.scheduler));
             self.now = now;
             self.step(event);
@@ -239,7 +239,7 @@ impl Simulation {
             .collect()
     }
 
-    /// A request goes to a coordinator: to the newest as a rule, to one it has replaced now and then.
+    /// Sends a request to a coordinator: usually to the newest, sometimes to one that was replaced.
     fn send(&mut self, worker: usize, number: u64, request: Request) {
         let alive: Vec<_> = (0..self.coordinators.len()).filter(|at| self.coordinators[*at].alive).collect();
         let Some(newest) = alive.last().copied() else { return };
@@ -288,18 +288,18 @@ impl Simulation {
                 self.later(delay, Event::Spawn);
             }
             (4, _) => {
-                // The newest dies, and comes back.
+                // The newest coordinator dies, and comes back.
                 if let Some(coordinator) = self.coordinators.last_mut() {
                     coordinator.alive = false;
                 }
                 let delay = self.dice.roll(4_000) as u64;
                 self.later(delay, Event::Start(Mode::Resume));
             }
-            // Another one takes over from one that is alive.
+            // Another coordinator takes over from one that is alive.
             (5, _) => self.later(0, Event::Start(Mode::Resume)),
             (6, _) => self.storage_stalls = !self.storage_stalls,
             (7, Some(at)) => {
-                // One that comes in addition.
+                // An additional worker joins.
                 self.workers[at].cut_until = until;
                 self.later(10, Event::Spawn);
             }
@@ -316,7 +316,7 @@ impl Simulation {
     }
 }
 
-/// Leases and units agree about each other.
+/// Checks that leases and units agree.
 fn agree(scheduler: &Scheduler) {
     for (key, lease) in &scheduler.leases {
         assert!(
@@ -335,7 +335,7 @@ fn agree(scheduler: &Scheduler) {
     for (name, worker) in scheduler.workers.iter() {
         assert!(
             worker.leases.iter().all(|key| scheduler.leases[key].worker == *name),
-            "{name} holds what is not its own"
+            "{name} holds a lease that is not its own"
         );
     }
     assert!(scheduler.totals().evaluations <= scheduler.job().planned_evaluations());
@@ -346,7 +346,7 @@ fn explore(seed: u64, conditional: bool) {
     let mut dice = Dice(seed);
     let (samples, workers) = (4 + dice.roll(8) as u64, 1 + dice.roll(5));
     let has_pilot = dice.roll(3) == 0;
-    // What a pilot learns depends on what it could read.
+    // A pilot's result depends on the samples it could read.
     let first = if has_pilot { PILOT_SAMPLES } else { 0 };
     let mut odd = BTreeMap::new();
     for nature in [Nature::Unreadable, Nature::Missing, Nature::Poison, Nature::Deadly] {
@@ -385,7 +385,7 @@ fn explore(seed: u64, conditional: bool) {
         assert!(outcomes.iter().map(|finished| finished.sample).eq(listed));
         let mut given_up = Vec::new();
         for (expected, found) in comparable(expected).iter().zip(comparable(outcomes)) {
-            let (sample, quarantined) = (found.sample, matches!(found.outcome, Outcome::Quarantined(_)));
+            let (sample, quarantined) = (found.sample, matches!(found.outcome, SampleOutcome::Quarantined(_)));
             given_up.extend(quarantined.then_some(sample));
             assert_eq!(quarantined, odd.contains_key(&sample), "{sample} among {odd:?}: {:?}", found.outcome);
             assert!(*expected == found, "{sample} among {odd:?}: {:?} and {:?}", expected.outcome, found.outcome);
@@ -413,7 +413,7 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 #[test]
-fn in_every_simulated_cluster_the_job_ends_as_it_would_undisturbed() {
+fn in_every_simulated_cluster_the_job_ends_as_without_faults() {
     if let Some(seed) = number("ELBO_SIMULATION_SEED") {
         return explore(seed, true);
     }
@@ -425,19 +425,20 @@ fn in_every_simulated_cluster_the_job_ends_as_it_would_undisturbed() {
     }
 }
 
-/// Puts that don't depend on what they replace break the rules: what the simulations say means something.
+/// Without conditional puts the rules are broken, which shows that the simulations can find faults.
 #[test]
-fn unconditional_puts_are_found_out() {
-    // The first one that is says what it has found, as if it were a failure.
+fn unconditional_puts_are_detected() {
+    // The first seed that fails prints its findings, as if it were a failure.
     assert!((0..400).any(|seed| std::panic::catch_unwind(|| explore(seed, false)).is_err()));
 }
 
-/// The policy applied to all errors by the book, as an independent check of what undisturbed runs give.
+/// Applies the policy to all errors directly, as an independent check of undisturbed runs.
 #[test]
-fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
+fn the_outcome_equals_the_policy_applied_to_all_errors() {
     let mut world = Simulation::new(5, 4, 2, Natures::default(), false);
     world.run();
-    let Outcome::Scored { prompts, errors, .. } = &world.outputs[MAIN].rows(ShardId(0)).unwrap().0[2].outcome else {
+    let SampleOutcome::Scored { prompts, errors, .. } = &world.outputs[MAIN].rows(ShardId(0)).unwrap().0[2].outcome
+    else {
         panic!()
     };
     let all: Vec<_> = (0..70).map(PromptIndex).collect();
@@ -458,8 +459,8 @@ fn the_outcome_is_that_of_the_policy_applied_to_all_errors() {
     assert!(errors.iter().all(|e| e.error == error(SampleId(2), e.slot, e.prompt)));
 }
 
-/// A race by the book: whoever leaves is compared with the leader of the moment on the very slots that both have seen, also
-/// when the leader is another than before.
+/// Checks a race directly: an eliminated contender is compared with the current leader on the slots that both have seen,
+/// also when the leader has changed.
 #[test]
 fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
     let mut world = Simulation::new(5, 8, 3, Natures { kind: Kind::Race, ..Natures::default() }, false);
@@ -467,7 +468,7 @@ fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
     let (contenders, job) = (Contenders::prompts(70), race(8, true));
     let mut changes = 0;
     for finished in all_rows(&world) {
-        let Outcome::Scored { prompts, .. } = &finished.outcome else { panic!() };
+        let SampleOutcome::Scored { prompts, .. } = &finished.outcome else { panic!() };
         let (mut remaining, mut done, mut leader) = ((0..70).map(PromptIndex).collect::<Vec<_>>(), 0, None);
         for round in (0..).map(Round) {
             let Some(slots) = job.course().round(round, done, &contenders, &remaining) else { break };
@@ -481,7 +482,7 @@ fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
             for prompt in &remaining {
                 assert!(prompts[prompt.at()].round >= round);
             }
-            // Single errors by prompt: those of prompts that left before hold what no comparison may look at.
+            // Single errors by prompt. Those of eliminated prompts contain values that no comparison may use.
             remaining = elbo_core::policy::Race { risk: 0.05 }.survivors(
                 &contenders,
                 &remaining,
@@ -496,18 +497,18 @@ fn a_race_pairs_contenders_exactly_when_the_leader_changes() {
             remaining.iter().all(|p| Some(prompts[p.at()].round) == last && prompts[p.at()].sums.n as usize == done)
         );
     }
-    assert!(changes > 0, "no leader ever changed: this says nothing");
+    assert!(changes > 0, "no leader ever changed: this tests nothing");
 }
 
 /// The audit of a sample is the reference applied to all its errors on the audit's own slots.
 #[test]
-fn an_audited_sample_is_scored_by_the_reference_on_slots_of_its_own() {
+fn an_audited_sample_is_scored_by_the_reference_on_separate_slots() {
     let mut world = Simulation::new(5, 40, 3, Natures { kind: Kind::Race, ..Natures::default() }, false);
     world.run();
     let before = race(1, true).course().slots().len();
     let mut audited = 0;
     for finished in all_rows(&world) {
-        let Outcome::Scored { audit, .. } = &finished.outcome else { panic!() };
+        let SampleOutcome::Scored { audit, .. } = &finished.outcome else { panic!() };
         let Some(audit) = audit else { continue };
         audited += 1;
         let mean = |prompt: u32, slots: usize| {
@@ -526,14 +527,14 @@ fn an_audited_sample_is_scored_by_the_reference_on_slots_of_its_own() {
 
 #[test]
 fn without_faults_nothing_is_computed_twice() {
-    // One worker needs no backup, and several are given none that is not worth it.
+    // One worker needs no backup, and several get only worthwhile ones.
     let mut world = Simulation::new(7, 9, 1, Natures::default(), false);
     world.run();
     assert_eq!(world.outputs[MAIN].waste, Waste::default());
 }
 
 #[test]
-fn memory_is_bounded_by_the_window_whatever_the_corpus() {
+fn the_window_bounds_memory_for_any_corpus() {
     let mut world = Simulation::new(3, 600, 3, Natures::default(), false);
     while !world.done {
         let ((now, _), event) = world.queue.pop_first().unwrap();

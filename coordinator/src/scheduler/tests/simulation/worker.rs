@@ -1,4 +1,6 @@
-//! A worker: asks, computes, keeps what is not acknowledged, and follows whichever coordinator answers.
+//! A simulated worker: asks, computes, keeps unacknowledged results, and follows whichever coordinator answers.
+
+use elbo_core::failure::{FailureStage, SampleFailure};
 
 use super::*;
 
@@ -8,7 +10,7 @@ pub(super) enum Request {
     Join(Option<u64>, Vec<(LeaseKey, Vec<UnitId>)>),
     Lease(Option<u64>, Vec<LeaseKey>),
     Heartbeat(Option<u64>, Vec<LeaseKey>),
-    /// Of which job it is, and whether it was sent before.
+    /// Its job, and whether it was sent before.
     Report(Option<u64>, LeaseKey, Record, bool),
     Fail(LeaseKey),
     Leave,
@@ -18,7 +20,7 @@ pub(super) enum Request {
 pub(super) enum Reply {
     /// To work on this job.
     Joined(u64),
-    /// The coordinator has this job, and not the worker's.
+    /// The coordinator has this job, not the worker's.
     OtherJob(u64),
     Rejoin,
     Granted(LeaseKey, Vec<Unit>),
@@ -28,7 +30,7 @@ pub(super) enum Reply {
     Unavailable,
 }
 
-/// A question that waits for its answer. Of each kind there is one at a time.
+/// A request that waits for its answer. There is one at a time of each kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Join,
@@ -42,13 +44,13 @@ enum Kind {
 pub(super) struct Worker {
     pub(super) name: String,
     pub(super) alive: bool,
-    /// Nothing gets through to it or from it until then.
+    /// It is disconnected until this time.
     pub(super) cut_until: u64,
-    /// It stands still until then.
+    /// It stands still until this time.
     pub(super) stopped_until: u64,
     /// The job it works on.
     job: Option<u64>,
-    /// Its mount is missing: it can read no image, blames none, and leaves.
+    /// Its mount is missing: it can't read any image, gives no sample up, and leaves.
     pub(super) blind: bool,
     /// Evaluations per second.
     rate: u64,
@@ -58,7 +60,7 @@ pub(super) struct Worker {
     queue: VecDeque<(LeaseKey, Unit)>,
     findings: Vec<(LeaseKey, UnitResult)>,
     failures: Vec<(LeaseKey, SampleFailure)>,
-    /// What is being reported.
+    /// The report under way.
     report: Option<(LeaseKey, Record)>,
     waiting: Vec<(u64, Kind)>,
     computing: bool,
@@ -85,7 +87,7 @@ impl Worker {
         }
     }
 
-    /// The rate it tells, once it has one.
+    /// The rate it reports, once it has one.
     pub(super) fn told_rate(&self) -> f64 {
         if self.finished > 2 { self.rate as f64 } else { 0.0 }
     }
@@ -103,7 +105,7 @@ impl Worker {
     }
 
     fn drop_block(&mut self, key: LeaseKey) {
-        // What was found of it is still to be reported.
+        // Its failures must still be reported.
         let found: Vec<_> = self.findings.iter().filter(|(of, _)| *of == key).map(|(_, result)| result.id).collect();
         let bad: Vec<_> = self.failures.iter().filter(|(of, _)| *of == key).map(|(_, bad)| bad.sample).collect();
         let reported = self.report.as_ref().filter(|(of, _)| *of == key).map(|(_, record)| record);
@@ -122,11 +124,11 @@ impl Worker {
 }
 
 impl Simulation {
-    /// A worker looks around: a heartbeat, and whatever it has to ask or to tell.
+    /// A worker's periodic step: a heartbeat, and all due requests.
     pub(super) fn beat(&mut self, at: usize) {
         self.later(700, Event::Beat(at));
         if self.workers[at].job.is_none() {
-            // Before anything else it must know what the job is.
+            // First it must know the job.
             return self.ask(at, Kind::Join, Request::Join(None, Vec::new()));
         }
         let (job, held) = (self.workers[at].job, self.workers[at].leases());
@@ -190,7 +192,7 @@ impl Simulation {
         }
     }
 
-    /// A unit is finished, or whatever else becomes of it.
+    /// A unit is finished, or fails according to its sample's nature.
     pub(super) fn computed(&mut self, at: usize) {
         let worker = &mut self.workers[at];
         worker.computing = false;
@@ -209,10 +211,10 @@ impl Simulation {
             }
             nature @ (Nature::Unreadable | Nature::Missing) => {
                 let sample = unit.id.sample;
-                // Of each block, it is found out anew.
+                // This is found out again for each block.
                 worker.queue.retain(|(of, other)| *of != key || other.id.sample != sample);
-                let stage = if nature == Nature::Missing { UNREAD } else { "decode" };
-                let failure = SampleFailure { sample, stage: stage.into(), error: "cut off".into() };
+                let stage = if nature == Nature::Missing { FailureStage::Unread } else { FailureStage::Decode };
+                let failure = SampleFailure { sample, stage, error: "cut off".into() };
                 worker.failures.push((key, failure));
             }
             Nature::Poison => {
@@ -224,7 +226,7 @@ impl Simulation {
         self.act(at);
     }
 
-    /// A worker is asked to go: it hands back what it has not begun, and goes once the rest is acknowledged.
+    /// Asks a worker to leave: it hands back blocks that it has not begun, and leaves once the rest is acknowledged.
     pub(super) fn drain(&mut self, at: usize) {
         self.ask(at, Kind::Other, Request::Leave);
         self.workers[at].alive = false;
@@ -243,7 +245,7 @@ impl Simulation {
             }
             Reply::Joined(job) => worker.job = Some(job),
             Reply::OtherJob(job) => {
-                // What it has in hand is of no use any more.
+                // Its blocks are of no use any more.
                 worker.held.clear();
                 worker.queue.clear();
                 worker.findings.clear();

@@ -1,5 +1,5 @@
-//! The UNet's `config.json`, with diffusers' defaults; settings that would change the forward pass in ways not
-//! implemented here are refused by name.
+//! The UNet's `config.json`, with diffusers' defaults. Settings that would change the forward pass in unsupported ways
+//! are refused by name.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use super::{Level, Middle, TextTime, UnetConfig};
 use crate::error::ModelError;
 use crate::settings::{optional_square, refused, with_defaults};
 
-/// One value per level or one for all. In a list that could be either, a value stands for a level.
+/// One value per level, or one for all. If a list could be read either way, each value stands for a level.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 enum PerLevel<T> {
@@ -27,7 +27,7 @@ impl<T: Clone> PerLevel<T> {
     }
 }
 
-/// Blocks of a level's transformers: as many in each, or each its own.
+/// Number of blocks in a level's transformers: the same for all, or one number for each.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 enum Depth {
@@ -36,7 +36,7 @@ enum Depth {
 }
 
 impl Depth {
-    /// The blocks of the first `count` transformers; `None` where too few are given, or one would have none.
+    /// The number of blocks in each of the first `count` transformers; `None` if too few are given or one is 0.
     fn of(&self, count: usize) -> Option<Vec<usize>> {
         let depths = match self {
             Self::Same(depth) => vec![*depth; count],
@@ -45,12 +45,9 @@ impl Depth {
         (!depths.contains(&0)).then_some(depths)
     }
 
-    /// The blocks of the transformer after each of so many resnets. Where there is no attention, a depth means nothing.
+    /// The number of blocks in the transformer after each of the `resnets`. Without attention, depths are ignored.
     fn transformers(&self, resnets: usize, attention: bool) -> Option<Vec<Option<usize>>> {
-        match attention {
-            true => Some(self.of(resnets)?.into_iter().map(Some).collect()),
-            false => Some(vec![None; resnets]),
-        }
+        if attention { Some(self.of(resnets)?.into_iter().map(Some).collect()) } else { Some(vec![None; resnets]) }
     }
 }
 
@@ -58,14 +55,14 @@ impl Depth {
 struct Depths {
     down: Vec<Depth>,
     up: Vec<Depth>,
-    /// The setting that says them for the way up.
+    /// The setting that gives the depths for the way up.
     named_up: &'static str,
 }
 
 /// The setting with the depths of the transformers.
 const FORWARD: &str = "transformer_layers_per_block";
 
-/// The setting with those on the way up, from the coarsest level, where they differ.
+/// The setting with the depths on the way up, from the coarsest level, if they differ.
 const REVERSE: &str = "reverse_transformer_layers_per_block";
 
 /// The settings as written; see [`UnetConfig`] for their meaning.
@@ -79,7 +76,7 @@ struct Raw {
     block_out_channels: Vec<usize>,
     down_block_types: Vec<String>,
     up_block_types: Vec<String>,
-    /// `null` is a value here, and not the default.
+    /// Here `null` is a value and not the default.
     mid_block_type: Option<String>,
     only_cross_attention: PerLevel<bool>,
     layers_per_block: PerLevel<usize>,
@@ -131,10 +128,10 @@ impl Default for Raw {
     }
 }
 
-/// The middle with attention, which is the default.
+/// The default: a middle with attention.
 const CROSS_MIDDLE: &str = "UNetMidBlock2DCrossAttn";
 
-/// Settings that `false` leaves out as `null` does.
+/// Settings for which `false` means unset, like `null`.
 const OPTIONAL: [&str; 6] = [
     "addition_embed_type",
     "addition_time_embed_dim",
@@ -144,7 +141,7 @@ const OPTIONAL: [&str; 6] = [
     "time_cond_proj_dim",
 ];
 
-/// Settings that must have one value (or be absent) for the forward pass to be the one implemented. `false` is as good as
+/// Settings that must have this value or be absent, since only that forward pass is implemented. `false` counts as
 /// `null`.
 const FIXED: &[(&str, &str)] = &[
     ("_class_name", "\"UNet2DConditionModel\""),
@@ -203,16 +200,16 @@ fn is_as_expected(values: &Value, key: &str, expected: &str) -> bool {
 }
 
 impl Raw {
-    /// Fails with the key of a setting that can't be met.
+    /// Fails with the key of an unsupported setting.
     fn check(self) -> Result<UnetConfig, &'static str> {
         let levels = self.levels()?;
         let middle = self.middle(levels.len())?;
         let attends = levels.iter().any(|level| level.down.iter().chain(&level.up).any(Option::is_some));
         if !attends && !matches!(middle, Middle::Transformer(_)) {
-            // Nothing would depend on the prompt.
+            // Without attention nothing would depend on the prompt.
             return Err("down_block_types");
         }
-        // The sinusoid divides by one less than half its width.
+        // The sinusoid divides by half its width minus one.
         if self.time_cond_proj_dim.is_some_and(|width| width < 4) {
             return Err("time_cond_proj_dim");
         }
@@ -267,7 +264,7 @@ impl Raw {
                 Ok(Depths { down, up: up.iter().rev().cloned().collect(), named_up: REVERSE })
             }
             Some(_) => Err(REVERSE),
-            // A depth for each resnet says nothing of the way up, where there is one resnet more.
+            // One depth per resnet does not define the way up, which has one more resnet.
             None if down.iter().any(|depth| matches!(depth, Depth::Each(_))) => Err(REVERSE),
             None => Ok(Depths { up: down.clone(), down, named_up: FORWARD }),
         }
@@ -298,7 +295,7 @@ impl Raw {
     }
 }
 
-/// Which blocks have attention (`CrossAttn` before the name of the `bare` one); `None` if a type is not known, or one is
+/// Which blocks have attention (`CrossAttn` before the name of the `bare` block); `None` if a type is unknown or
 /// missing.
 fn attention(types: &[String], bare: &str, count: usize) -> Option<Vec<bool>> {
     let kind = |name: &String| match name.strip_suffix(bare)? {
@@ -322,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn squares_and_false_in_the_place_of_null_are_read() {
+    fn squares_and_false_in_place_of_null_are_read() {
         assert_eq!(read(|settings| settings["sample_size"] = json!([8, 8])).unwrap().sample_size, 8);
         for (key, _) in FIXED.iter().filter(|(_, expected)| ["null", "false"].contains(expected)) {
             assert!(read(|settings| settings[key] = false.into()).is_ok(), "{key}");
@@ -335,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_read_is_named_with_its_file_and_value() {
+    fn unsupported_settings_are_named_with_file_and_value() {
         let cases = [
             ("sample_size", json!([8, 16])),
             ("in_channels", "four".into()),
@@ -359,7 +356,7 @@ mod tests {
             assert!(error.contains("unet/config.json") && error.contains(key), "{error}");
             assert!(!error.contains("not supported") || error.contains(&format!("{key} = {value}")), "{error}");
         }
-        // Depths that differ within a level say nothing of the way up.
+        // Depths that differ within a level do not define the way up.
         let error = read(|settings| settings["transformer_layers_per_block"] = json!([1, [2, 2], 1, 1])).unwrap_err();
         assert!(error.contains("reverse_transformer_layers_per_block"), "{error}");
         let bare = |settings: &mut Value| {
@@ -371,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn depths_are_each_levels_and_each_transformers() {
+    fn depths_may_be_given_per_level_and_per_transformer() {
         let config = read(|settings| {
             settings["transformer_layers_per_block"] = json!([1, [2, 3], [4, 5, 6], 0]);
             settings["reverse_transformer_layers_per_block"] = json!([0, [7, 8, 9], [3, 2, 1], 2]);

@@ -1,30 +1,30 @@
-//! What a job needs: images, classes and a model, as far as a coordinator looks at them.
+//! A job's files, as far as a coordinator reads them: images, classes and a model.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::BenchError;
 
-/// Images in a directory.
+/// Images per directory.
 const PER_DIRECTORY: u64 = 1000;
 
 /// The files of a benchmark's job.
 #[derive(Clone, Debug)]
-pub struct Stage {
+pub struct Scenery {
     /// Directory with empty images in nested directories.
     pub images: PathBuf,
     /// Class file.
     pub classes: PathBuf,
-    /// Model directory with configurations alone.
+    /// Model directory with only the configurations.
     pub model: PathBuf,
-    /// Where the job's output goes; empty.
+    /// The job's output, empty at first.
     pub out: PathBuf,
     /// The coordinator's log.
     pub log: PathBuf,
 }
 
-impl Stage {
-    /// Makes the files in `dir`; images that an earlier benchmark left there are used again.
+impl Scenery {
+    /// Makes the files in `dir`; reuses the images of an earlier benchmark.
     pub fn make(dir: &Path, samples: u64, classes: u32) -> Result<Self, BenchError> {
         let stage = Self {
             images: dir.join(format!("images-{samples}")),
@@ -81,5 +81,5 @@ fn write(path: &Path, text: &str) -> Result<(), BenchError> {
 
 fn failed(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> BenchError {
     let path = path.to_owned();
-    move |source| BenchError::Stage { action, path: path.clone(), source }
+    move |source| BenchError::Scenery { action, path: path.clone(), source }
 }

@@ -1,5 +1,5 @@
-//! A trail of every grant and every acknowledgement, from which it can be checked by others that no unit is given out once
-//! its result is durable. Target `elbo::audit` at debug level; costs nothing while nobody listens.
+//! Logs every grant and every acknowledgement, so that others can check that no unit is leased again once its result is
+//! durable. Target `elbo::audit` at debug level; costs nothing while it is disabled.
 
 use std::fmt::Write;
 
@@ -10,7 +10,7 @@ use crate::scheduler::Record;
 
 const TARGET: &str = "elbo::audit";
 
-/// sample/round/slots/prompts of each unit, with blanks in between.
+/// Formats each unit as sample/round/slots/prompts, separated by blanks.
 fn list(units: impl Iterator<Item = (u64, u32, u32, u32)>) -> String {
     let mut text = String::new();
     for (sample, round, slots, prompts) in units {
@@ -21,7 +21,7 @@ fn list(units: impl Iterator<Item = (u64, u32, u32, u32)>) -> String {
     text
 }
 
-/// A block is given to a worker.
+/// Logs that a block is leased to a worker.
 pub(crate) fn granted(worker: &str, block: &v1::Block) {
     if tracing::enabled!(target: TARGET, Level::DEBUG) {
         let ids = block.units.iter().filter_map(|unit| unit.id.as_ref());
@@ -30,7 +30,7 @@ pub(crate) fn granted(worker: &str, block: &v1::Block) {
     }
 }
 
-/// The units of a record, to be named once it is durable.
+/// The units of a record, to be logged once it is durable.
 pub(crate) fn units(record: &Record) -> Option<String> {
     tracing::enabled!(target: TARGET, Level::DEBUG).then(|| {
         let ids = record.results.iter().map(|result| result.id);
@@ -38,7 +38,7 @@ pub(crate) fn units(record: &Record) -> Option<String> {
     })
 }
 
-/// A report is durable: what was new in it is known for good. `epoch` is that of the lease.
+/// Logs that a report is durable. `epoch` is that of the lease.
 pub(crate) fn acknowledged(worker: &str, epoch: u64, lease: u64, units: Option<String>) {
     if let Some(units) = units {
         tracing::debug!(target: TARGET, epoch, lease, worker, units, "acknowledged");

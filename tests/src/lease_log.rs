@@ -1,29 +1,29 @@
-//! An account of a job from what its coordinators logged of their grants and acknowledgements, which is not their own account.
+//! Checks a job from the logs of its coordinators: which units were granted and acknowledged, counted independently of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde_json::Value;
 
-/// What was granted and acknowledged.
+/// How much was granted and acknowledged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Account {
-    /// Coordinators that granted or acknowledged something.
+    /// Coordinators that granted or acknowledged units.
     pub coordinators: usize,
-    /// Units given to workers, as often as they were.
+    /// Grants of units to workers; a unit granted twice counts twice.
     pub granted: usize,
-    /// Units whose results a worker was told are safe.
+    /// Units whose results were acknowledged to a worker.
     pub acknowledged: usize,
 }
 
-/// Reads the JSON logs in a directory, of coordinators that logged `elbo::audit` at debug level, and checks that no unit was
-/// given to a worker after its result had been acknowledged: by the same coordinator, or by one before it, which acknowledges
-/// nothing once it is replaced.
+/// Reads the JSON logs in a directory, from coordinators that logged `elbo::audit` at debug level. Checks that no unit was
+/// granted after its result had been acknowledged, by the same coordinator or by an earlier one. A replaced coordinator
+/// acknowledges nothing.
 pub fn check(logs: &Path) -> Account {
     let mut by_epoch: BTreeMap<u64, Vec<(bool, String)>> = BTreeMap::new();
     for log in crate::sorted(logs) {
         let text = std::fs::read_to_string(&log).expect("a log");
-        // The last line of one that was killed may be cut.
+        // The last line of a killed coordinator may be cut off.
         for line in text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
             let fields = &line["fields"];
             let granted = match (line["target"].as_str(), fields["message"].as_str()) {
@@ -43,10 +43,7 @@ pub fn check(logs: &Path) -> Account {
         for (granted, units) in events {
             for unit in units.split_whitespace() {
                 if granted {
-                    assert!(
-                        !safe.contains(unit),
-                        "unit {unit} was acknowledged, and is granted again in epoch {epoch}"
-                    );
+                    assert!(!safe.contains(unit), "unit {unit} was acknowledged but is granted again in epoch {epoch}");
                     account.granted += 1;
                 } else {
                     safe.insert(unit.to_owned());
