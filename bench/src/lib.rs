@@ -2,7 +2,7 @@
 //! replays policies on known errors. The rest measures the real coordinator in its own process, with a generated dataset and
 //! thousands of simulated workers.
 //!
-//! [`stage`] makes a job's files, which is not measured. [`process`] starts, watches and kills the coordinator. [`oracle`]
+//! [`scenery`] makes a job's files, which is not measured. [`process`] starts, watches and kills the coordinator. [`oracle`]
 //! computes the error of every evaluation. [`simulated`] is a worker without a model. [`run()`] goes through the phases of a
 //! load, and [`scaling`] runs one job with more and more workers.
 
