@@ -202,7 +202,7 @@ impl Coordinator {
     async fn run_to_end(&self, server: &mut Server, then: Then) -> Result<RunOutcome, RunError> {
         let started = Instant::now();
         let _ = self.shared.witnesses.set(self.witnesses().await?);
-        server.serve(&self.shared).await;
+        server.serve(&self.shared).await?;
         let ended = self.steward().await;
         let is_followed = then == Then::AnotherJob && matches!(ended, Ok(WorkEnd::Done));
         // Waiting workers are told to leave, or to wait for the next job. Workers in the middle of a block get a moment to

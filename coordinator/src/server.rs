@@ -41,6 +41,9 @@ pub enum ServeError {
         /// The cause.
         source: tonic::transport::Error,
     },
+    /// It was closed after an earlier job.
+    #[error("the coordinator's server is closed: start another one for the next job")]
+    Closed,
     /// Its task ended by a panic, which is a defect.
     #[error("the coordinator's server ended unexpectedly: run the same command again to resume, and report this")]
     Panic,
@@ -110,7 +113,7 @@ impl Server {
     }
 
     /// Serves another job from now on.
-    pub(crate) async fn serve(&mut self, shared: &Arc<Shared>) {
+    pub(crate) async fn serve(&mut self, shared: &Arc<Shared>) -> Result<(), ServeError> {
         let _ = shared.telemetry.door.set(self.door.clone());
         self.state = match std::mem::replace(&mut self.state, State::Closed) {
             State::Bound(listener) => {
@@ -125,8 +128,9 @@ impl Server {
                 let _telling = tell(&serving.health, shared).await;
                 State::Serving(Serving { _telling, ..serving })
             }
-            State::Closed => State::Closed,
+            State::Closed => return Err(ServeError::Closed),
         };
+        Ok(())
     }
 
     /// Closes the server, once running calls are answered.

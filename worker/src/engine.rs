@@ -24,6 +24,7 @@ use elbo_kernels::gpu;
 use elbo_models::{Conditions, ModelError};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::error::{EncodeError, EngineStopped};
 use crate::latent::Latent;
 use crate::metrics::metrics;
 use crate::stage::{ModelStage, PointWork};
@@ -139,22 +140,6 @@ pub struct Engine {
     cancelled: Arc<AtomicBool>,
     /// If set, dropping the engine does not wait for its lanes.
     abandoned: AtomicBool,
-}
-
-/// Work could not be given to the engine because its lanes are gone, which is a defect.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("the engine has stopped: restart the worker")]
-pub struct EngineStopped;
-
-/// An image that was not encoded.
-#[derive(Debug, thiserror::Error)]
-pub enum EncodeError {
-    /// The model can't encode it.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The engine is gone.
-    #[error(transparent)]
-    Stopped(#[from] EngineStopped),
 }
 
 impl Engine {

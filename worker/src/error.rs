@@ -4,7 +4,6 @@ use elbo_data::ReadError;
 use elbo_models::ModelError;
 
 use crate::call_error::{CallError, ClientError};
-use crate::engine::EngineStopped;
 use crate::problem::ProblemError;
 
 /// A whole block can't be prepared.
@@ -36,6 +35,22 @@ pub enum BlockError {
         "the device failed: {0}; start the worker again (with a smaller --batch if memory ran out): the work in hand is not lost"
     )]
     Device(String),
+    /// The engine is gone.
+    #[error(transparent)]
+    Stopped(#[from] EngineStopped),
+}
+
+/// Work could not be given to the engine because its lanes are gone, which is a defect.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the engine has stopped: restart the worker")]
+pub struct EngineStopped;
+
+/// An image that was not encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// The model can't encode it.
+    #[error(transparent)]
+    Model(#[from] ModelError),
     /// The engine is gone.
     #[error(transparent)]
     Stopped(#[from] EngineStopped),

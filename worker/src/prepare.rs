@@ -21,8 +21,8 @@ use elbo_proto::v1;
 use futures::StreamExt;
 
 use crate::access::{Access, Unread};
-use crate::engine::{EncodeError, Engine, LoadedJob, UnitWork};
-use crate::error::BlockError;
+use crate::engine::{Engine, LoadedJob, UnitWork};
+use crate::error::{BlockError, EncodeError};
 use crate::latent::{Key, Latent, LatentCache};
 use crate::metrics::metrics;
 use crate::picture::{Picture, picture};

@@ -101,21 +101,11 @@ impl Contenders {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::class::Classes;
     use crate::ensemble::PromptEnsemble;
+    use crate::ensemble::tests::{all, uneven};
 
     fn totals(means: &[f64]) -> Vec<Sums> {
         means.iter().map(|&sum| Sums { n: 1, sum, sum_sq: sum * sum }).collect()
-    }
-
-    fn all(count: u32) -> Vec<PromptIndex> {
-        (0..count).map(PromptIndex).collect()
-    }
-
-    /// Class 7 has the prompts 0, 1 and 4; class 2 has 2; class 5 has 3.
-    fn uneven(ensemble: PromptEnsemble) -> Contenders {
-        let csv = "prompt,classname,classidx\na,cat,7\nb,cat,7\nc,dog,2\nd,owl,5\ne,cat,7\n";
-        Contenders::of_classes(&Classes::parse(csv, &[]).unwrap(), ensemble)
     }
 
     #[test]

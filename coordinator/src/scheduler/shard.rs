@@ -366,7 +366,7 @@ impl Shard {
 fn unfit(job: &JobShape, sample: &Sample) -> Option<SampleFailure> {
     let (bytes, most) = (room::of_sample(sample), room::LARGEST_SAMPLE);
     let error = if job.prompts_of(sample.candidates.len()) == 0 {
-        "the dataset has no caption for it: give it at least two".to_owned()
+        "the dataset has no caption for it: give every image at least one".to_owned()
     } else if bytes > most {
         format!(
             "its key, location and captions take {bytes} bytes on the way to a worker, and a sample may take {most}: give it fewer or shorter captions"

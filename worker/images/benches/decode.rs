@@ -3,7 +3,7 @@
 //! `cargo bench --bench decode` uses the files of the tests; with `ELBO_BENCH_IMAGES=DIR` it uses the files in a
 //! directory. `python tests/peer/decode.py` runs it beside Pillow and torchvision.
 
-#![allow(clippy::unwrap_used)] // a benchmark has no caller to return an error to
+#![allow(clippy::unwrap_used, reason = "a benchmark has no caller to return an error to")]
 
 use std::fmt;
 use std::path::PathBuf;

@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench unet`; the throughput column counts evaluations.
 
-#![allow(clippy::panic)] // a benchmark has no caller to return an error to
+#![allow(clippy::panic, reason = "a benchmark has no caller to return an error to")]
 
 use std::path::Path;
 

@@ -128,3 +128,60 @@ impl Walk {
         self.last_round.resize(contenders.prompt_count(), Round(0));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::class::{Classes, Hierarchy};
+    use crate::policy::{Policy, Timesteps};
+
+    fn indices(prompts: &[PromptIndex]) -> Vec<u32> {
+        prompts.iter().map(|prompt| prompt.0).collect()
+    }
+
+    #[test]
+    fn sums_of_several_rounds_add_up_and_eliminated_prompts_keep_theirs() {
+        let contenders = Contenders::prompts(3);
+        let policy = Policy::reference(&[2, 1], &[1, 3], 1).unwrap();
+        let course = Course::new(&policy, None, 1000, Some(&contenders)).unwrap();
+        let mut walk = Walk::new(contenders.first());
+        let mut rounds = Vec::new();
+        while walk.enter(&course, &contenders) {
+            rounds.push((walk.round().0, walk.slots().clone(), indices(walk.remaining())));
+            for prompt in walk.remaining().to_vec() {
+                let errors = vec![1.0 + prompt.0 as f32; walk.slots().len()];
+                walk.merge_errors(&course, &contenders, prompt, &errors);
+            }
+            assert!(walk.end_round(&course, &contenders).is_empty());
+        }
+        assert_eq!(rounds, [(0, 0..1, vec![0, 1, 2]), (1, 1..3, vec![0, 1])]);
+        assert_eq!(indices(walk.remaining()), [0]);
+        let scored: Vec<_> = walk.scored().iter().map(|p| (p.sums.n, p.sums.sum, p.round.0)).collect();
+        assert_eq!(scored, [(3, 3.0, 1), (3, 6.0, 1), (1, 3.0, 0)]);
+    }
+
+    #[test]
+    fn members_of_an_opened_group_start_again_with_the_first_slot() {
+        let classes = Classes::parse("ant\nbee\ncar\n", &[]).unwrap();
+        let hierarchy = Hierarchy::parse("class,parent\nant,insect\nbee,insect\n", &classes, &[]).unwrap();
+        let contenders = Contenders::prompts(3).below(&hierarchy, &classes);
+        let race = Policy::race(0.05, 40, Timesteps::default()).unwrap();
+        let course = Course::new(&race, None, 1000, Some(&contenders)).unwrap();
+        let mut walk = Walk::new(contenders.first());
+        // The car and the insects, which nothing tells apart.
+        assert_eq!(indices(walk.remaining()), [2, 3]);
+        let mut again = Vec::new();
+        while again.is_empty() && walk.enter(&course, &contenders) {
+            for prompt in walk.remaining().to_vec() {
+                let wave = walk.slots().clone().map(|slot| 1.0 + ((slot + prompt.at()) % 2) as f32);
+                let errors: Vec<f32> = wave.collect();
+                walk.merge_errors(&course, &contenders, prompt, &errors);
+            }
+            again = indices(walk.end_round(&course, &contenders));
+        }
+        assert_eq!(again, [0, 1, 2]);
+        assert!(walk.enter(&course, &contenders) && walk.slots().start == 0);
+        // What the car went through as a rival of the group counts no more.
+        assert!(walk.scored()[..3].iter().all(|prompt| prompt.sums.n == 0));
+    }
+}

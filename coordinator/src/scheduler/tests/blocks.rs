@@ -99,3 +99,18 @@ fn retried_blocks_are_no_larger_than_first_blocks() {
     assert!(blocks.iter().all(|(size, grant)| *size <= 10_500 && grant.attempt == 1), "{}", blocks.len());
     assert_eq!(units(&blocks), all);
 }
+
+#[test]
+fn a_sample_without_captions_is_quarantined_and_gets_no_class() {
+    let captions = ["a cat".to_owned(), "a dog".to_owned()];
+    let mut manifest = samples(2, &captions);
+    manifest[1].candidates = Vec::new();
+    let mut scheduler = fast(once(0, 2, 2), manifest, LeasePolicy::default());
+    assert_eq!(units(&blocks(&mut scheduler)).iter().map(|unit| unit.sample.0).collect::<Vec<_>>(), [0]);
+    let failures = vec![SampleFailure { sample: SampleId(0), stage: FailureStage::Read, error: "gone".into() }];
+    scheduler.apply(Record { results: vec![], failures }, None);
+    let (_, ended, totals) = scheduler.finished(ShardId(0)).unwrap();
+    let SampleOutcome::Quarantined(failure) = &ended[1].outcome else { panic!("{:?}", ended[1]) };
+    assert_eq!((failure.stage, totals.quarantined), (FailureStage::Read, 2));
+    assert!(failure.error.contains("no caption"), "{}", failure.error);
+}
