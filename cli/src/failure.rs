@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use elbo_core::causes::with_causes;
+use elbo_core::policy::PolicyError;
 use elbo_store::DiskFault;
 use elbo_worker::WorkerError;
 
@@ -22,6 +24,17 @@ pub(crate) fn usage(error: impl std::fmt::Display) -> anyhow::Error {
     Usage(error.to_string()).into()
 }
 
+/// Bad usage, with the flags for these settings in front.
+pub(crate) fn bad_setting(settings: &[&str], error: impl std::fmt::Display) -> anyhow::Error {
+    let flags: Vec<_> = settings.iter().map(|setting| format!("--{setting}")).collect();
+    usage(if flags.is_empty() { error.to_string() } else { format!("{}: {error}", flags.join(" and ")) })
+}
+
+/// An impossible policy as bad usage, with the flags at fault.
+pub(crate) fn bad_policy(error: PolicyError) -> anyhow::Error {
+    bad_setting(error.settings(), &error)
+}
+
 /// Prints the error and returns the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     // A worker that took too long to stop does not hand over its work, but the job continues anyway.
@@ -29,7 +42,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
         print::note(error);
         return ExitCode::from(3);
     }
-    print::note(format_args!("error: {}", chain(error)));
+    print::note(format_args!("error: {}", with_causes(error.as_ref())));
     // A full disk loses no data: the same command resumes once there is space.
     let is_resumable = error.chain().any(|cause| cause.is::<DiskFault>());
     ExitCode::from(if error.is::<Usage>() {
@@ -39,17 +52,4 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     } else {
         1
     })
-}
-
-/// The error and its causes on one line, without causes that an outer message already contains.
-fn chain(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if text.is_empty() {
-            text = cause;
-        } else if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-    }
-    text
 }

@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use elbo_coordinator::scheduler::LeasePolicy;
 use elbo_coordinator::{Coordinator, CoordinatorOptions, Job, RunOutcome, Server, Then};
+use elbo_core::schedule::ScheduleError;
 use elbo_net::{Limits, Operator};
-use elbo_worker::engine::LoadedJob;
-use elbo_worker::problem::ProblemError;
+use elbo_worker::loaded_job::{LoadError, LoadedJob};
 use elbo_worker::{Device, WorkerError};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{DeviceArgs, RunArgs};
-use crate::failure::{Interrupted, usage};
+use crate::failure::{Interrupted, bad_policy, bad_setting, usage};
 use crate::pilot::{PilotRun, Plan};
 use crate::session::{self, Identified};
 use crate::{print, progress, stop};
@@ -61,11 +61,11 @@ pub(crate) async fn label(
     let loading = plan.first().clone();
     let first = engines.first().copied().unwrap_or(Device::Cpu);
     let load = move || async move { LoadedJob::load(&loading.identity, &loading.models, first).map_err(load_error) };
-    let problem = Arc::new(stop::unless_stopped(&stop, load).await?);
+    let loaded = Arc::new(stop::unless_stopped(&stop, load).await?);
     let job = open(&plan, out, run, &stop).await?;
-    let (job, pilot_run, problem) = match plan.pilot_run() {
-        None => (job, None, Some((first, problem))),
-        // The loaded problem is the pilot's. Workers load the problem of the job they join, so this one is dropped.
+    let (job, pilot_run, loaded) = match plan.pilot_run() {
+        None => (job, None, Some((first, loaded))),
+        // What is loaded is the pilot's. Workers load the job they join, so this one is dropped.
         Some(pilot_run) if job.is_done() => {
             job.close().await?;
             (arrive(pilot_run, &stop).await?, None, None)
@@ -93,7 +93,7 @@ pub(crate) async fn label(
         patience: Duration::from_secs(60),
         grace: Duration::from_secs(60),
         model: None,
-        problem,
+        loaded,
         stay: false,
     };
     tasks.spawn(elbo_worker::run(worker, stop.clone()));
@@ -108,10 +108,13 @@ pub(crate) async fn label(
 }
 
 /// Turns a failure to load the model into bad usage if the flags ask for something impossible.
-fn load_error(error: ProblemError) -> anyhow::Error {
+fn load_error(error: LoadError) -> anyhow::Error {
     match error {
-        ProblemError::Size { .. } | ProblemError::Policy(_) | ProblemError::Score(_) | ProblemError::Shortlist(_) => {
-            usage(error)
+        LoadError::Size { .. } | LoadError::Shortlist(_) => usage(error),
+        LoadError::Policy(error) => bad_policy(error),
+        LoadError::Score(error) => bad_setting(&["loss"], error),
+        LoadError::Schedule(error @ (ScheduleError::Shift(_) | ScheduleError::NoFlow)) => {
+            bad_setting(&["timestep-shift"], error)
         }
         other => other.into(),
     }

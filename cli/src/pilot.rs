@@ -8,7 +8,7 @@ use elbo_output::record::JobRecord;
 use elbo_store::{Location, Store};
 
 use crate::args::RunArgs;
-use crate::failure::usage;
+use crate::failure::{bad_policy, usage};
 use crate::print;
 use crate::session::{self, Identified};
 
@@ -126,7 +126,8 @@ fn directory(out: &str) -> String {
 
 fn as_usage(error: PilotError) -> anyhow::Error {
     match error {
-        PilotError::NoRace | PilotError::Policy(_) => usage(error),
+        PilotError::NoRace => usage(error),
+        PilotError::Policy(error) => bad_policy(error),
         other => other.into(),
     }
 }

@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{DeviceArgs, HttpArgs, RunArgs};
-use crate::failure::usage;
+use crate::failure::{bad_policy, usage};
 use crate::job_args::{JobArgs, Takes};
 use crate::{print, recorded};
 
@@ -119,7 +119,7 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
         fault = store.broken() => return Err(fault.into()),
     };
     match opened {
-        Err(JobError::Policy(error)) => Err(usage(error)),
+        Err(JobError::Policy(error)) => Err(bad_policy(error)),
         Err(error @ JobError::NoSuchShard(..)) => Err(usage(error)),
         Err(error) => Err(store.fault().map_or_else(|| error.into(), anyhow::Error::from)),
         Ok(job) => Ok(job),

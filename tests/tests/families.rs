@@ -220,7 +220,7 @@ fn a_shortlist_decides_which_classes_the_diffusion_model_evaluates() {
     assert_eq!(json(&mut plan)["evaluations_per_image"], 10 + 4 * 4 + 2 * 4);
     let short = format!("{}:1", clip().display());
     let refused = refusal(&model(), &[&schedule[..], &["--shortlist", &short]].concat());
-    assert!(refused.contains("--shortlist 1"), "{refused}");
+    assert!(refused.contains("--shortlist: a shortlist of 1 "), "{refused}");
     let diffusion = format!("{}:4", model().display());
     let refused = refusal(&model(), &[&schedule[..], &["--shortlist", &diffusion]].concat());
     assert!(refused.contains("needs a CLIP"), "{refused}");

@@ -28,7 +28,7 @@ use elbo_tests::{
     Process, coordinator_flags, copy_tree, elbo, free_address, job_flags, json, model, predictions, results, run,
     run_ok, some_images, sorted, stderr, with,
 };
-use elbo_worker::engine::LoadedJob;
+use elbo_worker::loaded_job::LoadedJob;
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
 use tempfile::TempDir;
@@ -41,7 +41,7 @@ struct Case {
     _images: TempDir,
     identity: JobIdentity,
     expected: Files,
-    problem: Arc<LoadedJob>,
+    loaded: Arc<LoadedJob>,
 }
 
 impl Case {
@@ -56,8 +56,8 @@ impl Case {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let identity = runtime.block_on(JobRecord::read(&store)).unwrap().unwrap().identity;
         let models = JobModels { model: model(), shortlist: None };
-        let problem = Arc::new(LoadedJob::load(&identity, &models, elbo_worker::Device::Cpu).unwrap());
-        Self { _images: images, identity, expected: results(&out), problem }
+        let loaded = Arc::new(LoadedJob::load(&identity, &models, elbo_worker::Device::Cpu).unwrap());
+        Self { _images: images, identity, expected: results(&out), loaded }
     }
 
     /// Runs the job once with one worker; `None` if it was cut short after `life`, as by `kill -9`.
@@ -98,7 +98,7 @@ impl Case {
             patience: Duration::from_secs(60),
             grace: Duration::from_secs(10),
             model: None,
-            problem: Some((elbo_worker::Device::Cpu, Arc::clone(&self.problem))),
+            loaded: Some((elbo_worker::Device::Cpu, Arc::clone(&self.loaded))),
             stay: false,
         };
         let worker = tokio::spawn(elbo_worker::run(worker, stop));

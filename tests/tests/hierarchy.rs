@@ -83,6 +83,6 @@ fn an_invalid_hierarchy_is_refused_with_a_remedy() {
     };
     assert!(refused("class,parent\nzero,round\neight,round\ncircle,round\n", &[]).contains("'circle' is not a class"));
     assert!(refused("class,parent\nzero,round\nround,zero\neight,round\n", &[]).contains("contains itself"));
-    assert!(refused(GROUPS, &["--policy", "exhaustive"]).contains("--hierarchy is for --policy race"));
+    assert!(refused(GROUPS, &["--policy", "exhaustive"]).contains("--hierarchy: a hierarchy is for a race"));
     assert!(!outs.path().join("out").join("job.json").exists());
 }

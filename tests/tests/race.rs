@@ -128,8 +128,8 @@ fn invalid_race_settings_are_refused_with_a_remedy() {
         assert!(started.elapsed() < seconds(20));
         stderr(&output)
     };
-    assert!(refused(&["--risk", "0.7"]).contains("below 0.5"));
-    assert!(refused(&["--max-slots", "1"]).contains("at least 2"));
+    assert!(refused(&["--risk", "0.7"]).contains("--risk: a risk of 0.7 is not"));
+    assert!(refused(&["--max-slots", "1"]).contains("--max-slots: 1 slots are out of range"));
     assert!(refused(&["--risk", "0.1", "--preset", "pets"]).contains("are for --policy race"));
     assert!(refused(&["--policy", "race", "--keep", "5,1"]).contains("add --policy reference"));
     assert!(refused(&["--audit", "0%"]).contains("above 0%"));

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use elbo_core::class::Prompt;
-use elbo_core::ids::{ClassIndex, PromptIndex, Round, SampleId};
+use elbo_core::ids::{PromptIndex, Round, SampleId};
 use elbo_core::policy::ScoredBy;
 use elbo_core::unit::{Unit, UnitId};
 use elbo_hub::fingerprint::JobIdentity;
@@ -16,16 +15,17 @@ use elbo_hub::model_source::own_cache;
 use elbo_kernels::gpu;
 use elbo_models::ModelError;
 
-use crate::engine::{Evaluation, LoadedJob, UnitWork, batches_of};
+use crate::engine::{Evaluation, UnitWork, batches_of};
+use crate::loaded_job::LoadedJob;
 
 /// The batch size: kept from an earlier measurement for such a job on such a device, or measured now.
-pub(crate) fn find(problem: &LoadedJob, identity: &JobIdentity, lanes: usize) -> Result<usize, ModelError> {
-    let device = problem.stages.last().map_or_else(String::new, |stage| gpu::name(stage.device()).unwrap_or_else(cpu));
+pub(crate) fn find(job: &LoadedJob, identity: &JobIdentity, lanes: usize) -> Result<usize, ModelError> {
+    let device = job.stages.last().map_or_else(String::new, |stage| gpu::name(stage.device()).unwrap_or_else(cpu));
     let (situation, kept) = (Situation::new(&device, lanes, identity), KeptBatches::default());
     if let Some(batch) = kept.get(&situation) {
         return Ok(batch);
     }
-    let batch = problem.measure_batch(lanes)?;
+    let batch = job.measure_batch(lanes)?;
     kept.put(&situation, batch);
     Ok(batch)
 }
@@ -54,8 +54,7 @@ impl LoadedJob {
             Some(conditions) => Arc::clone(conditions),
             None => {
                 // The network pads all captions to the same length.
-                let caption = |class| Prompt { text: "a photo".into(), class: ClassIndex(class), label: None };
-                Arc::new(stage.conditions_of(&[caption(0), caption(1)])?)
+                Arc::new(stage.text_conditions(&["a photo".into(), "a photo".into()])?)
             }
         };
         let of_stages = vec![Arc::clone(&conditions); self.stages.len()];
@@ -152,7 +151,7 @@ impl Situation {
         let spec = &identity.spec;
         let files = identity.model_files.iter().map(|(file, hash)| format!("{file}={hash}\n")).collect::<String>();
         let model = &blake3::hash(files.as_bytes()).to_hex()[..16];
-        let (dtype, size, prompts) = (spec.dtype, spec.size.unwrap_or(0), spec.prompts().len());
+        let (dtype, size, prompts) = (spec.dtype, spec.size.unwrap_or(0), spec.texts().len());
         let version = env!("CARGO_PKG_VERSION");
         Self(format!(
             "{device}, {lanes} lanes together, model={model}, {dtype}, size={size}, prompts={prompts}, elbo={version}"

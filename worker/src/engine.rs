@@ -16,8 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use elbo_core::ids::Round;
-use elbo_core::policy::{Course, ScoredBy, Slot};
+use elbo_core::policy::Slot;
 use elbo_core::sums::Sums;
 use elbo_core::unit::Unit;
 use elbo_kernels::gpu;
@@ -26,22 +25,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{EncodeError, EngineStopped};
 use crate::latent::Latent;
+use crate::loaded_job::LoadedJob;
 use crate::metrics::metrics;
 use crate::stage::{ModelStage, PointWork};
 
 /// The most images that a GPU encodes at a time.
 const IMAGES_AT_ONCE: usize = 8;
-
-/// Everything that an evaluation depends on, except its sample.
-#[derive(Debug)]
-pub struct LoadedJob {
-    /// The models: the job's model last, and the shortlist's model before it.
-    pub stages: Vec<ModelStage>,
-    /// The slots of every round.
-    pub course: Course,
-    /// Whether single errors are reported instead of sums.
-    pub reports_errors: bool,
-}
 
 /// A unit with its sample's latent.
 #[derive(Clone, Debug)]
@@ -52,7 +41,7 @@ pub struct UnitWork {
     pub key: Arc<str>,
     /// The sample's latent from its round's model.
     pub latent: Latent,
-    /// The problem's stage that scores its round.
+    /// The stage that scores its round.
     pub stage: usize,
     /// The position of the sample's first prompt among the stage's conditions for the block.
     pub first_condition: u32,
@@ -144,7 +133,7 @@ pub struct Engine {
 
 impl Engine {
     /// Starts `lanes` lanes that evaluate batches of `batch` evaluations.
-    pub fn start(problem: Arc<LoadedJob>, lanes: usize, batch: usize) -> std::io::Result<Self> {
+    pub fn start(job: Arc<LoadedJob>, lanes: usize, batch: usize) -> std::io::Result<Self> {
         let (batches, batch_queue) = bounded(2 * lanes);
         let (encodes, encode_queue) = unbounded();
         let (evaluated, queued) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
@@ -153,7 +142,7 @@ impl Engine {
         let lanes = (0..lanes)
             .map(|i| {
                 let (evaluated, queued, batch) = (Arc::clone(&evaluated), Arc::clone(&queued), Arc::clone(&batch));
-                let lane = Lane { problem: Arc::clone(&problem), batch, evaluated, queued };
+                let lane = Lane { job: Arc::clone(&job), batch, evaluated, queued };
                 let (batches, encodes) = (batch_queue.clone(), encode_queue.clone());
                 std::thread::Builder::new().name(format!("lane-{i}")).spawn(move || lane.run(&batches, &encodes))
             })
@@ -277,7 +266,7 @@ fn caught<T>(work: impl FnOnce() -> Result<T, ModelError>) -> Result<T, ModelErr
 }
 
 struct Lane {
-    problem: Arc<LoadedJob>,
+    job: Arc<LoadedJob>,
     batch: Arc<AtomicUsize>,
     evaluated: Arc<AtomicU64>,
     queued: Arc<AtomicU64>,
@@ -306,7 +295,7 @@ impl Lane {
 
     /// Encodes an image; on a GPU, together with other waiting images.
     fn encode(&self, first: Encode, waiting: &Receiver<Encode>) {
-        let on_gpu = !self.problem.stages[first.stage].device().is_cpu();
+        let on_gpu = !self.job.stages[first.stage].device().is_cpu();
         let others = if on_gpu { IMAGES_AT_ONCE - 1 } else { 0 };
         let mut of_stages: BTreeMap<usize, (Vec<Vec<f32>>, Vec<_>)> = BTreeMap::new();
         for Encode { stage, pixels, reply } in std::iter::once(first).chain(waiting.try_iter().take(others)) {
@@ -315,7 +304,7 @@ impl Lane {
             replies.push(reply);
         }
         for (stage, (images, replies)) in of_stages {
-            for (encoded, reply) in self.encoded(&self.problem.stages[stage], &images).into_iter().zip(replies) {
+            for (encoded, reply) in self.encoded(&self.job.stages[stage], &images).into_iter().zip(replies) {
                 let _ = reply.send(encoded);
             }
         }
@@ -348,13 +337,13 @@ impl Lane {
                 Ok(errors) => {
                     self.evaluated.fetch_add(errors.len() as u64, Ordering::Relaxed);
                     metrics().computed(errors.len() as u64);
-                    block.take(&batch.evaluations, &errors, self.problem.reports_errors);
+                    block.take(&batch.evaluations, &errors, self.job.reports_errors);
                 }
                 Err(error) => {
                     if !block.failed.swap(true, Ordering::Relaxed) {
                         // If a single evaluation does not fit, its block is not at fault either.
                         let lost = error.is_out_of_memory()
-                            || self.problem.stages.iter().any(|stage| gpu::is_lost(stage.device()));
+                            || self.job.stages.iter().any(|stage| gpu::is_lost(stage.device()));
                         let event = if lost { BlockEvent::Lost } else { BlockEvent::Failed };
                         let _ = block.events.blocking_send(event(error.to_string()));
                     }
@@ -369,9 +358,9 @@ impl Lane {
 
     /// The errors of evaluations. If they do not fit into the device's memory, halves them and all later batches.
     fn errors(&self, block: &BlockInWork, evaluations: &[Evaluation]) -> Result<Vec<f32>, ModelError> {
-        match caught(|| self.problem.errors(&block.units, &block.conditions, evaluations)) {
+        match caught(|| self.job.errors(&block.units, &block.conditions, evaluations)) {
             Err(error) if error.is_out_of_memory() && evaluations.len() > 1 => {
-                self.problem.stages.iter().for_each(|stage| gpu::recover(stage.device()));
+                self.job.stages.iter().for_each(|stage| gpu::recover(stage.device()));
                 let half = evaluations.len().div_ceil(2);
                 if self.batch.fetch_min(half, Ordering::Relaxed) > half {
                     tracing::warn!(batch = half, %error, "using a smaller batch, since the last one did not fit into memory");
@@ -414,14 +403,6 @@ impl BlockInWork {
 }
 
 impl LoadedJob {
-    /// The stage that scores a round.
-    pub fn stage_of(&self, round: Round) -> usize {
-        match self.course.scored_by(round) {
-            ScoredBy::Shortlist => 0,
-            ScoredBy::Model => self.stages.len() - 1,
-        }
-    }
-
     /// The errors of a batch of evaluations, in their order. All are of one stage.
     pub(crate) fn errors(
         &self,
@@ -462,7 +443,7 @@ impl LoadedJob {
 
 #[cfg(test)]
 mod tests {
-    use elbo_core::ids::{PromptIndex, SampleId};
+    use elbo_core::ids::{PromptIndex, Round, SampleId};
     use elbo_core::unit::UnitId;
 
     use super::*;

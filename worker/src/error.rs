@@ -4,7 +4,7 @@ use elbo_data::ReadError;
 use elbo_models::ModelError;
 
 use crate::call_error::{CallError, ClientError};
-use crate::problem::ProblemError;
+use crate::loaded_job::LoadError;
 
 /// A whole block can't be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +64,7 @@ pub enum WorkerError {
     Client(#[from] ClientError),
     /// The job can't be worked on here.
     #[error(transparent)]
-    LoadedJob(#[from] ProblemError),
+    Load(#[from] LoadError),
     /// A block failed.
     #[error(transparent)]
     Block(#[from] BlockError),

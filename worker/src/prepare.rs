@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
 use bytes::Bytes;
-use elbo_core::class::{Classes, Prompt};
 use elbo_core::failure::{FailureStage, SampleFailure};
 use elbo_core::ids::{PromptIndex, Round, SampleId};
 use elbo_core::sample::Part;
@@ -21,9 +20,10 @@ use elbo_proto::v1;
 use futures::StreamExt;
 
 use crate::access::{Access, Unread};
-use crate::engine::{Engine, LoadedJob, UnitWork};
+use crate::engine::{Engine, UnitWork};
 use crate::error::{BlockError, EncodeError};
 use crate::latent::{Key, Latent, LatentCache};
+use crate::loaded_job::LoadedJob;
 use crate::metrics::metrics;
 use crate::picture::{Picture, picture};
 use crate::stage::ModelStage;
@@ -76,7 +76,7 @@ pub struct Preparer {
     /// Decides what is at fault when an image can't be read.
     pub access: Access,
     /// The job: its course, its models, and its prompts or the text encoders for its samples' captions.
-    pub problem: Arc<LoadedJob>,
+    pub job: Arc<LoadedJob>,
     /// Samples read and encoded so far.
     pub prepared: Arc<AtomicU64>,
 }
@@ -127,7 +127,7 @@ impl Preparer {
         drop(pending);
         prepared.bad.sort_by_key(|bad| bad.sample);
         for unit in units {
-            let (sample, stage) = (unit.id.sample, self.problem.stage_of(unit.id.round));
+            let (sample, stage) = (unit.id.sample, self.job.stage_of(unit.id.round));
             let key = keys.get(&sample).ok_or(BlockError::Foreign)?;
             if let Some(latent) = latents.get(&(sample, stage)) {
                 let (key, latent) = (Arc::clone(key), Arc::clone(latent));
@@ -142,14 +142,14 @@ impl Preparer {
     fn stages_of(&self, units: &[Unit]) -> HashMap<SampleId, BTreeSet<usize>> {
         let mut stages: HashMap<SampleId, BTreeSet<usize>> = HashMap::new();
         for unit in units {
-            stages.entry(unit.id.sample).or_default().insert(self.problem.stage_of(unit.id.round));
+            stages.entry(unit.id.sample).or_default().insert(self.job.stage_of(unit.id.round));
         }
         stages
     }
 
     /// The job's prompts, or the captions of a block's samples, encoded.
     async fn conditions(&self, samples: &[v1::Sample]) -> Result<BlockConditions, BlockError> {
-        let of_job: Option<Vec<_>> = self.problem.stages.iter().map(|stage| stage.conditions.clone()).collect();
+        let of_job: Option<Vec<_>> = self.job.stages.iter().map(|stage| stage.conditions.clone()).collect();
         if let Some(conditions) = of_job {
             let prompts = (0, conditions.last().map_or(0, |conditions| conditions.len()));
             let of_sample = samples.iter().map(|sample| (SampleId(sample.id), prompts)).collect();
@@ -159,11 +159,11 @@ impl Preparer {
         if captions.is_empty() {
             return Err(BlockError::Foreign);
         }
-        let problem = Arc::clone(&self.problem);
+        let job = Arc::clone(&self.job);
         let encoding = tokio::task::spawn_blocking(move || {
-            let encode = |stage: &ModelStage| Ok(Arc::new(stage.conditions_of(&captions)?));
-            let conditions = problem.stages.iter().map(encode).collect::<Result<Vec<_>, ModelError>>()?;
-            let same = same_captions(&problem.stages, &captions, &of_sample)?;
+            let encode = |stage: &ModelStage| Ok(Arc::new(stage.text_conditions(&captions)?));
+            let conditions = job.stages.iter().map(encode).collect::<Result<Vec<_>, ModelError>>()?;
+            let same = same_captions(&job.stages, &captions, &of_sample)?;
             Ok(BlockConditions { conditions, of_sample, same })
         });
         let encoded = encoding.await.map_err(|_| ModelError::Input("the text encoder crashed".into())).flatten();
@@ -182,7 +182,7 @@ impl Preparer {
         let slots = unit.slot_begin as usize..unit.slot_end as usize;
         let (_, prompts) = of_sample.get(&id.sample)?;
         let fits = slots.start < slots.end
-            && self.problem.course.slot(id.round, slots.end - 1).is_some()
+            && self.job.course.slot(id.round, slots.end - 1).is_some()
             && !unit.prompts.is_empty()
             && unit.prompts.iter().all(|&p| (p as usize) < *prompts);
         fits.then(|| Unit { id, slots, prompts: unit.prompts.into_iter().map(PromptIndex).collect() })
@@ -211,7 +211,7 @@ impl Preparer {
                 },
             };
             bytes = Some(file.clone());
-            let preprocessing = self.problem.stages[stage].preprocessing();
+            let preprocessing = self.job.stages[stage].preprocessing();
             // Hold its share of the memory until it is encoded.
             let Picture { pixels, share: _share } = match picture(file, preprocessing, &self.memory).await {
                 Ok(picture) => picture,
@@ -221,7 +221,7 @@ impl Preparer {
                 Ok(latent) => Arc::new(latent),
                 Err(EncodeError::Stopped(stopped)) => return Err(BlockError::from(stopped).into()),
                 Err(EncodeError::Model(error))
-                    if error.is_out_of_memory() || gpu::is_lost(self.problem.stages[stage].device()) =>
+                    if error.is_out_of_memory() || gpu::is_lost(self.job.stages[stage].device()) =>
                 {
                     return Err(BlockError::Device(error.to_string()).into());
                 }
@@ -239,20 +239,19 @@ impl Preparer {
 /// The samples with two captions that are the same to one of the models. Also warns about captions that are cut off.
 fn same_captions(
     stages: &[ModelStage],
-    captions: &[Prompt],
+    captions: &[String],
     of_sample: &HashMap<SampleId, (u32, usize)>,
 ) -> Result<HashMap<SampleId, String>, ModelError> {
     static CUT_OFF: LazyLock<RateLimitedLog> = LazyLock::new(RateLimitedLog::default);
-    let texts: Vec<String> = captions.iter().map(|caption| caption.text.clone()).collect();
     let mut same = HashMap::new();
     for stage in stages {
-        let Some(readings) = stage.readings(&texts)? else { continue };
-        if let Some(warning) = cut_off("captions of a block", &texts, &readings).filter(|_| CUT_OFF.is_due()) {
+        let readings = stage.readings(captions)?;
+        if let Some(warning) = cut_off("captions of a block", captions, &readings).filter(|_| CUT_OFF.is_due()) {
             tracing::warn!("{warning}");
         }
         for (sample, (start, count)) in of_sample {
             let own = *start as usize..*start as usize + count;
-            let shown = |at: usize| format!("caption {at} '{}'", excerpt(&texts[own.start + at]));
+            let shown = |at: usize| format!("caption {at} '{}'", excerpt(&captions[own.start + at]));
             if let Err(error) = check_distinct(&readings[own.clone()], |_, _| true, shown) {
                 same.insert(*sample, error.to_string());
             }
@@ -275,18 +274,18 @@ pub(crate) fn image_of(sample: &v1::Sample) -> Image {
 /// list starts, and its length.
 ///
 /// Lists are shared, not captions, since an evaluation finds a caption by its position in its sample's list.
-fn gather_captions(samples: &[v1::Sample]) -> (Vec<Prompt>, HashMap<SampleId, (u32, usize)>) {
-    let (mut prompts, mut starts, mut of_sample) = (Vec::new(), HashMap::new(), HashMap::new());
+fn gather_captions(samples: &[v1::Sample]) -> (Vec<String>, HashMap<SampleId, (u32, usize)>) {
+    let (mut gathered, mut starts, mut of_sample) = (Vec::new(), HashMap::new(), HashMap::new());
     for sample in samples {
         let captions = &sample.captions;
         let start = *starts.entry(captions).or_insert_with(|| {
-            let start = prompts.len() as u32;
-            prompts.extend(Classes::of_captions(captions).prompts);
+            let start = gathered.len() as u32;
+            gathered.extend_from_slice(captions);
             start
         });
         of_sample.insert(SampleId(sample.id), (start, captions.len()));
     }
-    (prompts, of_sample)
+    (gathered, of_sample)
 }
 
 #[cfg(test)]
@@ -301,8 +300,8 @@ mod tests {
             ..v1::Sample::default()
         };
         let samples = [sample(4, &["a", "b"]), sample(5, &["b", "a", "c"]), sample(6, &["a", "b"])];
-        let (prompts, of_sample) = gather_captions(&samples);
-        assert_eq!(prompts.iter().map(|p| p.text.as_str()).collect::<Vec<_>>(), ["a", "b", "b", "a", "c"]);
+        let (captions, of_sample) = gather_captions(&samples);
+        assert_eq!(captions, ["a", "b", "b", "a", "c"]);
         let at = |id| of_sample[&SampleId(id)];
         assert_eq!([at(4), at(5), at(6)], [(0, 2), (2, 3), (0, 2)]);
     }

@@ -4,7 +4,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::Device;
-use elbo_core::class::Prompt;
 use elbo_core::loss::Distance;
 use elbo_core::noise::NoiseSource;
 use elbo_core::policy::Slot;
@@ -110,22 +109,19 @@ impl ModelStage {
         }
     }
 
-    /// The model's readings of texts; `None` if it reads no texts.
-    pub fn readings(&self, texts: &[String]) -> Result<Option<Vec<Reading>>, ModelError> {
+    /// The model's readings of texts.
+    pub fn readings(&self, texts: &[String]) -> Result<Vec<Reading>, ModelError> {
         match &self.model {
             Model::Diffusion(diffusion) => diffusion.model.readings(texts),
-            Model::Contrastive(model) => model.readings(texts).map(Some),
+            Model::Contrastive(model) => model.readings(texts),
         }
     }
 
-    /// The model's conditions for prompts.
-    pub fn conditions_of(&self, prompts: &[Prompt]) -> Result<Conditions, ModelError> {
+    /// The model's conditions for texts.
+    pub fn text_conditions(&self, texts: &[String]) -> Result<Conditions, ModelError> {
         match &self.model {
-            Model::Diffusion(diffusion) => diffusion.model.conditions(prompts),
-            Model::Contrastive(model) => {
-                let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
-                Ok(Conditions::Embeddings(TextRows::new(&model.encode_texts(&texts)?)?))
-            }
+            Model::Diffusion(diffusion) => diffusion.model.text_conditions(texts),
+            Model::Contrastive(model) => Ok(Conditions::Embeddings(TextRows::new(&model.encode_texts(texts)?)?)),
         }
     }
 

@@ -24,13 +24,13 @@ use crate::access::{Access, ReadHistory};
 use crate::batch;
 use crate::client::{Client, GOODBYE};
 use crate::device::Device;
-use crate::engine::{Engine, LoadedJob};
+use crate::engine::Engine;
 use crate::error::{WorkerError, no_answer};
 use crate::heartbeats::Heartbeats;
 use crate::latent::LatentCache;
 use crate::lease_loop::{LeaseLoop, Terms};
+use crate::loaded_job::{LoadError, LoadedJob};
 use crate::prepare::{Preparer, image_of};
-use crate::problem::ProblemError;
 use crate::report::{BACKLOG, Reporter, backlog};
 use crate::stage::ModelStage;
 
@@ -68,7 +68,7 @@ pub struct WorkerOptions {
     /// The model's location on this machine, if it differs from the job's.
     pub model: Option<String>,
     /// The job's model and its device, if the process has loaded it already.
-    pub problem: Option<(Device, Arc<LoadedJob>)>,
+    pub loaded: Option<(Device, Arc<LoadedJob>)>,
     /// Whether to wait for a coordinator that stopped before the job was done.
     pub stay: bool,
 }
@@ -77,7 +77,7 @@ pub struct WorkerOptions {
 #[derive(Debug, Default)]
 struct Loaded {
     identity: OnceCell<Arc<JobIdentity>>,
-    problem: OnceCell<Arc<LoadedJob>>,
+    job: OnceCell<Arc<LoadedJob>>,
     batch: OnceCell<usize>,
 }
 
@@ -124,7 +124,7 @@ impl Shared {
 ///     patience: Duration::from_secs(300),
 ///     grace: Duration::from_secs(60),
 ///     model: None,
-///     problem: None,
+///     loaded: None,
 ///     stay: false,
 /// };
 /// elbo_worker::run(options, tokio_util::sync::CancellationToken::new()).await?;
@@ -133,8 +133,8 @@ impl Shared {
 pub async fn run(options: WorkerOptions, stop: CancellationToken) -> Result<(), WorkerError> {
     let mut shared: HashMap<Device, Arc<Shared>> = HashMap::new();
     for &device in &options.engines {
-        let problem = options.problem.as_ref().filter(|(on, _)| *on == device).map(|(_, problem)| Arc::clone(problem));
-        let loaded = Arc::new(Loaded { problem: OnceCell::new_with(problem), ..Loaded::default() });
+        let job = options.loaded.as_ref().filter(|(on, _)| *on == device).map(|(_, job)| Arc::clone(job));
+        let loaded = Arc::new(Loaded { job: OnceCell::new_with(job), ..Loaded::default() });
         shared.entry(device).or_insert_with(|| Arc::new(Shared { current: Mutex::new((None, loaded)) }));
     }
     let options = Arc::new(options);
@@ -236,18 +236,18 @@ impl Member {
         heartbeats: &Heartbeats,
         stop: &CancellationToken,
     ) -> Result<(), WorkerError> {
-        let (problem, engine) = tokio::select! {
+        let (job, engine) = tokio::select! {
             started = self.start(client, joined) => started?,
             () = stop.cancelled() => return Ok(()),
         };
         heartbeats.start(Arc::clone(&engine));
         let preparer = Arc::new(Preparer {
             engine: Arc::clone(&engine),
-            cache: LatentCache::new(LATENT_BYTES, problem.stages.iter().map(ModelStage::latent_len).max().unwrap_or(1)),
+            cache: LatentCache::new(LATENT_BYTES, job.stages.iter().map(ModelStage::latent_len).max().unwrap_or(1)),
             access: self.access(client, joined).await?,
             reader: Reader::new().with_limit(elbo_images::MAX_FILE_BYTES as u64).within(&self.memory),
             memory: self.memory.pictures.clone(),
-            problem,
+            job,
             prepared: Arc::clone(&heartbeats.prepared),
         });
         let (findings, inbox) = backlog(BACKLOG);
@@ -294,25 +294,25 @@ impl Member {
         let options = &self.options;
         let loaded = self.shared.of_job(&joined.job);
         let identity = || loaded.identity.get_or_try_init(|| describe(client));
-        let problem = async { load(identity().await?, options.model.as_deref(), self.device).await };
-        let problem = loaded.problem.get_or_try_init(|| problem).await?;
+        let job = async { load(identity().await?, options.model.as_deref(), self.device).await };
+        let job = loaded.job.get_or_try_init(|| job).await?;
         let lanes = if self.device.is_gpu() { GPU_LANES } else { options.threads.get() };
         let batch = match options.batch {
             Some(batch) => batch.get(),
             None => {
-                let found = async { find_batch(problem, identity().await?, lanes).await };
+                let found = async { find_batch(job, identity().await?, lanes).await };
                 *loaded.batch.get_or_try_init(|| found).await?
             }
         };
-        let problem = Arc::clone(problem);
-        let engine = Arc::new(Engine::start(Arc::clone(&problem), lanes, batch)?);
+        let job = Arc::clone(job);
+        let engine = Arc::new(Engine::start(Arc::clone(&job), lanes, batch)?);
         if self.device.is_gpu() {
             for gpu::Library { name, version, path } in gpu::libraries() {
                 tracing::info!(library = name, version = version.unwrap_or_default(), path = %path.display(), "opened");
             }
         }
         tracing::info!(engine = self.number, device = %self.device, batch, lanes, "ready");
-        Ok((problem, engine))
+        Ok((job, engine))
     }
 }
 
@@ -329,20 +329,20 @@ async fn load(identity: &JobIdentity, model: Option<&str>, device: Device) -> Re
         model.clone_into(&mut identity.spec.model);
     }
     let models = find_models(&identity).await?;
-    let prompts = identity.spec.prompts().len();
+    let prompts = identity.spec.texts().len();
     tracing::info!(model = identity.spec.model, prompts, %device, "loading the model");
     Ok(Arc::new(blocking(move || LoadedJob::load(&identity, &models, device)).await?))
 }
 
 /// The batch size for a job's model.
-async fn find_batch(problem: &Arc<LoadedJob>, identity: &Arc<JobIdentity>, lanes: usize) -> Result<usize, WorkerError> {
-    let (problem, identity) = (Arc::clone(problem), Arc::clone(identity));
-    blocking(move || Ok(batch::find(&problem, &identity, lanes)?)).await
+async fn find_batch(job: &Arc<LoadedJob>, identity: &Arc<JobIdentity>, lanes: usize) -> Result<usize, WorkerError> {
+    let (job, identity) = (Arc::clone(job), Arc::clone(identity));
+    blocking(move || Ok(batch::find(&job, &identity, lanes)?)).await
 }
 
 /// Runs slow work on a separate thread.
 async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ProblemError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, LoadError> + Send + 'static,
 ) -> Result<T, WorkerError> {
     let span = tracing::Span::current();
     let worked = tokio::task::spawn_blocking(move || span.in_scope(work));
@@ -356,7 +356,7 @@ async fn silence<T>(beating: impl Future<Output = ()>) -> T {
 }
 
 /// The directories of a job's models on this machine, fetched if necessary.
-async fn find_models(identity: &JobIdentity) -> Result<JobModels, ProblemError> {
+async fn find_models(identity: &JobIdentity) -> Result<JobModels, LoadError> {
     let model = ModelSource::parse(&identity.spec.model)?;
     let shortlist = identity.spec.shortlist.as_ref().map(|s| ModelSource::parse(&s.model)).transpose()?;
     Ok(JobModels::find(&model, shortlist.as_ref(), |note| tracing::info!("{note}")).await?)

@@ -15,7 +15,7 @@ use indicatif::HumanCount;
 use serde::Serialize;
 
 use crate::args::PlanArgs;
-use crate::failure::usage;
+use crate::failure::{bad_policy, usage};
 use crate::job_args::{JobArgs, Takes};
 use crate::{print, session};
 
@@ -125,8 +125,8 @@ fn pilot_evaluations(
         return Err(usage(PilotError::NoRace));
     };
     let shortlist = flags.to_shortlist()?.map(|shortlist| shortlist.keep);
-    let policy = Pilot::policy(shortlist.unwrap_or(contenders.len() as u32), timesteps).map_err(usage)?;
-    let course = Course::new(&policy, shortlist, timesteps, Some(&contenders)).map_err(usage)?;
+    let policy = Pilot::policy(shortlist.unwrap_or(contenders.len() as u32), timesteps).map_err(bad_policy)?;
+    let course = Course::new(&policy, shortlist, timesteps, Some(&contenders)).map_err(bad_policy)?;
     Ok(course.costs(&contenders).iter().map(|round| round.evaluations).sum())
 }
 

@@ -33,7 +33,7 @@ pub(crate) async fn run(args: WorkerArgs) -> anyhow::Result<()> {
         patience: Duration::from_secs(args.patience),
         grace,
         model: args.model,
-        problem: None,
+        loaded: None,
         stay: true,
     };
     Ok(elbo_worker::run(options, stop::on_signal()?).await?)

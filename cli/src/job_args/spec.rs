@@ -18,7 +18,7 @@ use elbo_hub::model_source::ModelSource;
 use elbo_store::files;
 
 use super::{JobArgs, NoiseScopeName, PolicyName};
-use crate::failure::usage;
+use crate::failure::{bad_policy, usage};
 
 /// What a model takes as input for a class.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,7 +141,7 @@ impl JobArgs {
             Some((_, flags)) => Err(usage(format!(
                 "{flags} have no meaning for a contrastive model, which sees an image once: leave them out"
             ))),
-            None => Policy::exhaustive(&[1], 1).map_err(usage),
+            None => Policy::exhaustive(&[1], 1).map_err(bad_policy),
         }
     }
 
@@ -154,9 +154,9 @@ impl JobArgs {
     ) -> anyhow::Result<Course> {
         let policy = self.to_policy(takes, contenders)?;
         let shortlist = self.to_shortlist()?.map(|shortlist| shortlist.keep);
-        let course = Course::new(&policy, shortlist, timesteps, contenders).map_err(usage)?;
+        let course = Course::new(&policy, shortlist, timesteps, contenders).map_err(bad_policy)?;
         match self.to_audit(takes, contenders)? {
-            Some(audit) => course.with_audit(&audit.policy, timesteps, contenders).map_err(usage),
+            Some(audit) => course.with_audit(&audit.policy, timesteps, contenders).map_err(bad_policy),
             None => Ok(course),
         }
     }
@@ -184,7 +184,7 @@ impl JobArgs {
             }
             PolicyName::Reference => return self.reference(contenders),
         };
-        policy.map_err(usage)
+        policy.map_err(bad_policy)
     }
 
     /// The reference policy from these flags.
@@ -195,7 +195,7 @@ impl JobArgs {
         let default_samples = self.preset.map_or(vec![25, 250], |p| p.samples().to_vec());
         let keep = if self.keep.is_empty() { default_keep } else { self.keep.clone() };
         let samples = if self.samples.is_empty() { default_samples } else { self.samples.clone() };
-        Policy::reference(&keep, &samples, self.trials.unwrap_or(1)).map_err(usage)
+        Policy::reference(&keep, &samples, self.trials.unwrap_or(1)).map_err(bad_policy)
     }
 
     /// The job's audit, if any.

@@ -7,9 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::audit::Audit;
 use crate::calibration::Calibration;
-use crate::class::{Classes, Hierarchy, Prompt};
+use crate::class::{Classes, Hierarchy};
 use crate::ensemble::{Contenders, PromptEnsemble};
-use crate::ids::ClassIndex;
 use crate::loss::Loss;
 use crate::noise::NoiseScope;
 use crate::policy::{Course, Policy, PolicyError};
@@ -183,11 +182,11 @@ impl JobSpec {
         })
     }
 
-    /// The prompts for the text encoder: those of classes, then those of groups.
-    pub fn prompts(&self) -> Vec<Prompt> {
-        let groups = self.hierarchy.iter().flat_map(Hierarchy::groups).flat_map(|group| &group.prompts);
-        let of_group = |text: &String| Prompt { text: text.clone(), class: ClassIndex(-1), label: None };
-        self.classes.prompts.iter().cloned().chain(groups.map(of_group)).collect()
+    /// The texts of all prompts: those of classes, then those of groups.
+    pub fn texts(&self) -> Vec<String> {
+        let mut texts = self.classes.texts();
+        texts.extend(self.hierarchy.iter().flat_map(Hierarchy::groups).flat_map(|group| group.prompts.iter().cloned()));
+        texts
     }
 
     /// The course of every sample, for a model with `timesteps` training timesteps.

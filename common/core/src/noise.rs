@@ -92,7 +92,7 @@ pub enum NoiseError {
     },
     /// The schedule needs more rows than the file has.
     #[error(
-        "the noise file has {rows} rows, but the schedule uses {needed}: give a file with at least {needed}, or a schedule with fewer slots (--max-slots {rows} in a race)"
+        "the noise file has {rows} rows, but the schedule uses {needed}: give a file with at least {needed}, or a schedule with fewer slots (at most {rows})"
     )]
     TooFewRows {
         /// Rows of the file.

@@ -26,7 +26,7 @@ pub enum PredictionType {
 #[derive(Debug, thiserror::Error)]
 pub enum ScheduleError {
     /// The file can't be read.
-    #[error("reading {path}: {source}; --model needs a directory in diffusers layout")]
+    #[error("reading {path}: {source}; a model is a directory in diffusers layout")]
     Read {
         /// The file.
         path: PathBuf,
@@ -63,10 +63,10 @@ pub enum ScheduleError {
     )]
     NoClass,
     /// The shift is not a positive number.
-    #[error("--timestep-shift {0} must be a positive number")]
+    #[error("a timestep shift of {0} is not a positive number")]
     Shift(f32),
     /// A shift for a schedule that has none.
-    #[error("--timestep-shift is for flow matching models like Stable Diffusion 3: leave it out")]
+    #[error("a timestep shift is for flow matching models like Stable Diffusion 3: leave it out")]
     NoFlow,
 }
 

@@ -20,12 +20,12 @@ pub struct Point<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScoreError {
     /// The bound needs a diffusion process whose variance the network learned.
-    #[error("--loss {0} needs a model that predicts noise and learned its variance, like DiT: use --loss l2 or l1")]
+    #[error("the loss {0} needs a model that predicts noise and learned its variance, like DiT: use l2 or l1")]
     NoVariance(Loss),
     /// The bound compares means of latents, which predicted noise does not determine without a signal.
     #[error(
-        "--loss {0} needs some of the image at every timestep, and this schedule's last has none (rescale_betas_zero_snr in \
-         scheduler_config.json): use --loss l2 or l1"
+        "the loss {0} needs some of the image at every timestep, and this schedule's last has none (rescale_betas_zero_snr in \
+         scheduler_config.json): use l2 or l1"
     )]
     NoSignal(Loss),
 }

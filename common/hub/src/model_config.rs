@@ -77,7 +77,7 @@ mod tests {
         let alone = schedule(model(&[(config, "{}")]).path()).unwrap_err().to_string();
         assert!(alone.contains("_class_name"), "{alone}");
         let missing = schedule(model(&[(MODEL_INDEX, index)]).path()).unwrap_err().to_string();
-        assert!(missing.contains(config) && missing.contains("--model needs a directory"), "{missing}");
+        assert!(missing.contains(config) && missing.contains("a model is a directory"), "{missing}");
     }
 
     #[test]

@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use elbo_core::class::Prompt;
-use elbo_core::ids::ClassIndex;
 use elbo_core::job::ModelDtype;
 use elbo_core::schedule::NoiseSchedule;
 use elbo_models::{Conditions, DiffusionModel, LoadOptions};
@@ -109,16 +107,11 @@ impl Reference {
         flat(self.get("sigmas")).iter().map(|sigma| (sigma * 1000.0).round() as u32).collect()
     }
 
-    /// The prompts of the table of errors and the empty one, or the classes and the null class.
-    pub(crate) fn prompts(&self) -> Vec<Prompt> {
-        let texts = self.strings("prompts");
-        let texts = if texts.is_empty() { self.strings("classes") } else { texts };
-        let prompts = texts.into_iter().zip(0..);
-        prompts.map(|(text, class)| Prompt { text, class: ClassIndex(class), label: None }).collect()
-    }
-
+    /// The conditions of the table of errors: its prompts and the empty one, or its classes and the null class.
     pub(crate) fn conditions(&self, model: &DiffusionModel) -> Conditions {
-        model.conditions(&self.prompts()).unwrap()
+        let (texts, classes) = (self.strings("prompts"), self.strings("classes"));
+        let labels: Vec<i32> = (0..classes.len() as i32).collect();
+        if texts.is_empty() { model.label_conditions(&labels) } else { model.text_conditions(&texts) }.unwrap()
     }
 
     /// Pixels `[B, H, W, 3]` in [-1, 1].

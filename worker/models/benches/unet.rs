@@ -29,7 +29,7 @@ fn forward(bencher: divan::Bencher<'_, '_>, points: usize) {
     let shape = (points, 8, 8, 4);
     let prepared = (|| {
         let classes = Classes::parse(&names.join("\n"), &["a photo of the digit {}".to_owned()]).unwrap_or_default();
-        let conditions = model.conditions(&classes.prompts)?;
+        let conditions = model.text_conditions(&classes.texts())?;
         let latents = Tensor::randn(0f32, 1.0, shape, &Device::Cpu)?;
         let times: Vec<f32> = timesteps.iter().map(|t| *t as f32).collect();
         Ok::<_, elbo_models::ModelError>((conditions, model.network().time_cache(&timesteps, &times)?, latents))

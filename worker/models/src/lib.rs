@@ -42,7 +42,6 @@ mod vae;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use elbo_core::class::Prompt;
 
 pub use self::checkpoint::{Params, Weights};
 pub use self::clip::{ClipOutput, ClipTextModel};
@@ -90,7 +89,7 @@ impl DiffusionModel {
     ///
     /// let model = DiffusionModel::load("stable-diffusion-2-base".as_ref())?;
     /// let classes = Classes::parse("ant\nbee\n", &[])?;
-    /// let conditions = model.conditions(&classes.prompts)?;
+    /// let conditions = model.text_conditions(&classes.texts())?;
     /// println!("{} prompts for images of {} pixels", conditions.len(), model.size());
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
@@ -170,28 +169,28 @@ impl DiffusionModel {
         self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.encode(texts)
     }
 
-    /// The tokens that the text encoders read of texts; `None` in a class-conditional model, which has no text encoder.
-    pub fn readings(&self, texts: &[String]) -> Result<Option<Vec<Reading>>, ModelError> {
-        if matches!(self.network, Network::Dit(_)) {
-            return Ok(None);
-        }
-        self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.readings(texts).map(Some)
+    /// The tokens that the text encoders read of texts.
+    pub fn readings(&self, texts: &[String]) -> Result<Vec<Reading>, ModelError> {
+        self.text_encoders.as_ref().ok_or(ModelError::NoTextEncoder)?.readings(texts)
     }
 
-    /// The network's conditions for prompts, from their texts, or from their labels in a class-conditional model.
-    pub fn conditions(&self, prompts: &[Prompt]) -> Result<Conditions, ModelError> {
-        if let Network::Dit(dit) = &self.network {
-            let label = |prompt: &Prompt| {
-                let label = prompt.label.unwrap_or(prompt.class.0);
-                let classes = dit.classes();
-                let known = u32::try_from(label).ok().filter(|label| (*label as usize) < classes);
-                known.ok_or(ModelError::NoSuchClass { label: i64::from(label), classes })
-            };
-            let labels: Vec<u32> = prompts.iter().map(label).collect::<Result<_, _>>()?;
-            return Ok(Conditions::Labels(dit.label_cache(&labels)?));
-        }
-        let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
-        self.network.text_conditions(&self.encode_texts(&texts)?, self.size)
+    /// The network's conditions for texts.
+    pub fn text_conditions(&self, texts: &[String]) -> Result<Conditions, ModelError> {
+        self.network.text_conditions(&self.encode_texts(texts)?, self.size)
+    }
+
+    /// A class-conditional network's conditions for labels.
+    pub fn label_conditions(&self, labels: &[i32]) -> Result<Conditions, ModelError> {
+        let Network::Dit(dit) = &self.network else {
+            return Err(ModelError::Input("labels are for class-conditional models, and this one reads texts".into()));
+        };
+        let classes = dit.classes();
+        let known = |&label: &i32| {
+            let known = u32::try_from(label).ok().filter(|label| (*label as usize) < classes);
+            known.ok_or(ModelError::NoSuchClass { label: i64::from(label), classes })
+        };
+        let labels: Vec<u32> = labels.iter().map(known).collect::<Result<_, _>>()?;
+        Ok(Conditions::Labels(dit.label_cache(&labels)?))
     }
 
     /// Latents `[B, h, w, C]` of pixels `[B, H, W, 3]` in [-1, 1].

@@ -10,6 +10,15 @@ use crate::text::{excerpt, normal};
 /// The accepted forms of a class file.
 const FORMS: &str = "one class per line, a JSON list of names, or CSV with the columns prompt,classname,classidx";
 
+/// What tells classes apart for a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KnownBy {
+    /// Their prompts, so that two classes must not share one.
+    Prompts,
+    /// The model's own labels.
+    Labels,
+}
+
 /// The classes read from a file, with the place of each one's first row.
 #[derive(Debug)]
 pub(super) struct ClassReader<'a> {
@@ -18,19 +27,18 @@ pub(super) struct ClassReader<'a> {
     places: HashMap<ClassIndex, At>,
     by_name: HashMap<String, ClassIndex>,
     by_prompt: HashMap<String, ClassIndex>,
-    /// Whether the model identifies classes by prompts, so that two classes must not share one.
-    has_prompts: bool,
+    known_by: KnownBy,
 }
 
 impl<'a> ClassReader<'a> {
-    pub(super) fn new(text: &'a HandText, has_prompts: bool) -> Self {
+    pub(super) fn new(text: &'a HandText, known_by: KnownBy) -> Self {
         Self {
             text,
             classes: Classes::default(),
             places: HashMap::new(),
             by_name: HashMap::new(),
             by_prompt: HashMap::new(),
-            has_prompts,
+            known_by,
         }
     }
 
@@ -118,7 +126,7 @@ impl<'a> ClassReader<'a> {
     /// Adds a prompt, which must not belong to another class.
     fn push_prompt(&mut self, at: At, prompt: Prompt) -> Result<(), HandError> {
         let first = *self.by_prompt.entry(normal(prompt.text.trim()).into_owned()).or_insert(prompt.class);
-        if self.has_prompts && first != prompt.class {
+        if self.known_by == KnownBy::Prompts && first != prompt.class {
             return Err(self.text.wrong_at(
                 at,
                 format!(
@@ -191,7 +199,7 @@ mod tests {
 
     fn read(file: &str, content: &str) -> Result<Classes, ClassError> {
         let text = HandText::new("the class file", file, content.into())?;
-        Ok(ClassReader::new(&text, true).read(&[])?.classes)
+        Ok(ClassReader::new(&text, KnownBy::Prompts).read(&[])?.classes)
     }
 
     fn error(file: &str, content: &str) -> String {
@@ -260,13 +268,13 @@ mod tests {
     fn templates_that_give_two_classes_one_prompt_are_refused() {
         let text = HandText::new("the class file", "classes.txt", b"cat\ncats\n".to_vec()).unwrap();
         let templates = ["{}".to_owned(), "{}s".to_owned()];
-        let found = ClassReader::new(&text, true).read(&templates).unwrap_err().to_string();
+        let found = ClassReader::new(&text, KnownBy::Prompts).read(&templates).unwrap_err().to_string();
         assert!(
             found.contains("line 2: the prompt 'cats' of class 1 'cats' (line 2) is that of class 0 'cat'"),
             "{found}"
         );
         // A class-conditional model does not use prompts.
-        assert!(ClassReader::new(&text, false).read(&templates).is_ok());
+        assert!(ClassReader::new(&text, KnownBy::Labels).read(&templates).is_ok());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::file::ClassReader;
+use super::file::{ClassReader, KnownBy};
 use super::{ClassError, Classes, Prompt};
 use crate::hand_table::{At, HandText};
 use crate::ids::ClassIndex;
@@ -47,7 +47,7 @@ impl ModelLabels {
 
     fn unknown(&self, label: &str) -> String {
         format!(
-            "the model has no class {}: use its labels 0 to {} (or names), or map them with --class-map",
+            "the model has no class {}: use its labels 0 to {} (or names), or map them with a class map",
             excerpt(label),
             self.count.saturating_sub(1)
         )
@@ -64,7 +64,7 @@ impl Classes {
             let first = *first_named.entry(name).or_insert(*class);
             if first != *class {
                 tracing::warn!(
-                    "the model calls both its class {first} and its class {class} '{}': a label of this name means the first, and --class-map gives names of your own",
+                    "the model calls both its class {first} and its class {class} '{}': a label of this name means the first, and a class map gives names of your own",
                     excerpt(name)
                 );
             }
@@ -76,7 +76,7 @@ impl Classes {
     /// Reads a class file for a class-conditional model. `classidx` is the model's label. The model does not use prompts, so
     /// each class gets only one.
     pub fn of_labels(text: &HandText, templates: &[String], labels: &ModelLabels) -> Result<Self, ClassError> {
-        let reader = ClassReader::new(text, false).read(templates)?;
+        let reader = ClassReader::new(text, KnownBy::Labels).read(templates)?;
         let names = &reader.classes.names;
         if let Some(class) =
             names.keys().find(|class| u32::try_from(class.0).map_or(true, |label| label >= labels.count))
@@ -107,7 +107,7 @@ impl Classes {
         })?;
         let model_class = table.required("model_class", MAP_COLUMNS)?;
         let (name, index) = (table.required("classname", MAP_COLUMNS)?, table.column("classidx")?);
-        let mut reader = ClassReader::new(text, false);
+        let mut reader = ClassReader::new(text, KnownBy::Labels);
         for row in table.rows() {
             let row = row?;
             let wrong = |problem: String| text.wrong_in(row.line, problem);

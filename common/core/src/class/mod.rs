@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub use self::hierarchy::{Group, HIERARCHY, Hierarchy, HierarchyError};
 pub use self::labels::{CLASS_MAP, ModelLabels};
 
-use self::file::ClassReader;
+use self::file::{ClassReader, KnownBy};
 use crate::hand_table::{HandError, HandText};
 use crate::ids::{ClassIndex, PromptIndex};
 use crate::text::normal;
@@ -92,7 +92,7 @@ impl Classes {
     /// Reads a class file: a table whose header names `classname` (and `prompt`, `classidx`), a JSON list of names, or one
     /// class per line. Classes that share a name or prompt, and so can't be told apart, are refused.
     pub fn of_text(text: &HandText, templates: &[String]) -> Result<Self, ClassError> {
-        Ok(ClassReader::new(text, true).read(templates)?.classes)
+        Ok(ClassReader::new(text, KnownBy::Prompts).read(templates)?.classes)
     }
 
     /// Reads the text of a class file. `templates` may be empty: rows without a prompt then use [`DEFAULT_TEMPLATE`].
@@ -106,6 +106,16 @@ impl Classes {
     /// ```
     pub fn parse(text: &str, templates: &[String]) -> Result<Self, ClassError> {
         Self::of_text(&HandText::new(CLASS_FILE, "in memory", text.into())?, templates)
+    }
+
+    /// The prompts' texts, in order.
+    pub fn texts(&self) -> Vec<String> {
+        self.prompts.iter().map(|prompt| prompt.text.clone()).collect()
+    }
+
+    /// The labels by which a class-conditional model knows the prompts, in order.
+    pub fn labels(&self) -> Vec<i32> {
+        self.prompts.iter().map(|prompt| prompt.label.unwrap_or(prompt.class.0)).collect()
     }
 
     /// The classes of a sample with its own captions: each caption is a class, and its position is the class index.

@@ -104,7 +104,7 @@ impl Course {
             }
         };
         let prompts = contenders.map_or(0, Contenders::prompt_count);
-        for (count, what) in [(slots.len(), "timesteps times --trials"), (prompts, "prompts")] {
+        for (count, what) in [(slots.len(), "timesteps times trials"), (prompts, "prompts")] {
             if count > crate::unit::MOST {
                 return Err(PolicyError::TooMany { count, what });
             }

@@ -85,19 +85,19 @@ pub enum Policy {
 /// An invalid policy.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PolicyError {
-    /// `--keep` and `--samples` disagree in length.
-    #[error("--keep has {keep} stages and --samples has {samples}: give both the same number of values")]
+    /// Not every stage has both settings.
+    #[error("{keep} stages keep contenders, and {samples} have timesteps: give both the same number of values")]
     Lengths {
-        /// Values given to `--keep`.
+        /// Stages that say how many contenders they keep.
         keep: usize,
-        /// Values given to `--samples`.
+        /// Stages that say how many timesteps they have.
         samples: usize,
     },
-    /// No stages, or a zero where at least one is needed.
-    #[error("{0} must be at least 1")]
+    /// No stages, or a zero where at least one is needed; with the setting.
+    #[error("a policy's {0} must be at least 1")]
     Zero(&'static str),
     /// A stage asks for more timesteps than the model has.
-    #[error("--samples {samples} is more than the model's {timesteps} timesteps: use at most {timesteps}")]
+    #[error("{samples} timesteps are more than the model's {timesteps}: use at most {timesteps}")]
     TooManySamples {
         /// Timesteps asked for.
         samples: u32,
@@ -106,7 +106,7 @@ pub enum PolicyError {
     },
     /// The shortlist is not shorter than the full list, or is shorter than what the first stage keeps.
     #[error(
-        "--shortlist {keep} must be less than the {count} {noun} there are, and at least the {first} that --keep keeps"
+        "a shortlist of {keep} must be shorter than the {count} {noun} there are, and hold the {first} that the first stage keeps"
     )]
     Shortlist {
         /// Contenders on the shortlist.
@@ -119,7 +119,7 @@ pub enum PolicyError {
         first: u32,
     },
     /// A stage keeps more contenders than there are.
-    #[error("--keep {keep} is more than the {count} {noun} there are to choose from: use at most {count}")]
+    #[error("a stage can't keep {keep} of {count} {noun}: use at most {count}")]
     KeepTooLarge {
         /// Contenders that the stage keeps.
         keep: u32,
@@ -129,7 +129,9 @@ pub enum PolicyError {
         noun: &'static str,
     },
     /// A later stage keeps more contenders than an earlier one.
-    #[error("--keep must not grow from stage to stage ({before} then {after}): eliminated contenders do not come back")]
+    #[error(
+        "the number kept must not grow from stage to stage ({before} then {after}): eliminated contenders do not come back"
+    )]
     KeepGrows {
         /// Kept by the earlier stage.
         before: u32,
@@ -137,7 +139,7 @@ pub enum PolicyError {
         after: u32,
     },
     /// A later stage adds no timesteps.
-    #[error("--samples must grow from stage to stage ({before} then {after})")]
+    #[error("the number of timesteps must grow from stage to stage ({before} then {after})")]
     SamplesShrink {
         /// Timesteps of the earlier stage.
         before: u32,
@@ -145,11 +147,11 @@ pub enum PolicyError {
         after: u32,
     },
     /// The level of a race is out of range.
-    #[error("--risk {0} is not the level of a test: use a number above 0 and below 0.5, like {DEFAULT_RISK}")]
+    #[error("a risk of {0} is not the level of a test: use a number above 0 and below 0.5, like {DEFAULT_RISK}")]
     Risk(f64),
     /// A race has too few slots for a test, or too many to be practical.
     #[error(
-        "--max-slots {0} is out of range: a class leaves after two slots at the earliest, so use at least 2, and at most {MOST_SLOTS}"
+        "{0} slots are out of range for a race: a class leaves after two slots at the earliest, so use at least 2, and at most {MOST_SLOTS}"
     )]
     MaxSlots(u32),
     /// More slots or prompts than units can number.
@@ -162,15 +164,35 @@ pub enum PolicyError {
     },
     /// A hierarchy with a policy that does not use groups.
     #[error(
-        "--hierarchy is for --policy race, without --shortlist and --candidates: leave out --hierarchy, or the flags that conflict with it"
+        "a hierarchy is for a race without a shortlist, among classes rather than captions: leave out the hierarchy, or what conflicts with it"
     )]
     Hierarchy,
     /// The distribution of slots is invalid, or does not fit the model.
     #[error("{0}: give timesteps of the model, from 0 on, in ascending order")]
     Timesteps(#[from] TimestepsError),
     /// The exhaustive policy takes a single grid size.
-    #[error("--policy exhaustive evaluates one grid: give --samples one value, not {0}")]
+    #[error("the exhaustive policy evaluates one grid: give one number of timesteps, not {0}")]
     ExhaustiveStages(usize),
+}
+
+impl PolicyError {
+    /// The settings at fault, as a job's description names them.
+    pub fn settings(&self) -> &'static [&'static str] {
+        match self {
+            Self::Lengths { .. } => &["keep", "samples"],
+            Self::Zero("keep") | Self::KeepTooLarge { .. } | Self::KeepGrows { .. } => &["keep"],
+            Self::Zero("trials") => &["trials"],
+            Self::Zero(_) | Self::TooManySamples { .. } | Self::SamplesShrink { .. } | Self::ExhaustiveStages(_) => {
+                &["samples"]
+            }
+            Self::Shortlist { .. } => &["shortlist"],
+            Self::Risk(_) => &["risk"],
+            Self::MaxSlots(_) => &["max-slots"],
+            Self::Hierarchy => &["hierarchy"],
+            Self::Timesteps(_) => &["timesteps-from"],
+            Self::TooMany { .. } => &[],
+        }
+    }
 }
 
 impl Policy {
@@ -181,13 +203,13 @@ impl Policy {
         }
         let stages: Vec<_> = keep.iter().zip(samples).map(|(&keep, &samples)| Stage { samples, keep }).collect();
         if stages.is_empty() || stages.iter().any(|s| s.samples == 0) {
-            return Err(PolicyError::Zero("--samples"));
+            return Err(PolicyError::Zero("samples"));
         }
         if stages.iter().any(|s| s.keep == 0) {
-            return Err(PolicyError::Zero("--keep"));
+            return Err(PolicyError::Zero("keep"));
         }
         if trials == 0 {
-            return Err(PolicyError::Zero("--trials"));
+            return Err(PolicyError::Zero("trials"));
         }
         for pair in stages.windows(2) {
             if pair[1].keep > pair[0].keep {
@@ -203,8 +225,8 @@ impl Policy {
     /// The exhaustive policy from the list on the command line.
     pub fn exhaustive(samples: &[u32], trials: u32) -> Result<Self, PolicyError> {
         match *samples {
-            [] | [0] => Err(PolicyError::Zero("--samples")),
-            _ if trials == 0 => Err(PolicyError::Zero("--trials")),
+            [] | [0] => Err(PolicyError::Zero("samples")),
+            _ if trials == 0 => Err(PolicyError::Zero("trials")),
             [samples] => Ok(Self::Exhaustive { samples, trials }),
             _ => Err(PolicyError::ExhaustiveStages(samples.len())),
         }
@@ -300,7 +322,7 @@ mod tests {
         let by_mean = Contenders::of_classes(&classes, PromptEnsemble::Mean);
         let greedy = Policy::reference(&[5, 1], &[2, 5], 1).unwrap();
         let message = course(&greedy, 1000, Some(&by_mean)).unwrap_err().to_string();
-        assert!(message.contains("--keep 5 is more than the 4 classes"), "{message}");
+        assert!(message.contains("can't keep 5 of 4 classes"), "{message}");
         assert!(course(&greedy, 1000, None).is_ok(), "samples with few candidates keep them all");
     }
 
@@ -342,7 +364,7 @@ mod tests {
 
         let reference = Policy::reference(&[1], &[10], 1).unwrap();
         let refused = Course::new(&reference, None, 1000, Some(&contenders)).unwrap_err();
-        assert!(refused.to_string().contains("--hierarchy is for --policy race"));
+        assert!(refused.to_string().contains("a hierarchy is for a race"));
         let audited = course.with_audit(&reference, 1000, Some(&contenders)).unwrap();
         assert_eq!(total(audited.audit().unwrap(), &contenders), 10 * 5);
     }
@@ -390,7 +412,7 @@ mod tests {
         assert!(message(Policy::reference(&[1, 5], &[20, 100], 1)).contains("must not grow"));
         assert!(message(Policy::reference(&[5, 1], &[100, 20], 1)).contains("must grow"));
         assert!(message(Policy::reference(&[5, 1], &[0, 20], 1)).contains("at least 1"));
-        assert!(message(Policy::exhaustive(&[20, 100], 1)).contains("one value"));
+        assert!(message(Policy::exhaustive(&[20, 100], 1)).contains("one number of timesteps"));
         assert!(message(Policy::race(0.5, 10, Timesteps::default())).contains("below 0.5"));
         assert!(message(Policy::race(0.02, 1, Timesteps::default())).contains("at least 2"));
         assert!(message(Policy::race(0.02, u32::MAX, Timesteps::default())).contains("at most 100000"));
@@ -412,6 +434,6 @@ mod tests {
         assert_eq!(error, "4194241 prompts are more than a job can have: use at most 4194240");
         let often = Policy::exhaustive(&[1000], 5_000).unwrap();
         let error = course(&often, 1000, None).unwrap_err().to_string();
-        assert!(error.starts_with("5000000 timesteps times --trials are more"), "{error}");
+        assert!(error.starts_with("5000000 timesteps times trials are more"), "{error}");
     }
 }

@@ -45,7 +45,7 @@ pub(super) fn grid(samples: u32, trials: u32, timesteps: u32) -> Result<Vec<Slot
 
 fn check(samples: u32, timesteps: u32) -> Result<(), PolicyError> {
     match samples {
-        0 => Err(PolicyError::Zero("--samples")),
+        0 => Err(PolicyError::Zero("samples")),
         _ if samples > timesteps => Err(PolicyError::TooManySamples { samples, timesteps }),
         _ => Ok(()),
     }

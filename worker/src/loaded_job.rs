@@ -1,13 +1,12 @@
-//! Prepares a worker for a job: checks and loads the model, and encodes the prompts, once per worker.
+//! A job as a worker has it: its models, checked and loaded, and its prompts, encoded once per worker.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use elbo_core::class::Prompt;
-use elbo_core::ids::PromptIndex;
+use elbo_core::ids::{PromptIndex, Round};
 use elbo_core::job::JobSpec;
 use elbo_core::noise::{NoiseError, NoiseSource};
-use elbo_core::policy::{Course, PolicyError};
+use elbo_core::policy::{Course, PolicyError, ScoredBy};
 use elbo_core::schedule::ScheduleError;
 use elbo_core::score::{ScoreError, Scorer};
 use elbo_core::text::excerpt;
@@ -19,12 +18,22 @@ use elbo_models::{
 };
 
 use crate::device::{Device, DeviceError};
-use crate::engine::LoadedJob;
 use crate::stage::{Diffusion, Model, ModelStage};
+
+/// Everything that an evaluation depends on, except its sample.
+#[derive(Debug)]
+pub struct LoadedJob {
+    /// The models: the job's model last, and the shortlist's model before it.
+    pub stages: Vec<ModelStage>,
+    /// The slots of every round.
+    pub course: Course,
+    /// Whether single errors are reported instead of sums.
+    pub reports_errors: bool,
+}
 
 /// A job this worker can't work on.
 #[derive(Debug, thiserror::Error)]
-pub enum ProblemError {
+pub enum LoadError {
     /// The job's description can't be understood.
     #[error("the coordinator's job can't be understood ({0}): run the same version of elbo everywhere")]
     Job(#[from] serde_json::Error),
@@ -92,7 +101,7 @@ pub enum ProblemError {
     Model(ModelError),
 }
 
-impl From<ModelError> for ProblemError {
+impl From<ModelError> for LoadError {
     fn from(error: ModelError) -> Self {
         if error.is_out_of_memory() { Self::NoRoom(error) } else { Self::Model(error) }
     }
@@ -101,7 +110,7 @@ impl From<ModelError> for ProblemError {
 impl LoadedJob {
     /// Loads the job's models on a device, from the directories in which they were found or to which they were fetched, and
     /// encodes the job's prompts.
-    pub fn load(identity: &JobIdentity, models: &JobModels, device: Device) -> Result<Self, ProblemError> {
+    pub fn load(identity: &JobIdentity, models: &JobModels, device: Device) -> Result<Self, LoadError> {
         check_files(identity, models)?;
         let spec = &identity.spec;
         let device = device.open()?;
@@ -109,7 +118,7 @@ impl LoadedJob {
         let mut stages = Vec::new();
         if let Some(shortlist) = &models.shortlist {
             if !is_contrastive(shortlist) {
-                return Err(ProblemError::Shortlist(shortlist.clone()));
+                return Err(LoadError::Shortlist(shortlist.clone()));
             }
             stages.push(contrastive(spec, shortlist, &device)?);
         }
@@ -121,14 +130,23 @@ impl LoadedJob {
         let reports_errors = course.reports_errors(spec.write_errors);
         Ok(Self { stages, course, reports_errors })
     }
+
+    /// The stage that scores a round.
+    pub fn stage_of(&self, round: Round) -> usize {
+        match self.course.scored_by(round) {
+            ScoredBy::Shortlist => 0,
+            ScoredBy::Model => self.stages.len() - 1,
+        }
+    }
 }
 
-fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<ModelStage, ProblemError> {
+fn contrastive(spec: &JobSpec, directory: &Path, device: &candle_core::Device) -> Result<ModelStage, LoadError> {
     let model = ContrastiveModel::load(directory, &LoadOptions::new(device.clone(), spec.dtype))?;
     let mut stage = ModelStage { model: Model::Contrastive(Box::new(model)), conditions: None };
     if spec.candidates.is_none() {
-        check_prompts(spec, &spec.classes.prompts, |texts| stage.readings(texts))?;
-        stage.conditions = Some(Arc::new(stage.conditions_of(&spec.classes.prompts)?));
+        let texts = spec.texts();
+        check_texts(spec, &texts, &stage.readings(&texts)?)?;
+        stage.conditions = Some(Arc::new(stage.text_conditions(&texts)?));
     }
     Ok(stage)
 }
@@ -138,7 +156,7 @@ fn diffusion(
     directory: &Path,
     course: &Course,
     device: &candle_core::Device,
-) -> Result<ModelStage, ProblemError> {
+) -> Result<ModelStage, LoadError> {
     let mut schedule = elbo_hub::model_config::schedule(directory)?;
     if let Some(shift) = spec.timestep_shift {
         schedule = schedule.with_shift(shift)?;
@@ -147,7 +165,7 @@ fn diffusion(
     if let Some(size) = spec.size {
         let factor = model.size_factor();
         if size == 0 || !(size as usize).is_multiple_of(factor) {
-            return Err(ProblemError::Size { size, factor });
+            return Err(LoadError::Size { size, factor });
         }
         model.set_size(size as usize);
     }
@@ -170,12 +188,13 @@ fn diffusion(
     let scorer = Scorer::new(schedule, spec.loss, network.in_channels(), learned_variance)?;
     let conditions = match spec.candidates {
         // Captions are encoded block by block.
-        Some(_) if model.family() == Family::Dit => return Err(ProblemError::NoCaptions),
+        Some(_) if model.family() == Family::Dit => return Err(LoadError::NoCaptions),
         Some(_) => None,
+        None if model.family() == Family::Dit => Some(Arc::new(model.label_conditions(&spec.classes.labels())?)),
         None => {
-            let prompts = spec.prompts();
-            check_prompts(spec, &prompts, |texts| model.readings(texts))?;
-            let conditions = model.conditions(&prompts)?;
+            let texts = spec.texts();
+            check_texts(spec, &texts, &model.readings(&texts)?)?;
+            let conditions = model.text_conditions(&texts)?;
             model.drop_text_encoders();
             Some(Arc::new(conditions))
         }
@@ -187,21 +206,16 @@ fn diffusion(
 }
 
 /// Refuses prompts of two classes that are the same to the model, and warns about prompts that are cut off.
-fn check_prompts(
-    spec: &JobSpec,
-    prompts: &[Prompt],
-    read: impl Fn(&[String]) -> Result<Option<Vec<Reading>>, ModelError>,
-) -> Result<(), ModelError> {
-    let texts: Vec<String> = prompts.iter().map(|prompt| prompt.text.clone()).collect();
-    let (Some(readings), Some(contenders)) = (read(&texts)?, spec.contenders()) else { return Ok(()) };
+fn check_texts(spec: &JobSpec, texts: &[String], readings: &[Reading]) -> Result<(), ModelError> {
+    let Some(contenders) = spec.contenders() else { return Ok(()) };
     let index = |at: usize| PromptIndex(at as u32);
     let shown = |at: usize| {
-        let name = spec.classes.names.get(&prompts[at].class);
+        let name = spec.classes.prompts.get(at).and_then(|prompt| spec.classes.names.get(&prompt.class));
         let of = name.map_or_else(|| "a group".to_owned(), |name| format!("class '{}'", excerpt(name)));
         format!("the prompt '{}' of {of}", excerpt(&texts[at]))
     };
-    check_distinct(&readings, |a, b| contenders.may_be_compared(index(a), index(b)), shown)?;
-    if let Some(warning) = cut_off("prompts", &texts, &readings) {
+    check_distinct(readings, |a, b| contenders.may_be_compared(index(a), index(b)), shown)?;
+    if let Some(warning) = cut_off("prompts", texts, readings) {
         tracing::warn!("{warning}");
     }
     Ok(())
@@ -217,7 +231,7 @@ fn load_options(spec: &JobSpec, directory: &Path, device: &candle_core::Device) 
 }
 
 /// Refuses files that differ from those the job was started with.
-fn check_files(identity: &JobIdentity, models: &JobModels) -> Result<(), ProblemError> {
+fn check_files(identity: &JobIdentity, models: &JobModels) -> Result<(), LoadError> {
     let here = JobIdentity::new(identity.spec.clone(), models)?;
     let shortlist = models.shortlist.as_deref().unwrap_or(&models.model);
     for (directory, expected, found) in [
@@ -225,16 +239,16 @@ fn check_files(identity: &JobIdentity, models: &JobModels) -> Result<(), Problem
         (shortlist, &identity.shortlist_files, &here.shortlist_files),
     ] {
         if let Some((file, _)) = expected.iter().find(|(file, hash)| found.get(*file) != Some(hash)) {
-            return Err(ProblemError::OtherModel { path: directory.to_owned(), file: file.clone() });
+            return Err(LoadError::OtherModel { path: directory.to_owned(), file: file.clone() });
         }
     }
     for (lora, (hash, other)) in identity.spec.lora.iter().zip(identity.lora_files.iter().zip(&here.lora_files)) {
         if hash != other {
-            return Err(ProblemError::OtherLora(lora.path.clone()));
+            return Err(LoadError::OtherLora(lora.path.clone()));
         }
     }
     if here.noise_file != identity.noise_file {
-        return Err(ProblemError::OtherNoise(identity.spec.noise.clone().unwrap_or_default()));
+        return Err(LoadError::OtherNoise(identity.spec.noise.clone().unwrap_or_default()));
     }
     Ok(())
 }
