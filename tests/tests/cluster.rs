@@ -136,9 +136,7 @@ fn a_label_command_whose_job_is_taken_over_ends_with_its_workers_at_once() {
     first.arg("label").args(job_flags(cluster.images.path(), &cluster.out())).args(["--threads", "1"]);
     let first = first.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
     // In the middle of the job.
-    while !cluster.out().join("job.json").exists() {
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait_until(|| "it never begins", || cluster.out().join("job.json").exists());
     std::thread::sleep(Duration::from_millis(500));
     let _second = cluster.coordinator();
     cluster.wait_for("the second coordinator", |s| s["state"] == "waiting for workers");

@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use elbo_tests::patience::seconds;
+use elbo_tests::patience::{seconds, wait_until};
 use elbo_tests::web::Web;
 use elbo_tests::{Process, elbo, job_flags, json, make_pipe, results, run, run_ok, some_images, sorted, stderr};
 use tempfile::TempDir;
@@ -75,9 +75,7 @@ fn signals_stop_cleanly_with_exit_code_3_and_say_how_to_resume() {
         let child = command.spawn().unwrap();
         let id = child.id().to_string();
         // Once some results are durable.
-        while !out.join("job.json").exists() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        wait_until(|| "it never begins", || out.join("job.json").exists());
         std::thread::sleep(Duration::from_millis(500));
         assert!(std::process::Command::new("kill").arg(format!("-{signal}")).arg(&id).status().unwrap().success());
         let output = child.wait_with_output().unwrap();
@@ -119,10 +117,13 @@ fn hanging_storage_does_not_delay_a_stop() {
     let file = outs.path().join("list.txt");
     std::fs::write(&file, list).unwrap();
     let mut reading = Process::start(&mut label(&file, "reading"));
-    while served.asked().len() < 11 {
-        assert!(reading.is_running());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_until(
+        || "it reads no image",
+        || {
+            assert!(reading.is_running());
+            served.asked().len() >= 11
+        },
+    );
     interrupted(&mut reading, "reading");
 
     // A listing that hangs in the file system: the pipe has a writer that writes nothing.
@@ -139,10 +140,13 @@ fn hanging_storage_does_not_delay_a_stop() {
     let lists = Web::serve(directory.path());
     *lists.site.dribble.lock().unwrap() = Some("list.txt".into());
     let mut fetching = Process::start(&mut label(Path::new(&format!("{}/list.txt", lists.files())), "fetching"));
-    while lists.asked().is_empty() {
-        assert!(fetching.is_running());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    wait_until(
+        || "it fetches no list",
+        || {
+            assert!(fetching.is_running());
+            !lists.asked().is_empty()
+        },
+    );
     interrupted(&mut fetching, "fetching");
 }
 
