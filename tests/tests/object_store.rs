@@ -12,10 +12,12 @@ use elbo_output::predictions::{decode_errors, decode_predictions};
 use elbo_tests::patience::{seconds, wait_until};
 use elbo_tests::proxy::{Fault, Proxy};
 use elbo_tests::servers::{AZURITE_KEY, Azurite, Bucket, KEY, Moto, S3sFs, SECRET, s3_variables, with_variables};
+use elbo_tests::web::{Site, Web};
 use elbo_tests::{
     Process, coordinator_flags, elbo, free_address, job_flags, json, model, results, run, run_ok, some_images, stderr,
     with,
 };
+use sha1::{Digest, Sha1};
 use tempfile::TempDir;
 
 type Files = Vec<(String, Vec<u8>)>;
@@ -309,4 +311,83 @@ fn keys_and_endpoint_come_from_a_profile() {
     assert_clean("the log", &run_ok(label.args(flags).env("ELBO_LOG", "debug")).stderr);
     assert_eq!(json(&mut command(&["verify", "--json", "s3://corpus/profile"]))["ok"], true);
     fails(command(&["verify", "s3://corpus/profile"]).env("AWS_PROFILE", "nobody"), 20, &["'nobody'", "list-profiles"]);
+}
+
+/// Labels and verifies with a profile in `home`. No key appears in the most detailed log.
+fn label_as(profile: &str, home: &Path, variables: &[(&'static str, String)]) {
+    let out = format!("s3://corpus/as-{profile}");
+    let on = |arguments: &[&str]| {
+        let mut command = with_variables(elbo(), variables);
+        command.env("HOME", home).env_remove("AWS_CONFIG_FILE").env_remove("AWS_SHARED_CREDENTIALS_FILE");
+        command.env("AWS_ALLOW_HTTP", "true").env("AWS_PROFILE", profile).args(arguments);
+        command
+    };
+    let flags = job_flags(IMAGES.path(), Path::new(&out));
+    let flags = with(flags, &[("--keep", "1"), ("--samples", "1")]);
+    let mut label = on(&["label"]);
+    assert_clean("the log", &run_ok(label.args(flags).env("ELBO_LOG", "trace,h2=info,hyper=info")).stderr);
+    assert_eq!(json(&mut on(&["verify", "--json", &out]))["ok"], true);
+}
+
+#[test]
+fn keys_from_another_program_are_kept_until_they_are_about_to_expire() {
+    let (server, home) = (S3sFs::start(true), TempDir::new().unwrap());
+    std::fs::create_dir(home.path().join(".aws")).unwrap();
+    let program = |name: &str, lasts: &str| {
+        let path = home.path().join(name);
+        let keys = format!(
+            r#"{{"Version": 1, "AccessKeyId": "{KEY}", "SecretAccessKey": "{SECRET}", "Expiration": "'$(date -u -d '{lasts}' +%FT%TZ)'"}}"#
+        );
+        std::fs::write(&path, format!("echo called >> {}.calls\necho '{keys}'\n", path.display())).unwrap();
+        format!("[profile {name}]\ncredential_process = sh {}\nregion = eu-west-1\n", path.display())
+    };
+    let config = program("steady", "1 hour") + &program("brief", "1 minute");
+    std::fs::write(home.path().join(".aws/config"), config).unwrap();
+    let calls = |name: &str| {
+        label_as(name, home.path(), &[("AWS_ENDPOINT_URL", server.endpoint.clone())]);
+        std::fs::read_to_string(home.path().join(format!("{name}.calls"))).unwrap().lines().count()
+    };
+    // `label` and `verify` fetch them once each.
+    assert_eq!(calls("steady"), 2);
+    assert!(calls("brief") > 4);
+
+    std::fs::write(home.path().join("steady"), "echo the vault is sealed >&2; exit 1").unwrap();
+    let variables = [("AWS_ENDPOINT_URL", server.endpoint.clone()), ("AWS_ALLOW_HTTP", "true".into())];
+    let mut refused = with_variables(elbo(), &variables);
+    refused.env("HOME", home.path()).env_remove("AWS_CONFIG_FILE").env("AWS_PROFILE", "steady");
+    let words = ["the AWS profile 'steady' gives no keys", "the vault is sealed", "--profile steady"];
+    fails(refused.args(["verify", "s3://corpus/as-steady"]), 20, &words);
+}
+
+#[test]
+fn a_role_is_taken_with_the_keys_of_another_profile() {
+    let home = TempDir::new().unwrap();
+    std::fs::create_dir(home.path().join(".aws")).unwrap();
+    let config = format!(
+        "[profile base]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n[profile role]\nrole_arn = arn:aws:iam::123456789012:role/labels\nsource_profile = base\nregion = eu-west-1\n"
+    );
+    std::fs::write(home.path().join(".aws/config"), config).unwrap();
+    label_as("role", home.path(), &[("AWS_ENDPOINT_URL", moto().endpoint.clone())]);
+}
+
+#[test]
+fn keys_are_fetched_with_the_token_of_a_single_sign_on() {
+    let (server, home) = (S3sFs::start(true), TempDir::new().unwrap());
+    let keys = serde_json::json!({ "roleCredentials": {
+        "accessKeyId": KEY, "secretAccessKey": SECRET, "sessionToken": "planted", "expiration": 4_000_000_000_000_u64,
+    }});
+    let portal = [("federation/credentials".to_owned(), keys.to_string().into_bytes())];
+    let portal = [("main".to_owned(), ("commit".to_owned(), portal.into()))];
+    let portal = Web::start(Site { models: [("plain/".to_owned(), portal.into())].into(), ..Site::default() });
+    let cache = home.path().join(".aws/sso/cache");
+    std::fs::create_dir_all(&cache).unwrap();
+    let config = "[sso-session corp]\nsso_start_url = https://corp.awsapps.com/start\nsso_region = eu-west-1\n[profile sso]\nsso_session = corp\nsso_account_id = 123456789012\nsso_role_name = labels\nregion = eu-west-1\n";
+    std::fs::write(home.path().join(".aws/config"), config).unwrap();
+    // The name is the SHA-1 of the session's.
+    let name = Sha1::digest(b"corp").iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let token = serde_json::json!({ "accessToken": "signed-in", "expiresAt": "2100-01-01T00:00:00Z" });
+    std::fs::write(cache.join(format!("{name}.json")), token.to_string()).unwrap();
+    let variables = [("AWS_ENDPOINT_URL", server.endpoint), ("AWS_ENDPOINT_URL_SSO", portal.url.clone())];
+    label_as("sso", home.path(), &variables);
+    assert!(portal.asked().iter().all(|path| path.contains("account_id=123456789012")), "{:?}", portal.asked());
 }

@@ -15,6 +15,7 @@ use elbo_core::loss::Loss;
 use elbo_core::preset::Preset;
 use elbo_data::Origin;
 use elbo_store::files;
+use merge::Merge;
 use serde::{Deserialize, Deserializer};
 
 pub(crate) use self::spec::Takes;
@@ -45,8 +46,9 @@ pub(crate) enum NoiseScopeName {
 }
 
 /// The job's flags, which are also keys of job.toml, with `-` or `_`.
-#[derive(Clone, Debug, Default, Args, Deserialize)]
+#[derive(Clone, Debug, Default, Args, Deserialize, Merge)]
 #[serde(default, deny_unknown_fields)]
+#[merge(strategy = merge::option::overwrite_none)]
 #[command(next_help_heading = "Job")]
 pub(crate) struct JobArgs {
     /// Images: a directory or URL prefix (s3://, gs://, az://, https://) with images, WebDataset .tar shards or .parquet files
@@ -70,6 +72,7 @@ pub(crate) struct JobArgs {
     /// Prompt for each class, with {} for its name (repeatable) [default: "a photo of a {}"]
     #[arg(long, env = "ELBO_TEMPLATE", value_name = "TEXT")]
     #[serde(deserialize_with = "one_or_many")]
+    #[merge(strategy = merge::vec::overwrite_empty)]
     pub(crate) template: Vec<String>,
     /// Image-text matching: compare each image's own captions instead of classes. The captions are an array in this column of
     /// the .csv list or .parquet files, or in several columns (COLUMN,COLUMN); in .tar shards, they are this field of the
@@ -86,10 +89,12 @@ pub(crate) struct JobArgs {
     /// for every origin, file:// for files on this machine and the workers
     #[arg(long, env = "ELBO_LIST_ORIGINS", value_delimiter = ',', value_name = "ORIGIN,ORIGIN")]
     #[serde(alias = "list-origins", deserialize_with = "many_from_str")]
+    #[merge(strategy = merge::vec::overwrite_empty)]
     pub(crate) list_origins: Vec<Origin>,
     /// Fail before computing if the listing passes over anything: files with unknown extensions, hidden files, labels without
     /// images, and anything else that is not a sample
     #[arg(long, env = "ELBO_STRICT")]
+    #[merge(strategy = merge::bool::overwrite_false)]
     pub(crate) strict: bool,
     /// How to combine the scores of a class's prompts: max (the best prompt counts) or mean (--keep then counts classes)
     /// [default: max]
@@ -103,6 +108,7 @@ pub(crate) struct JobArgs {
     /// LoRA (a file, or peft's directory) to merge into the model, with a scale [default: 1] (repeatable)
     #[arg(long, env = "ELBO_LORA", value_name = "FILE[:SCALE]")]
     #[serde(deserialize_with = "one_or_many")]
+    #[merge(strategy = merge::vec::overwrite_empty)]
     pub(crate) lora: Vec<String>,
     /// A CLIP, SigLIP or OpenCLIP model that picks the K prompts that the model evaluates
     #[arg(long, env = "ELBO_SHORTLIST", value_name = "MODEL:K", conflicts_with = "candidates")]
@@ -144,10 +150,12 @@ pub(crate) struct JobArgs {
     /// Prompts (classes with --prompt-ensemble mean) kept after each stage of the reference [default: 5,1]
     #[arg(long, env = "ELBO_KEEP", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
+    #[merge(strategy = merge::vec::overwrite_empty)]
     pub(crate) keep: Vec<u32>,
     /// Total timesteps evaluated by the end of each stage [default: 25,250; exhaustive: 100]
     #[arg(long, env = "ELBO_SAMPLES", value_delimiter = ',', value_name = "N,N")]
     #[serde(deserialize_with = "one_or_many")]
+    #[merge(strategy = merge::vec::overwrite_empty)]
     pub(crate) samples: Vec<u32>,
     /// Noises per timestep [default: 1]
     #[arg(long, env = "ELBO_TRIALS", value_name = "N")]
@@ -190,6 +198,7 @@ pub(crate) struct JobArgs {
     /// Also write the error of every evaluation
     #[arg(long, env = "ELBO_WRITE_ERRORS")]
     #[serde(alias = "write-errors")]
+    #[merge(strategy = merge::bool::overwrite_false)]
     pub(crate) write_errors: bool,
     /// Labels for the report: `parent` (the image's directory), a CSV file with the columns key,label, a column of the list or
     /// Parquet files (for .tar shards the extension of a member, or a field of the .json member), or `none` [default: the
@@ -269,9 +278,10 @@ impl JobSource {
         let Some(path) = &self.job else { return Ok(self.flags.clone()) };
         let text = files::read_given_to_string(path)
             .map_err(|e| anyhow::anyhow!("reading the job file {}: {e}", path.display()))?;
-        let file: JobArgs =
-            toml::from_str(&text).map_err(|e| usage(format!("the job file {}: {e}", path.display())))?;
-        Ok(self.flags.clone().over(file))
+        let file = toml::from_str(&text).map_err(|e| usage(format!("the job file {}: {e}", path.display())))?;
+        let mut flags = self.flags.clone();
+        flags.merge(file);
+        Ok(flags)
     }
 }
 
@@ -279,57 +289,6 @@ impl JobArgs {
     /// The number of images of a pilot.
     pub(crate) fn pilot_images(&self) -> Option<u64> {
         self.pilot.map(|images| u64::from(images.get()))
-    }
-
-    /// These flags, with missing values taken from a file.
-    fn over(self, file: Self) -> Self {
-        let many = |flags: Vec<u32>, file: Vec<u32>| if flags.is_empty() { file } else { flags };
-        Self {
-            images: self.images.or(file.images),
-            classes: self.classes.or(file.classes),
-            class_map: self.class_map.or(file.class_map),
-            hierarchy: self.hierarchy.or(file.hierarchy),
-            template: if self.template.is_empty() { file.template } else { self.template },
-            candidates: self.candidates.or(file.candidates),
-            image_column: self.image_column.or(file.image_column),
-            list_origins: if self.list_origins.is_empty() { file.list_origins } else { self.list_origins },
-            prompt_ensemble: self.prompt_ensemble.or(file.prompt_ensemble),
-            model: self.model.or(file.model),
-            lora: if self.lora.is_empty() { file.lora } else { self.lora },
-            shortlist: self.shortlist.or(file.shortlist),
-            policy: self.policy.or(file.policy),
-            risk: self.risk.or(file.risk),
-            max_slots: self.max_slots.or(file.max_slots),
-            timesteps_from: self.timesteps_from.or(file.timesteps_from),
-            pilot: self.pilot.or(file.pilot),
-            audit: self.audit.or(file.audit),
-            abstain_below: self.abstain_below.or(file.abstain_below),
-            calibration_from: self.calibration_from.or(file.calibration_from),
-            keep: many(self.keep, file.keep),
-            samples: many(self.samples, file.samples),
-            trials: self.trials.or(file.trials),
-            preset: self.preset.or(file.preset),
-            loss: self.loss.or(file.loss),
-            dtype: self.dtype.or(file.dtype),
-            size: self.size.or(file.size),
-            timestep_shift: self.timestep_shift.or(file.timestep_shift),
-            seed: self.seed.or(file.seed),
-            noise: self.noise.or(file.noise),
-            noise_scope: self.noise_scope.or(file.noise_scope),
-            top_k: self.top_k.or(file.top_k),
-            strict: self.strict || file.strict,
-            write_errors: self.write_errors || file.write_errors,
-            label_from: self.label_from.or(file.label_from),
-            limit: self.limit.or(file.limit),
-            shard_size: self.shard_size.or(file.shard_size),
-            out: self.out.or(file.out),
-            device: self.device.or(file.device),
-            workers: self.workers.or(file.workers),
-            batch: self.batch.or(file.batch),
-            decode_memory: self.decode_memory.or(file.decode_memory),
-            max_bad: self.max_bad.or(file.max_bad),
-            progress: self.progress.or(file.progress),
-        }
     }
 }
 
@@ -366,9 +325,12 @@ mod tests {
 
     #[test]
     fn flags_override_the_file() {
-        let file = JobArgs { seed: Some(1), limit: Some(9), ..JobArgs::default() };
-        let flags = JobArgs { seed: Some(2), ..JobArgs::default() };
-        let merged = flags.over(file);
-        assert_eq!((merged.seed, merged.limit), (Some(2), Some(9)));
+        let file: JobArgs =
+            toml::from_str("seed = 1\nlimit = 9\nkeep = [5, 1]\nsamples = [50]\nstrict = true").unwrap();
+        let mut flags = JobArgs { seed: Some(2), keep: vec![3], write_errors: true, ..JobArgs::default() };
+        flags.merge(file);
+        assert_eq!((flags.seed, flags.limit), (Some(2), Some(9)));
+        assert_eq!((flags.keep, flags.samples), (vec![3], vec![50]));
+        assert!(flags.strict && flags.write_errors);
     }
 }

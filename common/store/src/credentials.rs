@@ -5,8 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use configparser::ini::{Ini, IniDefault};
+
+use super::profile_keys::ProfileKeys;
 
 /// Settings, by their lowercase names in [`object_store`].
 pub(super) type Settings = Vec<(String, String)>;
@@ -112,8 +115,9 @@ const AWS_CREDENTIALS: [&str; 6] = [
     "AWS_SKIP_SIGNATURE",
 ];
 
-/// The settings of S3; the error says what is wrong with the profile.
-pub(super) fn s3(environment: &Environment) -> Result<Settings, String> {
+/// The settings of S3, and the profile whose keys have to be fetched, if there is one. The error says what is wrong with the
+/// profile.
+pub(super) fn s3(environment: &Environment) -> Result<(Settings, Option<Arc<ProfileKeys>>), String> {
     let mut settings = Settings::new();
     let profile = Profile::read(environment)?;
     let mut take = |key: &str, name: &str| settings.extend(profile.get(key).map(|value| (name.to_owned(), value)));
@@ -123,19 +127,25 @@ pub(super) fn s3(environment: &Environment) -> Result<Settings, String> {
     if !environment.has_any(&["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"]) {
         take("endpoint_url", "aws_endpoint_url");
     }
+    let mut fetched = None;
     if !environment.has_any(&AWS_CREDENTIALS) {
-        profile.check_kind()?;
-        take("aws_access_key_id", "aws_access_key_id");
-        take("aws_secret_access_key", "aws_secret_access_key");
-        take("aws_session_token", "aws_session_token");
+        if profile.has_plain_keys() {
+            take("aws_access_key_id", "aws_access_key_id");
+            take("aws_secret_access_key", "aws_secret_access_key");
+            take("aws_session_token", "aws_session_token");
+        } else if profile.is_found {
+            fetched = Some(ProfileKeys::of(&profile.name));
+        }
     }
     settings.extend(environment.starting_with("AWS_"));
-    Ok(settings)
+    Ok((settings, fetched))
 }
 
 /// A profile of the AWS command line: its settings in `credentials` and `config`.
 struct Profile {
     name: String,
+    /// Whether one of the files has a section for it.
+    is_found: bool,
     keys: BTreeMap<String, Option<String>>,
 }
 
@@ -143,7 +153,7 @@ impl Profile {
     fn read(environment: &Environment) -> Result<Self, String> {
         let chosen = environment.get("AWS_PROFILE");
         let name = chosen.unwrap_or("default").to_owned();
-        let mut found = false;
+        let mut is_found = false;
         let mut keys = BTreeMap::new();
         // `credentials` takes precedence over `config`.
         for (variable, usual, section) in [
@@ -161,15 +171,15 @@ impl Profile {
                 format!("{} is not a file of AWS profiles: line {line} can't be parsed", path.display())
             })?;
             if let Some(section) = sections.get(&section) {
-                found = true;
+                is_found = true;
                 keys.extend(section.clone());
             }
         }
         match chosen {
-            Some(name) if !found && !environment.has_any(&AWS_CREDENTIALS) => Err(format!(
+            Some(name) if !is_found && !environment.has_any(&AWS_CREDENTIALS) => Err(format!(
                 "AWS_PROFILE is '{name}', but neither ~/.aws/credentials nor ~/.aws/config has such a profile: correct the name (`aws configure list-profiles` lists them)"
             )),
-            _ => Ok(Self { name, keys }),
+            _ => Ok(Self { name, is_found, keys }),
         }
     }
 
@@ -177,20 +187,9 @@ impl Profile {
         self.keys.get(key).cloned().flatten().filter(|value| !value.is_empty())
     }
 
-    /// Refuses a profile whose keys the AWS command line has to fetch first.
-    fn check_kind(&self) -> Result<(), String> {
-        if self.get("aws_access_key_id").is_some() {
-            return Ok(());
-        }
-        let fetched =
-            ["sso_session", "sso_start_url", "credential_process", "role_arn", "credential_source", "login_session"];
-        match fetched.iter().find(|key| self.get(key).is_some()) {
-            Some(key) => Err(format!(
-                "the AWS profile '{name}' gets its keys by {key}, which elbo does not support: run `eval \"$(aws configure export-credentials --profile {name} --format env)\"` first, which sets variables elbo understands",
-                name = self.name
-            )),
-            None => Ok(()),
-        }
+    /// Whether its keys stand in the files. Those beside a role are the role's source.
+    fn has_plain_keys(&self) -> bool {
+        self.get("aws_access_key_id").is_some() && self.get("role_arn").is_none()
     }
 }
 
@@ -237,38 +236,50 @@ mod tests {
     }
 
     const CREDENTIALS: &str = "# keys\n[default]\naws_access_key_id = AKIA1\naws_secret_access_key=a/b+c#d;e==\n\n[lab]\naws_access_key_id=AKIA2\naws_secret_access_key=two\naws_session_token=token\n";
-    const CONFIG: &str = "[default]\nregion = eu-west-1\ns3 =\n  max_concurrent_requests = 20\n  region = nested\n[profile lab]\nregion=us-west-2\nendpoint_url = http://localhost:9000\n[profile sso]\nsso_session = corp\nregion = x\n";
+    const CONFIG: &str = "[default]\nregion = eu-west-1\ns3 =\n  max_concurrent_requests = 20\n  region = nested\n[profile lab]\nregion=us-west-2\nendpoint_url = http://localhost:9000\n[profile sso]\nsso_session = corp\nregion = x\n[profile role]\nrole_arn = arn:aws:iam::1:role/r\naws_access_key_id = AKIA3\nsource_profile = role\n";
 
     #[test]
     fn the_default_profile_is_read_as_it_is_written() {
         let (_home, environment) = home(CREDENTIALS, CONFIG, &[]);
-        let settings = s3(&environment).unwrap();
+        let (settings, fetched) = s3(&environment).unwrap();
         assert_eq!(of(&settings, "aws_access_key_id"), Some("AKIA1"));
         assert_eq!(of(&settings, "aws_secret_access_key"), Some("a/b+c#d;e=="));
         assert_eq!(of(&settings, "aws_region"), Some("eu-west-1"));
         assert_eq!(of(&settings, "aws_endpoint_url"), None);
+        assert!(fetched.is_none());
     }
 
     #[test]
     fn a_named_profile_sets_token_region_and_endpoint() {
         let (_home, environment) = home(CREDENTIALS, CONFIG, &[("AWS_PROFILE", "lab")]);
-        let settings = s3(&environment).unwrap();
+        let (settings, fetched) = s3(&environment).unwrap();
         assert_eq!(of(&settings, "aws_access_key_id"), Some("AKIA2"));
         assert_eq!(of(&settings, "aws_session_token"), Some("token"));
         assert_eq!(of(&settings, "aws_region"), Some("us-west-2"));
         assert_eq!(of(&settings, "aws_endpoint_url"), Some("http://localhost:9000"));
+        assert!(fetched.is_none());
+    }
+
+    #[test]
+    fn keys_that_a_profile_does_not_hold_are_fetched() {
+        let fetches = |variables: &[(&str, &str)]| s3(&home(CREDENTIALS, CONFIG, variables).1).unwrap().1.is_some();
+        assert!(fetches(&[("AWS_PROFILE", "sso")]));
+        // The keys beside a role are those that may take it.
+        assert!(fetches(&[("AWS_PROFILE", "role")]));
+        assert!(!fetches(&[("AWS_PROFILE", "sso"), ("AWS_ACCESS_KEY_ID", "AKIA9")]));
+        assert!(!fetches(&[("AWS_PROFILE", "sso"), ("AWS_SKIP_SIGNATURE", "true")]));
     }
 
     #[test]
     fn the_environment_wins_and_keys_are_never_mixed() {
         let variables = [("AWS_PROFILE", "lab"), ("AWS_ACCESS_KEY_ID", "AKIA9"), ("AWS_SECRET_ACCESS_KEY", "nine")];
         let (_home, environment) = home(CREDENTIALS, CONFIG, &variables);
-        let settings = s3(&environment).unwrap();
+        let (settings, _) = s3(&environment).unwrap();
         assert_eq!(of(&settings, "aws_access_key_id"), Some("AKIA9"));
         assert_eq!(of(&settings, "aws_session_token"), None, "a token of another key makes every request fail");
         assert_eq!(of(&settings, "aws_region"), Some("us-west-2"));
         let (_home, environment) = home(CREDENTIALS, CONFIG, &[("AWS_REGION", "here"), ("AWS_SKIP_SIGNATURE", "true")]);
-        let settings = s3(&environment).unwrap();
+        let (settings, _) = s3(&environment).unwrap();
         assert_eq!((of(&settings, "aws_region"), of(&settings, "aws_access_key_id")), (Some("here"), None));
     }
 
@@ -276,13 +287,12 @@ mod tests {
     fn profiles_that_cannot_be_used_say_what_to_do() {
         let refused = |variables: &[(&str, &str)]| s3(&home(CREDENTIALS, CONFIG, variables).1).unwrap_err();
         assert!(refused(&[("AWS_PROFILE", "nobody")]).contains("'nobody'"));
-        let sso = refused(&[("AWS_PROFILE", "sso")]);
-        assert!(sso.contains("sso_session") && sso.contains("export-credentials --profile sso --format env"), "{sso}");
         assert!(refused(&[("AWS_CONFIG_FILE", "/no/such/file")]).contains("/no/such/file"));
         let (_home, broken) = home("[default]\naws_secret_access_key = hush\n[lab\n", "", &[]);
         let error = s3(&broken).unwrap_err();
         assert!(error.contains("line 3") && !error.contains("hush"), "{error}");
-        assert!(s3(&Environment::default()).unwrap().is_empty());
+        let (settings, fetched) = s3(&Environment::default()).unwrap();
+        assert!(settings.is_empty() && fetched.is_none());
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! Before a job starts, [`preflight`] checks that the store can hold the job's ledger.
 
 pub mod checksum;
+#[cfg(test)]
+mod contract_tests;
 mod credentials;
 mod error;
 pub mod files;
@@ -15,6 +17,7 @@ mod open;
 pub mod pace;
 pub mod parquet_file;
 pub mod preflight;
+mod profile_keys;
 mod redact;
 mod redirect;
 pub mod retry;

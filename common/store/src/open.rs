@@ -59,8 +59,12 @@ fn open_in(url: &Url, environment: &Environment, skipped: &Arc<Skipped>) -> Resu
     let http = ClientConfigKey::AllowHttp;
     let store: Box<dyn ObjectStore> = match scheme {
         ObjectStoreScheme::AmazonS3 => {
-            let options = credentials::s3(environment).map_err(settings)?;
+            let (options, fetched) = credentials::s3(environment).map_err(settings)?;
             let builder = configured!(AmazonS3Builder, url, options, skipped);
+            let builder = match fetched {
+                Some(keys) => builder.with_credentials(keys),
+                None => builder,
+            };
             let endpoint = [AmazonS3ConfigKey::S3Endpoint, AmazonS3ConfigKey::Endpoint];
             let endpoint = endpoint.iter().find_map(|key| builder.get_config_value(key));
             let allowed = builder.get_config_value(&AmazonS3ConfigKey::Client(http));
