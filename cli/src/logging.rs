@@ -36,8 +36,8 @@ impl Logs {
 /// Starts logging, and tracing if requested. `ELBO_LOG` (like `RUST_LOG`) overrides what is logged.
 pub(crate) fn start(service: bool, format: LogFormat, runtime: &Handle) -> anyhow::Result<Logs> {
     // The ledger's database logs much about its housekeeping, so only its warnings are logged, and its retries on a failing
-    // store.
-    let default = if service { "info,slatedb=warn" } else { "warn,slatedb=error" };
+    // store. What stops the AWS library is in the store's own errors.
+    let default = if service { "info,slatedb=warn,aws_config=off" } else { "warn,slatedb=error,aws_config=off" };
     let filter = match std::env::var("ELBO_LOG") {
         Ok(wanted) if !wanted.is_empty() => EnvFilter::try_new(&wanted).map_err(|e| {
             usage(format!(

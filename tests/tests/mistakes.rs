@@ -47,12 +47,14 @@ impl Case {
 fn impossible_flags_are_bad_usage() {
     let outs = TempDir::new().unwrap();
     let with = |flags: Vec<&'static str>| Case { flags, ..Case::new(&outs) };
-    with(vec!["--keep", "5,1", "--samples", "20"]).fails(2, &["--keep has 2 stages", "same number"]);
-    with(vec!["--keep", "11,1", "--samples", "20,100"]).fails(2, &["--keep 11", "use at most 10"]);
+    with(vec!["--keep", "5,1", "--samples", "20"]).fails(2, &["--keep and --samples: 2 stages", "same number"]);
+    with(vec!["--keep", "11,1", "--samples", "20,100"])
+        .fails(2, &["--keep: a stage can't keep 11 of 10", "use at most 10"]);
     with(vec!["--keep", "1,5", "--samples", "20,100"]).fails(2, &["must not grow"]);
-    with(vec!["--keep", "5,1", "--samples", "20,2000"]).fails(2, &["--samples 2000", "1000 timesteps"]);
+    with(vec!["--keep", "5,1", "--samples", "20,2000"]).fails(2, &["--samples: 2000 timesteps", "use at most 1000"]);
     with(vec!["--policy", "exhaustive", "--keep", "5"]).fails(2, &["--keep has no meaning"]);
-    with(vec!["--policy", "exhaustive", "--samples", "5,10"]).fails(2, &["one value"]);
+    with(vec!["--policy", "exhaustive", "--samples", "5,10"])
+        .fails(2, &["--samples: the exhaustive policy", "one number of timesteps"]);
     with(vec!["--preset", "cats"]).fails(2, &["unknown preset 'cats'", "pets"]);
     with(vec!["--loss", "l3"]).fails(2, &["unknown loss 'l3'"]);
     with(vec!["--dtype", "f8"]).fails(2, &["unknown dtype 'f8'", "bf16"]);

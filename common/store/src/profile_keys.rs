@@ -12,6 +12,7 @@ use aws_config::default_provider::credentials::DefaultCredentialsChain;
 use aws_config::provider_config::ProviderConfig;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::ProvideCredentials;
+use aws_credential_types::provider::error::CredentialsError;
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use elbo_core::causes::with_causes;
 use object_store::aws::AwsCredential;
@@ -20,6 +21,8 @@ use tokio::sync::{Mutex, OnceCell};
 
 /// How long before they expire keys are fetched again, as the AWS command line does.
 const EARLY: Duration = Duration::from_secs(5 * 60);
+/// How errors begin that no further attempt mends.
+pub(super) const UNUSABLE: &str = "the AWS profile can't be used";
 
 /// The keys of a profile, fetched when they are first needed.
 #[derive(Debug)]
@@ -64,6 +67,21 @@ impl ProfileKeys {
         Arc::clone(all.entry(profile.to_owned()).or_insert_with(|| Arc::new(new())))
     }
 
+    fn failed(&self, error: &CredentialsError) -> Error {
+        let what = match error {
+            CredentialsError::CredentialsNotLoaded(_) | CredentialsError::InvalidConfiguration(_) => UNUSABLE,
+            _ => "fetching the keys of the AWS profile failed",
+        };
+        let source = format!(
+            "{what}, '{profile}': {}; `aws sts get-caller-identity --profile {profile}` should succeed first (`aws sso login \
+             --profile {profile}` signs in), or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true \
+             for a public bucket",
+            with_causes(error),
+            profile = self.profile
+        );
+        Error::Generic { store: "S3", source: source.into() }
+    }
+
     /// What follows the profile's settings, and after them this machine's own role.
     async fn chain(&self) -> &DefaultCredentialsChain {
         let make = || async {
@@ -98,16 +116,7 @@ impl CredentialProvider for ProfileKeys {
                 );
                 Ok(Arc::clone(&still.keys))
             }
-            (Err(error), _) => {
-                let source = format!(
-                    "the AWS profile '{profile}' gives no keys: {error}; \
-                     `aws sts get-caller-identity --profile {profile}` should succeed first (`aws sso login --profile {profile}` \
-                     signs in), or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
-                    profile = self.profile,
-                    error = with_causes(&error)
-                );
-                Err(Error::Generic { store: "S3", source: source.into() })
-            }
+            (Err(error), _) => Err(self.failed(&error)),
         }
     }
 }

@@ -5,6 +5,7 @@ use object_store::Error;
 use object_store::client::HttpError;
 
 use super::pace::TooSlow;
+use super::profile_keys::UNUSABLE;
 
 /// Whether the same operation may succeed later: the store was overloaded or unreachable, or the response broke off.
 ///
@@ -48,9 +49,10 @@ fn is_unusable(error: &HttpError) -> bool {
     said.iter().any(|text| signs.iter().any(|sign| text.contains(sign)))
 }
 
-/// Permanent errors without a status: an unsupported kind of URL, the wrong region, or a range that the object does not have.
-const LASTING: [&str; 4] =
-    ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at"];
+/// Permanent errors without a status: an unsupported kind of URL, the wrong region, a range that the object does not have, or
+/// a profile without usable settings.
+const LASTING: [&str; 5] =
+    ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at", UNUSABLE];
 
 /// The HTTP status in the text of an error of [`object_store`]'s clients.
 pub(super) fn status(text: &str) -> Option<u16> {
