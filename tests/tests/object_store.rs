@@ -350,14 +350,6 @@ fn keys_from_another_program_are_kept_until_they_are_about_to_expire() {
     // `label` and `verify` fetch them once each.
     assert_eq!(calls("steady"), 2);
     assert!(calls("brief") > 4);
-
-    let role = "[profile role]\nrole_arn = arn:aws:iam::123456789012:role/labels\nsource_profile = nobody\n";
-    std::fs::write(home.path().join(".aws/config"), role).unwrap();
-    let variables = [("AWS_ENDPOINT_URL", server.endpoint), ("AWS_ALLOW_HTTP", "true".into())];
-    let mut refused = with_variables(elbo(), &variables);
-    refused.env("HOME", home.path()).env_remove("AWS_CONFIG_FILE").env("AWS_PROFILE", "role");
-    let words = ["the AWS profile can't be used, 'role'", "nobody", "--profile role"];
-    fails(refused.args(["verify", "s3://corpus/as-steady"]), 20, &words);
 }
 
 #[test]

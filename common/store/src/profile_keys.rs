@@ -17,7 +17,7 @@ use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use elbo_core::causes::with_causes;
 use object_store::aws::AwsCredential;
 use object_store::{CredentialProvider, Error, Result};
-use tokio::sync::{Mutex, OnceCell};
+use tokio::sync::Mutex;
 
 /// How long before they expire keys are fetched again, as the AWS command line does.
 const EARLY: Duration = Duration::from_secs(5 * 60);
@@ -28,7 +28,6 @@ pub(super) const UNUSABLE: &str = "the AWS profile can't be used";
 #[derive(Debug)]
 pub(super) struct ProfileKeys {
     profile: String,
-    chain: OnceCell<DefaultCredentialsChain>,
     /// The latest keys, and when they expire.
     kept: Mutex<Option<Kept>>,
 }
@@ -63,7 +62,7 @@ impl ProfileKeys {
     pub(super) fn of(profile: &str) -> Arc<Self> {
         static ALL: LazyLock<std::sync::Mutex<BTreeMap<String, Arc<ProfileKeys>>>> = LazyLock::new(Default::default);
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Self { profile: profile.to_owned(), chain: OnceCell::new(), kept: Mutex::default() };
+        let new = || Self { profile: profile.to_owned(), kept: Mutex::default() };
         Arc::clone(all.entry(profile.to_owned()).or_insert_with(|| Arc::new(new())))
     }
 
@@ -82,17 +81,14 @@ impl ProfileKeys {
         Error::Generic { store: "S3", source: source.into() }
     }
 
-    /// What follows the profile's settings, and after them this machine's own role.
-    async fn chain(&self) -> &DefaultCredentialsChain {
-        let make = || async {
-            let client =
-                aws_smithy_http_client::Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
-            let config = ProviderConfig::default()
-                .with_http_client(client)
-                .with_behavior_version(Some(BehaviorVersion::latest()));
-            DefaultCredentialsChain::builder().profile_name(&self.profile).configure(config).build().await
-        };
-        self.chain.get_or_init(make).await
+    /// What follows the profile's settings, and after them this machine's own role. It is made anew for every fetch: after a
+    /// failure it no longer says what failed.
+    async fn chain(&self) -> DefaultCredentialsChain {
+        let client =
+            aws_smithy_http_client::Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+        let config =
+            ProviderConfig::default().with_http_client(client).with_behavior_version(Some(BehaviorVersion::latest()));
+        DefaultCredentialsChain::builder().profile_name(&self.profile).configure(config).build().await
     }
 }
 
