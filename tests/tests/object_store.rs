@@ -313,20 +313,24 @@ fn keys_and_endpoint_come_from_a_profile() {
     fails(command(&["verify", "s3://corpus/profile"]).env("AWS_PROFILE", "nobody"), 20, &["'nobody'", "list-profiles"]);
 }
 
+/// A command with a profile in `home`.
+fn with_profile(profile: &str, home: &Path, variables: &[(&'static str, String)]) -> Command {
+    let mut command = with_variables(elbo(), variables);
+    command.env("HOME", home).env_remove("AWS_CONFIG_FILE").env_remove("AWS_SHARED_CREDENTIALS_FILE");
+    command.env("AWS_ALLOW_HTTP", "true").env("AWS_PROFILE", profile);
+    command
+}
+
 /// Labels and verifies with a profile in `home`. No key appears in the most detailed log.
 fn label_as(profile: &str, home: &Path, variables: &[(&'static str, String)]) {
     let out = format!("s3://corpus/as-{profile}");
-    let on = |arguments: &[&str]| {
-        let mut command = with_variables(elbo(), variables);
-        command.env("HOME", home).env_remove("AWS_CONFIG_FILE").env_remove("AWS_SHARED_CREDENTIALS_FILE");
-        command.env("AWS_ALLOW_HTTP", "true").env("AWS_PROFILE", profile).args(arguments);
-        command
-    };
     let flags = job_flags(IMAGES.path(), Path::new(&out));
     let flags = with(flags, &[("--keep", "1"), ("--samples", "1")]);
-    let mut label = on(&["label"]);
-    assert_clean("the log", &run_ok(label.args(flags).env("ELBO_LOG", "trace,h2=info,hyper=info")).stderr);
-    assert_eq!(json(&mut on(&["verify", "--json", &out]))["ok"], true);
+    let mut label = with_profile(profile, home, variables);
+    label.arg("label").args(flags).env("ELBO_LOG", "trace,h2=info,hyper=info");
+    assert_clean("the log", &run_ok(&mut label).stderr);
+    let mut verify = with_profile(profile, home, variables);
+    assert_eq!(json(verify.args(["verify", "--json", &out]))["ok"], true);
 }
 
 #[test]
@@ -341,7 +345,7 @@ fn keys_from_another_program_are_kept_until_they_are_about_to_expire() {
         std::fs::write(&path, format!("echo called >> {}.calls\necho '{keys}'\n", path.display())).unwrap();
         format!("[profile {name}]\ncredential_process = sh {}\nregion = eu-west-1\n", path.display())
     };
-    let config = program("steady", "1 hour") + &program("brief", "1 minute");
+    let config = program("steady", "1 hour") + &program("brief", "now");
     std::fs::write(home.path().join(".aws/config"), config).unwrap();
     let calls = |name: &str| {
         label_as(name, home.path(), &[("AWS_ENDPOINT_URL", server.endpoint.clone())]);
@@ -349,6 +353,7 @@ fn keys_from_another_program_are_kept_until_they_are_about_to_expire() {
     };
     // `label` and `verify` fetch them once each.
     assert_eq!(calls("steady"), 2);
+    // Keys that have expired serve only the request that fetched them.
     assert!(calls("brief") > 4);
 }
 
@@ -357,10 +362,19 @@ fn a_role_is_taken_with_the_keys_of_another_profile() {
     let home = TempDir::new().unwrap();
     std::fs::create_dir(home.path().join(".aws")).unwrap();
     let config = format!(
-        "[profile base]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n[profile role]\nrole_arn = arn:aws:iam::123456789012:role/labels\nsource_profile = base\nregion = eu-west-1\n"
+        "[profile base]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n[profile role]\nrole_arn = arn:aws:iam::123456789012:role/labels\nsource_profile = base\nregion = eu-west-1\n[profile orphan]\nrole_arn = arn:aws:iam::123456789012:role/labels\nsource_profile = nobody\n"
     );
     std::fs::write(home.path().join(".aws/config"), config).unwrap();
     label_as("role", home.path(), &[("AWS_ENDPOINT_URL", moto().endpoint.clone())]);
+
+    let fails_as = |profile: &str, words: &[&str]| {
+        // A server that knows the keys of `base` alone; moto gives those of the role.
+        let server = S3sFs::start(true);
+        let variables = [("AWS_ENDPOINT_URL", server.endpoint), ("AWS_ENDPOINT_URL_STS", moto().endpoint.clone())];
+        fails(with_profile(profile, home.path(), &variables).args(["verify", "s3://corpus/as-role"]), 20, words);
+    };
+    fails_as("role", &["refuses these credentials"]);
+    fails_as("orphan", &["the AWS profile 'orphan' can't be used", "nobody", "--profile orphan"]);
 }
 
 #[test]
@@ -382,5 +396,7 @@ fn keys_are_fetched_with_the_token_of_a_single_sign_on() {
     std::fs::write(cache.join(format!("{name}.json")), token.to_string()).unwrap();
     let variables = [("AWS_ENDPOINT_URL", server.endpoint), ("AWS_ENDPOINT_URL_SSO", portal.url.clone())];
     label_as("sso", home.path(), &variables);
-    assert!(portal.asked().iter().all(|path| path.contains("account_id=123456789012")), "{:?}", portal.asked());
+    let asked = portal.asked();
+    // `label` and `verify`, once each.
+    assert!(asked.len() == 2 && asked.iter().all(|path| path.contains("account_id=123456789012")), "{asked:?}");
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use configparser::ini::{Ini, IniDefault};
 
-use super::profile_keys::ProfileKeys;
+use super::profile_keys::{ProfileKeys, WAYS};
 
 /// Settings, by their lowercase names in [`object_store`].
 pub(super) type Settings = Vec<(String, String)>;
@@ -133,8 +133,10 @@ pub(super) fn s3(environment: &Environment) -> Result<(Settings, Option<Arc<Prof
             take("aws_access_key_id", "aws_access_key_id");
             take("aws_secret_access_key", "aws_secret_access_key");
             take("aws_session_token", "aws_session_token");
-        } else if profile.is_found {
-            fetched = Some(ProfileKeys::of(&profile.name));
+        } else if profile.is_followed()? {
+            let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|name| environment.get(name));
+            let region = region.map(str::to_owned).or_else(|| profile.get("region"));
+            fetched = Some(ProfileKeys::of(&profile.name, region.as_deref()));
         }
     }
     settings.extend(environment.starting_with("AWS_"));
@@ -144,8 +146,6 @@ pub(super) fn s3(environment: &Environment) -> Result<(Settings, Option<Arc<Prof
 /// A profile of the AWS command line: its settings in `credentials` and `config`.
 struct Profile {
     name: String,
-    /// Whether one of the files has a section for it.
-    is_found: bool,
     keys: BTreeMap<String, Option<String>>,
 }
 
@@ -153,7 +153,7 @@ impl Profile {
     fn read(environment: &Environment) -> Result<Self, String> {
         let chosen = environment.get("AWS_PROFILE");
         let name = chosen.unwrap_or("default").to_owned();
-        let mut is_found = false;
+        let mut found = false;
         let mut keys = BTreeMap::new();
         // `credentials` takes precedence over `config`.
         for (variable, usual, section) in [
@@ -171,20 +171,31 @@ impl Profile {
                 format!("{} is not a file of AWS profiles: line {line} can't be parsed", path.display())
             })?;
             if let Some(section) = sections.get(&section) {
-                is_found = true;
+                found = true;
                 keys.extend(section.clone());
             }
         }
         match chosen {
-            Some(name) if !is_found && !environment.has_any(&AWS_CREDENTIALS) => Err(format!(
+            Some(name) if !found && !environment.has_any(&AWS_CREDENTIALS) => Err(format!(
                 "AWS_PROFILE is '{name}', but neither ~/.aws/credentials nor ~/.aws/config has such a profile: correct the name (`aws configure list-profiles` lists them)"
             )),
-            _ => Ok(Self { name, is_found, keys }),
+            _ => Ok(Self { name, keys }),
         }
     }
 
     fn get(&self, key: &str) -> Option<String> {
         self.keys.get(key).cloned().flatten().filter(|value| !value.is_empty())
+    }
+
+    /// Whether it says how its keys are fetched.
+    fn is_followed(&self) -> Result<bool, String> {
+        let Self { name, .. } = self;
+        if self.get("login_session").is_some() {
+            return Err(format!(
+                "the AWS profile '{name}' gets its keys by login_session, which elbo does not follow: add a profile with `credential_process = aws configure export-credentials --profile {name} --format process` to ~/.aws/config, and name it in AWS_PROFILE"
+            ));
+        }
+        Ok(WAYS.iter().any(|way| self.get(way).is_some()))
     }
 
     /// Whether its keys stand in the files. Those beside a role are the role's source.
@@ -236,7 +247,7 @@ mod tests {
     }
 
     const CREDENTIALS: &str = "# keys\n[default]\naws_access_key_id = AKIA1\naws_secret_access_key=a/b+c#d;e==\n\n[lab]\naws_access_key_id=AKIA2\naws_secret_access_key=two\naws_session_token=token\n";
-    const CONFIG: &str = "[default]\nregion = eu-west-1\ns3 =\n  max_concurrent_requests = 20\n  region = nested\n[profile lab]\nregion=us-west-2\nendpoint_url = http://localhost:9000\n[profile sso]\nsso_session = corp\nregion = x\n[profile role]\nrole_arn = arn:aws:iam::1:role/r\naws_access_key_id = AKIA3\nsource_profile = role\n";
+    const CONFIG: &str = "[default]\nregion = eu-west-1\ns3 =\n  max_concurrent_requests = 20\n  region = nested\n[profile lab]\nregion=us-west-2\nendpoint_url = http://localhost:9000\n[profile sso]\nsso_session = corp\nregion = x\n[profile region]\nregion = y\n[profile login]\nlogin_session = arn:aws:iam::1:user/me\n[profile role]\nrole_arn = arn:aws:iam::1:role/r\naws_access_key_id = AKIA3\nsource_profile = role\n";
 
     #[test]
     fn the_default_profile_is_read_as_it_is_written() {
@@ -268,6 +279,8 @@ mod tests {
         assert!(fetches(&[("AWS_PROFILE", "role")]));
         assert!(!fetches(&[("AWS_PROFILE", "sso"), ("AWS_ACCESS_KEY_ID", "AKIA9")]));
         assert!(!fetches(&[("AWS_PROFILE", "sso"), ("AWS_SKIP_SIGNATURE", "true")]));
+        // Without any, this machine's role is used.
+        assert!(!fetches(&[("AWS_PROFILE", "region")]));
     }
 
     #[test]
@@ -287,6 +300,8 @@ mod tests {
     fn profiles_that_cannot_be_used_say_what_to_do() {
         let refused = |variables: &[(&str, &str)]| s3(&home(CREDENTIALS, CONFIG, variables).1).unwrap_err();
         assert!(refused(&[("AWS_PROFILE", "nobody")]).contains("'nobody'"));
+        let login = refused(&[("AWS_PROFILE", "login")]);
+        assert!(login.contains("export-credentials --profile login --format process"), "{login}");
         assert!(refused(&[("AWS_CONFIG_FILE", "/no/such/file")]).contains("/no/such/file"));
         let (_home, broken) = home("[default]\naws_secret_access_key = hush\n[lab\n", "", &[]);
         let error = s3(&broken).unwrap_err();

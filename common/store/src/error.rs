@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use elbo_core::causes::{causes, with_causes};
+use elbo_core::causes::{causes, find_cause, with_causes};
 use elbo_core::text::{printable, shown};
 
 use super::pace::TooSlow;
+use super::profile_keys::KeysError;
 use super::redact::redact;
 use super::transient::{is_transient, status};
 
@@ -196,6 +197,10 @@ pub fn refusal(error: &object_store::Error) -> Option<&'static str> {
 /// The remedy for an error, if one is known.
 fn remedy(error: &object_store::Error) -> Option<&'static str> {
     use object_store::Error;
+    if find_cause::<KeysError>(error).is_some() {
+        // It has its own.
+        return None;
+    }
     let text = describe(error);
     let says = |sign: &str| text.contains(sign);
     if is_bucket_missing(error) {

@@ -5,7 +5,7 @@ use object_store::Error;
 use object_store::client::HttpError;
 
 use super::pace::TooSlow;
-use super::profile_keys::UNUSABLE;
+use super::profile_keys::KeysError;
 
 /// Whether the same operation may succeed later: the store was overloaded or unreachable, or the response broke off.
 ///
@@ -24,6 +24,9 @@ fn is_passing(store: &str, error: &(dyn std::error::Error + 'static)) -> bool {
         }
         if error.is::<TooSlow>() {
             return true;
+        }
+        if let Some(keys) = error.downcast_ref::<KeysError>() {
+            return keys.is_transient();
         }
         if let Some(http) = error.downcast_ref::<HttpError>() {
             return !is_unusable(http);
@@ -49,10 +52,9 @@ fn is_unusable(error: &HttpError) -> bool {
     said.iter().any(|text| signs.iter().any(|sign| text.contains(sign)))
 }
 
-/// Permanent errors without a status: an unsupported kind of URL, the wrong region, a range that the object does not have, or
-/// a profile without usable settings.
-const LASTING: [&str; 5] =
-    ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at", UNUSABLE];
+/// Permanent errors without a status: an unsupported kind of URL, the wrong region, or a range that the object does not have.
+const LASTING: [&str; 4] =
+    ["Unable to recognise URL", "redirect without LOCATION", "Wanted range starting at", "Range started at"];
 
 /// The HTTP status in the text of an error of [`object_store`]'s clients.
 pub(super) fn status(text: &str) -> Option<u16> {
