@@ -4,8 +4,9 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 use pulp::Simd;
 
 use super::cpu::{is_cpu_f32, values};
-use super::math::{Kernel, dispatch, gelu, gelu_tanh, quick_gelu, silu};
+use super::math::{gelu, gelu_tanh, quick_gelu, silu};
 use super::profile::{Part, timed};
+use super::simd::{Kernel, dispatch};
 
 /// An elementwise activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

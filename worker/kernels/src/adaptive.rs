@@ -4,9 +4,9 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{full_precision, is_cpu_f32, values, with_values};
-use super::math::dispatch;
 use super::norm::{LayerKernel, LayerOp};
 use super::profile::{Part, timed};
+use super::simd::dispatch;
 
 /// Rows `[B, K C]` of `K` shifts, scales and gates of `C` channels each, addressed by position.
 #[derive(Clone, Copy, Debug)]

@@ -7,8 +7,8 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail}
 
 use super::cpu::{full_precision, is_cpu_f32, values, with_values};
 use super::flash::{Attend, Pack, Plan, Scratch};
-use super::math::dispatch;
 use super::profile::{Part, timed};
+use super::simd::dispatch;
 
 /// Keys and values of `N` sequences, ready for attention.
 #[derive(Debug)]

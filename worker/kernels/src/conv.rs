@@ -4,17 +4,15 @@
 //! The image, or a strip of its rows, is copied to a zero-padded scratch buffer. If the convolution follows a group
 //! norm, the copy is normalised and activated on the way. The product then reads its patches directly from the buffer.
 
-use std::sync::OnceLock;
-
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use pulp::Simd;
 
 use super::cpu::{Rows, is_cpu_f32, values, with_optional};
 use super::gemm::{Gemm, Packed};
-use super::math::{Kernel, dispatch};
 use super::norm::{Affine, GroupNorm};
 use super::profile::{Part, timed};
-use super::winograd::{self, Winograd};
+use super::simd::{Kernel, dispatch};
+use super::winograd::{self, Convolve};
 
 /// Values of the padded copy per strip. A strip should stay in the second-level cache.
 const STRIP_VALUES: usize = 128 * 1024;
@@ -60,7 +58,6 @@ enum Weights {
     Packed {
         matrix: Packed,
         bias: Vec<f32>,
-        winograd: OnceLock<Winograd>,
     },
     /// Weight `[Cout, 3, 3, Cin]`.
     #[cfg(feature = "cuda")]
@@ -88,7 +85,7 @@ impl Conv2d {
                 Some(bias) => bias.to_vec1()?,
                 None => vec![0.0; outputs],
             };
-            Weights::Packed { matrix: Packed::new(9 * inputs, outputs, at), bias, winograd: OnceLock::new() }
+            Weights::Packed { matrix: Packed::new(9 * inputs, outputs, at), bias }
         } else {
             Self::elsewhere(weight, bias)?
         };
@@ -112,8 +109,8 @@ impl Conv2d {
         let flops = 2 * 9 * (x.elem_count() / (self.stride * self.stride)) * self.outputs;
         let whole = |operation: &dyn Fn() -> Result<Tensor>| timed(x, Part::Convolution, "conv2d", flops, operation);
         match &self.weights {
-            Weights::Packed { matrix, bias, winograd } => {
-                let op = Op { conv: self, matrix, bias, winograd, fused };
+            Weights::Packed { matrix, bias } => {
+                let op = Op { conv: self, matrix, bias, fused };
                 whole(&|| x.contiguous()?.apply_op1_no_bwd(&op))
             }
             // On a GPU the norm, the convolution and the additions are separate operations, each timed on its own.
@@ -163,7 +160,6 @@ struct Op<'a> {
     conv: &'a Conv2d,
     matrix: &'a Packed,
     bias: &'a [f32],
-    winograd: &'a OnceLock<Winograd>,
     fused: Fused<'a>,
 }
 
@@ -203,13 +199,12 @@ impl CustomOp1 for Op<'_> {
 }
 
 impl Op<'_> {
-    /// The transformed kernels, created for the first image that is large enough to use them.
-    fn winograd(&self, geometry: &Geometry) -> Option<&Winograd> {
-        let (conv, matrix) = (self.conv, self.matrix);
-        let suits = conv.stride == 1
+    /// Whether to use Winograd's method.
+    fn suits_winograd(&self, geometry: &Geometry) -> bool {
+        let conv = self.conv;
+        conv.stride == 1
             && conv.padding == Padding::Around
-            && winograd::suits(conv.inputs, conv.outputs, geometry.out_height, geometry.out_width);
-        suits.then(|| self.winograd.get_or_init(|| Winograd::new(conv.inputs, conv.outputs, matrix)))
+            && winograd::suits(conv.inputs, conv.outputs, geometry.out_height, geometry.out_width)
     }
 
     fn images(
@@ -221,11 +216,9 @@ impl Op<'_> {
         out: &mut Vec<f32>,
     ) -> Result<()> {
         let outputs = self.conv.outputs;
-        let winograd = self.winograd(geometry);
-        let strip = match winograd {
-            Some(_) => Winograd::strip(geometry.out_width, geometry.out_height),
-            None => geometry.strip(),
-        };
+        let suits_winograd = self.suits_winograd(geometry);
+        let strip =
+            if suits_winograd { winograd::strip(geometry.out_width, geometry.out_height) } else { geometry.strip() };
         let (mut scratch, mut tiles) = (vec![0.0; geometry.strip_len(strip)], winograd::Scratch::default());
         let offsets = geometry.offsets(strip);
         let segments: [usize; 3] = std::array::from_fn(|ky| ky * geometry.padded_width * geometry.channels);
@@ -248,10 +241,10 @@ impl Op<'_> {
                 let padded = &mut scratch[..geometry.strip_len(rows)];
                 dispatch(Pad { geometry, image, affine: affine.as_ref(), first, padded });
                 let residual = residual.map(|r| &r[part]);
-                if let Some(winograd) = winograd {
+                if suits_winograd {
                     let (width, out) = (geometry.out_width, &mut out[done..]);
                     let strip = winograd::Strip { padded: &scratch, rows, width, bias: &bias, residual, out };
-                    winograd.run(strip, &mut tiles);
+                    Convolve { kernels: self.matrix.view(), strip, scratch: &mut tiles }.run();
                     continue;
                 }
                 Gemm {

@@ -8,9 +8,9 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use super::activation::{Gate, geglu};
 use super::cpu::{Rows, values};
 use super::linear::{Linear, PackedLinear};
-use super::math::dispatch;
 use super::norm::{LayerKernel, LayerNorm};
 use super::profile::{Part, timed};
+use super::simd::dispatch;
 
 /// Positions per block.
 const BLOCK: usize = 32;

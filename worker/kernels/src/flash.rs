@@ -8,8 +8,9 @@
 
 use pulp::Simd;
 
-use super::gemm::{multiply, panels};
-use super::math::{Kernel, exp2, outline};
+use super::gemm::{has_many_registers, multiply, panels};
+use super::math::exp2;
+use super::simd::{Kernel, outline};
 
 /// Keys per block. Their scores for the widest panel take three quarters of a first-level cache.
 const BLOCK_KEYS: usize = 128;
@@ -109,7 +110,7 @@ impl Kernel for Attend<'_> {
         let Plan { heads, dim, .. } = self.plan;
         let channels = heads * dim;
         let scale = std::f32::consts::LOG2_E / (dim as f32).sqrt();
-        for (first, vectors) in panels(self.queries.div_ceil(S::F32_LANES)) {
+        for (first, vectors) in panels::<S>(self.queries.div_ceil(S::F32_LANES)) {
             let (first, width) = (first * S::F32_LANES, vectors * S::F32_LANES);
             let used = width.min(self.queries - first);
             for h in 0..heads {
@@ -247,8 +248,10 @@ impl<const NV: usize> Kernel for Product<'_, NV> {
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
         let mut m = 0;
-        if S::F32_LANES >= 16 {
+        if has_many_registers::<S>() {
             m = self.tiles::<S, 8>(simd, m);
+        } else {
+            m = self.tiles::<S, 6>(simd, m);
         }
         m = self.tiles::<S, 4>(simd, m);
         self.tiles::<S, 1>(simd, m);
@@ -265,9 +268,8 @@ impl<const NV: usize> Product<'_, NV> {
                 *row = &self.a[(m + r) * self.inner..][..self.inner];
             }
             if let Some(out) = vectors_mut::<S, NV>(self.out)[m..].first_chunk_mut::<MR>() {
-                let mut sums = if self.add { *out } else { [[simd.splat_f32s(0.0); NV]; MR] };
-                multiply(simd, &mut sums, &rows, self.b, self.inner);
-                *out = sums;
+                let sums = if self.add { *out } else { [[simd.splat_f32s(0.0); NV]; MR] };
+                *out = multiply(simd, sums, &rows, self.b, self.inner);
             }
             m += MR;
         }

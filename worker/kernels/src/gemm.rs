@@ -4,20 +4,38 @@
 //! a list of contiguous segments. A linear layer has one segment. A 3x3 convolution over a padded channels-last image
 //! has three (three neighbouring pixels each), so it is an implicit product that never writes a patch matrix.
 //!
-//! B is packed once into panels of up to three vectors of columns. A tile of rows by one panel stays in registers
-//! during the loop over the inner dimension. Remaining rows use smaller tiles, whose elements see the same operations
-//! in the same order.
+//! B is packed once into panels of a few vectors of columns. A tile of rows by one panel stays in registers during the
+//! loop over the inner dimension. Remaining rows use smaller tiles, whose elements see the same operations in the same
+//! order.
 
 use pulp::Simd;
 
-use super::math::{Kernel, dispatch, lanes, outline};
+use super::simd::{Kernel, dispatch, outline};
 
-/// Vectors of columns in the widest panel: with eight rows, 24 of AVX-512's 32 registers accumulate.
-const PANEL_VECTORS: usize = 3;
+/// Vectors of columns in the widest panel. Of 32 registers, 24 accumulate 8 rows by 3 vectors; of AVX2's 16, 12
+/// accumulate 6 rows by 2, which leaves room for a row of B and a value of A.
+const fn panel_vectors<S: Simd>() -> usize {
+    if has_many_registers::<S>() { 3 } else { 2 }
+}
+
+/// Whether a tile of 8 rows by 3 vectors fits the registers.
+pub(crate) const fn has_many_registers<S: Simd>() -> bool {
+    S::REGISTER_COUNT >= 32
+}
+
 /// Block size of the inner dimension, so that a panel's part stays in the first-level cache.
-const BLOCK_K: usize = 224;
-/// Rows per block for one block of the inner dimension.
-const BLOCK_M: usize = 192;
+const fn block_k<S: Simd>() -> usize {
+    if has_many_registers::<S>() { 224 } else { 320 }
+}
+
+/// Rows per block for one block of the inner dimension, so that they stay in the second-level cache.
+const fn block_m<S: Simd>() -> usize {
+    if has_many_registers::<S>() { MAX_BLOCK_M } else { 96 }
+}
+
+const MAX_BLOCK_M: usize = 192;
+/// From so many vectors of columns on, rows of A are copied next to each other before they are multiplied.
+const COPY_VECTORS: usize = 16;
 
 /// Matrix B `[k, n]`, packed in panels of columns.
 #[derive(Debug)]
@@ -31,23 +49,7 @@ pub(crate) struct Packed {
 impl Packed {
     /// Packs the matrix whose element in row `k` and column `n` is `at(k, n)`.
     pub(crate) fn new(k: usize, n: usize, at: impl Fn(usize, usize) -> f32) -> Self {
-        const LINE: usize = 16; // floats in a cache line: aligned loads never straddle two
-        let len = packed_len(k, n);
-        let mut data = vec![0.0; len + LINE];
-        let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
-        let columns: Vec<f32> = (0..n).flat_map(|n| (0..k).map(move |k| (k, n))).map(|(k, n)| at(k, n)).collect();
-        let column = |n: usize| columns.get(n * k..(n + 1) * k);
-        pack_transposed(k, n, &mut data[start..start + len], column);
-        Self { k, n, data, start }
-    }
-
-    /// The values of column `n`, starting at the first row.
-    pub(crate) fn column(&self, n: usize) -> impl Iterator<Item = f32> {
-        let lanes = lanes();
-        let panel = panels(self.n.div_ceil(lanes)).find(|(first, vectors)| n < (first + vectors) * lanes);
-        let (first, width) = panel.map_or((0, 1), |(first, vectors)| (first * lanes, vectors * lanes));
-        let values = &self.data[self.start + first * self.k + n - first..];
-        values.iter().copied().step_by(width).take(self.k)
+        dispatch(Pack { k, n, at })
     }
 
     /// A borrowed view.
@@ -63,34 +65,43 @@ pub(crate) struct PackedView<'a> {
     pub(crate) k: usize,
     /// Columns of B.
     pub(crate) n: usize,
-    /// The panels, at least `packed_len(k, n)` values.
+    /// The panels; columns that fill up the last vector are zero.
     pub(crate) data: &'a [f32],
 }
 
-/// Number of values in a packed matrix.
-fn packed_len(k: usize, n: usize) -> usize {
-    k * n.next_multiple_of(lanes())
+struct Pack<F> {
+    k: usize,
+    n: usize,
+    at: F,
 }
 
-/// Packs a `[k, n]` matrix whose columns are `column(n)`; missing columns are zero.
-fn pack_transposed<'a>(k: usize, n: usize, data: &mut [f32], column: impl Fn(usize) -> Option<&'a [f32]>) {
-    let lanes = lanes();
-    for (first, vectors) in panels(n.div_ceil(lanes)) {
-        let (width, first) = (vectors * lanes, first * lanes);
-        let panel = &mut data[first * k..][..width * k];
-        for j in 0..width {
-            let to = panel[j..].iter_mut().step_by(width);
-            match column(first + j).filter(|_| first + j < n) {
-                Some(column) => to.zip(column).for_each(|(to, from)| *to = *from),
-                None => to.for_each(|to| *to = 0.0),
+impl<F: Fn(usize, usize) -> f32> Kernel for Pack<F> {
+    type Output = Packed;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Packed {
+        const LINE: usize = 16; // floats in a cache line: aligned loads never straddle two
+        let Self { k, n, at } = self;
+        let vectors = n.div_ceil(S::F32_LANES);
+        let len = k * vectors * S::F32_LANES;
+        let mut data = vec![0.0; len + LINE];
+        let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        for (first, width) in panels::<S>(vectors) {
+            let (column, width) = (first * S::F32_LANES, width * S::F32_LANES);
+            let panel = &mut data[start + column * k..][..width * k];
+            for n in column..n.min(column + width) {
+                let to = panel[n - column..].iter_mut().step_by(width);
+                to.enumerate().for_each(|(k, to)| *to = at(k, n));
             }
         }
+        Packed { k, n, data, start }
     }
 }
 
 /// First vector and number of vectors of each panel; widths differ by at most one.
-pub(crate) fn panels(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = vectors.div_ceil(PANEL_VECTORS).max(1);
+#[inline(always)]
+pub(crate) fn panels<S: Simd>(vectors: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = vectors.div_ceil(panel_vectors::<S>()).max(1);
     let (base, extra) = (vectors / count, vectors % count);
     (0..count).map(move |i| (i * base + i.min(extra), base + usize::from(i < extra)))
 }
@@ -125,25 +136,68 @@ impl Gemm<'_> {
 
     /// Runs the product within another kernel.
     #[inline(always)]
-    pub(crate) fn run_within<S: Simd>(mut self, simd: S) {
-        let (k, vectors) = (self.b.k, self.b.n.div_ceil(S::F32_LANES));
-        for m0 in (0..self.rows.len()).step_by(BLOCK_M) {
-            let m1 = (m0 + BLOCK_M).min(self.rows.len());
-            for k0 in (0..k).step_by(BLOCK_K) {
-                let k1 = (k0 + BLOCK_K).min(k);
-                let (segment, within) = (k0 / self.segment_len, k0 % self.segment_len);
-                for (first, width) in panels(vectors) {
-                    let part = Part { gemm: &mut self, m0, m1, k0, k1, segment, within, first };
-                    let whole = (first + width) * S::F32_LANES <= part.gemm.b.n;
-                    match (width, whole) {
-                        (1, true) => outline(simd, Panel::<1, true>(part)),
-                        (1, false) => outline(simd, Panel::<1, false>(part)),
-                        (2, true) => outline(simd, Panel::<2, true>(part)),
-                        (2, false) => outline(simd, Panel::<2, false>(part)),
-                        (_, true) => outline(simd, Panel::<PANEL_VECTORS, true>(part)),
-                        (_, false) => outline(simd, Panel::<PANEL_VECTORS, false>(part)),
-                    }
+    pub(crate) fn run_within<S: Simd>(self, simd: S) {
+        let Self { a, rows, segments, segment_len, b, bias, residual, out, stride } = self;
+        let vectors = b.n.div_ceil(S::F32_LANES);
+        let copies = segments.len() > 1 || vectors >= COPY_VECTORS;
+        let mut copy = Vec::new();
+        let mut copied = [0; MAX_BLOCK_M];
+        for m0 in (0..rows.len()).step_by(block_m::<S>()) {
+            let rows = &rows[m0..rows.len().min(m0 + block_m::<S>())];
+            for k0 in (0..b.k).step_by(block_k::<S>()) {
+                let len = (b.k - k0).min(block_k::<S>());
+                let (a, rows, offset) = if copies {
+                    copy_rows(&mut copy, a, rows, &segments[k0 / segment_len..], segment_len, k0 % segment_len, len);
+                    copied.iter_mut().enumerate().for_each(|(row, offset)| *offset = row * len);
+                    (&copy[..], &copied[..rows.len()], 0)
+                } else {
+                    (a, rows, k0)
+                };
+                for (first, width) in panels::<S>(vectors) {
+                    let (column, width) = (first * S::F32_LANES, width * S::F32_LANES);
+                    let columns = width.min(b.n - column);
+                    let start = m0 * stride + column;
+                    let block = Block {
+                        a,
+                        rows,
+                        offset,
+                        panel: &b.data[column * b.k + k0 * width..][..len * width],
+                        columns,
+                        bias: bias.map(|bias| &bias[column..][..columns]),
+                        adds: k0 > 0,
+                        residual: residual.filter(|_| k0 + len == b.k).map(|residual| &residual[start..]),
+                        out: &mut out[start..],
+                        stride,
+                    };
+                    block.run(simd, len);
                 }
+            }
+        }
+    }
+}
+
+/// Appends `len` values of each row next to each other, so that few pages and no two lines of one cache set are read again
+/// and again, whatever the distance between rows.
+#[inline(always)]
+fn copy_rows(
+    copy: &mut Vec<f32>,
+    a: &[f32],
+    rows: &[usize],
+    segments: &[usize],
+    segment_len: usize,
+    within: usize,
+    len: usize,
+) {
+    copy.clear();
+    copy.reserve(rows.len() * len);
+    for row in rows {
+        let (mut within, mut left) = (within, len);
+        for segment in segments {
+            let part = (segment_len - within).min(left);
+            copy.extend_from_slice(&a[row + segment + within..][..part]);
+            (within, left) = (0, left - part);
+            if left == 0 {
+                break;
             }
         }
     }
@@ -158,99 +212,93 @@ impl Kernel for Gemm<'_> {
     }
 }
 
-/// Rows `m0..m1` times the panel that starts at vector `first`, over `k0..k1` of the inner dimension.
-struct Part<'p, 'g> {
-    gemm: &'p mut Gemm<'g>,
-    m0: usize,
-    m1: usize,
-    k0: usize,
-    k1: usize,
-    /// The segment that contains `k0`, and the position in it.
-    segment: usize,
-    within: usize,
-    first: usize,
+/// Some rows of A times a panel of B, over a part of the inner dimension.
+#[derive(Debug)]
+pub(crate) struct Block<'a> {
+    /// The buffer that holds A's rows.
+    pub(crate) a: &'a [f32],
+    /// Where each row is, from `offset` on.
+    pub(crate) rows: &'a [usize],
+    pub(crate) offset: usize,
+    /// The panel's part, row by row.
+    pub(crate) panel: &'a [f32],
+    /// The panel's columns; its last vector may have fewer than a whole one.
+    pub(crate) columns: usize,
+    /// Added to every row, unless `adds`.
+    pub(crate) bias: Option<&'a [f32]>,
+    /// Whether the product is added to what `out` holds.
+    pub(crate) adds: bool,
+    /// Added to the result, laid out like `out`.
+    pub(crate) residual: Option<&'a [f32]>,
+    /// The result: row `m` is at `m * stride`.
+    pub(crate) out: &'a mut [f32],
+    pub(crate) stride: usize,
+}
+
+impl Block<'_> {
+    /// Runs the product of `len` values of each row.
+    #[inline(always)]
+    pub(crate) fn run<S: Simd>(self, simd: S, len: usize) {
+        let vectors = self.columns.div_ceil(S::F32_LANES);
+        match (vectors, self.columns == vectors * S::F32_LANES) {
+            (1, true) => outline(simd, Panel::<1, true>(self, len)),
+            (1, false) => outline(simd, Panel::<1, false>(self, len)),
+            (2, true) => outline(simd, Panel::<2, true>(self, len)),
+            (2, false) => outline(simd, Panel::<2, false>(self, len)),
+            (_, true) => outline(simd, Panel::<3, true>(self, len)),
+            (_, false) => outline(simd, Panel::<3, false>(self, len)),
+        }
+    }
 }
 
 /// `NV` vectors of columns; unless `WHOLE`, the last one is partly beyond the last column. Making this a compile-time
 /// parameter keeps the sums of whole panels in registers throughout.
-struct Panel<'p, 'g, const NV: usize, const WHOLE: bool>(Part<'p, 'g>);
+struct Panel<'a, const NV: usize, const WHOLE: bool>(Block<'a>, usize);
 
-impl<const NV: usize, const WHOLE: bool> Kernel for Panel<'_, '_, NV, WHOLE> {
+impl<const NV: usize, const WHOLE: bool> Kernel for Panel<'_, NV, WHOLE> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let mut part = self.0;
-        let mut m = part.m0;
-        if S::F32_LANES >= 16 {
-            m = part.tiles::<S, 8, NV, WHOLE>(simd, m);
+    fn run<S: Simd>(mut self, simd: S) {
+        let mut m = 0;
+        if has_many_registers::<S>() {
+            m = self.tiles::<S, 8>(simd, m);
+        } else {
+            m = self.tiles::<S, 6>(simd, m);
         }
-        m = part.tiles::<S, 4, NV, WHOLE>(simd, m);
-        m = part.tiles::<S, 2, NV, WHOLE>(simd, m);
-        part.tiles::<S, 1, NV, WHOLE>(simd, m);
+        m = self.tiles::<S, 4>(simd, m);
+        m = self.tiles::<S, 2>(simd, m);
+        self.tiles::<S, 1>(simd, m);
     }
 }
 
-impl Part<'_, '_> {
+impl<const NV: usize, const WHOLE: bool> Panel<'_, NV, WHOLE> {
     /// Works on whole tiles of `MR` rows from row `m` on; returns the first row not done.
     #[inline(always)]
-    fn tiles<S: Simd, const MR: usize, const NV: usize, const WHOLE: bool>(&mut self, simd: S, mut m: usize) -> usize {
-        let all = self.gemm.rows;
-        while m + MR <= self.m1 {
-            if let Some(rows) = all[m..].first_chunk::<MR>() {
-                self.tile::<S, MR, NV, WHOLE>(simd, m, rows);
+    fn tiles<S: Simd, const MR: usize>(&mut self, simd: S, mut m: usize) -> usize {
+        let Self(block, len) = self;
+        let stride = block.stride;
+        while let Some(rows) = block.rows[m..].first_chunk::<MR>() {
+            let a: [&[f32]; MR] = std::array::from_fn(|r| &block.a[rows[r] + block.offset..][..*len]);
+            let out = &mut block.out[m * stride..];
+            let mut sums = [[simd.splat_f32s(0.0); NV]; MR];
+            if block.adds {
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    *sums = load::<S, NV, WHOLE>(simd, &out[r * stride..][..block.columns]);
+                }
+            } else if let Some(bias) = block.bias {
+                sums = [load::<S, NV, WHOLE>(simd, bias); MR];
+            }
+            let sums = multiply(simd, sums, &a, block.panel, *len);
+            let residual = block.residual.map(|residual| &residual[m * stride..]);
+            if WHOLE {
+                finish(simd, sums, residual, out, stride);
+            } else {
+                finish_partly(simd, &sums, residual, out, stride, block.columns);
             }
             m += MR;
         }
         m
-    }
-
-    #[inline(always)]
-    fn tile<S: Simd, const MR: usize, const NV: usize, const WHOLE: bool>(
-        &mut self,
-        simd: S,
-        m: usize,
-        rows: &[usize; MR],
-    ) {
-        let gemm = &mut *self.gemm;
-        let (k, n, width) = (gemm.b.k, gemm.b.n, NV * S::F32_LANES);
-        let column = self.first * S::F32_LANES;
-        let columns = if WHOLE { width } else { n - column };
-        let panel = &gemm.b.data[column * k..][..width * k];
-
-        let mut acc = [[simd.splat_f32s(0.0); NV]; MR];
-        if self.k0 > 0 {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                *acc = load::<S, NV, WHOLE>(simd, &gemm.out[(m + r) * gemm.stride + column..][..columns]);
-            }
-        } else if let Some(bias) = gemm.bias {
-            acc = [load::<S, NV, WHOLE>(simd, &bias[column..][..columns]); MR];
-        }
-
-        let (mut k0, mut within) = (self.k0, self.within);
-        for segment in &gemm.segments[self.segment..] {
-            let len = (gemm.segment_len - within).min(self.k1 - k0);
-            let offset = segment + within;
-            let b = &panel[k0 * width..][..len * width];
-            let mut a = [&gemm.a[..0]; MR];
-            for (a, row) in a.iter_mut().zip(rows) {
-                *a = &gemm.a[row + offset..][..len];
-            }
-            multiply(simd, &mut acc, &a, b, len);
-            (k0, within) = (k0 + len, 0);
-            if k0 == self.k1 {
-                break;
-            }
-        }
-
-        let start = m * gemm.stride + column;
-        let out = &mut gemm.out[start..];
-        let residual = gemm.residual.filter(|_| self.k1 == k).map(|r| &r[start..]);
-        if WHOLE {
-            finish(simd, acc, residual, out, gemm.stride);
-        } else {
-            finish_partly(simd, &acc, residual, out, gemm.stride, columns);
-        }
     }
 }
 
@@ -303,25 +351,20 @@ fn finish_partly<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
-/// The inner loop: `acc[r][v] += a[r][k] * b[k][v]`, k ascending.
+/// The inner loop: `sums[r][v] + sum_k a[r][k] * b[k][v]`, k ascending.
 ///
 /// Slices are cut to `len` values first, so that the loop has no bounds checks.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(
     simd: S,
-    acc: &mut [[S::f32s; NV]; MR],
+    mut sums: [[S::f32s; NV]; MR],
     a: &[&[f32]; MR],
     b: &[f32],
     len: usize,
-) {
+) -> [[S::f32s; NV]; MR] {
+    let a: [&[f32]; MR] = a.map(|a| &a[..len]);
     let b = &S::as_simd_f32s(b).0.as_chunks::<NV>().0[..len];
-    let mut cut = [&a[0][..0]; MR];
-    for (cut, a) in cut.iter_mut().zip(a) {
-        *cut = &a[..len];
-    }
-    let (a, mut sums) = (cut, *acc);
-    for k in 0..len {
-        let b = b[k];
+    for (k, b) in b.iter().enumerate() {
         for r in 0..MR {
             let a = simd.splat_f32s(a[r][k]);
             for v in 0..NV {
@@ -329,7 +372,7 @@ pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(
             }
         }
     }
-    *acc = sums;
+    sums
 }
 
 #[inline(always)]

@@ -45,6 +45,7 @@ mod math;
 mod norm;
 pub mod profile;
 mod shape;
+mod simd;
 #[cfg(test)]
 mod tests;
 mod unavailable;
@@ -60,3 +61,4 @@ pub use feed_forward::FeedForward;
 pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm};
 pub use shape::{Download, concat_channels, download, gather, upload, upsample_nearest2x};
+pub use simd::{InstructionSet, InstructionSetError};

@@ -3,51 +3,7 @@
 //! They work on scalars with explicit fused multiply-adds, so every register width (and a loop's remainder) gives the
 //! same bits. libm's functions are calls, which would keep the loops around them from vectorising.
 
-use pulp::{Arch, Simd, WithSimd};
-
-/// Code to run with the machine's widest vector instructions enabled.
-pub(crate) trait Kernel {
-    /// The kernel's result.
-    type Output;
-    /// Runs the kernel. Implementations are marked `inline(always)` so that they compile with the dispatcher's CPU
-    /// features.
-    fn run<S: Simd>(self, simd: S) -> Self::Output;
-}
-
-struct Adapter<K>(K);
-
-impl<K: Kernel> WithSimd for Adapter<K> {
-    type Output = K::Output;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> K::Output {
-        self.0.run(simd)
-    }
-}
-
-/// Runs a kernel with the best instruction set available at run time.
-pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
-    Arch::new().dispatch(Adapter(kernel))
-}
-
-/// Runs a kernel within another one as a separate function, so that it gets its own register allocation.
-#[inline(always)]
-pub(crate) fn outline<S: Simd, K: Kernel>(simd: S, kernel: K) -> K::Output {
-    simd.vectorize(Adapter(kernel))
-}
-
-/// Number of f32 lanes of the widest vectors used on this machine.
-pub(crate) fn lanes() -> usize {
-    struct Lanes;
-    impl Kernel for Lanes {
-        type Output = usize;
-        #[inline(always)]
-        fn run<S: Simd>(self, _: S) -> usize {
-            S::F32_LANES
-        }
-    }
-    dispatch(Lanes)
-}
+use pulp::Simd;
 
 /// 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;

@@ -7,8 +7,9 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use pulp::Simd;
 
 use super::cpu::{full_precision, is_cpu_f32, values};
-use super::math::{Kernel, dispatch, silu, sum};
+use super::math::{silu, sum};
 use super::profile::{Part, timed};
+use super::simd::{Kernel, dispatch};
 
 /// Pixels summed in f32 before the sum is added in f64.
 const BLOCK: usize = 64;

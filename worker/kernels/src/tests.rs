@@ -77,7 +77,7 @@ fn bits(t: &Tensor) -> Vec<u32> {
 
 fn exp2(x: &[f32]) -> Vec<f32> {
     struct Powers<'a>(&'a [f32]);
-    impl math::Kernel for Powers<'_> {
+    impl simd::Kernel for Powers<'_> {
         type Output = Vec<f32>;
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) -> Vec<f32> {
@@ -89,7 +89,7 @@ fn exp2(x: &[f32]) -> Vec<f32> {
             powers
         }
     }
-    math::dispatch(Powers(x))
+    simd::dispatch(Powers(x))
 }
 
 #[test]
@@ -383,6 +383,79 @@ fn an_image_gives_the_same_bits_alone_and_in_a_batch() {
             assert_eq!(bits(&gather(whole, &[b]).unwrap()), bits(alone));
         }
     }
+}
+
+/// The bits that each kernel gives, on shapes with remainders in every dimension that it divides.
+fn bits_of_every_kernel() -> Vec<(&'static str, Vec<u32>)> {
+    let mut found = Vec::new();
+    let mut add = |name, tensor: Result<Tensor>| found.push((name, bits(&tensor.unwrap())));
+    let (x, bias) = (random((2, 101, 700), 1), random(150, 2));
+    for outputs in [1, 17, 64, 150] {
+        let layer = Linear::new(&random((outputs, 700), 3), Some(&bias.narrow(0, 0, outputs).unwrap())).unwrap();
+        let residual = random((1, 101, outputs), 4);
+        add("linear", layer.forward(&x, Some(Rows::indexed(&residual, &[0, 0]))));
+    }
+    let norm = GroupNorm::new(4, 1e-5, &random(48, 5), &random(48, 6)).unwrap();
+    let shift = random((2, 80), 7);
+    for (height, stride, padding) in [(20, 1, Padding::Around), (7, 1, Padding::Around), (9, 2, Padding::After)] {
+        let conv = Conv2d::new(&random((80, 48, 3, 3), 8), Some(&random(80, 9)), stride, padding).unwrap();
+        let fused = Fused { norm: Some(&norm), shift: Some(Rows::direct(&shift)), residual: None };
+        add("conv2d", conv.forward(&random((2, height, 18, 48), 10), fused));
+    }
+    for (dim, keys) in [(40, 77), (8, 300)] {
+        let (k, v) = (random((1, keys, 2 * dim), 11), random((1, keys, 2 * dim), 12));
+        let cache = KeyValues::new(&k, &v, 2).unwrap();
+        add("cross-attention", cross_attention(&random((1, 53, 2 * dim), 13), &cache, &[(0, 0)]));
+        for causal in [false, true] {
+            add("self-attention", self_attention(&random((1, 150, 6 * dim), 14), 2, causal));
+        }
+    }
+    let x = random((2, 37, 52), 15);
+    add("group-norm", GroupNorm::new(4, 1e-5, &random(52, 16), &random(52, 17)).unwrap().forward(&x, true));
+    add("layer-norm", LayerNorm::new(1e-5, &random(52, 16), &random(52, 17)).unwrap().forward(&x));
+    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::GeluTanh] {
+        add("activation", activate(&x, activation));
+    }
+    add("geglu", geglu(&x));
+    let rows = random((2, 4 * 52), 18);
+    add("adaptive-norm", Modulation::new(&rows, 52).normalise(&x, 1e-6, 3, 1));
+    add("gate", Modulation::new(&rows, 52).gate(&x, &random((2, 37, 52), 19), 2));
+    add("query-key-norm", QueryKeyNorm::new(1e-6, &random(13, 20), &random(13, 21)).forward(&random((2, 9, 78), 22)));
+    let (noisy, targets, mix) = (random((2, 5, 4, 3), 23), random((2, 5, 4, 3), 24), random((2, 2), 25));
+    let deviation = Deviation::Huber;
+    let of = MeanErrors { noisy: &noisy, targets: &targets, mix: &mix, points: &[0, 1, 1], deviation };
+    add("mean-errors", mean_errors(&random((3, 5, 4, 3), 26), &of));
+    found
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    if !device().is_cpu() || dtype().0 != DType::F32 {
+        return;
+    }
+    let usual = bits_of_every_kernel();
+    let available = InstructionSet::available();
+    for set in InstructionSet::ALL {
+        if !available.contains(&set) {
+            println!("{set} can't be tested on this processor");
+            continue;
+        }
+        for (usual, found) in usual.iter().zip(simd::with(set, bits_of_every_kernel)) {
+            assert!(*usual == found, "{} differs with {set}", found.0);
+        }
+    }
+}
+
+#[test]
+fn an_instruction_set_is_known_by_its_name() {
+    for set in InstructionSet::available() {
+        assert_eq!(set.name().parse(), Ok(set));
+    }
+    let unknown = "sse9".parse::<InstructionSet>().unwrap_err().to_string();
+    assert!(unknown.contains("'sse9'") && unknown.contains("avx512"), "{unknown}");
+    let missing = InstructionSet::ALL.into_iter().find(|set| !set.is_available()).unwrap();
+    let error = missing.name().parse::<InstructionSet>().unwrap_err().to_string();
+    assert!(error.contains("lacks") && error.contains("scalar"), "{error}");
 }
 
 #[test]

@@ -2,32 +2,30 @@
 //! four outputs, where direct convolution takes 36.
 //!
 //! Tiles of 4x4 input pixels, two apart, are transformed by `B^T d B`. A matrix product over the channels follows for
-//! each of the 16 positions in a tile, with kernels that were transformed once by `G g G^T`. `A^T m A` of the 16
-//! results gives 2x2 outputs. B and A contain only 0, 1 and -1, so the only loss of precision comes from a few more
-//! additions.
+//! each of the 16 positions in a tile, with kernels transformed by `G g G^T`. `A^T m A` of the 16 results gives 2x2
+//! outputs. B and A contain only 0, 1 and -1 and G only halves besides, so the only loss of precision comes from a few
+//! more additions.
+//!
+//! Transformed kernels would take 16/9 of the memory of the weights. They are made block by block as they are used, which
+//! costs little beside the products of all tiles of a strip, and reads less memory.
 
 use pulp::Simd;
 
-use super::gemm::{Gemm, Packed};
-use super::math::{Kernel, dispatch, outline};
+use super::gemm::{Block, PackedView, panels};
+use super::simd::{Kernel, dispatch, outline};
 
 /// Positions in a tile.
 const POSITIONS: usize = 16;
-/// Tiles per block: enough that reading the kernels costs little compared to multiplying with them.
+/// Pixels of a kernel.
+const TAPS: usize = 9;
+/// Tiles per strip: enough that transforming the kernels costs little compared to multiplying with them.
 const TILES: usize = 64;
+/// Input channels per block: its transformed inputs stay in the second-level cache.
+const BLOCK_CHANNELS: usize = 64;
 /// Input and output channels must be multiples of this, the width of the widest vectors.
 const CHANNELS: usize = 16;
 /// Minimum number of tiles in an image for the transforms to pay off.
 const LEAST_TILES: usize = 64;
-
-/// Transformed kernels.
-#[derive(Debug)]
-pub(crate) struct Winograd {
-    inputs: usize,
-    outputs: usize,
-    /// `[Cin, Cout]` for every position.
-    kernels: Vec<Packed>,
-}
 
 /// Whether to use this method for outputs of this size.
 pub(crate) fn suits(inputs: usize, outputs: usize, height: usize, width: usize) -> bool {
@@ -53,52 +51,32 @@ pub(crate) struct Strip<'a> {
     pub(crate) out: &'a mut [f32],
 }
 
-/// Transformed inputs and products of a strip, reused from strip to strip.
+/// Transformed kernels, inputs and products of a strip, reused from strip to strip.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
+    kernels: Vec<f32>,
     inputs: Vec<f32>,
     products: Vec<f32>,
-    rows: Vec<usize>,
 }
 
-impl Winograd {
-    /// Transforms the kernels of a convolution that is packed as a product over `(y, x, channel)`.
-    pub(crate) fn new(inputs: usize, outputs: usize, packed: &Packed) -> Self {
-        let mut transformed = vec![0.0; POSITIONS * outputs * inputs];
-        for n in 0..outputs {
-            let kernel: Vec<f32> = packed.column(n).collect();
-            for c in 0..inputs {
-                let g = std::array::from_fn(|y| std::array::from_fn(|x| f64::from(kernel[(3 * y + x) * inputs + c])));
-                for (position, value) in of_kernel(g).into_iter().enumerate() {
-                    transformed[(position * outputs + n) * inputs + c] = value as f32;
-                }
-            }
-        }
-        let of_position = |position: &[f32]| Packed::new(inputs, outputs, |c, n| position[n * inputs + c]);
-        Self { inputs, outputs, kernels: transformed.chunks_exact(outputs * inputs).map(of_position).collect() }
-    }
-
-    /// Output rows per strip.
-    pub(crate) fn strip(width: usize, height: usize) -> usize {
-        (2 * TILES.div_ceil(width / 2)).min(height)
-    }
-
-    /// Convolves a strip.
-    pub(crate) fn run(&self, strip: Strip<'_>, scratch: &mut Scratch) {
-        let tiles = strip.rows / 2 * (strip.width / 2);
-        scratch.inputs.resize(POSITIONS * tiles * self.inputs, 0.0);
-        scratch.products.resize(POSITIONS * tiles * self.outputs, 0.0);
-        scratch.rows.clear();
-        scratch.rows.extend((0..tiles).map(|tile| tile * self.inputs));
-        dispatch(Convolve { winograd: self, strip, scratch, tiles });
-    }
+/// Output rows per strip.
+pub(crate) fn strip(width: usize, height: usize) -> usize {
+    (2 * TILES.div_ceil(width / 2)).min(height)
 }
 
-struct Convolve<'a> {
-    winograd: &'a Winograd,
-    strip: Strip<'a>,
-    scratch: &'a mut Scratch,
-    tiles: usize,
+/// A strip's convolution.
+pub(crate) struct Convolve<'a> {
+    /// The kernels of all inputs and outputs, packed as a product over `(y, x, channel)`.
+    pub(crate) kernels: PackedView<'a>,
+    pub(crate) strip: Strip<'a>,
+    pub(crate) scratch: &'a mut Scratch,
+}
+
+impl Convolve<'_> {
+    /// Convolves the strip.
+    pub(crate) fn run(self) {
+        dispatch(self);
+    }
 }
 
 impl Kernel for Convolve<'_> {
@@ -106,32 +84,87 @@ impl Kernel for Convolve<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { winograd, strip, scratch, tiles } = self;
-        let (inputs, outputs) = (winograd.inputs, winograd.outputs);
-        outline(simd, ToTiles { strip: &strip, channels: inputs, out: &mut scratch.inputs });
-        for (position, kernel) in winograd.kernels.iter().enumerate() {
-            Gemm {
-                a: &scratch.inputs[position * tiles * inputs..][..tiles * inputs],
-                rows: &scratch.rows,
-                segments: &[0],
-                segment_len: inputs,
-                b: kernel.view(),
-                bias: None,
-                residual: None,
-                out: &mut scratch.products[position * tiles * outputs..][..tiles * outputs],
-                stride: outputs,
+        let Self { kernels, strip, scratch: Scratch { kernels: transformed, inputs, products } } = self;
+        let (channels, outputs) = (kernels.k / TAPS, kernels.n);
+        let tiles = strip.rows / 2 * (strip.width / 2);
+        products.resize(POSITIONS * tiles * outputs, 0.0);
+        for first in (0..channels).step_by(BLOCK_CHANNELS) {
+            let len = BLOCK_CHANNELS.min(channels - first);
+            inputs.resize(POSITIONS * tiles * len, 0.0);
+            let rows: Vec<usize> = (0..tiles).map(|tile| tile * len).collect();
+            outline(simd, ToTiles { strip: &strip, channels, first, len, out: inputs });
+            for (column, width) in panels::<S>(outputs / S::F32_LANES) {
+                let (column, width) = (column * S::F32_LANES, width * S::F32_LANES);
+                transformed.resize(POSITIONS * len * width, 0.0);
+                let panel = &kernels.data[column * kernels.k..][..kernels.k * width];
+                outline(simd, OfKernels { panel, channels, first, len, out: transformed });
+                for position in 0..POSITIONS {
+                    let block = Block {
+                        a: &inputs[position * tiles * len..][..tiles * len],
+                        rows: &rows,
+                        offset: 0,
+                        panel: &transformed[position * len * width..][..len * width],
+                        columns: width,
+                        bias: None,
+                        adds: first > 0,
+                        residual: None,
+                        out: &mut products[position * tiles * outputs + column..],
+                        stride: outputs,
+                    };
+                    block.run(simd, len);
+                }
             }
-            .run_within(simd);
         }
-        outline(simd, FromTiles { strip, channels: outputs, products: &scratch.products });
+        outline(simd, FromTiles { strip, channels: outputs, products });
     }
 }
 
-/// `B^T d B` of every tile and channel, position by position.
+/// `G g G^T` of some input channels and a panel of output channels, position by position.
+struct OfKernels<'a> {
+    /// `[9, channels]` rows of the panel.
+    panel: &'a [f32],
+    channels: usize,
+    /// The first input channel and how many.
+    first: usize,
+    len: usize,
+    /// `[16, len]` rows of the panel.
+    out: &'a mut [f32],
+}
+
+impl Kernel for OfKernels<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { panel, channels, first, len, out } = self;
+        let width = panel.len() / (TAPS * channels);
+        let rows = len * width;
+        let taps: [&[S::f32s]; TAPS] =
+            std::array::from_fn(|tap| S::as_simd_f32s(&panel[(tap * channels + first) * width..][..rows]).0);
+        let mut planes = out.chunks_exact_mut(rows);
+        let planes: [&mut [S::f32s]; POSITIONS] =
+            std::array::from_fn(|_| S::as_mut_simd_f32s(planes.next().unwrap_or_default()).0);
+        for i in 0..rows / S::F32_LANES {
+            // The columns of G g, then its rows times G^T.
+            let columns: [_; 3] = std::array::from_fn(|x| of_kernel(simd, std::array::from_fn(|y| taps[3 * y + x][i])));
+            for y in 0..4 {
+                let row = of_kernel(simd, columns.map(|column| column[y]));
+                for (x, value) in row.into_iter().enumerate() {
+                    planes[4 * y + x][i] = value;
+                }
+            }
+        }
+    }
+}
+
+/// `B^T d B` of every tile and of some channels, position by position.
 struct ToTiles<'a, 's> {
     strip: &'a Strip<'s>,
     channels: usize,
-    /// `[16, tiles, Cin]`.
+    /// The first channel and how many.
+    first: usize,
+    len: usize,
+    /// `[16, tiles, len]`.
     out: &'a mut [f32],
 }
 
@@ -140,14 +173,14 @@ impl Kernel for ToTiles<'_, '_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { strip, channels, out } = self;
+        let Self { strip, channels, first, len, out } = self;
         let (lanes, across) = (S::F32_LANES, strip.width / 2);
         let (tiles, row) = (strip.rows / 2 * across, (strip.width + 2) * channels);
-        let mut planes = out.chunks_exact_mut(tiles * channels);
+        let mut planes = out.chunks_exact_mut(tiles * len);
         let planes: [&mut [f32]; POSITIONS] = std::array::from_fn(|_| planes.next().unwrap_or_default());
         for tile in 0..tiles {
-            let corner = 2 * (tile / across) * row + 2 * (tile % across) * channels;
-            for c in (0..channels).step_by(lanes) {
+            let corner = 2 * (tile / across) * row + 2 * (tile % across) * channels + first;
+            for c in (0..len).step_by(lanes) {
                 let at = |y: usize, x: usize| {
                     let from = &strip.padded[corner + y * row + x * channels + c..][..lanes];
                     S::as_simd_f32s(from).0[0]
@@ -156,7 +189,7 @@ impl Kernel for ToTiles<'_, '_> {
                 let columns: [_; 4] = [0, 1, 2, 3].map(|x| input(simd, [at(0, x), at(1, x), at(2, x), at(3, x)]));
                 for y in 0..4 {
                     for (x, value) in input(simd, columns.map(|column| column[y])).into_iter().enumerate() {
-                        let to = &mut planes[4 * y + x][tile * channels + c..][..lanes];
+                        let to = &mut planes[4 * y + x][tile * len + c..][..lanes];
                         S::as_mut_simd_f32s(to).0[0] = value;
                     }
                 }
@@ -206,12 +239,13 @@ impl Kernel for FromTiles<'_> {
     }
 }
 
-/// `G g G^T`, row by row.
-fn of_kernel(g: [[f64; 3]; 3]) -> [f64; POSITIONS] {
-    let column = |[a, b, c]: [f64; 3]| [a, (a + b + c) / 2.0, (a - b + c) / 2.0, c];
-    let rows: [[f64; 4]; 3] = g.map(column);
-    let of_column: [[f64; 4]; 4] = std::array::from_fn(|x| column(rows.map(|row| row[x])));
-    std::array::from_fn(|position| of_column[position % 4][position / 4])
+/// `G g` of a column.
+#[inline(always)]
+fn of_kernel<S: Simd>(simd: S, g: [S::f32s; 3]) -> [S::f32s; 4] {
+    let half = simd.splat_f32s(0.5);
+    let outer = simd.add_f32s(g[0], g[2]);
+    let [sum, difference] = [simd.add_f32s(outer, g[1]), simd.sub_f32s(outer, g[1])];
+    [g[0], simd.mul_f32s(sum, half), simd.mul_f32s(difference, half), g[2]]
 }
 
 /// `B^T d` of a column.
