@@ -13,7 +13,7 @@ use super::profile::{Part, timed};
 use super::simd::dispatch;
 
 /// Positions per block.
-const BLOCK: usize = 32;
+const BLOCK: usize = 96;
 
 /// `x + W2 geglu(W1 norm(x))`.
 #[derive(Debug)]

@@ -12,8 +12,11 @@ use super::gemm::{has_many_registers, multiply, panels};
 use super::math::exp2;
 use super::simd::{Kernel, outline};
 
-/// Keys per block. Their scores for the widest panel take three quarters of a first-level cache.
-const BLOCK_KEYS: usize = 128;
+/// Keys per block: a multiple of every tile's rows. Their scores for the widest panel take three quarters of a first-level
+/// cache.
+const BLOCK_KEYS: usize = 120;
+/// Panels that go through a block of keys one after the other, while it is in the second-level cache.
+const PANELS: usize = 4;
 /// Floats in the widest panel's row: three vectors of AVX-512.
 const WIDEST: usize = 48;
 
@@ -71,18 +74,28 @@ impl Kernel for Pack<'_> {
 
 /// Buffers of one operation, reused from panel to panel.
 pub(crate) struct Scratch {
-    /// A panel's queries, `[dim, panel]`.
-    queries: Vec<f32>,
-    /// Scores of a block of keys, then their exponentials, `[keys, panel]`.
+    /// Scores of a block of keys for one panel, then their exponentials, `[keys, panel]`.
     scores: Vec<f32>,
+    panels: [Panel; PANELS],
+}
+
+/// A panel of queries and what they attended to so far.
+struct Panel {
+    /// The queries, `[dim, panel]`.
+    queries: Vec<f32>,
     /// Sums of weighted values, `[dim, panel]`.
     sums: Vec<f32>,
+    /// For each query, the largest score and the sum of exponentials.
+    largest: [f32; WIDEST],
+    total: [f32; WIDEST],
 }
 
 impl Scratch {
     pub(crate) fn new(plan: Plan) -> Self {
-        let scores = vec![0.0; BLOCK_KEYS.min(plan.len) * WIDEST];
-        Self { queries: vec![0.0; plan.dim * WIDEST], scores, sums: vec![0.0; plan.dim * WIDEST] }
+        let zeros = |rows: usize| vec![0.0; rows * WIDEST];
+        let panel =
+            |_| Panel { queries: zeros(plan.dim), sums: zeros(plan.dim), largest: [0.0; WIDEST], total: [0.0; WIDEST] };
+        Self { scores: zeros(BLOCK_KEYS.min(plan.len)), panels: std::array::from_fn(panel) }
     }
 }
 
@@ -107,104 +120,131 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Plan { heads, dim, .. } = self.plan;
+        let Self { plan: Plan { heads, dim, len }, queries, causal, scratch, .. } = self;
         let channels = heads * dim;
         let scale = std::f32::consts::LOG2_E / (dim as f32).sqrt();
-        for (first, vectors) in panels::<S>(self.queries.div_ceil(S::F32_LANES)) {
-            let (first, width) = (first * S::F32_LANES, vectors * S::F32_LANES);
-            let used = width.min(self.queries - first);
+        let mut all = panels::<S>(queries.div_ceil(S::F32_LANES))
+            .map(|(first, vectors)| (first * S::F32_LANES, vectors * S::F32_LANES));
+        loop {
+            let mut group = [(0, 0); PANELS];
+            let count = group.iter_mut().zip(&mut all).map(|(place, panel)| *place = panel).count();
+            let group = &group[..count];
+            if group.is_empty() {
+                return;
+            }
             for h in 0..heads {
-                let q = &mut self.scratch.queries[..dim * width];
-                if used < width {
-                    q.fill(0.0);
+                for (panel, &(first, width)) in scratch.panels.iter_mut().zip(group) {
+                    let used = width.min(queries - first);
+                    let q = &mut panel.queries[..dim * width];
+                    if used < width {
+                        q.fill(0.0);
+                    }
+                    transpose(&self.q[first * self.stride + h * dim..], self.stride, [used, dim], q, width);
+                    q.iter_mut().for_each(|q| *q *= scale);
                 }
-                transpose(&self.q[first * self.stride + h * dim..], self.stride, [used, dim], q, width);
-                q.iter_mut().for_each(|q| *q *= scale);
                 for (i, sequence) in self.sequences.iter().enumerate() {
                     let head = &sequence[h * self.plan.head_len()..][..self.plan.head_len()];
-                    let causal = self.causal.then_some(first);
-                    let panel = Panel { plan: self.plan, head, causal, scratch: &mut *self.scratch };
-                    match vectors {
-                        1 => outline(simd, Vectors::<1>(panel)),
-                        2 => outline(simd, Vectors::<2>(panel)),
-                        _ => outline(simd, Vectors::<3>(panel)),
+                    let (keys, values) = head.split_at(len * dim);
+                    for block in (0..len).step_by(BLOCK_KEYS) {
+                        let count = BLOCK_KEYS.min(len - block);
+                        for (panel, &(first, width)) in scratch.panels.iter_mut().zip(group) {
+                            let step = Step {
+                                dim,
+                                keys: &keys[block * dim..][..count * dim],
+                                values: &values[block * dim..][..count * dim],
+                                order: causal.then_some((block, first)),
+                                begins: block == 0,
+                                scores: &mut scratch.scores[..count * width],
+                                panel,
+                            };
+                            match width / S::F32_LANES {
+                                1 => outline(simd, Vectors::<1>(step)),
+                                2 => outline(simd, Vectors::<2>(step)),
+                                _ => outline(simd, Vectors::<3>(step)),
+                            }
+                        }
                     }
-                    let out = &mut self.out[(i * self.queries + first) * channels + h * dim..];
-                    transpose(&self.scratch.sums, width, [dim, used], out, channels);
+                    for (panel, &(first, width)) in scratch.panels.iter_mut().zip(group) {
+                        for sums in panel.sums[..dim * width].chunks_exact_mut(width) {
+                            sums.iter_mut().zip(&panel.total).for_each(|(sum, total)| *sum /= total);
+                        }
+                        let out = &mut self.out[(i * queries + first) * channels + h * dim..];
+                        transpose(&panel.sums, width, [dim, width.min(queries - first)], out, channels);
+                    }
                 }
             }
         }
     }
 }
 
-/// One panel of queries against one head of one sequence; leaves the attended values in `scratch.sums`.
-struct Panel<'a> {
-    plan: Plan,
-    head: &'a [f32],
-    /// Index of the panel's first query, if later keys are hidden.
-    causal: Option<usize>,
-    scratch: &'a mut Scratch,
+/// A panel of queries against a block of keys of one head.
+struct Step<'a> {
+    dim: usize,
+    keys: &'a [f32],
+    values: &'a [f32],
+    /// Positions of the first key and the first query, if a query sees no later keys.
+    order: Option<(usize, usize)>,
+    /// Whether this is the first block.
+    begins: bool,
+    scores: &'a mut [f32],
+    panel: &'a mut Panel,
 }
 
 /// A panel of `NV` vectors.
-struct Vectors<'a, const NV: usize>(Panel<'a>);
+struct Vectors<'a, const NV: usize>(Step<'a>);
 
 impl<const NV: usize> Kernel for Vectors<'_, NV> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Panel { plan: Plan { dim, len, .. }, head, causal, scratch } = self.0;
+        let Step { dim, keys, values, order, begins, scores, panel } = self.0;
         let width = NV * S::F32_LANES;
-        let (keys, values) = head.split_at(len * dim);
-        let queries = &scratch.queries[..dim * width];
-        let sums = &mut scratch.sums[..dim * width];
-        let mut largest = [simd.splat_f32s(f32::NEG_INFINITY); NV];
-        let mut total = [simd.splat_f32s(0.0); NV];
-        for first in (0..len).step_by(BLOCK_KEYS) {
-            let count = BLOCK_KEYS.min(len - first);
-            let scores = &mut scratch.scores[..count * width];
-            let a = &keys[first * dim..];
-            outline(simd, Product::<NV> { a, rows: count, inner: dim, b: queries, add: false, out: scores });
-            if let Some(query) = causal {
-                hide(scores, width, first, query);
-            }
+        let (queries, sums) = (&panel.queries[..dim * width], &mut panel.sums[..dim * width]);
+        let count = keys.len() / dim;
+        outline(simd, Product::<NV> { a: keys, rows: count, inner: dim, b: queries, add: false, out: scores });
+        if let Some((key, query)) = order {
+            hide(scores, width, key, query);
+        }
 
-            let before = largest;
-            for row in vectors::<S, NV>(scores) {
-                for v in 0..NV {
-                    largest[v] = simd.max_f32s(largest[v], row[v]);
-                }
-            }
-            if first > 0 {
-                let mut factor = before;
-                for v in 0..NV {
-                    factor[v] = exp2(simd, simd.sub_f32s(before[v], largest[v]));
-                    total[v] = simd.mul_f32s(total[v], factor[v]);
-                }
-                scale(simd, sums, factor);
-            }
-            for row in vectors_mut::<S, NV>(scores) {
-                for v in 0..NV {
-                    row[v] = exp2(simd, simd.sub_f32s(row[v], largest[v]));
-                    total[v] = simd.add_f32s(total[v], row[v]);
-                }
-            }
-            let a = &values[first * dim..];
-            outline(simd, Product::<NV> { a, rows: dim, inner: count, b: scores, add: first > 0, out: sums });
+        let (mut largest, mut total) = ([simd.splat_f32s(f32::NEG_INFINITY); NV], [simd.splat_f32s(0.0); NV]);
+        if !begins {
+            (largest, total) = (vectors::<S, NV>(&panel.largest)[0], vectors::<S, NV>(&panel.total)[0]);
         }
-        let mut inverse = total;
-        for v in 0..NV {
-            inverse[v] = simd.div_f32s(simd.splat_f32s(1.0), total[v]);
+        let before = largest;
+        for row in vectors::<S, NV>(scores) {
+            for v in 0..NV {
+                largest[v] = simd.max_f32s(largest[v], row[v]);
+            }
         }
-        scale(simd, sums, inverse);
+        if !begins {
+            let mut factor = before;
+            for v in 0..NV {
+                factor[v] = exp2(simd, simd.sub_f32s(before[v], largest[v]));
+                total[v] = simd.mul_f32s(total[v], factor[v]);
+            }
+            for row in vectors_mut::<S, NV>(sums) {
+                for v in 0..NV {
+                    row[v] = simd.mul_f32s(row[v], factor[v]);
+                }
+            }
+        }
+        for row in vectors_mut::<S, NV>(scores) {
+            for v in 0..NV {
+                row[v] = exp2(simd, simd.sub_f32s(row[v], largest[v]));
+                total[v] = simd.add_f32s(total[v], row[v]);
+            }
+        }
+        outline(simd, Product::<NV> { a: values, rows: dim, inner: count, b: scores, add: !begins, out: sums });
+        vectors_mut::<S, NV>(&mut panel.largest)[0] = largest;
+        vectors_mut::<S, NV>(&mut panel.total)[0] = total;
     }
 }
 
-/// Hides the scores of keys that come after a query. `first` is the block's first key, `query` the panel's first query.
-fn hide(scores: &mut [f32], width: usize, first: usize, query: usize) {
+/// Hides the scores of keys that come after a query. `key` and `query` are the positions of the first ones.
+fn hide(scores: &mut [f32], width: usize, key: usize, query: usize) {
     for (j, row) in scores.chunks_exact_mut(width).enumerate() {
-        let hidden = (first + j).saturating_sub(query).min(width);
+        let hidden = (key + j).saturating_sub(query).min(width);
         row[..hidden].fill(f32::NEG_INFINITY);
     }
 }
@@ -217,15 +257,6 @@ fn vectors<S: Simd, const NV: usize>(rows: &[f32]) -> &[[S::f32s; NV]] {
 #[inline(always)]
 fn vectors_mut<S: Simd, const NV: usize>(rows: &mut [f32]) -> &mut [[S::f32s; NV]] {
     S::as_mut_simd_f32s(rows).0.as_chunks_mut::<NV>().0
-}
-
-#[inline(always)]
-fn scale<S: Simd, const NV: usize>(simd: S, rows: &mut [f32], factor: [S::f32s; NV]) {
-    for row in vectors_mut::<S, NV>(rows) {
-        for v in 0..NV {
-            row[v] = simd.mul_f32s(row[v], factor[v]);
-        }
-    }
 }
 
 /// `out[m] = sum_k a[m, k] b[k]`, as a separate function so that it can use all registers.
@@ -254,6 +285,7 @@ impl<const NV: usize> Kernel for Product<'_, NV> {
             m = self.tiles::<S, 6>(simd, m);
         }
         m = self.tiles::<S, 4>(simd, m);
+        m = self.tiles::<S, 2>(simd, m);
         self.tiles::<S, 1>(simd, m);
     }
 }
@@ -269,7 +301,7 @@ impl<const NV: usize> Product<'_, NV> {
             }
             if let Some(out) = vectors_mut::<S, NV>(self.out)[m..].first_chunk_mut::<MR>() {
                 let sums = if self.add { *out } else { [[simd.splat_f32s(0.0); NV]; MR] };
-                *out = multiply(simd, sums, &rows, self.b, self.inner);
+                *out = multiply(simd, sums, &rows, self.b);
             }
             m += MR;
         }

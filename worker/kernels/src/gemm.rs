@@ -28,14 +28,14 @@ const fn block_k<S: Simd>() -> usize {
     if has_many_registers::<S>() { 224 } else { 320 }
 }
 
-/// Rows per block for one block of the inner dimension, so that they stay in the second-level cache.
-const fn block_m<S: Simd>() -> usize {
-    if has_many_registers::<S>() { MAX_BLOCK_M } else { 96 }
-}
-
-const MAX_BLOCK_M: usize = 192;
+/// Rows per block for one block of the inner dimension, so that they stay in the second-level cache. A multiple of every
+/// tile's rows.
+pub(crate) const BLOCK_M: usize = 192;
 /// From so many vectors of columns on, rows of A are copied next to each other before they are multiplied.
 const COPY_VECTORS: usize = 16;
+
+/// Floats in a cache line.
+const LINE: usize = 16;
 
 /// Matrix B `[k, n]`, packed in panels of columns.
 #[derive(Debug)]
@@ -80,10 +80,10 @@ impl<F: Fn(usize, usize) -> f32> Kernel for Pack<F> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Packed {
-        const LINE: usize = 16; // floats in a cache line: aligned loads never straddle two
         let Self { k, n, at } = self;
         let vectors = n.div_ceil(S::F32_LANES);
         let len = k * vectors * S::F32_LANES;
+        // Aligned loads never straddle two lines.
         let mut data = vec![0.0; len + LINE];
         let start = data.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
         for (first, width) in panels::<S>(vectors) {
@@ -141,9 +141,9 @@ impl Gemm<'_> {
         let vectors = b.n.div_ceil(S::F32_LANES);
         let copies = segments.len() > 1 || vectors >= COPY_VECTORS;
         let mut copy = Vec::new();
-        let mut copied = [0; MAX_BLOCK_M];
-        for m0 in (0..rows.len()).step_by(block_m::<S>()) {
-            let rows = &rows[m0..rows.len().min(m0 + block_m::<S>())];
+        let mut copied = [0; BLOCK_M];
+        for m0 in (0..rows.len()).step_by(BLOCK_M) {
+            let rows = &rows[m0..rows.len().min(m0 + BLOCK_M)];
             for k0 in (0..b.k).step_by(block_k::<S>()) {
                 let len = (b.k - k0).min(block_k::<S>());
                 let (a, rows, offset) = if copies {
@@ -289,7 +289,7 @@ impl<const NV: usize, const WHOLE: bool> Panel<'_, NV, WHOLE> {
             } else if let Some(bias) = block.bias {
                 sums = [load::<S, NV, WHOLE>(simd, bias); MR];
             }
-            let sums = multiply(simd, sums, &a, block.panel, *len);
+            let sums = multiply(simd, sums, &a, block.panel);
             let residual = block.residual.map(|residual| &residual[m * stride..]);
             if WHOLE {
                 finish(simd, sums, residual, out, stride);
@@ -353,20 +353,34 @@ fn finish_partly<S: Simd, const MR: usize, const NV: usize>(
 
 /// The inner loop: `sums[r][v] + sum_k a[r][k] * b[k][v]`, k ascending.
 ///
-/// Slices are cut to `len` values first, so that the loop has no bounds checks.
+/// Steps of four values keep what is checked and counted for a step small beside its arithmetic.
 #[inline(always)]
 pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(
     simd: S,
     mut sums: [[S::f32s; NV]; MR],
     a: &[&[f32]; MR],
     b: &[f32],
-    len: usize,
 ) -> [[S::f32s; NV]; MR] {
-    let a: [&[f32]; MR] = a.map(|a| &a[..len]);
-    let b = &S::as_simd_f32s(b).0.as_chunks::<NV>().0[..len];
-    for (k, b) in b.iter().enumerate() {
+    const STEP: usize = 4;
+    let (steps, rest) = S::as_simd_f32s(b).0.as_chunks::<NV>().0.as_chunks::<STEP>();
+    let (mut a_steps, mut a_rest) = ([&[[0.0; STEP]; 0][..]; MR], [&[0.0; 0][..]; MR]);
+    for r in 0..MR {
+        let (steps_of_row, rest_of_row) = a[r].as_chunks::<STEP>();
+        (a_steps[r], a_rest[r]) = (&steps_of_row[..steps.len()], &rest_of_row[..rest.len()]);
+    }
+    for (i, b) in steps.iter().enumerate() {
+        for k in 0..STEP {
+            for r in 0..MR {
+                let a = simd.splat_f32s(a_steps[r][i][k]);
+                for v in 0..NV {
+                    sums[r][v] = simd.mul_add_f32s(a, b[k][v], sums[r][v]);
+                }
+            }
+        }
+    }
+    for (k, b) in rest.iter().enumerate() {
         for r in 0..MR {
-            let a = simd.splat_f32s(a[r][k]);
+            let a = simd.splat_f32s(a_rest[r][k]);
             for v in 0..NV {
                 sums[r][v] = simd.mul_add_f32s(a, b[v], sums[r][v]);
             }

@@ -43,6 +43,7 @@ mod gpu_timer;
 mod linear;
 mod math;
 mod norm;
+pub mod peak;
 pub mod profile;
 mod shape;
 mod simd;

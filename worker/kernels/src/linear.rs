@@ -3,11 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::cpu::{Rows, is_cpu_f32, values, with_optional};
-use super::gemm::{Gemm, Packed};
+use super::gemm::{BLOCK_M, Gemm, Packed};
 use super::profile::{Part, timed};
-
-/// Rows per block.
-pub(crate) const BLOCK_ROWS: usize = 128;
 
 /// `y = x W^T + b`.
 #[derive(Debug)]
@@ -96,10 +93,10 @@ pub(crate) struct PackedLinear<'a> {
 }
 
 impl PackedLinear<'_> {
-    /// Applies the layer to at most [`BLOCK_ROWS`] rows.
+    /// Applies the layer to at most [`BLOCK_M`] rows.
     pub(crate) fn run(&self, x: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
-        let mut offsets = [0; BLOCK_ROWS];
-        let rows = (x.len() / self.inputs.max(1)).min(BLOCK_ROWS);
+        let mut offsets = [0; BLOCK_M];
+        let rows = (x.len() / self.inputs.max(1)).min(BLOCK_M);
         for (row, offset) in offsets[..rows].iter_mut().enumerate() {
             *offset = row * self.inputs;
         }
@@ -157,8 +154,8 @@ impl CustomOp1 for Op<'_> {
                     }
                     _ => None,
                 };
-                for first in (0..image_rows).step_by(BLOCK_ROWS) {
-                    let rows = BLOCK_ROWS.min(image_rows - first);
+                for first in (0..image_rows).step_by(BLOCK_M) {
+                    let rows = BLOCK_M.min(image_rows - first);
                     let start = (image * image_rows + first) * inputs;
                     let done = out.len();
                     out.resize(done + rows * outputs, 0.0); // per block and not all at once, so the memory is in cache

@@ -144,13 +144,17 @@ impl Kernel for OfKernels<'_> {
         let mut planes = out.chunks_exact_mut(rows);
         let planes: [&mut [S::f32s]; POSITIONS] =
             std::array::from_fn(|_| S::as_mut_simd_f32s(planes.next().unwrap_or_default()).0);
+        let zero = simd.splat_f32s(0.0);
         for i in 0..rows / S::F32_LANES {
             // The columns of G g, then its rows times G^T.
-            let columns: [_; 3] = std::array::from_fn(|x| of_kernel(simd, std::array::from_fn(|y| taps[3 * y + x][i])));
+            let mut columns = [[zero; 4]; 3];
+            for x in 0..3 {
+                columns[x] = of_kernel(simd, [taps[x][i], taps[3 + x][i], taps[6 + x][i]]);
+            }
             for y in 0..4 {
-                let row = of_kernel(simd, columns.map(|column| column[y]));
-                for (x, value) in row.into_iter().enumerate() {
-                    planes[4 * y + x][i] = value;
+                let row = of_kernel(simd, [columns[0][y], columns[1][y], columns[2][y]]);
+                for x in 0..4 {
+                    planes[4 * y + x][i] = row[x];
                 }
             }
         }
@@ -178,19 +182,24 @@ impl Kernel for ToTiles<'_, '_> {
         let (tiles, row) = (strip.rows / 2 * across, (strip.width + 2) * channels);
         let mut planes = out.chunks_exact_mut(tiles * len);
         let planes: [&mut [f32]; POSITIONS] = std::array::from_fn(|_| planes.next().unwrap_or_default());
+        let zero = simd.splat_f32s(0.0);
         for tile in 0..tiles {
             let corner = 2 * (tile / across) * row + 2 * (tile % across) * channels + first;
             for c in (0..len).step_by(lanes) {
-                let at = |y: usize, x: usize| {
-                    let from = &strip.padded[corner + y * row + x * channels + c..][..lanes];
-                    S::as_simd_f32s(from).0[0]
-                };
                 // The columns of B^T d, then its rows times B.
-                let columns: [_; 4] = [0, 1, 2, 3].map(|x| input(simd, [at(0, x), at(1, x), at(2, x), at(3, x)]));
+                let mut columns = [[zero; 4]; 4];
+                for x in 0..4 {
+                    let mut pixels = [zero; 4];
+                    for y in 0..4 {
+                        pixels[y] = vector::<S>(strip.padded, corner + y * row + x * channels + c);
+                    }
+                    columns[x] = input(simd, pixels);
+                }
                 for y in 0..4 {
-                    for (x, value) in input(simd, columns.map(|column| column[y])).into_iter().enumerate() {
+                    let values = input(simd, [columns[0][y], columns[1][y], columns[2][y], columns[3][y]]);
+                    for x in 0..4 {
                         let to = &mut planes[4 * y + x][tile * len + c..][..lanes];
-                        S::as_mut_simd_f32s(to).0[0] = value;
+                        S::as_mut_simd_f32s(to).0[0] = values[x];
                     }
                 }
             }
@@ -214,22 +223,26 @@ impl Kernel for FromTiles<'_> {
         let Self { strip, channels, products } = self;
         let (lanes, across) = (S::F32_LANES, strip.width / 2);
         let (tiles, row) = (strip.rows / 2 * across, strip.width * channels);
+        let zero = simd.splat_f32s(0.0);
         for tile in 0..tiles {
             let corner = 2 * (tile / across) * row + 2 * (tile % across) * channels;
             for c in (0..channels).step_by(lanes) {
-                let at = |position: usize| {
-                    let from = &products[(position * tiles + tile) * channels + c..][..lanes];
-                    S::as_simd_f32s(from).0[0]
-                };
-                let columns = [0, 1, 2, 3].map(|x| output(simd, [at(x), at(4 + x), at(8 + x), at(12 + x)]));
-                let bias = S::as_simd_f32s(&strip.bias[c..][..lanes]).0[0];
+                let mut columns = [[zero; 2]; 4];
+                for x in 0..4 {
+                    let mut sums = [zero; 4];
+                    for y in 0..4 {
+                        sums[y] = vector::<S>(products, ((4 * y + x) * tiles + tile) * channels + c);
+                    }
+                    columns[x] = output(simd, sums);
+                }
+                let bias = vector::<S>(strip.bias, c);
                 for y in 0..2 {
-                    for (x, value) in output(simd, columns.map(|column| column[y])).into_iter().enumerate() {
+                    let values = output(simd, [columns[0][y], columns[1][y], columns[2][y], columns[3][y]]);
+                    for x in 0..2 {
                         let place = corner + y * row + x * channels + c;
-                        let mut value = simd.add_f32s(value, bias);
+                        let mut value = simd.add_f32s(values[x], bias);
                         if let Some(residual) = strip.residual {
-                            let residual = S::as_simd_f32s(&residual[place..][..lanes]).0[0];
-                            value = simd.add_f32s(value, residual);
+                            value = simd.add_f32s(value, vector::<S>(residual, place));
                         }
                         S::as_mut_simd_f32s(&mut strip.out[place..][..lanes]).0[0] = value;
                     }
@@ -238,6 +251,14 @@ impl Kernel for FromTiles<'_> {
         }
     }
 }
+
+/// The vector that begins at `index`.
+#[inline(always)]
+fn vector<S: Simd>(values: &[f32], index: usize) -> S::f32s {
+    S::as_simd_f32s(&values[index..][..S::F32_LANES]).0[0]
+}
+
+// Closures would be compiled as functions of their own, without the vector instructions: hence plain loops.
 
 /// `G g` of a column.
 #[inline(always)]
