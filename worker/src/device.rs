@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use elbo_kernels::gpu::{self, Unavailable};
+use elbo_kernels::{InstructionSet, InstructionSetError};
 
 /// The device of one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,13 +42,19 @@ pub enum DeviceError {
     /// It can't be used here.
     #[error("--device {0}: {1}")]
     Unavailable(Device, Unavailable),
+    /// This machine's processor lacks the instructions asked for.
+    #[error(transparent)]
+    Instructions(#[from] InstructionSetError),
 }
 
 impl Device {
     /// The device, ready for tensors.
     pub fn open(self) -> Result<candle_core::Device, DeviceError> {
         match self {
-            Self::Cpu => Ok(candle_core::Device::Cpu),
+            Self::Cpu => {
+                InstructionSet::in_use()?;
+                Ok(candle_core::Device::Cpu)
+            }
             Self::Cuda(number) => {
                 gpu::open(number.unwrap_or_default()).map_err(|why| DeviceError::Unavailable(self, why))
             }
@@ -61,13 +68,16 @@ impl Device {
 }
 
 impl Devices {
-    /// Replaces `cuda` by all CUDA devices; an error if a device does not exist.
+    /// Replaces `cuda` by all CUDA devices; an error if a device does not exist or can't be used.
     pub fn find(self) -> Result<Self, DeviceError> {
         let mut found = Vec::new();
         for device in self.0 {
             let unavailable = |why| DeviceError::Unavailable(device, why);
             match device {
-                Device::Cpu => found.push(device),
+                Device::Cpu => {
+                    InstructionSet::in_use()?;
+                    found.push(device);
+                }
                 Device::Cuda(None) => match gpu::count().map_err(unavailable)? {
                     0 => return Err(unavailable(Unavailable::NoSuchDevice { number: 0, count: 0 })),
                     count => found.extend((0..count).map(|number| Device::Cuda(Some(number)))),

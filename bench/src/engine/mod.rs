@@ -18,6 +18,7 @@ use elbo_kernels::profile::Profile;
 use elbo_worker::Device;
 
 use self::lanes::Lanes;
+use self::peak::Peak;
 pub use self::peer::{PeerReport, PeerResult};
 pub use self::report::{EngineReport, LibraryReport, Measured, OperationTime, PartTime};
 pub use self::subject::{NAMES, Subject};
@@ -68,7 +69,7 @@ pub fn run(options: &EngineBenchOptions, mut tell: impl FnMut(&str)) -> Result<E
     let lanes = Lanes::new(options, &device)?;
     let peak = if options.peak {
         tell("measuring the device's matrix products");
-        Some(peak::flops_per_second(&device, options)?)
+        Some(Peak::measure(&device, options)?)
     } else {
         None
     };

@@ -18,8 +18,28 @@ const IMAGES: usize = 32;
 /// Measurements.
 const REPEATS: usize = 6;
 
-/// Floating point operations per second of large products, on all CPU threads at once; the best of several measurements.
-pub(super) fn flops_per_second(device: &Device, options: &EngineBenchOptions) -> Result<f64, BenchError> {
+/// What a device can do, in floating point operations per second: the best of several measurements.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Peak {
+    /// Multiply-adds in registers, on all CPU threads at once.
+    pub(super) registers: Option<f64>,
+    /// Large products.
+    pub(super) products: f64,
+}
+
+impl Peak {
+    pub(super) fn measure(device: &Device, options: &EngineBenchOptions) -> Result<Self, BenchError> {
+        let registers = if device.is_cpu() {
+            let of_threads = super::lanes::on_every(options.threads, |_| Ok(elbo_kernels::peak::flops_per_second()))?;
+            Some(of_threads.iter().sum())
+        } else {
+            None
+        };
+        Ok(Self { registers, products: products(device, options)? })
+    }
+}
+
+fn products(device: &Device, options: &EngineBenchOptions) -> Result<f64, BenchError> {
     let kind = usize::from(!device.is_cpu());
     let (side, products) = (SIDE[kind], PRODUCTS[kind]);
     let threads = if device.is_cpu() { options.threads } else { 1 };

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use candle_core::Device;
-use elbo_kernels::gpu;
 use elbo_kernels::profile::{Part, Span};
+use elbo_kernels::{InstructionSet, gpu};
 use serde::Serialize;
 
 use super::EngineBenchOptions;
+use super::peak::Peak;
 use super::peer::PeerReport;
 
 /// All results, as `--json` prints them.
@@ -30,6 +31,10 @@ pub struct EngineReport {
     pub prompts: usize,
     /// The CUDA libraries in use.
     pub libraries: Vec<LibraryReport>,
+    /// The instruction set of the CPU's kernels.
+    pub instruction_set: Option<&'static str>,
+    /// Floating point operations per second of multiply-adds in the registers of all threads at once, if measured on a CPU.
+    pub core_flops: Option<f64>,
     /// Floating point operations per second of large products, if measured: the upper bound.
     pub peak_flops: Option<f64>,
     /// Floating point operations of the products in an evaluation.
@@ -130,7 +135,7 @@ impl EngineReport {
         options: &EngineBenchOptions,
         device: &Device,
         latent: usize,
-        peak_flops: Option<f64>,
+        peak: Option<Peak>,
         batches: Vec<Measured>,
     ) -> Self {
         let libraries = gpu::libraries().into_iter();
@@ -144,7 +149,9 @@ impl EngineReport {
             libraries: libraries
                 .map(|gpu::Library { name, version, path }| LibraryReport { name, version, path })
                 .collect(),
-            peak_flops,
+            instruction_set: device.is_cpu().then(|| InstructionSet::in_use().map_or("", InstructionSet::name)),
+            core_flops: peak.and_then(|peak| peak.registers),
+            peak_flops: peak.map(|peak| peak.products),
             flops_per_evaluation: 0.0,
             batches,
             profiled_batch: 0,
@@ -208,6 +215,12 @@ impl fmt::Display for EngineReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { model, latent, dtype, device, prompts, .. } = self;
         writeln!(f, "{model}, latents of {latent}x{latent}, {dtype} on {device}; prompts of a latent: {prompts}")?;
+        if let Some(set) = self.instruction_set {
+            write!(f, "{set}; ")?;
+        }
+        if let Some(core) = self.core_flops {
+            write!(f, "multiply-adds in registers: {:.3} TFLOP/s; ", core / 1e12)?;
+        }
         if let Some(peak) = self.peak_flops {
             write!(f, "large products: {:.3} TFLOP/s; ", peak / 1e12)?;
         }
