@@ -2,10 +2,12 @@
 //! replays policies on known errors. The rest measures the real coordinator in its own process, with a generated dataset and
 //! thousands of simulated workers.
 //!
-//! [`scenery`] makes a job's files, which is not measured. [`process`] starts, watches and kills the coordinator. [`oracle`]
-//! computes the error of every evaluation. [`simulated`] is a worker without a model. [`run()`] goes through the phases of a
-//! load, and [`scaling`] runs one job with more and more workers.
+//! [`candle`] runs candle-transformers' networks with the weights of a model directory. [`scenery`] makes a job's files, which
+//! is not measured. [`process`] starts, watches and kills the coordinator. [`oracle`] computes the error of every evaluation.
+//! [`simulated`] is a worker without a model. [`run()`] goes through the phases of a load, and [`scaling`] runs one job with
+//! more and more workers.
 
+pub mod candle;
 pub mod engine;
 pub mod oracle;
 pub mod policy;
@@ -75,6 +77,9 @@ pub enum BenchError {
     /// A thread panicked, which is a bug.
     #[error("a thread of the network ended unexpectedly: please report this")]
     Lane,
+    /// candle-transformers could not be measured.
+    #[error("candle-transformers can't run this network: {0}")]
+    Candle(String),
     /// PyTorch could not be measured.
     #[error("measuring PyTorch with {python}: {why}; it needs tests/peer/requirements.txt")]
     Peer {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
-use elbo_bench::engine::Subject;
+use elbo_bench::engine::{Peer, Subject};
 use elbo_coordinator::MaxBad;
 use elbo_core::ids::ShardId;
 use elbo_core::job::ModelDtype;
@@ -346,7 +346,7 @@ pub(crate) enum BenchCommand {
     /// The coordinator with generated images and simulated workers: listing, CPU time, memory, ledger, restart
     Coordinator(BenchCoordinatorArgs),
     /// A worker's network: evaluations per second, share of the device's matrix product rate, time per operation, compared
-    /// with PyTorch
+    /// with PyTorch and candle
     Engine(BenchEngineArgs),
     /// Policies on the errors of an exhaustive job, or on random errors: accuracy, evaluations, agreement
     Policy(BenchPolicyArgs),
@@ -394,10 +394,11 @@ pub(crate) struct BenchEngineArgs {
     /// --profile-from-start off` or `nsys --capture-range cudaProfilerApi`
     #[arg(long, conflicts_with_all = ["profile", "peer", "json"])]
     pub(crate) capture: bool,
-    /// Also measure PyTorch and diffusers with this Python interpreter, which must have tests/peer/requirements.txt
-    /// installed; if that fails, the report says why
-    #[arg(long, value_name = "PYTHON")]
-    pub(crate) peer: Option<PathBuf>,
+    /// Also measure another implementation of the network: `candle` (candle-transformers, in this process), or PyTorch and
+    /// diffusers by a Python interpreter that has tests/peer/requirements.txt installed. May be given once for each; if one
+    /// fails, the report says why
+    #[arg(long, value_name = "candle|PYTHON")]
+    pub(crate) peer: Vec<Peer>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -43,17 +43,13 @@ impl Lanes {
         let network = options.subject.make(load)?;
         let side = options.latent.unwrap_or(network.sample_size());
         let (prompts, threads) = (options.prompts, options.threads);
-        let conditions = match (&network, network.text_widths()) {
-            (Network::Dit(dit), _) => {
+        let conditions = match &network {
+            Network::Dit(dit) => {
                 let labels: Vec<u32> = (0..prompts as u32).map(|label| label % dit.classes() as u32).collect();
                 Conditions::Labels(dit.label_cache(&labels)?)
             }
-            (network, widths) => {
-                let (width, pooled) = widths.unwrap_or_default();
-                let tokens = match network {
-                    Network::Mmdit(_) => CLIP_TOKENS + T5_TOKENS,
-                    _ => CLIP_TOKENS,
-                };
+            network => {
+                let (tokens, width, pooled) = tokens_and_widths(network);
                 let random = |shape: &[usize]| {
                     Tensor::randn(0f32, 1f32, shape, &Device::Cpu)?.to_device(device)?.to_dtype(compute)
                 };
@@ -167,6 +163,16 @@ impl Work {
         };
         Ok(output.wait().map(drop)?)
     }
+}
+
+/// Tokens of a prompt, a token's width, and the width of the pooled text if there is one.
+pub(super) fn tokens_and_widths(network: &Network) -> (usize, usize, Option<usize>) {
+    let (width, pooled) = network.text_widths().unwrap_or_default();
+    let tokens = match network {
+        Network::Mmdit(_) => CLIP_TOKENS + T5_TOKENS,
+        _ => CLIP_TOKENS,
+    };
+    (tokens, width, pooled)
 }
 
 /// Downloads one value of a tensor. Once it arrives, the whole tensor has been computed.

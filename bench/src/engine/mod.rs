@@ -2,6 +2,7 @@
 //! arithmetic per second compared with the device's best, and the time of each operation. With a Python that has PyTorch and
 //! diffusers, the same run also measures the network there.
 
+mod candle;
 mod lanes;
 mod peak;
 mod peer;
@@ -9,7 +10,9 @@ mod report;
 mod subject;
 mod trace;
 
+use std::convert::Infallible;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use elbo_core::job::ModelDtype;
@@ -53,15 +56,36 @@ pub struct EngineBenchOptions {
     pub peak: bool,
     /// File for a trace of the profile.
     pub trace: Option<PathBuf>,
-    /// A Python with PyTorch and diffusers.
-    pub peer: Option<PathBuf>,
+    /// What else to measure.
+    pub peers: Vec<Peer>,
+}
+
+/// Another implementation of the network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// candle-transformers', in this process.
+    Candle,
+    /// diffusers' in PyTorch, with this Python.
+    Python(PathBuf),
+}
+
+impl FromStr for Peer {
+    type Err = Infallible;
+
+    fn from_str(name: &str) -> Result<Self, Infallible> {
+        Ok(if name == "candle" { Self::Candle } else { Self::Python(name.into()) })
+    }
 }
 
 /// Runs the measurements; `tell` receives progress messages. If PyTorch can't be measured, the report says why.
 pub fn run(options: &EngineBenchOptions, mut tell: impl FnMut(&str)) -> Result<EngineReport, BenchError> {
     tell(&format!("making {}", options.subject));
     // Checked first, so that the user learns early if there will be no comparison.
-    let peer = options.peer.as_deref().map(|python| peer::check(python).map(|()| python));
+    let python = options.peers.iter().find_map(|peer| match peer {
+        Peer::Python(python) => Some(python.as_path()),
+        Peer::Candle => None,
+    });
+    let peer = python.map(|python| peer::check(python).map(|()| python));
     if let Some(Err(error)) = &peer {
         tell(&format!("without PyTorch: {error}"));
     }
@@ -88,6 +112,13 @@ pub fn run(options: &EngineBenchOptions, mut tell: impl FnMut(&str)) -> Result<E
     report.add_profile(&spans, time, passes as usize, lanes.at_work(best.batch));
     if let Some(path) = &options.trace {
         trace::write(path, &spans)?;
+    }
+    if options.peers.contains(&Peer::Candle) {
+        tell("measuring candle-transformers");
+        match candle::measure(options) {
+            Ok(found) => report.candle = Some(found),
+            Err(error) => report.candle_error = Some(error.to_string()),
+        }
     }
     let peer = peer.map(|python| {
         python.and_then(|python| {

@@ -11,6 +11,7 @@ use elbo_kernels::{InstructionSet, gpu};
 use serde::Serialize;
 
 use super::EngineBenchOptions;
+use super::candle::CandleReport;
 use super::peak::Peak;
 use super::peer::PeerReport;
 
@@ -47,6 +48,10 @@ pub struct EngineReport {
     pub parts: Vec<PartTime>,
     /// The same by operation, the longest first.
     pub operations: Vec<OperationTime>,
+    /// The same network in candle-transformers.
+    pub candle: Option<CandleReport>,
+    /// Why candle-transformers was not measured, if it should have been.
+    pub candle_error: Option<String>,
     /// The same network in PyTorch.
     pub peer: Option<PeerReport>,
     /// Why PyTorch was not measured, if it should have been.
@@ -157,6 +162,8 @@ impl EngineReport {
             profiled_batch: 0,
             parts: Vec::new(),
             operations: Vec::new(),
+            candle: None,
+            candle_error: None,
             peer: None,
             peer_error: None,
             ratio: None,
@@ -251,6 +258,17 @@ impl fmt::Display for EngineReport {
                 rate => format!("{:.3}", rate / 1e12),
             };
             writeln!(f, "{:<9} {:>5.1} %  {rate:>8}", part.part, 100.0 * part.share)?;
+        }
+        if let Some(error) = &self.candle_error {
+            writeln!(f)?;
+            writeln!(f, "candle-transformers was not measured: {error}")?;
+        }
+        if let Some(candle) = &self.candle {
+            writeln!(f)?;
+            write!(f, "{candle}")?;
+            if let Some(best) = candle.best() {
+                writeln!(f, "elbo / candle's best: {:.2}", self.best().evaluations_per_second / best)?;
+            }
         }
         if let Some(error) = &self.peer_error {
             writeln!(f)?;

@@ -65,6 +65,11 @@ impl Subject {
         Ok(Network::load(self.family, &dir.path().join(self.family.network()), &options)?)
     }
 
+    /// The network's family.
+    pub(super) fn family(&self) -> Family {
+        self.family
+    }
+
     /// A temporary model directory with only the network's configuration.
     pub(super) fn directory(&self) -> Result<tempfile::TempDir, BenchError> {
         let stage = |path: &Path, source| BenchError::Scenery { action: "writing", path: path.to_owned(), source };

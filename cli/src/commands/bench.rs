@@ -50,7 +50,7 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
         rounds: args.rounds.get(),
         peak: !args.no_peak,
         trace: args.profile,
-        peer: args.peer,
+        peers: args.peer,
     };
     let tell = |note: &str| print::note(note);
     if args.capture {

@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)] // clippy's leave for tests does not reach their helpers
 
+mod candle;
 mod errors;
 mod layers;
 mod loading;
