@@ -71,7 +71,7 @@ pub(crate) struct DeviceArgs {
     /// Devices to compute on, with one engine each: cpu, cuda (every GPU), cuda:0,1, or a list like cpu,cpu [default: cpu]
     #[arg(long, env = "ELBO_DEVICE")]
     pub(crate) device: Option<String>,
-    /// CPU threads of each engine [default: all cores, divided among the engines]
+    /// CPU threads of each engine [default: all physical cores, divided among the engines]
     #[arg(long, env = "ELBO_THREADS")]
     pub(crate) threads: Option<NonZeroUsize>,
     /// Evaluations per batch [default: measured]
@@ -372,7 +372,7 @@ pub(crate) struct BenchEngineArgs {
     /// Device to compute on: cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     pub(crate) device: Devices,
-    /// CPU threads [default: all cores]
+    /// CPU threads [default: all physical cores]
     #[arg(long)]
     pub(crate) threads: Option<NonZeroUsize>,
     /// Height and width of the latents [default: the configuration's]

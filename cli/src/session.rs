@@ -1,5 +1,6 @@
 //! The setup of commands that run a job: devices, limits, the HTTP server, the job's files and its output.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
@@ -27,9 +28,37 @@ pub(crate) fn devices(args: &DeviceArgs) -> anyhow::Result<Devices> {
 
 /// The threads of each of `workers` engines.
 pub(crate) fn threads(device: &DeviceArgs, workers: usize) -> NonZeroUsize {
-    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let share = NonZeroUsize::new(cores.get() / workers.max(1)).unwrap_or(NonZeroUsize::MIN);
+    let share = NonZeroUsize::new(cores().get() / workers.max(1)).unwrap_or(NonZeroUsize::MIN);
     device.threads.unwrap_or(share)
+}
+
+/// The cores that this process may use. Hyperthreads of one core share its multipliers, which one thread keeps busy, so they
+/// count once.
+pub(crate) fn cores() -> NonZeroUsize {
+    let allowed = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    physical_cores().map_or(allowed, |cores| cores.min(allowed))
+}
+
+/// The cores behind the processors that this process may run on, as Linux tells.
+fn physical_cores() -> Option<NonZeroUsize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let siblings = |processor: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list");
+        std::fs::read_to_string(path).ok()
+    };
+    let cores: BTreeSet<String> = processors(allowed.trim())?.map(siblings).collect::<Option<_>>()?;
+    NonZeroUsize::new(cores.len())
+}
+
+/// The numbers in a list like `0-3,8`.
+fn processors(list: &str) -> Option<impl Iterator<Item = usize>> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse::<usize>().ok()?..=last.parse().ok()?)
+    };
+    let ranges = list.split(',').map(range).collect::<Option<Vec<_>>>()?;
+    Some(ranges.into_iter().flatten())
 }
 
 /// Open files besides connections: the output's, the manifest's, logs.
@@ -123,5 +152,19 @@ pub(crate) async fn open(job: Identified, out: &str, run: &RunArgs) -> anyhow::R
         Err(error @ JobError::NoSuchShard(..)) => Err(usage(error)),
         Err(error) => Err(store.fault().map_or_else(|| error.into(), anyhow::Error::from)),
         Ok(job) => Ok(job),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_processors_is_understood() {
+        let list = |text| processors(text).map(Iterator::collect::<Vec<_>>);
+        assert_eq!(list("0-3,8"), Some(vec![0, 1, 2, 3, 8]));
+        assert_eq!(list("5"), Some(vec![5]));
+        assert_eq!(list("a-b"), None);
+        assert!(cores() <= std::thread::available_parallelism().unwrap());
     }
 }

@@ -20,6 +20,7 @@ pub fn check_names(join: &v1::JoinRequest) -> Result<(), Status> {
         ("device", &join.device),
         ("version", &join.version),
         ("process", &join.process),
+        ("hardware", &join.hardware),
     ] {
         let reason = if name.len() > NAME_BYTES {
             format!("the worker's {what} is longer than {NAME_BYTES} bytes")

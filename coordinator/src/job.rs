@@ -181,6 +181,7 @@ impl Job {
             calibrate::calibrate(writer, &self.manifest, &mut self.record).await?;
             self.record.state = JobState::Done;
             self.record.totals = Some(totals.of_job(self.ledger.waste()));
+            self.record.hardware.extend(self.ledger.hardware());
             writer.write(vec![self.record.file(&self.out)?]).await?;
         }
         Ok(self.ledger.close().await?)
@@ -397,6 +398,7 @@ fn new_record(identity: JobIdentity, manifest: ManifestRecord) -> JobRecord {
         identity,
         manifest,
         versions: Versions { elbo: env!("CARGO_PKG_VERSION").into(), protocol: elbo_proto::PROTOCOL },
+        hardware: BTreeSet::new(),
         totals: None,
         timings: None,
         confidence: None,

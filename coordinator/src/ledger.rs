@@ -4,6 +4,7 @@
 //! epoch                              u64, grows by one with every coordinator
 //! fingerprint                        the job the ledger belongs to
 //! waste                              evaluations wasted so far
+//! hardware/<name>                    an instruction set or a GPU whose results the ledger has
 //! result/<shard>/<epoch>/<sequence>  a Record: results and failures of an open shard
 //! done/<shard>                       totals of a committed shard, whose results are gone, and the hashes of its files
 //! discarded/<fingerprint>            a job that --fresh has discarded: its files may still arrive, and are ignored
@@ -34,8 +35,8 @@ pub use glance::{given_up, marks};
 pub use mark::Mark;
 
 use self::entries::{
-    DISCARDED, DONE, EPOCH, FINGERPRINT, RESULT, RETRY, RecordEntry, StoredRecord, WASTE, broken, done_key, entries,
-    failure, parse_u64, result_key, result_prefix, retry_entry, retry_key, shard_of,
+    DISCARDED, DONE, EPOCH, FINGERPRINT, HARDWARE, RESULT, RETRY, RecordEntry, StoredRecord, WASTE, broken, done_key,
+    entries, failure, parse_u64, result_key, result_prefix, retry_entry, retry_key, shard_of,
 };
 use self::mark::done_entry;
 use crate::scheduler::{Record, ShardTotals, Waste};
@@ -94,6 +95,8 @@ pub struct Ledger {
     sequence: AtomicU64,
     /// The stored waste.
     waste: Mutex<Waste>,
+    /// The stored hardware.
+    hardware: Mutex<BTreeSet<String>>,
     /// The epoch and sequence of every record of the shards in progress, so that a commit can delete the records without a
     /// scan.
     records: Mutex<HashMap<ShardId, Vec<(Epoch, u64)>>>,
@@ -137,6 +140,9 @@ struct StoredWaste {
 
 /// The most bytes in an entry of a record. Larger records are stored in several entries.
 const RECORD_BYTES: usize = 1 << 20;
+
+/// The most kinds of hardware that are noted, whatever workers claim.
+const MOST_HARDWARE: usize = 100;
 
 /// How often the ledger repeats an operation on a failing store before it gives up: for a minute or two.
 const STORE_RETRIES: u32 = 40;
@@ -199,7 +205,10 @@ impl Ledger {
             }
         };
         let (epoch, sequence) = (Epoch(before + 1), AtomicU64::new(0));
-        let ledger = Self { db, directory, epoch, sequence, waste: Mutex::new(waste), records: Mutex::default() };
+        let (hardware, records) = (Mutex::default(), Mutex::default());
+        let ledger = Self { db, directory, epoch, sequence, waste: Mutex::new(waste), hardware, records };
+        let name = |entry: KeyValue| Ok(String::from_utf8_lossy(&entry.key[HARDWARE.len()..]).into_owned());
+        *ledger.known_hardware() = ledger.entries(HARDWARE, name).await?;
         ledger.hold().await?;
         Ok(ledger)
     }
@@ -243,6 +252,34 @@ impl Ledger {
         *self.waste.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn known_hardware(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.hardware.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What computed the job's results: instruction sets of CPUs, and GPUs.
+    pub fn hardware(&self) -> BTreeSet<String> {
+        self.known_hardware().clone()
+    }
+
+    /// Notes, before its first result is stored, what computed it.
+    pub async fn note_hardware(&self, name: &str) -> Result<(), LedgerError> {
+        {
+            let known = self.known_hardware();
+            if known.contains(name) || known.len() >= MOST_HARDWARE {
+                return Ok(());
+            }
+        }
+        let mut batch = WriteBatch::new();
+        batch.put(format!("{HARDWARE}{name}"), []);
+        self.write(batch).await?;
+        let mut known = self.known_hardware();
+        known.insert(name.to_owned());
+        if known.len() > 1 {
+            tracing::info!(hardware = ?known, "the job's results come from several kinds of hardware");
+        }
+        Ok(())
+    }
+
     /// Adds the waste so far to a batch.
     fn note_waste(&self, batch: &mut WriteBatch, waste: Waste) {
         let mut stored = self.waste.lock().unwrap_or_else(PoisonError::into_inner);
@@ -280,7 +317,7 @@ impl Ledger {
     /// old job stays fenced. Files that the old job left in the output are ignored from here on, whenever they arrive.
     pub async fn discard(&self, left: impl IntoIterator<Item = String>) -> Result<(), LedgerError> {
         let mut batch = WriteBatch::new();
-        for prefix in [DONE, RESULT, RETRY] {
+        for prefix in [DONE, RESULT, RETRY, HARDWARE] {
             let keys: Vec<_> = self.entries(prefix, |entry| Ok(entry.key)).await?;
             keys.into_iter().for_each(|key| batch.delete(key));
         }
@@ -292,6 +329,7 @@ impl Ledger {
         self.write(batch).await?;
         *self.waste.lock().unwrap_or_else(PoisonError::into_inner) = Waste::default();
         self.known_records().clear();
+        self.known_hardware().clear();
         Ok(())
     }
 

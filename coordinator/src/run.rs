@@ -404,6 +404,7 @@ impl Coordinator {
         calibrate::calibrate(self.writer(), &self.manifest, &mut record).await?;
         record.state = JobState::Done;
         record.totals = Some(totals);
+        record.hardware.extend(self.shared.ledger.hardware());
         record.timings =
             Some(Timings { starts: self.shared.ledger.epoch().0, seconds: started.elapsed().as_secs_f64() });
         self.writer().write(vec![record.file(&self.out)?]).await?;

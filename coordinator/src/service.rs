@@ -157,7 +157,14 @@ impl Shared {
     /// Makes a record durable and merges it.
     pub(crate) async fn persist(&self, record: Record, of: Option<(&str, LeaseKey)>) -> Result<(), LedgerError> {
         let shard_size = self.record.identity.spec.shard_size;
-        let waste = self.scheduler().waste();
+        let (waste, hardware) = {
+            let scheduler = self.scheduler();
+            let hardware = of.and_then(|(worker, _)| scheduler.hardware(worker)).map(str::to_owned);
+            (scheduler.waste(), hardware)
+        };
+        if let Some(hardware) = hardware {
+            self.ledger.note_hardware(&hardware).await?;
+        }
         let under_way = self.telemetry.storage(Use::Append);
         self.ledger.append(&record, shard_size, waste).await?;
         drop(under_way);
@@ -255,6 +262,7 @@ impl v1::coordinator_server::Coordinator for Service {
             worker = join.worker,
             host = join.host,
             device = join.device,
+            hardware = join.hardware,
             version = join.version,
             "worker joined"
         );
@@ -274,6 +282,7 @@ impl v1::coordinator_server::Coordinator for Service {
         let mut scheduler = shared.scheduler();
         scheduler.join(&join.worker, &join.host, &join.device, shared.now());
         scheduler.is_of(&join.worker, &join.process);
+        scheduler.computes_with(&join.worker, &join.hardware);
         for held in join.held {
             let key = LeaseKey { epoch: Epoch(held.epoch), lease: LeaseId(held.lease) };
             let units: Vec<_> = held.units.into_iter().filter_map(|unit| unit.try_into().ok()).collect();

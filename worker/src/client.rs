@@ -82,6 +82,8 @@ pub struct Client {
     pub worker: String,
     /// The process name shared by all its engines, if it has several.
     process: String,
+    /// What computes: a CPU's instruction set or a GPU's name.
+    hardware: String,
     /// The job it has joined.
     job: Arc<OnceLock<String>>,
     patience: Duration,
@@ -127,8 +129,8 @@ impl Client {
         let line = Line { endpoint, tls, token: Bearer(token) };
         let stub = Arc::new(Mutex::new(line.connect()?));
         let (line, peer, answered) = (Arc::new(line), Arc::new((host, port)), Arc::default());
-        let (address, process) = (address.to_owned(), String::new());
-        Ok(Self { stub, line, address, peer, answered, worker, process, job: Arc::default(), patience })
+        let (address, process, hardware) = (address.to_owned(), String::new(), String::new());
+        Ok(Self { stub, line, address, peer, answered, worker, process, hardware, job: Arc::default(), patience })
     }
 
     fn stub(&self) -> Stub {
@@ -138,6 +140,11 @@ impl Client {
     /// A client for one of several engines of a process.
     pub fn of_process(self, process: &str) -> Self {
         Self { process: process.to_owned(), ..self }
+    }
+
+    /// A client for an engine that computes with this.
+    pub fn with_hardware(self, hardware: &str) -> Self {
+        Self { hardware: hardware.to_owned(), ..self }
     }
 
     /// After an unanswered call: if the TLS files have changed, makes a new connection for the next call. A connection that
@@ -235,6 +242,7 @@ impl Client {
             held,
             job: self.job(),
             process: self.process.clone(),
+            hardware: self.hardware.clone(),
         };
         check_size("the list of blocks in hand", &request)?;
         let joined = self

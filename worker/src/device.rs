@@ -61,6 +61,16 @@ impl Device {
         }
     }
 
+    /// What computes: the instruction set, or the GPU's name.
+    pub fn hardware(self) -> String {
+        match self {
+            Self::Cpu => InstructionSet::in_use().map_or_else(|_| self.to_string(), |set| set.to_string()),
+            Self::Cuda(number) => {
+                gpu::name_of(number.unwrap_or_default()).unwrap_or_else(|| Self::Cuda(None).to_string())
+            }
+        }
+    }
+
     /// Whether it is a GPU.
     pub fn is_gpu(self) -> bool {
         self != Self::Cpu

@@ -197,7 +197,7 @@ impl Member {
     async fn run_job(&self, stop: &CancellationToken) -> Result<(), WorkerError> {
         let WorkerOptions { coordinator, token, tls, host, grace, patience, .. } = &*self.options;
         let client = Client::new(coordinator, token.as_deref(), tls.as_ref(), self.name(), *patience)?;
-        let client = client.of_process(&self.options.name);
+        let client = client.of_process(&self.options.name).with_hardware(&self.device.hardware());
         let device = match self.device {
             Device::Cpu => format!("cpu x{}", self.options.threads),
             other => other.to_string(),

@@ -37,14 +37,13 @@ fn engine(args: BenchEngineArgs) -> anyhow::Result<()> {
     let [device] = args.device.find().map_err(usage)?.engines(1)[..] else {
         return Err(usage("--device takes one device here"));
     };
-    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = elbo_bench::engine::EngineBenchOptions {
         subject: args.model,
         batches: args.batch.into_iter().map(NonZeroUsize::get).collect(),
         prompts: args.prompts.get(),
         dtype: args.dtype,
         device,
-        threads: args.threads.map_or(cores, NonZeroUsize::get),
+        threads: args.threads.unwrap_or_else(session::cores).get(),
         latent: args.latent.map(NonZeroUsize::get),
         seconds: args.seconds,
         rounds: args.rounds.get(),

@@ -1,5 +1,7 @@
 //! `job.json`: the job and its progress, for people and for the next start.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use elbo_core::calibration::Confidence;
 use elbo_data::manifest::ManifestRecord;
@@ -71,6 +73,10 @@ pub struct JobRecord {
     pub manifest: ManifestRecord,
     /// Versions.
     pub versions: Versions,
+    /// What computed the results of a done job: instruction sets of CPUs, and GPUs. CPUs give the same bits in f32, GPUs of
+    /// different kinds don't.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub hardware: BTreeSet<String>,
     /// Totals of a done job.
     pub totals: Option<Totals>,
     /// Timings of a done job.
@@ -177,6 +183,7 @@ mod tests {
                 passed_over,
             },
             versions: Versions { elbo: "1".into(), protocol: 1 },
+            hardware: ["avx2".into(), "avx512".into()].into(),
             totals: None,
             timings: None,
             confidence: None,

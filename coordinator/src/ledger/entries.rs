@@ -15,6 +15,7 @@ pub(super) const WASTE: &str = "waste";
 pub(super) const DONE: &str = "done/";
 pub(super) const RESULT: &str = "result/";
 pub(super) const RETRY: &str = "retry/";
+pub(super) const HARDWARE: &str = "hardware/";
 pub(super) const DISCARDED: &str = "discarded/";
 
 pub(super) fn result_prefix(shard: ShardId) -> String {

@@ -29,6 +29,8 @@ pub(super) struct Worker {
     device: String,
     /// The name of its process, shared by all its engines; empty if the worker is a process of its own.
     process: String,
+    /// What computes; empty if it did not say.
+    hardware: String,
     last_seen: Duration,
     /// When it last asked for work, or joined if it never did.
     pub(super) asked: Duration,
@@ -130,6 +132,18 @@ impl Scheduler {
         known.host = host.to_owned();
         known.device = device.to_owned();
         known.last_seen = now;
+    }
+
+    /// Sets what a worker computes with.
+    pub fn computes_with(&mut self, worker: &str, hardware: &str) {
+        if let Some(known) = self.workers.known.get_mut(worker) {
+            hardware.clone_into(&mut known.hardware);
+        }
+    }
+
+    /// What a worker computes with, if it said so.
+    pub fn hardware(&self, worker: &str) -> Option<&str> {
+        self.workers.known.get(worker).map(|known| known.hardware.as_str()).filter(|hardware| !hardware.is_empty())
     }
 
     /// Sets the process of a worker. All engines of a process see the same storage.

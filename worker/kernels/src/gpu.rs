@@ -62,6 +62,17 @@ pub fn capture<R>(device: &Device, work: impl FnOnce() -> R) -> candle_core::Res
     Ok(work())
 }
 
+/// The name of a GPU by its number, without opening it.
+pub fn name_of(number: usize) -> Option<String> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::name_of(number);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = number;
+        None
+    }
+}
+
 /// The name of a GPU; `None` for the CPU.
 pub fn name(device: &Device) -> Option<String> {
     #[cfg(feature = "cuda")]

@@ -33,7 +33,7 @@ use self::product::Products;
 pub(crate) use self::convolution::{Convolution, Surroundings};
 pub(crate) use self::libraries::libraries;
 pub(crate) use self::memory::Download;
-pub(crate) use self::open::{capture, count, is_lost, memory_high, open, recover};
+pub(crate) use self::open::{capture, count, is_lost, memory_high, name_of, open, recover};
 
 /// The kernels as one image for several architectures.
 static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));

@@ -31,6 +31,13 @@ pub(crate) fn count() -> Result<usize, Unavailable> {
     Ok(usize::try_from(count).unwrap_or_default())
 }
 
+/// The name of a device by its number.
+pub(crate) fn name_of(number: usize) -> Option<String> {
+    count().ok()?;
+    let device = driver::result::device::get(i32::try_from(number).ok()?).ok()?;
+    driver::result::device::get_name(device).ok()
+}
+
 /// Opens a device by its number.
 pub(crate) fn open(number: usize) -> Result<Device, Unavailable> {
     let count = count()?;
