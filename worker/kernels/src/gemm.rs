@@ -133,10 +133,13 @@ impl Gemm<'_> {
     pub(crate) fn run(self) {
         dispatch(self);
     }
+}
 
-    /// Runs the product within another kernel.
+impl Kernel for Gemm<'_> {
+    type Output = ();
+
     #[inline(always)]
-    pub(crate) fn run_within<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { a, rows, segments, segment_len, b, bias, residual, out, stride } = self;
         let vectors = b.n.div_ceil(S::F32_LANES);
         let copies = segments.len() > 1 || vectors >= COPY_VECTORS;
@@ -200,15 +203,6 @@ fn copy_rows(
                 break;
             }
         }
-    }
-}
-
-impl Kernel for Gemm<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        self.run_within(simd);
     }
 }
 
