@@ -25,8 +25,8 @@ pub struct CandleNetwork {
 }
 
 enum Network {
-    Unet(UNet2DConditionModel),
-    Mmdit(MMDiT),
+    Unet(Box<UNet2DConditionModel>),
+    Mmdit(Box<MMDiT>),
 }
 
 impl std::fmt::Debug for CandleNetwork {
@@ -56,14 +56,14 @@ impl CandleNetwork {
                     false,
                     settings,
                 )?;
-                Ok(Self { network: Network::Unet(unet), dtype: DType::F32 })
+                Ok(Self { network: Network::Unet(Box::new(unet)), dtype: DType::F32 })
             }
             Some("SD3Transformer2DModel") => {
                 let settings = mmdit(&config).map_err(BenchError::Candle)?;
                 let last = format!("joint_blocks.{}.context_block.", settings.depth - 1);
                 // Its timestep embedding is in half precision, whatever the rest is in.
                 let vars = VarBuilder::from_backend(Box::new(Original { weights, last }), DType::F16, device.clone());
-                Ok(Self { network: Network::Mmdit(MMDiT::new(&settings, false, vars)?), dtype: DType::F16 })
+                Ok(Self { network: Network::Mmdit(Box::new(MMDiT::new(&settings, false, vars)?)), dtype: DType::F16 })
             }
             other => Err(BenchError::Candle(format!("it has no counterpart of {}", other.unwrap_or("it")))),
         }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use elbo_core::job::ModelDtype;
-use elbo_models::{LoadOptions, TextEmbeddings, WeightsFrom};
+use elbo_models::{LoadOptions, Network, TextEmbeddings, WeightsFrom};
 use serde::Serialize;
 
 use super::EngineBenchOptions;
@@ -46,8 +46,8 @@ impl fmt::Display for CandleReport {
     }
 }
 
-/// Runs its network with the same configuration and weights, batches and threads.
-pub(super) fn measure(options: &EngineBenchOptions) -> Result<CandleReport, BenchError> {
+/// Runs its network with the configuration and the weights of ours, the same batches and threads.
+pub(super) fn measure(options: &EngineBenchOptions, ours: &Network) -> Result<CandleReport, BenchError> {
     let refused = |why: String| Err(BenchError::Candle(why));
     if options.device.is_gpu() || options.dtype != ModelDtype::F32 {
         return refused("this benchmark runs it on the CPU in f32".to_owned());
@@ -58,7 +58,6 @@ pub(super) fn measure(options: &EngineBenchOptions) -> Result<CandleReport, Benc
         return refused(format!("it uses {threads} threads: set RAYON_NUM_THREADS={wanted} for {wanted}"));
     }
     let mut load = LoadOptions::new(Device::Cpu, options.dtype);
-    let ours = options.subject.make(load.clone())?;
     load.weights = WeightsFrom::Seed(0);
     let dir = options.subject.directory()?;
     let network = CandleNetwork::load(&dir.path().join(options.subject.family().network()), &load)?;
@@ -67,7 +66,7 @@ pub(super) fn measure(options: &EngineBenchOptions) -> Result<CandleReport, Benc
     let mut batches = Vec::new();
     for &batch in &options.batches {
         let latents = random(&[batch, side, side, ours.in_channels()])?;
-        let (tokens, width, pooled) = tokens_and_widths(&ours);
+        let (tokens, width, pooled) = tokens_and_widths(ours);
         let texts = TextEmbeddings {
             tokens: random(&[batch, tokens, width])?,
             pooled: pooled.map(|pooled| random(&[batch, pooled])).transpose()?,

@@ -75,6 +75,11 @@ impl Lanes {
         })
     }
 
+    /// The network.
+    pub(super) fn network(&self) -> &Network {
+        &self.network
+    }
+
     /// Side of the latents.
     pub(super) fn side(&self) -> usize {
         self.side

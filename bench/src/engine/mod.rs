@@ -115,7 +115,7 @@ pub fn run(options: &EngineBenchOptions, mut tell: impl FnMut(&str)) -> Result<E
     }
     if options.peers.contains(&Peer::Candle) {
         tell("measuring candle-transformers");
-        match candle::measure(options) {
+        match candle::measure(options, lanes.network()) {
             Ok(found) => report.candle = Some(found),
             Err(error) => report.candle_error = Some(error.to_string()),
         }

@@ -9,6 +9,11 @@
 //! Transformed kernels would take 16/9 of the memory of the weights. They are made block by block as they are used, which
 //! costs little beside the products of all tiles of a strip, and reads less memory.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "a closure would be compiled as a function without the vector instructions"
+)]
+
 use pulp::Simd;
 
 use super::gemm::{Block, PackedView, panels};
@@ -257,8 +262,6 @@ impl Kernel for FromTiles<'_> {
 fn vector<S: Simd>(values: &[f32], index: usize) -> S::f32s {
     S::as_simd_f32s(&values[index..][..S::F32_LANES]).0[0]
 }
-
-// Closures would be compiled as functions of their own, without the vector instructions: hence plain loops.
 
 /// `G g` of a column.
 #[inline(always)]
