@@ -159,7 +159,8 @@ impl Shared {
         let shard_size = self.record.identity.spec.shard_size;
         let (waste, hardware) = {
             let scheduler = self.scheduler();
-            let hardware = of.and_then(|(worker, _)| scheduler.hardware(worker)).map(str::to_owned);
+            let computed = of.filter(|_| !record.results.is_empty());
+            let hardware = computed.and_then(|(worker, _)| scheduler.hardware(worker)).map(str::to_owned);
             (scheduler.waste(), hardware)
         };
         if let Some(hardware) = hardware {

@@ -12,8 +12,9 @@ if ! rustup target add "$target"; then
     exit 0
 fi
 export CARGO_TARGET_DIR=target/aarch64
-if ! command -v aarch64-linux-gnu-gcc qemu-aarch64-static >/dev/null; then
+if ! command -v aarch64-linux-gnu-gcc >/dev/null || ! command -v qemu-aarch64-static >/dev/null; then
     sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+    $sudo apt-get -qq update
     $sudo apt-get -qq install -y --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static \
         >/dev/null || {
         echo "without a cross compiler and qemu-user, the kernels are only compiled"

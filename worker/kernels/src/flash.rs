@@ -8,7 +8,7 @@
 
 use pulp::Simd;
 
-use super::gemm::{has_many_registers, multiply, panels};
+use super::gemm::{Tiles, all_tiles, multiply, panels};
 use super::math::exp2;
 use super::simd::{Kernel, outline};
 
@@ -278,20 +278,11 @@ impl<const NV: usize> Kernel for Product<'_, NV> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut m = 0;
-        if has_many_registers::<S>() {
-            m = self.tiles::<S, 8>(simd, m);
-        } else {
-            m = self.tiles::<S, 6>(simd, m);
-        }
-        m = self.tiles::<S, 4>(simd, m);
-        m = self.tiles::<S, 2>(simd, m);
-        self.tiles::<S, 1>(simd, m);
+        all_tiles(simd, &mut self);
     }
 }
 
-impl<const NV: usize> Product<'_, NV> {
-    /// Computes whole tiles of `MR` rows from row `m` on; returns the first row not done.
+impl<const NV: usize> Tiles for Product<'_, NV> {
     #[inline(always)]
     fn tiles<S: Simd, const MR: usize>(&mut self, simd: S, mut m: usize) -> usize {
         while m + MR <= self.rows {

@@ -19,7 +19,7 @@ const fn panel_vectors<S: Simd>() -> usize {
 }
 
 /// Whether a tile of 8 rows by 3 vectors fits the registers.
-pub(crate) const fn has_many_registers<S: Simd>() -> bool {
+const fn has_many_registers<S: Simd>() -> bool {
     S::REGISTER_COUNT >= 32
 }
 
@@ -254,20 +254,31 @@ impl<const NV: usize, const WHOLE: bool> Kernel for Panel<'_, NV, WHOLE> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let mut m = 0;
-        if has_many_registers::<S>() {
-            m = self.tiles::<S, 8>(simd, m);
-        } else {
-            m = self.tiles::<S, 6>(simd, m);
-        }
-        m = self.tiles::<S, 4>(simd, m);
-        m = self.tiles::<S, 2>(simd, m);
-        self.tiles::<S, 1>(simd, m);
+        all_tiles(simd, &mut self);
     }
 }
 
-impl<const NV: usize, const WHOLE: bool> Panel<'_, NV, WHOLE> {
+/// Rows that are worked on in tiles.
+pub(crate) trait Tiles {
     /// Works on whole tiles of `MR` rows from row `m` on; returns the first row not done.
+    fn tiles<S: Simd, const MR: usize>(&mut self, simd: S, m: usize) -> usize;
+}
+
+/// Works on all rows, most of them in the tallest tiles that the registers hold.
+#[inline(always)]
+pub(crate) fn all_tiles<S: Simd>(simd: S, rows: &mut impl Tiles) {
+    let mut m = 0;
+    if has_many_registers::<S>() {
+        m = rows.tiles::<S, 8>(simd, m);
+    } else {
+        m = rows.tiles::<S, 6>(simd, m);
+    }
+    m = rows.tiles::<S, 4>(simd, m);
+    m = rows.tiles::<S, 2>(simd, m);
+    rows.tiles::<S, 1>(simd, m);
+}
+
+impl<const NV: usize, const WHOLE: bool> Tiles for Panel<'_, NV, WHOLE> {
     #[inline(always)]
     fn tiles<S: Simd, const MR: usize>(&mut self, simd: S, mut m: usize) -> usize {
         let Self(block, len) = self;

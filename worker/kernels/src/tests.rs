@@ -433,6 +433,14 @@ fn every_instruction_set_gives_the_same_bits() {
     if !device().is_cpu() || dtype().0 != DType::F32 {
         return;
     }
+    struct Lanes;
+    impl simd::Kernel for Lanes {
+        type Output = usize;
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) -> usize {
+            S::F32_LANES
+        }
+    }
     let usual = bits_of_every_kernel();
     let available = InstructionSet::available();
     for set in InstructionSet::ALL {
@@ -440,7 +448,16 @@ fn every_instruction_set_gives_the_same_bits() {
             println!("{set} can't be tested on this processor");
             continue;
         }
-        for (usual, found) in usual.iter().zip(simd::with(set, bits_of_every_kernel)) {
+        let lanes = match set {
+            InstructionSet::Scalar => 1,
+            InstructionSet::Neon => 4,
+            InstructionSet::Avx2 => 8,
+            InstructionSet::Avx512 => 16,
+        };
+        assert_eq!(simd::with(set, || simd::dispatch(Lanes)), lanes);
+        let found = simd::with(set, bits_of_every_kernel);
+        assert_eq!(found.len(), usual.len());
+        for (usual, found) in usual.iter().zip(found) {
             assert!(*usual == found, "{} differs with {set}", found.0);
         }
     }
