@@ -14,12 +14,11 @@ fi
 export CARGO_TARGET_DIR=target/aarch64
 if ! command -v aarch64-linux-gnu-gcc >/dev/null || ! command -v qemu-aarch64-static >/dev/null; then
     sudo=$([ "$(id -u)" = 0 ] || echo sudo)
-    $sudo apt-get -qq update
-    $sudo apt-get -qq install -y --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static \
-        >/dev/null || {
+    packages=(gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static)
+    if ! { $sudo apt-get -qq update && $sudo apt-get -qq install -y --no-install-recommends "${packages[@]}"; } >/dev/null; then
         echo "without a cross compiler and qemu-user, the kernels are only compiled"
         exec cargo check --release -p elbo-kernels --target "$target"
-    }
+    fi
 fi
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64-static -L /usr/aarch64-linux-gnu"
