@@ -210,7 +210,8 @@ impl Coordinator {
         self.shared.close(if is_followed { Phase::Followed } else { Phase::Stopping });
         let mut served = Ok(());
         if !is_followed {
-            if !matches!(ended, Err(RunError::Ledger(_))) {
+            // Without a ledger no result can be taken: workers must be free to find the next coordinator at once.
+            if !self.shared.has_failed() && !matches!(ended, Err(RunError::Ledger(_))) {
                 self.await_departures().await;
             }
             served = server.close().await;

@@ -150,6 +150,10 @@ impl Shared {
         }
     }
 
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     pub(crate) fn take_failure(&self) -> Option<LedgerError> {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

@@ -12,6 +12,7 @@ use elbo_net::{ClientTls, TlsError, TlsProblem, tls};
 use elbo_proto::v1::coordinator_client::CoordinatorClient;
 use elbo_proto::{MAX_MESSAGE_BYTES, PROTOCOL, check_size, shortened, v1};
 use elbo_store::retry;
+use tokio::sync::Notify;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -33,6 +34,9 @@ impl Interceptor for Bearer {
         Ok(request)
     }
 }
+
+/// The first pause between two attempts at a call.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a leaving worker waits for an answer.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(2);
@@ -86,6 +90,8 @@ pub struct Client {
     hardware: String,
     /// The job it has joined.
     job: Arc<OnceLock<String>>,
+    /// Signals that the coordinator has let the worker join, so that calls that wait for it may go out.
+    joined: Arc<Notify>,
     patience: Duration,
 }
 
@@ -130,7 +136,19 @@ impl Client {
         let stub = Arc::new(Mutex::new(line.connect()?));
         let (line, peer, answered) = (Arc::new(line), Arc::new((host, port)), Arc::default());
         let (address, process, hardware) = (address.to_owned(), String::new(), String::new());
-        Ok(Self { stub, line, address, peer, answered, worker, process, hardware, job: Arc::default(), patience })
+        Ok(Self {
+            stub,
+            line,
+            address,
+            peer,
+            answered,
+            worker,
+            process,
+            hardware,
+            job: Arc::default(),
+            joined: Arc::default(),
+            patience,
+        })
     }
 
     fn stub(&self) -> Stub {
@@ -161,13 +179,14 @@ impl Client {
         }
     }
 
-    /// Repeats a call until it is answered, with growing pauses while the coordinator can't be reached.
+    /// Repeats a call until it is answered, with growing pauses while the coordinator can't be reached. A pause ends early
+    /// when the worker joins a coordinator again.
     async fn call<T, F>(&self, call: impl Fn(Stub) -> F) -> Result<T, CallError>
     where
         F: Future<Output = Result<tonic::Response<T>, Status>>,
     {
         let mut silent_since: Option<tokio::time::Instant> = None;
-        let mut pauses = retry::pauses(Duration::from_millis(100));
+        let mut pauses = retry::pauses(FIRST_PAUSE);
         loop {
             let status = match call(self.stub()).await {
                 Ok(response) => {
@@ -217,7 +236,10 @@ impl Client {
             }
             metrics().retries.inc();
             tracing::debug!(code = ?status.code(), reason, "no answer from the coordinator, trying again");
-            tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+            tokio::select! {
+                () = tokio::time::sleep(pauses.next().unwrap_or_default()) => {}
+                () = self.joined.notified() => pauses = retry::pauses(FIRST_PAUSE),
+            }
         }
     }
 
@@ -257,6 +279,7 @@ impl Client {
             }
             tracing::Span::current().record("job", &reply.job);
             metrics().joined(&self.worker, &reply.job);
+            self.joined.notify_waiters();
         }
         joined
     }
